@@ -1,0 +1,1 @@
+"""Metrics, evaluation, the tokenizer and figures."""
