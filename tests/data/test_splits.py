@@ -1,0 +1,76 @@
+"""The stratified split: a partition, proportional, and fixed for ever."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rvq_jax.data.splits import seeded_permutation, stratified_split
+
+TEST_SPLIT = [0, 11]
+VALIDATION_SPLIT = [5, 6, 10, 12]
+LABELS = st.lists(st.integers(-1, 6), min_size=0, max_size=200)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LABELS, st.integers(0, 2**31))
+def test_every_index_is_in_exactly_one_split(labels, seed):
+  parts = stratified_split(np.array(labels, np.int32), seed=seed)
+  assert sorted(i for part in parts for i in part) == list(range(len(labels)))
+  assert all(list(part) == sorted(part) for part in parts)
+  assert all(part.dtype == np.int64 for part in parts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LABELS, st.integers(0, 2**31))
+def test_each_class_is_within_one_image_of_its_share(labels, seed):
+  parts = stratified_split(np.array(labels, np.int32), seed=seed)
+  whole = Counter(labels)
+  for part, fraction in zip(parts, (0.7, 0.2, 0.1), strict=True):
+    counts = Counter(labels[i] for i in part)
+    for value, total in whole.items():
+      assert abs(counts[value] - fraction * total) <= 1
+
+
+def test_cifar10_gives_42000_12000_6000_and_equal_classes():
+  labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 6000))
+  parts = stratified_split(labels)
+  assert [len(part) for part in parts] == [42_000, 12_000, 6_000]
+  for part, count in zip(parts, (4200, 1200, 600), strict=True):
+    np.testing.assert_array_equal(np.bincount(labels[part]), [count] * 10)
+
+
+def test_same_seed_gives_the_same_split_and_another_seed_another():
+  labels = np.arange(300) % 3
+  first = stratified_split(labels, seed=5)
+  for a, b in zip(first, stratified_split(labels, seed=5), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert not np.array_equal(first[0], stratified_split(labels, seed=6)[0])
+
+
+def test_split_is_the_one_written_down():
+  """Changes only if the split of published results changes."""
+  train, validation, test = stratified_split(np.repeat([0, 1], 10), seed=0)
+  assert test.tolist() == TEST_SPLIT
+  assert validation.tolist() == VALIDATION_SPLIT
+  assert len(train) == 14
+
+
+@pytest.mark.parametrize('fractions', [(0.7, 0.2), (1.2, -0.2), (), (1.0, 0.0)])
+def test_bad_fractions_are_refused(fractions):
+  with pytest.raises(ValueError, match='add up to 1'):
+    stratified_split(np.zeros(4, np.int32), fractions=fractions)
+
+
+def test_labels_that_are_not_a_vector_are_refused():
+  with pytest.raises(ValueError, match=r'shape \[n\]'):
+    stratified_split(np.zeros((4, 2), np.int32))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 500), st.integers(0, 2**62), st.integers(0, 99))
+def test_permutation_holds_each_index_once(n, seed, epoch):
+  order = seeded_permutation(n, seed, epoch)
+  np.testing.assert_array_equal(np.sort(order), np.arange(n))

@@ -1,0 +1,111 @@
+"""Crops on the host, scale and flips on the device."""
+
+import jax
+import numpy as np
+import pytest
+
+from rvq_jax.data.transforms import (
+  random_crop,
+  random_flip,
+  random_resized_crop,
+  resize_and_center_crop,
+  to_float,
+  to_uint8,
+)
+
+
+def _noise(height, width):
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _ramp(height, width):
+  """Red is the column, green the row: a crop says where it came from."""
+  rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+  return np.stack([columns, rows, np.zeros_like(rows)], -1)
+
+
+def test_to_float_and_back_is_the_identity_for_every_byte():
+  x = np.arange(256, dtype=np.uint8)
+  np.testing.assert_array_equal(to_uint8(to_float(x)), x)
+
+
+def test_to_float_spans_minus_one_to_one_in_float32():
+  y = to_float(np.array([0, 255], np.uint8))
+  assert y.dtype == np.float32
+  np.testing.assert_array_equal(y, [-1, 1])
+
+
+def test_to_uint8_clips_and_rounds():
+  y = to_uint8(np.array([-7.0, 7.0, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1]))
+  np.testing.assert_array_equal(y, [0, 255, 1, 0])
+
+
+def test_flip_mirrors_some_images_and_leaves_the_others():
+  images = np.stack([_noise(4, 6) + np.uint8(i) for i in range(64)])
+  flipped = np.asarray(random_flip(jax.random.key(0), images))
+  mirrored = 0
+  for before, after in zip(images, flipped, strict=True):
+    same = np.array_equal(before, after)
+    assert same or np.array_equal(before[:, ::-1], after)
+    mirrored += not same
+  assert 16 < mirrored < 48
+
+
+@pytest.mark.parametrize(
+  'crop',
+  [
+    resize_and_center_crop,
+    lambda x, s: random_crop(x, s, np.random.default_rng(0)),
+  ],
+)
+def test_image_of_the_right_size_is_untouched(crop):
+  image = _noise(32, 32)
+  np.testing.assert_array_equal(crop(image, 32), image)
+
+
+def test_center_crop_without_scaling_is_the_central_square():
+  image = _noise(20, 33)
+  np.testing.assert_array_equal(
+    resize_and_center_crop(image, 20), image[:, 6:26]
+  )
+
+
+def test_center_crop_shrinks_with_antialiasing():
+  """A one-pixel checkerboard must become grey, not a moire."""
+  board = np.indices((64, 64)).sum(0) % 2 * 255
+  image = np.repeat(board[..., None], 3, -1).astype(np.uint8)
+  small = resize_and_center_crop(image, 16)
+  assert small.shape == (16, 16, 3)
+  assert np.abs(small.astype(int) - 127).max() < 12
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 50), (50, 1), (7, 200)])
+def test_every_crop_gives_the_size_asked_for(shape):
+  image, rng = _noise(*shape), np.random.default_rng(0)
+  assert resize_and_center_crop(image, 8).shape == (8, 8, 3)
+  assert random_crop(image, 8, rng).shape == (8, 8, 3)
+  assert random_resized_crop(image, 8, rng).shape == (8, 8, 3)
+
+
+def test_random_crop_reaches_both_ends_of_the_longer_side():
+  image, rng = _ramp(10, 14), np.random.default_rng(0)
+  lefts = {int(random_crop(image, 10, rng)[0, 0, 0]) for _ in range(200)}
+  assert lefts == {0, 1, 2, 3, 4}
+
+
+def test_random_resized_crop_takes_the_share_of_area_asked_for():
+  image, rng = _ramp(200, 200), np.random.default_rng(0)
+  for _ in range(50):
+    crop = random_resized_crop(image, 64, rng, scale=(0.2, 0.3)).astype(int)
+    width = np.ptp(crop[..., 0]) + 1
+    height = np.ptp(crop[..., 1]) + 1
+    assert 0.17 < width * height / 200**2 < 0.33
+    assert 0.7 < width / height < 1.42
+
+
+def test_random_crops_repeat_with_the_same_generator_state():
+  image = _noise(50, 60)
+  one = random_resized_crop(image, 16, np.random.default_rng(3))
+  two = random_resized_crop(image, 16, np.random.default_rng(3))
+  np.testing.assert_array_equal(one, two)
