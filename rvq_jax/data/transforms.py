@@ -192,15 +192,30 @@ def to_uint8(images: jax.Array) -> jax.Array:
   return jnp.round(scaled).astype(jnp.uint8)
 
 
-def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+def random_flip(
+  key: jax.Array, images: jax.Array, *, axis_name=None
+) -> jax.Array:
   """Mirrors each image left to right with probability one half.
 
+  An image's fate depends on the key and its place in the global batch alone,
+  whatever the number of devices.
+
   Args:
-    key: PRNG key.
-    images: [B, h, w, 3], any dtype.
+    key: PRNG key, the same on every device.
+    images: [B, h, w, 3], any dtype; this device's share under axis_name.
+    axis_name: mapped axis of the batch under `pmap` or `shard_map`.
 
   Returns:
     An array like `images`.
   """
-  flip = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
-  return jnp.where(flip, images[:, :, ::-1], images)
+  rows = images.shape[0]
+  if axis_name is None:
+    flip = jax.random.bernoulli(key, shape=(rows,))
+  else:
+    total = rows * jax.lax.axis_size(axis_name)
+    flip = jax.lax.dynamic_slice_in_dim(
+      jax.random.bernoulli(key, shape=(total,)),
+      rows * jax.lax.axis_index(axis_name),
+      rows,
+    )
+  return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
