@@ -1,0 +1,212 @@
+"""The codebook: its state, the EMA update, filling and replacing codes.
+
+Everything here is a pure function of float32 arrays. With `axis_name` the
+counts, sums and candidates are those of the global batch (`pmap`, `shard_map`);
+under `jit` with shardings the batch is global already and no name is needed.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Codebook:
+  """K codes of D numbers with their moving averages, all float32.
+
+  Attributes:
+    embedding: the codes, [K, D].
+    cluster_size: moving average of the vectors a step gives each code, [K].
+    embedding_sum: moving average of the sum of those vectors, [K, D].
+  """
+
+  embedding: jax.Array
+  cluster_size: jax.Array
+  embedding_sum: jax.Array
+
+  @classmethod
+  def create(cls, embedding, cluster_size) -> 'Codebook':
+    """A codebook whose averages already agree with its codes.
+
+    Args:
+      embedding: [K, D].
+      cluster_size: vectors a step is expected to give each code, scalar or [K].
+
+    Returns:
+      `Codebook` with embedding_sum = cluster_size x embedding, so that a code
+      that no vector chooses stays where it is.
+    """
+    embedding = jnp.asarray(embedding, jnp.float32)
+    size = jnp.broadcast_to(
+      jnp.asarray(cluster_size, jnp.float32), embedding.shape[:1]
+    )
+    return cls(embedding, size, size[:, None] * embedding)
+
+
+def valid_rows(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """Rows of e [N, D] that count: finite, and set in mask [N]. Bool [N]."""
+  finite = jnp.all(jnp.isfinite(e), axis=-1)
+  return finite if mask is None else finite & mask.astype(bool)
+
+
+def _global_sum(x, axis_name):
+  return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+
+def count_codes(
+  ids: jax.Array,
+  codebook_size: int,
+  *,
+  valid: jax.Array | None = None,
+  axis_name=None,
+) -> jax.Array:
+  """How often each code occurs in ids [N]; float32 [K], over all devices."""
+  weight = jnp.ones(ids.shape, jnp.float32)
+  if valid is not None:
+    weight = valid.astype(jnp.float32)
+  counts = jnp.zeros(codebook_size, jnp.float32).at[ids].add(weight)
+  return _global_sum(counts, axis_name)
+
+
+# THE EMA UPDATE
+def ema_update(
+  codebook: Codebook,
+  e: jax.Array,
+  ids: jax.Array,
+  *,
+  decay: float,
+  eps: float = 1e-5,
+  axis_name=None,
+  mask: jax.Array | None = None,
+) -> Codebook:
+  """One step of the exponential moving average (paper eq. 6, 3.4).
+
+  With count_k the number of vectors that chose code k and sum_k their sum,
+
+    n'_k = decay n_k + (1 - decay) count_k
+    m'_k = decay m_k + (1 - decay) sum_k
+    code_k = m'_k / ((n'_k + eps)/(sum_j n'_j + K eps) sum_j n'_j),
+
+  the denominator being the Laplace-smoothed size. Rows that hold a NaN or an
+  Inf are left out: they never reach the codebook.
+
+  Args:
+    codebook: the state before the step, K codes of D numbers.
+    e: vectors [N, D]; this device's share when axis_name is given.
+    ids: their codes [N], int32.
+    decay: alpha in [0, 1]; the paper's is 0.99.
+    eps: Laplace smoothing, > 0.
+    axis_name: mapped axis or axes to sum counts and vectors over.
+    mask: rows that count [N], bool; all of them if None.
+
+  Returns:
+    The codebook after the step.
+  """
+  size = codebook.cluster_size.shape[0]
+  e = jax.lax.stop_gradient(e).astype(jnp.float32)
+  valid = valid_rows(e, mask)
+  counts = count_codes(ids, size, valid=valid, axis_name=axis_name)
+  # A scatter-add: the one-hot product is the same sum at 2 N K D operations.
+  sums = jnp.zeros_like(codebook.embedding_sum)
+  sums = sums.at[ids].add(jnp.where(valid[:, None], e, 0.0))
+  sums = _global_sum(sums, axis_name)
+
+  cluster_size = decay * codebook.cluster_size + (1 - decay) * counts
+  embedding_sum = decay * codebook.embedding_sum + (1 - decay) * sums
+  total = jnp.sum(cluster_size)
+  smoothed = (cluster_size + eps) / (total + size * eps) * total
+  embedding = jnp.where(
+    total > 0,
+    embedding_sum / jnp.where(total > 0, smoothed, 1.0)[:, None],
+    codebook.embedding,
+  )
+  return Codebook(embedding, cluster_size, embedding_sum)
+
+
+def draw_rows(
+  key: jax.Array,
+  e: jax.Array,
+  count: int,
+  *,
+  axis_name=None,
+  mask: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """`count` different rows of the global batch in random order.
+
+  The draw depends on the key and the global batch alone, so 1 device and 8
+  draw the same rows. Each device contributes the rows that it holds; what
+  travels is [count, D], never the batch.
+
+  Args:
+    key: the same random key on every device.
+    e: vectors [N, D]; this device's share when axis_name is given.
+    count: rows to draw, at most the size of the global batch.
+    axis_name: mapped axis or axes of the batch.
+    mask: rows that may be drawn [N], bool; all finite ones if None.
+
+  Returns:
+    The rows [count, D] and whether each may be used, bool [count].
+  """
+  n = e.shape[0]
+  valid = valid_rows(e, mask)
+  if axis_name is None:
+    rows = jax.random.permutation(key, n)[:count]
+    return jnp.where(valid[rows, None], e[rows], 0.0), valid[rows]
+  total = n * jax.lax.axis_size(axis_name)
+  rows = jax.random.permutation(key, total)[:count]
+  local = rows - n * jax.lax.axis_index(axis_name)
+  here = (local >= 0) & (local < n)
+  local = jnp.clip(local, 0, n - 1)
+  usable = here & valid[local]
+  drawn = jax.lax.psum(jnp.where(usable[:, None], e[local], 0.0), axis_name)
+  return drawn, jax.lax.psum(usable.astype(jnp.float32), axis_name) > 0
+
+
+def replace_codes(
+  codebook: Codebook,
+  dead: jax.Array,
+  key: jax.Array,
+  e: jax.Array,
+  *,
+  expected_size,
+  axis_name=None,
+  mask: jax.Array | None = None,
+) -> tuple[Codebook, jax.Array]:
+  """Puts dead codes onto vectors of the batch, their averages with them.
+
+  The least used dead code takes the first row of a random draw without
+  repetition, and so on. A batch has N vectors, so at most N codes are replaced
+  in one call; the rest stay as they are until the next.
+
+  Args:
+    codebook: K codes of D numbers.
+    dead: codes to replace, bool [K].
+    key: random key, the same on every device.
+    e: vectors [N, D]; this device's share when axis_name is given.
+    expected_size: cluster_size that a replaced code starts with.
+    axis_name: mapped axis or axes of the batch.
+    mask: rows that may be drawn [N], bool.
+
+  Returns:
+    The codebook, and how many codes were replaced (int32 scalar).
+  """
+  size = codebook.cluster_size.shape[0]
+  e = jax.lax.stop_gradient(e).astype(jnp.float32)
+  total = e.shape[0]
+  if axis_name is not None:
+    total *= jax.lax.axis_size(axis_name)
+  count = min(size, total)
+  rows, usable = draw_rows(key, e, count, axis_name=axis_name, mask=mask)
+  order = jnp.argsort(jnp.where(dead, codebook.cluster_size, jnp.inf))
+  rank = jnp.zeros(size, jnp.int32).at[order].set(jnp.arange(size))
+  source = jnp.clip(rank, 0, count - 1)
+  replaced = dead & (rank < count) & usable[source]
+  fresh = Codebook.create(rows[source], expected_size)
+  codebook = jax.tree.map(
+    lambda new, old: jnp.where(
+      replaced.reshape((size,) + (1,) * (old.ndim - 1)), new, old
+    ),
+    fresh,
+    codebook,
+  )
+  return codebook, jnp.sum(replaced.astype(jnp.int32))

@@ -1,0 +1,232 @@
+"""How the decoder's gradient reaches the encoder through the quantizer.
+
+Choosing the nearest code q of an encoder output e has no gradient. Each
+estimator here returns q itself, to the bit, and differs only in the linear map
+that stands for dq/de (paper 3.2). With u = e/|e|, v = q/|q| and the scale
+lambda = |q|/|e|, all of them constants of the backward pass,
+
+  rotate            dq/de = lambda R, the rotation that carries u onto v
+  reflect           dq/de = lambda (I - 2 r r^T), r = (u - v)/|u - v|  (eq. 4)
+  straight_through  dq/de = I                                          (eq. 7)
+
+No D x D matrix is ever formed: a Householder reflection is one dot product.
+
+The maps are total. A vector whose norm, or whose code's norm, is under 1e-12,
+and for `rotate` one that points away from its code (no unique rotation), falls
+back to the straight-through map. lambda is clipped at `max_scale`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MIN_NORM = 1e-12
+EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+class Geometry(NamedTuple):
+  """Where codes lie as seen from their vectors; float32, constant.
+
+  Attributes:
+    u: e/|e|, [..., D].
+    v: q/|q|, [..., D].
+    scale: |q|/|e| before clipping, [..., 1].
+    usable: both norms are at least `MIN_NORM`, [..., 1], bool.
+    antipodal: 1 + u.v is under the rounding of u and v, [..., 1], bool.
+  """
+
+  u: jax.Array
+  v: jax.Array
+  scale: jax.Array
+  usable: jax.Array
+  antipodal: jax.Array
+
+  @property
+  def angle(self) -> jax.Array:
+    """Angle between e and q in radians, [..., 1]; 0 where it has none."""
+    opposite = _norm(self.u - self.v)
+    adjacent = _norm(self.u + self.v)
+    return jnp.where(self.usable, 2 * jnp.arctan2(opposite, adjacent), 0.0)
+
+  @property
+  def no_rotation(self) -> jax.Array:
+    """Where `rotate` falls back to straight-through, [..., 1], bool."""
+    return ~self.usable | self.antipodal
+
+
+def _check_shapes(e, q):
+  if e.shape != q.shape or e.ndim < 1:
+    raise ValueError(
+      f'expected vectors and codes of one shape [..., D], got {e.shape} and '
+      f'{q.shape}; gather the codes first: embedding[ids]'
+    )
+
+
+def _norm(x):
+  return jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+
+
+def _dot(x, y):
+  return jnp.sum(x * y, axis=-1, keepdims=True)
+
+
+def _direction(x):
+  """x/|x|, |x|/peak and peak = max |x_i|; no over- or underflow inside."""
+  peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+  x = x / jnp.where(peak > 0, peak, 1.0)
+  length = _norm(x)
+  return x / jnp.where(length > 0, length, 1.0), length, peak
+
+
+def geometry(e: jax.Array, q: jax.Array) -> Geometry:
+  """Directions, scale and degenerate cases of vectors e and codes q [..., D].
+
+  Args:
+    e: encoder outputs [..., D], any float dtype.
+    q: their codes, the same shape.
+
+  Returns:
+    `Geometry`, in float32, constant under differentiation.
+
+  Raises:
+    ValueError: the shapes differ.
+  """
+  _check_shapes(e, q)
+  e = jax.lax.stop_gradient(e).astype(jnp.float32)
+  q = jax.lax.stop_gradient(q).astype(jnp.float32)
+  u, e_length, e_peak = _direction(e)
+  v, q_length, q_peak = _direction(q)
+  usable = (e_length * e_peak >= MIN_NORM) & (q_length * q_peak >= MIN_NORM)
+  peaks = jnp.where(usable, q_peak / jnp.where(usable, e_peak, 1.0), 1.0)
+  lengths = jnp.where(usable, q_length / jnp.where(usable, e_length, 1.0), 1.0)
+  s = u + v
+  antipodal = usable & (0.5 * _dot(s, s) <= EPS)
+  return Geometry(u, v, peaks * lengths, usable, antipodal)
+
+
+def _householder(axis, x):
+  """Reflection (I - 2 a a^T) x, a = axis/|axis|; x itself where axis is 0."""
+  square = _dot(axis, axis)
+  scale = jnp.where(square > 0, 2 / jnp.where(square > 0, square, 1.0), 0.0)
+  return x - axis * (scale * _dot(axis, x))
+
+
+def _rotation(de, e, q, max_scale):
+  """lambda R de, R = (I - 2 w w^T)(I - 2 u u^T), w = (u + v)/|u + v|.
+
+  The first reflection carries u onto -u, the second -u onto v; everything
+  orthogonal to u and v is left alone, so R is the shortest rotation from u to
+  v, and R -> I as q -> e. Multiplied out, R = I - 2 w w^T + 2 v u^T; as two
+  reflections it stays orthogonal to rounding even near antipodes.
+  """
+  g = geometry(e, q)
+  turned = _householder(g.u + g.v, _householder(g.u, de))
+  return jnp.where(g.no_rotation, de, jnp.minimum(g.scale, max_scale) * turned)
+
+
+def _reflection(de, e, q, max_scale):
+  """lambda (I - 2 r r^T) de; r = 0 where u and v agree to rounding."""
+  g = geometry(e, q)
+  r = g.u - g.v
+  r = jnp.where(_dot(r, r) > (2 * EPS) ** 2, r, 0.0)
+  turned = _householder(r, de)
+  return jnp.where(g.usable, jnp.minimum(g.scale, max_scale) * turned, de)
+
+
+def _identity(de, e, q, max_scale):
+  del e, q, max_scale
+  return de
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _pass_through(e, q, linear_map, max_scale):
+  """q, with linear_map(de) as its differential in e and none in q."""
+  del e, linear_map, max_scale
+  return q
+
+
+@_pass_through.defjvp
+def _pass_through_jvp(linear_map, max_scale, primals, tangents):
+  e, q = primals
+  tangent = linear_map(tangents[0].astype(jnp.float32), e, q, max_scale)
+  return q, tangent.astype(q.dtype)
+
+
+def _check_max_scale(max_scale):
+  if not max_scale > 0:
+    raise ValueError(
+      f'expected max_scale > 0 (a bound on |q|/|e|), got {max_scale}; the '
+      'default is 10'
+    )
+
+
+def rotate(e: jax.Array, q: jax.Array, *, max_scale: float = 10.0) -> jax.Array:
+  """q, whose gradient reaches e through the rotation that carries e onto q.
+
+  dL/de = lambda R^T g with g = dL/d(quantized), lambda = min(|q|/|e|,
+  max_scale) and R = I - 2 w w^T + 2 v u^T, w = (u + v)/|u + v|: the paper's
+  rotation and rescaling, in the form of Fifty et al., ICLR 2025
+  (arXiv:2410.06424). No gradient reaches q.
+
+  Args:
+    e: encoder outputs [..., D], any float dtype.
+    q: their codes [..., D].
+    max_scale: upper bound of lambda, > 0.
+
+  Returns:
+    q, unchanged to the bit, [..., D] in q's dtype.
+
+  Raises:
+    ValueError: the shapes differ or max_scale is not positive.
+  """
+  _check_max_scale(max_scale)
+  _check_shapes(e, q)
+  return _pass_through(e, q, _rotation, max_scale)
+
+
+def reflect(
+  e: jax.Array, q: jax.Array, *, max_scale: float = 10.0
+) -> jax.Array:
+  """q, whose gradient reaches e through one Householder reflection (eq. 4).
+
+  dL/de = lambda (g - 2 r (r.g)), r = (u - v)/|u - v|. This is the paper's
+  equation to the letter. It carries e onto q as the rotation does, but it is a
+  reflection (determinant -1): the gradient along u - v changes sign, however
+  near e is to q.
+
+  Args:
+    e: encoder outputs [..., D], any float dtype.
+    q: their codes [..., D].
+    max_scale: upper bound of lambda, > 0.
+
+  Returns:
+    q, unchanged to the bit, [..., D] in q's dtype.
+
+  Raises:
+    ValueError: the shapes differ or max_scale is not positive.
+  """
+  _check_max_scale(max_scale)
+  _check_shapes(e, q)
+  return _pass_through(e, q, _reflection, max_scale)
+
+
+def straight_through(e: jax.Array, q: jax.Array) -> jax.Array:
+  """q, whose gradient reaches e unchanged (eq. 7): dL/de = g.
+
+  The usual spelling e + stop_gradient(q - e) has the same gradient, but its
+  value is q only up to rounding.
+
+  Args:
+    e: encoder outputs [..., D], any float dtype.
+    q: their codes [..., D].
+
+  Returns:
+    q, unchanged to the bit, [..., D] in q's dtype.
+
+  Raises:
+    ValueError: the shapes differ.
+  """
+  _check_shapes(e, q)
+  return _pass_through(e, q, _identity, 1.0)

@@ -1,0 +1,393 @@
+"""`VectorQuantizer`: the linen layer that owns the collection 'codebook'."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rvq_jax.quantize import codebook as cb
+from rvq_jax.quantize import gradients
+from rvq_jax.quantize.search import nearest_codes
+
+ESTIMATORS = ('rotation', 'reflection', 'ste')
+LOSS_FORMS = ('two_weights', 'paper_eq5', 'paper_eq8')
+INITS = ('data', 'normal')
+
+
+@flax.struct.dataclass
+class QuantizerOutput:
+  """What a quantizer returns for inputs [..., C].
+
+  Attributes:
+    quantized: the codes in place of the inputs, [..., C] in the input's dtype.
+    ids: index of each code, [...] int32.
+    loss: weighted commitment and codebook loss, float32 scalar.
+    counts: how often each code was chosen in the global batch, float32 [K].
+    metrics: name -> float32 scalar over this device's batch; see
+      `VectorQuantizer`.
+  """
+
+  quantized: jax.Array
+  ids: jax.Array
+  loss: jax.Array
+  counts: jax.Array
+  metrics: dict[str, jax.Array]
+
+
+def validate(**arguments: Any) -> None:
+  """Raises ValueError for a `VectorQuantizer` argument out of its range.
+
+  Args:
+    **arguments: arguments of `VectorQuantizer` by name; others are ignored.
+
+  Raises:
+    ValueError: one line with what was expected and what came.
+  """
+  choices = {
+    'estimator': ESTIMATORS,
+    'loss_form': LOSS_FORMS,
+    'init_from': INITS,
+  }
+  ranges = {
+    'codebook_size': (1, 2**31 - 1),
+    'code_dim': (1, 2**20),
+    'decay': (0.0, 1.0),
+    'eps': (1e-30, 1.0),
+    'commitment_weight': (0.0, float('inf')),
+    'codebook_weight': (0.0, float('inf')),
+    'dead_code_threshold': (0.0, float('inf')),
+    'max_scale': (1e-30, float('inf')),
+  }
+  whole = ('codebook_size', 'code_dim')
+  for name, value in arguments.items():
+    if name in choices and value not in choices[name]:
+      raise ValueError(
+        f'{name}: expected one of {", ".join(choices[name])}; got {value!r}'
+      )
+    if name not in ranges or (name == 'code_dim' and value is None):
+      continue
+    low, high = ranges[name]
+    kind = int if name in whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind):
+      wanted = 'a whole number' if name in whole else 'a number'
+      raise ValueError(f'{name}: expected {wanted}, got {value!r}')
+    if not low <= value <= high:
+      raise ValueError(
+        f'{name}: expected a value from {low:g} to {high:g}, got {value!r}'
+      )
+
+
+def _unit(x):
+  """x/|x| along the last axis; zero stays zero, also in the gradient."""
+  square = jnp.sum(x * x, axis=-1, keepdims=True)
+  safe = jnp.where(square > 0, square, 1.0)
+  return jnp.where(square > 0, x * jax.lax.rsqrt(safe), 0.0)
+
+
+class VectorQuantizer(nn.Module):
+  """Replaces each input vector by the nearest of K codes (paper 3.2, 3.4).
+
+  Everything inside is float32, whatever the dtype of the input. The value of
+  `quantized` is the codes to the bit for every estimator.
+
+  With `ema=True` the codes live in the collection 'codebook' (`embedding`
+  [K, D], `cluster_size` [K], `embedding_sum` [K, D]) and move by
+  `codebook.ema_update`; call with `train=True` and `mutable=['codebook']`. With
+  `ema=False` the codes are the parameter `embedding`, trained by the codebook
+  loss. Evaluation (`train=False`) and `init` write nothing.
+
+  Codes whose `cluster_size` falls under `dead_code_threshold` times the mean
+  count N/K are put onto vectors of the batch. The draw uses the rng stream
+  'codebook' where one is given (the same key on every device), else a key
+  derived from the codebook itself.
+
+  `metrics` holds: quantization_error (mean squared, per number),
+  commitment_loss, codebook_loss, usage and perplexity (of this batch alone: N
+  vectors cannot use more than N codes), dead_codes (share of codes under the
+  threshold), replaced_codes (number), mean_angle (degrees between e and q),
+  fallback_share (vectors without a rotation), encoder_norm and code_norm (mean
+  |e| and |q|).
+
+  Attributes:
+    codebook_size: K, number of codes.
+    code_dim: D, numbers in a code. Where it differs from the input's channels
+      a linear projection leads in and another out. None: the input's channels.
+    estimator: 'rotation', 'reflection' (eq. 4) or 'ste' (eq. 7).
+    ema: codes move by moving average rather than by gradient.
+    decay: alpha of the moving average (eq. 6), in [0, 1].
+    eps: Laplace smoothing of the cluster sizes.
+    commitment_weight: weight of MSE(e, sg(q)), which moves the encoder.
+    codebook_weight: weight of MSE(sg(e), q), which moves the codes; used only
+      when ema is False.
+    loss_form: 'two_weights' as above; 'paper_eq5' MSE(q, e) + beta
+      MSE(q, sg(e)); 'paper_eq8' beta/2 |e - sg(q)|^2 summed over D, with beta
+      = commitment_weight.
+    cosine: inputs and codes are scaled to unit norm first.
+    dead_code_threshold: fraction of the mean count N/K; 0 never replaces.
+    init_from: 'data': the first training batch fills the codebook; until then
+      cluster_size is 0. 'normal': Gaussian codes of norm about 1 that expect
+      the count N/K of the batch given to `init`. Without ema always 'normal'.
+    max_scale: upper bound of |q|/|e| in the gradient.
+    axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
+  """
+
+  codebook_size: int
+  code_dim: int | None = None
+  estimator: str = 'rotation'
+  ema: bool = True
+  decay: float = 0.99
+  eps: float = 1e-5
+  commitment_weight: float = 0.25
+  codebook_weight: float = 1.0
+  loss_form: str = 'two_weights'
+  cosine: bool = False
+  dead_code_threshold: float = 0.5
+  init_from: str = 'data'
+  max_scale: float = 10.0
+  axis_name: Any = None
+
+  @nn.compact
+  def __call__(
+    self,
+    z: jax.Array,
+    *,
+    train: bool = False,
+    mask: jax.Array | None = None,
+  ) -> QuantizerOutput:
+    """Quantizes z.
+
+    Args:
+      z: inputs [..., C], float.
+      train: move the codebook (writes the collection 'codebook').
+      mask: positions that count [...], bool. The others are quantized too, but
+        stay out of counts, losses, metrics and the codebook.
+
+    Returns:
+      `QuantizerOutput`.
+
+    Raises:
+      ValueError: an argument is out of range, z is not a float array, or the
+        mask does not fit.
+    """
+    validate(**{name: getattr(self, name) for name in self.__annotations__})
+    if z.ndim < 1 or not jnp.issubdtype(z.dtype, jnp.floating):
+      raise ValueError(f'expected float [..., C], got {z.dtype} {z.shape}')
+    if mask is not None and mask.shape != z.shape[:-1]:
+      raise ValueError(
+        f'expected a mask {z.shape[:-1]} for inputs {z.shape}, got {mask.shape}'
+      )
+    channels = z.shape[-1]
+    dim = self.code_dim or channels
+    e = z.astype(jnp.float32)
+    if dim != channels:
+      e = nn.Dense(dim, name='project_in')(e)
+    e = e.reshape(-1, dim)
+    if self.cosine:
+      e = _unit(e)
+    rows = jnp.ones(e.shape[0], bool) if mask is None else mask.reshape(-1)
+
+    book, write = self._codebook(dim, e.shape[0])
+    updating = train and self.ema and not self.is_initializing()
+    if updating:
+      book = self._fill(book, e, rows)
+    ids = nearest_codes(e, book.embedding)
+    q = jnp.take(book.embedding, ids, axis=0)
+    estimate = {
+      'rotation': lambda: gradients.rotate(e, q, max_scale=self.max_scale),
+      'reflection': lambda: gradients.reflect(e, q, max_scale=self.max_scale),
+      'ste': lambda: gradients.straight_through(e, q),
+    }
+    quantized = estimate[self.estimator]()
+    loss, metrics = self._losses(e, q, rows)
+    counts = cb.count_codes(
+      ids,
+      self.codebook_size,
+      valid=cb.valid_rows(e, rows),
+      axis_name=None if self.is_initializing() else self.axis_name,
+    )
+    metrics |= self._health(e, q, rows, counts, book)
+    if updating:
+      book, replaced = self._update(book, e, ids, rows)
+      metrics['replaced_codes'] = replaced.astype(jnp.float32)
+      write(book)
+    quantized = quantized.reshape(z.shape[:-1] + (dim,))
+    if dim != channels:
+      quantized = nn.Dense(channels, name='project_out')(quantized)
+    return QuantizerOutput(
+      quantized.astype(z.dtype),
+      ids.reshape(z.shape[:-1]),
+      loss,
+      counts,
+      metrics,
+    )
+
+  def codes_from_ids(self, ids: jax.Array) -> jax.Array:
+    """The quantized vectors that ids stand for: `quantized` of the forward.
+
+    Args:
+      ids: code indices [...], int, each in [0, K).
+
+    Returns:
+      [..., C], float32.
+    """
+    source = 'codebook' if self.ema else 'params'
+    embedding = self.get_variable(source, 'embedding')
+    if not self.ema and self.cosine:
+      embedding = _unit(embedding)
+    codes = jnp.take(embedding, ids, axis=0)
+    if self.has_variable('params', 'project_out'):
+      dense = self.get_variable('params', 'project_out')
+      codes = codes @ dense['kernel'] + dense['bias'].reshape(
+        (1,) * ids.ndim + (-1,)
+      )
+    return codes
+
+  def _codebook(self, dim, batch):
+    """The codebook, and how to write it back. Declares its variables."""
+    size = self.codebook_size
+
+    def draw(key, shape):
+      codes = jax.random.normal(key, shape, jnp.float32) * shape[1] ** -0.5
+      return _unit(codes) if self.cosine else codes
+
+    if not self.ema:
+      embedding = self.param('embedding', draw, (size, dim))
+      if self.cosine:
+        embedding = _unit(embedding)
+      empty = jnp.zeros(size, jnp.float32)
+      return cb.Codebook(embedding, empty, empty[:, None]), None
+    variable = self.variable(
+      'codebook',
+      'embedding',
+      lambda: draw(self.make_rng('params'), (size, dim)),
+    )
+    expected = 0.0 if self.init_from == 'data' else batch / size
+    start = lambda: cb.Codebook.create(variable.value, expected)  # noqa: E731
+    variables = cb.Codebook(
+      variable,
+      self.variable('codebook', 'cluster_size', lambda: start().cluster_size),
+      self.variable('codebook', 'embedding_sum', lambda: start().embedding_sum),
+    )
+
+    def write(book):
+      variables.embedding.value = book.embedding
+      variables.cluster_size.value = book.cluster_size
+      variables.embedding_sum.value = book.embedding_sum
+
+    return cb.Codebook(*(v.value for v in _fields(variables))), write
+
+  def _key(self, book):
+    if self.has_rng('codebook'):
+      return self.make_rng('codebook')
+    bits = jax.lax.bitcast_convert_type(jnp.sum(book.embedding_sum), jnp.uint32)
+    return jax.random.fold_in(jax.random.key(0), bits)
+
+  def _expected_size(self, e, rows):
+    total = jnp.sum(cb.valid_rows(e, rows).astype(jnp.float32))
+    if self.axis_name is not None:
+      total = jax.lax.psum(total, self.axis_name)
+    return total / self.codebook_size
+
+  def _fill(self, book, e, rows):
+    """Before the first step: codes onto rows; those without one stay dead."""
+    if self.init_from != 'data':
+      return book
+
+    def fill(book):
+      return cb.replace_codes(
+        book,
+        jnp.ones(self.codebook_size, bool),
+        jax.random.fold_in(self._key(book), 1),
+        e,
+        expected_size=self._expected_size(e, rows),
+        axis_name=self.axis_name,
+        mask=rows,
+      )[0]
+
+    untouched = jnp.sum(book.cluster_size) == 0
+    return jax.lax.cond(untouched, fill, lambda book: book, book)
+
+  def _update(self, book, e, ids, rows):
+    key = self._key(book)
+    book = cb.ema_update(
+      book,
+      e,
+      ids,
+      decay=self.decay,
+      eps=self.eps,
+      axis_name=self.axis_name,
+      mask=rows,
+    )
+    if self.cosine:
+      book = book.replace(embedding=_unit(book.embedding))
+    replaced = jnp.zeros((), jnp.int32)
+    if self.dead_code_threshold > 0:
+      expected = self._expected_size(e, rows)
+      book, replaced = cb.replace_codes(
+        book,
+        book.cluster_size < self.dead_code_threshold * expected,
+        key,
+        e,
+        expected_size=expected,
+        axis_name=self.axis_name,
+        mask=rows,
+      )
+    return book, replaced
+
+  def _losses(self, e, q, rows):
+    """Commitment and codebook loss, in the form that `loss_form` names."""
+    weight = rows.astype(jnp.float32)[:, None]
+    numbers = jnp.maximum(jnp.sum(weight), 1.0) * e.shape[1]
+
+    def mse(a, b):
+      return jnp.sum(jnp.where(weight > 0, (a - b) ** 2, 0.0)) / numbers
+
+    stop = jax.lax.stop_gradient
+    to_encoder = mse(e, stop(q))
+    to_codes = mse(stop(e), q)
+    beta = self.commitment_weight
+    if self.loss_form == 'two_weights':
+      loss = beta * to_encoder
+      if not self.ema:
+        loss += self.codebook_weight * to_codes
+    elif self.loss_form == 'paper_eq5':
+      loss = mse(q, e) + beta * mse(q, stop(e))
+    else:
+      loss = 0.5 * beta * e.shape[1] * to_encoder
+    return loss, {
+      'quantization_error': stop(to_encoder),
+      'commitment_loss': stop(beta * to_encoder),
+      'codebook_loss': stop(to_codes),
+    }
+
+  def _health(self, e, q, rows, counts, book):
+    """Scalars that show how the codebook fares; see docs/codebook_health.md."""
+    e, q = jax.lax.stop_gradient((e, q))
+    weight = cb.valid_rows(e, rows).astype(jnp.float32)
+
+    def mean(x):
+      total = jnp.sum(jnp.where(weight > 0, x.reshape(-1), 0.0))
+      return total / jnp.maximum(jnp.sum(weight), 1.0)
+
+    p = counts / jnp.maximum(jnp.sum(counts), 1.0)
+    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0))
+    view = gradients.geometry(e, q)
+    metrics = {
+      'usage': jnp.mean((counts > 0).astype(jnp.float32)),
+      'perplexity': jnp.exp(entropy),
+      'mean_angle': jnp.rad2deg(mean(view.angle)),
+      'fallback_share': mean(view.no_rotation.astype(jnp.float32)),
+      'encoder_norm': mean(jnp.linalg.norm(e, axis=1)),
+      'code_norm': mean(jnp.linalg.norm(q, axis=1)),
+    }
+    if self.ema:
+      expected = jnp.sum(counts) / self.codebook_size
+      dead = book.cluster_size < self.dead_code_threshold * expected
+      metrics['dead_codes'] = jnp.mean(dead.astype(jnp.float32))
+    return metrics
+
+
+def _fields(book):
+  return book.embedding, book.cluster_size, book.embedding_sum
