@@ -1,0 +1,115 @@
+"""The whole VQ-VAE: encoder, quantizer, decoder."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rvq_jax.models.decoder import Decoder
+from rvq_jax.models.encoder import Encoder
+from rvq_jax.quantize.vector_quantizer import QuantizerOutput, VectorQuantizer
+
+
+@flax.struct.dataclass
+class VQVAEOutput:
+  """What the forward pass returns.
+
+  Attributes:
+    reconstruction: images [B, h, w, 3], float32 in [-1, 1].
+    quantizer: the quantizer's output; its ids are [B, H, W].
+  """
+
+  reconstruction: jax.Array
+  quantizer: QuantizerOutput
+
+
+class VQVAE(nn.Module):
+  """Images to a grid of integers and back (paper figure 1).
+
+  Collections: params, batch_stats, codebook.
+
+  Attributes:
+    widths: channels of the encoder's convolutions.
+    factor: image side over latent side: 4, 8, 16.
+    num_res_blocks: residual blocks in the encoder and in the decoder.
+    num_heads: attention heads of the decoder.
+    code_dim: D, channels of the latents.
+    quantizer: arguments of `VectorQuantizer` other than code_dim and
+      axis_name.
+    dtype: compute dtype of encoder and decoder, float32 or bfloat16.
+    axis_name: mapped axis of `pmap` or `shard_map`.
+  """
+
+  widths: tuple[int, ...] = (64, 128, 256)
+  factor: int = 8
+  num_res_blocks: int = 6
+  num_heads: int = 8
+  code_dim: int = 256
+  quantizer: Any = flax.core.FrozenDict(codebook_size=16384)
+  dtype: Any = jnp.float32
+  axis_name: Any = None
+
+  def setup(self):
+    """Declares the three parts."""
+    shared = {
+      'widths': tuple(self.widths),
+      'factor': self.factor,
+      'num_res_blocks': self.num_res_blocks,
+      'dtype': self.dtype,
+      'axis_name': self.axis_name,
+    }
+    self.encoder = Encoder(code_dim=self.code_dim, **shared)
+    self.vq = VectorQuantizer(
+      code_dim=self.code_dim, axis_name=self.axis_name, **self.quantizer
+    )
+    self.decoder = Decoder(num_heads=self.num_heads, **shared)
+
+  def __call__(
+    self,
+    images: jax.Array,
+    *,
+    train: bool = False,
+    mask: jax.Array | None = None,
+  ) -> VQVAEOutput:
+    """Reconstructs images.
+
+    Args:
+      images: [B, h, w, 3], float in [-1, 1]; factor divides h and w.
+      train: batch statistics and codebook move (collections 'batch_stats' and
+        'codebook' must be mutable).
+      mask: images that count [B], bool; the others stay out of the quantizer's
+        counts, losses and metrics.
+
+    Returns:
+      `VQVAEOutput`.
+
+    Raises:
+      ValueError: the images have another shape.
+    """
+    z = self.latents(images, train=train)
+    if mask is not None:
+      mask = jnp.broadcast_to(mask[:, None, None], z.shape[:-1])
+    out = self.vq(z, train=train, mask=mask)
+    return VQVAEOutput(self.decoder(out.quantized, train=train), out)
+
+  def latents(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    """Encoder outputs z [B, H, W, D] before quantization."""
+    shape = images.shape
+    if len(shape) != 4 or shape[-1] != 3:
+      raise ValueError(f'expected images [B, h, w, 3], got {shape}')
+    if shape[1] % self.factor or shape[2] % self.factor or 0 in shape:
+      raise ValueError(
+        f'expected images whose sides are multiples of {self.factor}, got '
+        f'{shape[1]}x{shape[2]}; crop or pad them'
+      )
+    return self.encoder(images, train=train)
+
+  def encode(self, images: jax.Array) -> jax.Array:
+    """Token ids [B, H, W] int32 of images [B, h, w, 3] in [-1, 1]."""
+    return self.vq(self.latents(images)).ids
+
+  def decode(self, ids: jax.Array) -> jax.Array:
+    """Images [B, h, w, 3] in [-1, 1] of token ids [B, H, W]."""
+    return self.decoder(self.vq.codes_from_ids(ids))
