@@ -1,0 +1,138 @@
+"""Image and code metrics, each with the definition that its name hides.
+
+Images: `mse` is on the model's scale [-1, 1] and `mse_01` on [0, 1], a quarter
+of it; both on the unrounded output. PSNR and SSIM are computed an image at a
+time after clipping and rounding to uint8, as files would hold them, and then
+averaged.
+
+Codes: from counts summed over the whole split, never a mean over batches.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rvq_jax.data.transforms import to_uint8
+
+SSIM_VARIANT = (
+  'Wang et al. 2004: Gaussian window 11x11, sigma 1.5, K1 0.01, K2 0.03, '
+  'population variance, RGB channels averaged, valid windows only, uint8'
+)
+_WINDOW, _SIGMA = 11, 1.5
+
+
+def squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Mean squared error of each image, on the scale of the input.
+
+  Args:
+    x: images [B, h, w, 3].
+    y: images [B, h, w, 3].
+
+  Returns:
+    [B], float32.
+  """
+  return jnp.mean((x - y).astype(jnp.float32) ** 2, axis=(1, 2, 3))
+
+
+def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Peak signal-to-noise ratio of each image in dB, after rounding to uint8.
+
+  10 log10(255^2 / MSE). Equal images have no finite PSNR; they get that of an
+  error of one level in a single number of the image.
+
+  Args:
+    x: images [B, h, w, 3] in [-1, 1].
+    y: images [B, h, w, 3] in [-1, 1].
+
+  Returns:
+    [B], float32.
+  """
+  x, y = (to_uint8(image).astype(jnp.float32) for image in (x, y))
+  floor = 1.0 / math.prod(x.shape[1:])
+  return 10 * jnp.log10(255.0**2 / jnp.maximum(squared_error(x, y), floor))
+
+
+def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Structural similarity of each image; see `SSIM_VARIANT`.
+
+  Args:
+    x: images [B, h, w, 3] in [-1, 1], sides of at least 11 pixels.
+    y: images [B, h, w, 3] in [-1, 1].
+
+  Returns:
+    [B], float32; NaN for images smaller than the window.
+  """
+  if min(x.shape[1:3]) < _WINDOW:
+    return jnp.full(x.shape[0], jnp.nan, jnp.float32)
+  x, y = (to_uint8(image).astype(jnp.float32) for image in (x, y))
+  grid = np.arange(_WINDOW) - _WINDOW // 2
+  window = np.exp(-0.5 * (grid / _SIGMA) ** 2)
+  window = jnp.asarray(window / window.sum(), jnp.float32)
+
+  def blur(image):
+    for axis in (1, 2):
+      size = image.shape[axis] - _WINDOW + 1
+      image = sum(
+        window[i] * jax.lax.slice_in_dim(image, i, i + size, axis=axis)
+        for i in range(_WINDOW)
+      )
+      # Else XLA fuses the passes and computes the first 11 times.
+      image = jax.lax.optimization_barrier(image)
+    return image
+
+  mean_x, mean_y = blur(x), blur(y)
+  var_x = blur(x * x) - mean_x**2
+  var_y = blur(y * y) - mean_y**2
+  cov = blur(x * y) - mean_x * mean_y
+  c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+  index = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
+  index /= (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+  return jnp.mean(index, axis=(1, 2, 3))
+
+
+def code_statistics(counts) -> dict[str, float]:
+  """How evenly the codes are used, from counts over a whole split.
+
+  Args:
+    counts: how often each code was chosen, [K].
+
+  Returns:
+    usage (share of codes chosen at least once), perplexity (exp of the entropy
+    of the code frequencies, at most K; higher is more even), perplexity_ratio
+    (perplexity / K) and entropy_bits (the entropy, bits a token).
+  """
+  counts = np.asarray(counts, np.float64)
+  p = counts / max(counts.sum(), 1.0)
+  p = p[p > 0]
+  entropy = float(-(p * np.log(p)).sum())
+  return {
+    'usage': float((counts > 0).mean()),
+    'perplexity': math.exp(entropy),
+    'perplexity_ratio': math.exp(entropy) / counts.size,
+    'entropy_bits': entropy / math.log(2),
+  }
+
+
+def bit_rates(
+  tokens: int, pixels: int, codebook_size: int, entropy_bits: float
+) -> dict[str, float]:
+  """Bits that an image's tokens cost.
+
+  Args:
+    tokens: tokens an image.
+    pixels: pixels an image.
+    codebook_size: K.
+    entropy_bits: bits a token at the codes' frequencies.
+
+  Returns:
+    bits_per_image and bits_per_pixel with log2 K bits a token (fixed length),
+    and entropy_bits_per_pixel with an ideal entropy code.
+  """
+  fixed = tokens * math.log2(codebook_size)
+  return {
+    'bits_per_image': fixed,
+    'bits_per_pixel': fixed / pixels,
+    'entropy_bits_per_pixel': tokens * entropy_bits / pixels,
+  }

@@ -1,0 +1,78 @@
+"""AdamW with cosine annealing (paper 4.1)."""
+
+import jax
+import optax
+
+SCHEDULES = ('cosine', 'constant')
+
+
+def make_schedule(
+  learning_rate: float,
+  *,
+  num_steps: int,
+  warmup_steps: int = 0,
+  schedule: str = 'cosine',
+) -> optax.Schedule:
+  """Learning rate by step: linear warm-up, then cosine to 0 or constant.
+
+  Args:
+    learning_rate: its highest value.
+    num_steps: steps of the run, warm-up included.
+    warmup_steps: steps of linear warm-up from 0.
+    schedule: 'cosine' or 'constant'.
+
+  Returns:
+    step -> learning rate.
+
+  Raises:
+    ValueError: the schedule is unknown, or the warm-up longer than the run.
+  """
+  if schedule not in SCHEDULES:
+    raise ValueError(
+      f'schedule: expected one of {", ".join(SCHEDULES)}; got {schedule!r}'
+    )
+  if warmup_steps >= num_steps and warmup_steps > 0:
+    raise ValueError(
+      f'warmup_steps: expected less than the {num_steps} steps of the run, '
+      f'got {warmup_steps}'
+    )
+  if schedule == 'cosine':
+    main = optax.cosine_decay_schedule(learning_rate, num_steps - warmup_steps)
+  else:
+    main = optax.constant_schedule(learning_rate)
+  if not warmup_steps:
+    return main
+  warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+  return optax.join_schedules([warmup, main], [warmup_steps])
+
+
+def decay_mask(params):
+  """True for the kernels, which decay; BatchNorm, biases and codes do not."""
+
+  def is_kernel(path, leaf):
+    del leaf
+    return path[-1].key == 'kernel'
+
+  return jax.tree_util.tree_map_with_path(is_kernel, params)
+
+
+def make_optimizer(
+  schedule: optax.Schedule,
+  *,
+  weight_decay: float = 0.01,
+  clip_norm: float = 0.0,
+) -> optax.GradientTransformation:
+  """AdamW (beta 0.9, 0.999) with decay on kernels only.
+
+  Args:
+    schedule: step -> learning rate.
+    weight_decay: decoupled weight decay.
+    clip_norm: upper bound of the global gradient norm; 0 does not clip.
+
+  Returns:
+    An optax transformation.
+  """
+  adamw = optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask)
+  if clip_norm > 0:
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+  return adamw

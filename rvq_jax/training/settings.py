@@ -1,0 +1,223 @@
+"""The one place that knows which fields a config has and what they may hold.
+
+`ml_collections` takes `codebook_size=-5` or `widths=32` without a word, so
+every value is checked here, before anything is built.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from rvq_jax.models.encoder import stage_plan
+from rvq_jax.models.vqvae import VQVAE
+from rvq_jax.quantize import vector_quantizer
+from rvq_jax.training.optimizer import SCHEDULES
+
+
+class Field(NamedTuple):
+  """What a config field may hold.
+
+  Attributes:
+    kind: int, float, bool, str or tuple (of ints).
+    low: least value.
+    high: greatest value.
+    choices: allowed values, or None.
+    optional: None is allowed.
+    resumable: may differ from the config that a run was started with.
+  """
+
+  kind: type
+  low: float = -float('inf')
+  high: float = float('inf')
+  choices: tuple | None = None
+  optional: bool = False
+  resumable: bool = False
+
+
+_COUNT = Field(int, 1, 2**31 - 1)
+_FREE_COUNT = Field(int, 0, 2**31 - 1, resumable=True)
+_QUANTIZER = {
+  'codebook_size': _COUNT,
+  'estimator': Field(str, choices=vector_quantizer.ESTIMATORS),
+  'ema': Field(bool),
+  'decay': Field(float, 0, 1),
+  'eps': Field(float, 1e-30, 1),
+  'commitment_weight': Field(float, 0),
+  'codebook_weight': Field(float, 0),
+  'loss_form': Field(str, choices=vector_quantizer.LOSS_FORMS),
+  'cosine': Field(bool),
+  'dead_code_threshold': Field(float, 0),
+  'init_from': Field(str, choices=vector_quantizer.INITS),
+  'max_scale': Field(float, 1e-30),
+}
+FIELDS = {
+  'seed': Field(int, 0, 2**31 - 1),
+  'batch_size': _COUNT,
+  'num_epochs': Field(int, 1, 10**7, resumable=True),
+  'num_steps': Field(int, 1, 2**31 - 1, optional=True, resumable=True),
+  'log_every': Field(int, 1, 2**31 - 1, resumable=True),
+  'eval_every': _FREE_COUNT,
+  'checkpoint_every': _FREE_COUNT,
+  'keep_checkpoints': Field(int, 1, 10**6, resumable=True),
+  'data.name': Field(str),
+  'data.data_dir': Field(str, optional=True, resumable=True),
+  'data.split': Field(str, choices=('paper', 'official')),
+  'data.image_size': Field(int, 1, 2**14),
+  'data.crop': Field(str, choices=('none', 'random', 'random_resized')),
+  'data.crop_scale': Field(float, 1e-3, 1),
+  'data.flip': Field(bool),
+  'data.in_memory': Field(str, choices=('auto', 'yes', 'no')),
+  'data.num_workers': Field(int, 0, 1024, resumable=True),
+  'model.widths': Field(tuple),
+  'model.factor': Field(int, choices=(2, 4, 8, 16, 32, 64)),
+  'model.num_res_blocks': Field(int, 0, 1000),
+  'model.num_heads': _COUNT,
+  'model.code_dim': Field(int, 1, 2**20),
+  'model.dtype': Field(str, choices=('float32', 'bfloat16')),
+  **{f'model.{name}': field for name, field in _QUANTIZER.items()},
+  'optimizer.learning_rate': Field(float, 0),
+  'optimizer.weight_decay': Field(float, 0),
+  'optimizer.schedule': Field(str, choices=SCHEDULES),
+  'optimizer.warmup_steps': Field(int, 0, 2**31 - 1),
+  'optimizer.clip_norm': Field(float, 0),
+  'optimizer.params_ema': Field(float, 0, 0.9999999),
+}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """{'model.factor': 8, ...} of a nested config, in order."""
+  flat = {}
+  for name, value in config.items():
+    if isinstance(value, Mapping) or hasattr(value, 'items'):
+      flat |= flatten(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def _fault(name, value, field):
+  """What is wrong with a value, or None."""
+  if value is None:
+    return None if field.optional else 'a value'
+  if field.kind is tuple:
+    whole = isinstance(value, list) and value
+    if not whole or any(type(v) is not int or v < 1 for v in value):
+      return 'whole numbers above 0, as (64, 128, 256)'
+    return None
+  kind = (int, float) if field.kind is float else field.kind
+  if not isinstance(value, kind) or (
+    isinstance(value, bool) and field.kind is not bool
+  ):
+    names = {int: 'a whole number', float: 'a number', str: 'text'}
+    return names.get(field.kind, 'True or False')
+  if field.choices and value not in field.choices:
+    return f'one of {", ".join(map(str, field.choices))}'
+  if field.kind in (int, float) and not field.low <= value <= field.high:
+    if field.high == float('inf') or field.high >= 2**31 - 1:
+      return f'at least {field.low:g}'
+    return f'a value from {field.low:g} to {field.high:g}'
+  if field.kind is float and value in (float('inf'), float('-inf')):
+    return 'a finite number'
+  return None
+
+
+def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Checks every field of a config.
+
+  Args:
+    config: nested mapping or ConfigDict.
+
+  Returns:
+    The config as flat JSON values.
+
+  Raises:
+    ValueError: one line that names the field, what was expected and what came.
+  """
+  flat = flatten(config)
+  for name in flat:
+    if name not in FIELDS:
+      near = difflib.get_close_matches(name, FIELDS, n=1)
+      hint = f'; did you mean config.{near[0]}?' if near else ''
+      raise ValueError(f'config.{name}: no such field{hint}')
+  for name, field in FIELDS.items():
+    if name not in flat:
+      raise ValueError(f'config.{name}: missing; see configs/cifar10.py')
+    fault = _fault(name, flat[name], field)
+    if fault:
+      raise ValueError(f'config.{name}: expected {fault}, got {flat[name]!r}')
+  _check_together(flat)
+  return flat
+
+
+def _check_together(flat):
+  size, factor = flat['data.image_size'], flat['model.factor']
+  if size % factor:
+    raise ValueError(
+      f'config.data.image_size: expected a multiple of model.factor, {factor}, '
+      f'got {size}'
+    )
+  channels = stage_plan(flat['model.widths'], factor)[-1][0]
+  if channels % flat['model.num_heads']:
+    raise ValueError(
+      f'config.model.num_heads: expected a divisor of the last width '
+      f'{channels}, got {flat["model.num_heads"]}'
+    )
+  if flat['data.in_memory'] == 'yes' and flat['data.crop'] != 'none':
+    raise ValueError(
+      "config.data.in_memory: expected 'auto' or 'no' with data.crop = "
+      f"{flat['data.crop']!r} (a set in memory is cropped once), got 'yes'"
+    )
+
+
+def check_devices(batch_size: int, devices: int) -> None:
+  """Raises ValueError unless the devices divide the batch."""
+  if batch_size % devices:
+    raise ValueError(
+      f'config.batch_size: expected a multiple of the {devices} devices, got '
+      f'{batch_size}'
+    )
+
+
+def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
+  """Refuses to go on with another model, optimizer or data.
+
+  Args:
+    new: the flat config of this run.
+    old: the flat config that the checkpoint was made with.
+
+  Raises:
+    ValueError: lists each field that differs and must not.
+  """
+  missing = object()
+  differ = [
+    f'config.{name}: checkpoint {old.get(name)!r}, now {new.get(name)!r}'
+    for name in dict.fromkeys([*old, *new])
+    if old.get(name, missing) != new.get(name, missing)
+    and not (name in FIELDS and FIELDS[name].resumable)
+  ]
+  if differ:
+    raise ValueError(
+      'the checkpoint in this workdir was made with another config; use '
+      'another --workdir, or undo: ' + '; '.join(differ)
+    )
+
+
+def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
+  """The model that a checked flat config describes."""
+  model = {
+    name.removeprefix('model.'): value
+    for name, value in flat.items()
+    if name.startswith('model.')
+  }
+  quantizer = {name: model.pop(name) for name in _QUANTIZER}
+  model['widths'] = tuple(model['widths'])
+  model['dtype'] = jnp.dtype(model['dtype']).type
+  return VQVAE(quantizer=quantizer, axis_name=axis_name, **model)
+
+
+def to_json(flat: Mapping[str, Any]) -> str:
+  """The flat config as indented JSON text."""
+  return json.dumps(dict(flat), indent=2) + '\n'

@@ -1,0 +1,37 @@
+"""One axis 'data': the batch is split over it, everything else replicated."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def data_mesh(devices=None) -> Mesh:
+  """A mesh with the one axis 'data' over `devices` (default: all)."""
+  devices = jax.devices() if devices is None else devices
+  return Mesh(np.asarray(devices), ('data',), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Sharding of state: a full copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+  """Sharding of a batch: its first axis split over the devices."""
+  return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def shard_batch(batch, mesh: Mesh):
+  """Puts this process's share of a batch onto its devices.
+
+  Args:
+    batch: tree of arrays [B / processes, ...] on the host.
+    mesh: from `data_mesh`.
+
+  Returns:
+    The tree of global arrays [B, ...].
+  """
+  sharding = by_rows(mesh)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+  )

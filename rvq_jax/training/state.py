@@ -1,0 +1,83 @@
+"""What a run carries from step to step."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+  """The whole state of a run; every leaf is an array.
+
+  Attributes:
+    step: optimizer steps taken, int32.
+    params: trained parameters, float32.
+    batch_stats: running means and variances of BatchNorm.
+    codebook: the collection 'codebook'; empty with a learned codebook.
+    opt_state: the optimizer's state.
+    params_ema: moving average of params for evaluation, or None.
+    nonfinite_streak: steps skipped in a row because loss or gradient was not
+      finite, int32.
+  """
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  codebook: Any
+  opt_state: Any
+  params_ema: Any
+  nonfinite_streak: jax.Array
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """The model's collections with the parameters that training moves."""
+    return {
+      'params': self.params,
+      'batch_stats': self.batch_stats,
+      'codebook': self.codebook,
+    }
+
+  @property
+  def eval_variables(self) -> dict[str, Any]:
+    """The model's collections with averaged parameters where there are any."""
+    params = self.params if self.params_ema is None else self.params_ema
+    return self.variables | {'params': params}
+
+
+def create_state(
+  model,
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  *,
+  image_size: int,
+  params_ema: bool = False,
+) -> TrainState:
+  """The state before the first step; call under `jax.jit`.
+
+  Under `jit` every leaf gets a buffer of its own, which donation needs.
+
+  Args:
+    model: a `VQVAE` or a model with its call signature and collections.
+    optimizer: from `make_optimizer`.
+    key: random key of the initial parameters.
+    image_size: side of the training images in pixels.
+    params_ema: keep a moving average of the parameters.
+
+  Returns:
+    `TrainState` at step 0.
+  """
+  images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
+  variables = model.init(key, images, train=True)
+  params = variables['params']
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    batch_stats=variables.get('batch_stats', {}),
+    codebook=variables.get('codebook', {}),
+    opt_state=optimizer.init(params),
+    params_ema=jax.tree.map(jnp.copy, params) if params_ema else None,
+    nonfinite_streak=jnp.zeros((), jnp.int32),
+  )

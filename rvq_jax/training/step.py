@@ -1,0 +1,153 @@
+"""The train step and the evaluation step: pure functions of state and batch.
+
+The same functions run under `jit` with shardings (no axis name: the batch is
+global), and under `pmap` and `shard_map` (axis_name given to the step and to
+the model: each device holds its share of the batch).
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rvq_jax.data.transforms import random_flip, to_float
+from rvq_jax.evaluation import metrics
+from rvq_jax.training.state import TrainState
+
+
+def _mean(tree, axis_name):
+  return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def prepare_images(images: jax.Array) -> jax.Array:
+  """Images as the model takes them: uint8 becomes float32 in [-1, 1]."""
+  return to_float(images) if images.dtype == jnp.uint8 else images
+
+
+# THE TRAIN STEP
+def make_train_step(
+  model,
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int = 0,
+  flip: bool = True,
+  params_ema_decay: float = 0.0,
+  axis_name=None,
+):
+  """Builds `train_step(state, batch) -> (state, metrics)`.
+
+  One step minimises MSE(reconstruction, image) on [-1, 1] plus the quantizer's
+  loss (paper eq. 5). Randomness depends on (seed, step) and on an image's place
+  in the global batch alone, so any number of devices takes the same step. A
+  step whose loss or gradient is not finite leaves the whole state as it was,
+  to the bit, except for `step` and `nonfinite_streak`.
+
+  Args:
+    model: a `VQVAE`, made with the same axis_name.
+    optimizer: from `make_optimizer`.
+    seed: of flips and of the replacement of codes.
+    flip: mirror each image with probability 1/2.
+    params_ema_decay: of the averaged parameters, where the state has them.
+    axis_name: mapped axis under `pmap` or `shard_map`; None under `jit`.
+
+  Returns:
+    A function of a `TrainState` and {'image': [B, h, w, 3] uint8, or float in
+    [-1, 1]} that returns the next state and metrics: float32 scalars of the
+    global batch, and 'counts' [K].
+  """
+
+  def train_step(state: TrainState, batch):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    flip_key, codebook_key = jax.random.split(key)
+    images = prepare_images(batch['image'])
+    if flip:
+      images = random_flip(flip_key, images, axis_name=axis_name)
+
+    def loss_fn(params):
+      out, updates = model.apply(
+        state.variables | {'params': params},
+        images,
+        train=True,
+        mutable=['batch_stats', 'codebook'],
+        rngs={'codebook': codebook_key},
+      )
+      error = jnp.mean((out.reconstruction - images) ** 2)
+      # The mean over devices is taken of the loss, not of the gradient alone:
+      # under shard_map the gradient of a replicated parameter is a sum.
+      loss = _mean(error + out.quantizer.loss, axis_name)
+      return loss, (error, out.quantizer, updates)
+
+    (loss, (error, quantizer, updates)), grads = jax.value_and_grad(
+      loss_fn, has_aux=True
+    )(state.params)
+    grads = _mean(grads, axis_name)
+    grad_norm = optax.global_norm(grads)
+    steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, steps)
+    params_ema = state.params_ema
+    if params_ema is not None:
+      params_ema = optax.incremental_update(
+        params, params_ema, 1 - params_ema_decay
+      )
+    proposed = state.replace(
+      params=params,
+      batch_stats=updates.get('batch_stats', {}),
+      codebook=updates.get('codebook', {}),
+      opt_state=opt_state,
+      params_ema=params_ema,
+    )
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    kept = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), proposed, state
+    )
+    streak = jnp.where(finite, 0, state.nonfinite_streak + 1)
+    kept = kept.replace(step=state.step + 1, nonfinite_streak=streak)
+    scalars = _mean(quantizer.metrics | {'mse': error}, axis_name)
+    scalars |= {
+      'loss': loss,
+      'grad_norm': grad_norm,
+      'skipped': 1.0 - finite.astype(jnp.float32),
+      'counts': quantizer.counts,
+    }
+    return kept, scalars
+
+  return train_step
+
+
+def make_eval_step(model, *, axis_name=None):
+  """Builds `eval_step(variables, batch) -> sums`.
+
+  Args:
+    model: a `VQVAE`.
+    axis_name: mapped axis under `pmap` or `shard_map`, to sum over.
+
+  Returns:
+    A function of the model's variables and {'image': [B, h, w, 3] uint8 or
+    float in [-1, 1], 'mask': bool [B]} that returns float32 sums over the
+    images that count: images, tokens, mse, psnr, ssim, quantization_error, and
+    counts [K].
+  """
+
+  def eval_step(variables, batch):
+    images = prepare_images(batch['image'])
+    mask = batch['mask']
+    out = model.apply(variables, images, mask=mask)
+    weight = mask.astype(jnp.float32)
+    tokens = out.quantizer.ids[0].size * jnp.sum(weight)
+    sums = {
+      'images': jnp.sum(weight),
+      'tokens': tokens,
+      'quantization_error': tokens
+      * out.quantizer.metrics['quantization_error'],
+    }
+    for name, measure in (
+      ('mse', metrics.squared_error),
+      ('psnr', metrics.psnr),
+      ('ssim', metrics.ssim),
+    ):
+      values = measure(out.reconstruction, images)
+      sums[name] = jnp.sum(jnp.where(mask, values, 0.0))
+    if axis_name is not None:
+      sums = jax.lax.psum(sums, axis_name)
+    return sums | {'counts': out.quantizer.counts}
+
+  return eval_step

@@ -1,0 +1,141 @@
+"""Metric writers with the method names of `clu.metric_writers`.
+
+clu's own writers import TensorFlow; these write JSON lines and, through
+tensorboardX, TensorBoard events.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+
+class JsonlWriter:
+  """Appends one JSON object a call to WORKDIR/metrics.jsonl.
+
+  Args:
+    workdir: directory of the run.
+    start_step: lines of later steps, left by a run that was cut off after its
+      last checkpoint, are dropped.
+  """
+
+  def __init__(self, workdir, *, start_step: int = 0):
+    path = Path(workdir) / 'metrics.jsonl'
+    kept = []
+    if path.exists():
+      kept = [line for line in read_jsonl(path) if line['step'] <= start_step]
+    self._file = open(path, 'w')  # noqa: SIM115 - closed by close()
+    for line in kept:
+      self._file.write(json.dumps(line) + '\n')
+    self._file.flush()
+
+  def write_scalars(self, step: int, scalars) -> None:
+    """Writes {name: number}; a number that is not finite becomes null."""
+    line = {'step': int(step)}
+    for name, value in scalars.items():
+      value = float(value)
+      line[name] = value if math.isfinite(value) else None
+    self._file.write(json.dumps(line) + '\n')
+
+  def write_images(self, step: int, images) -> None:
+    """JSON lines hold no images."""
+
+  def write_histograms(self, step: int, arrays) -> None:
+    """JSON lines hold no histograms."""
+
+  def flush(self) -> None:
+    """Hands what was written to the operating system."""
+    self._file.flush()
+
+  def close(self) -> None:
+    """Flushes and closes the file."""
+    self._file.close()
+
+
+class TensorBoardWriter:
+  """Writes TensorBoard events to WORKDIR/tensorboard.
+
+  Args:
+    workdir: directory of the run.
+    start_step: events of later steps are marked as superseded.
+  """
+
+  def __init__(self, workdir, *, start_step: int = 0):
+    import tensorboardX  # half a second; only runs that train need it
+
+    self._writer = tensorboardX.SummaryWriter(
+      str(Path(workdir) / 'tensorboard'), purge_step=start_step + 1
+    )
+
+  def write_scalars(self, step: int, scalars) -> None:
+    """Writes {name: number}."""
+    for name, value in scalars.items():
+      self._writer.add_scalar(name, float(value), step)
+
+  def write_images(self, step: int, images) -> None:
+    """Writes {name: uint8 [h, w, 3]}."""
+    for name, image in images.items():
+      self._writer.add_image(name, image, step, dataformats='HWC')
+
+  def write_histograms(self, step: int, arrays) -> None:
+    """Writes {name: numbers [n]}."""
+    for name, values in arrays.items():
+      self._writer.add_histogram(name, np.asarray(values), step)
+
+  def flush(self) -> None:
+    """Hands what was written to the operating system."""
+    self._writer.flush()
+
+  def close(self) -> None:
+    """Flushes and closes the file."""
+    self._writer.close()
+
+
+class MultiWriter:
+  """Sends every call to each of several writers.
+
+  Args:
+    writers: the writers.
+  """
+
+  def __init__(self, writers):
+    self._writers = tuple(writers)
+
+  def write_scalars(self, step: int, scalars) -> None:
+    """Writes {name: number} to each."""
+    for writer in self._writers:
+      writer.write_scalars(step, scalars)
+
+  def write_images(self, step: int, images) -> None:
+    """Writes {name: uint8 [h, w, 3]} to each."""
+    for writer in self._writers:
+      writer.write_images(step, images)
+
+  def write_histograms(self, step: int, arrays) -> None:
+    """Writes {name: numbers [n]} to each."""
+    for writer in self._writers:
+      writer.write_histograms(step, arrays)
+
+  def flush(self) -> None:
+    """Flushes each."""
+    for writer in self._writers:
+      writer.flush()
+
+  def close(self) -> None:
+    """Closes each."""
+    for writer in self._writers:
+      writer.close()
+
+
+def read_jsonl(path) -> list[dict]:
+  """The lines of a metrics file; a last line cut off in writing is dropped."""
+  lines = Path(path).read_text().splitlines()
+  records = []
+  for number, line in enumerate(lines, 1):
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError as error:
+      if number < len(lines):
+        raise ValueError(f'{path}, line {number}: not JSON') from error
+  return records
