@@ -1,0 +1,65 @@
+"""The paper's CIFAR-10 model.
+
+Command: python launch/main.py --config=configs/cifar10.py[:f8|:f4]
+Variants: f8 (default) is the paper's text, 4x4 tokens an image, 224 bits; f4
+has 8x8 tokens, 896 bits.
+Hardware, time and numbers of 300 epochs: not run. Short runs: docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(variant: str = 'f8') -> ConfigDict:
+  """The config; variant is 'f8' or 'f4'."""
+  if variant not in ('f4', 'f8'):
+    raise ValueError(f'expected configs/cifar10.py:f4 or :f8, got :{variant}')
+  config = ConfigDict()
+  config.seed = 0  # initial parameters, data order, flips, code replacement
+  config.batch_size = 128  # over all devices
+  config.num_epochs = 300
+  config.num_steps = placeholder(int)  # if set, counts instead of num_epochs
+  config.log_every = 50  # steps between two log lines
+  config.eval_every = 1640  # steps between evaluations; 0: at the end only
+  config.checkpoint_every = 1640  # steps; 0: with each evaluation
+  config.keep_checkpoints = 2  # newest ones to keep, besides the best
+
+  config.data = data = ConfigDict()
+  data.name = 'tfds:cifar10'  # tfds:NAME, folder:PATH or photos
+  data.data_dir = placeholder(str)  # of tfds; default ~/tensorflow_datasets
+  data.split = 'paper'  # 70-20-10 of all images; 'official': the set's own
+  data.image_size = 32  # pixels a side
+  data.crop = 'none'  # 'random' or 'random_resized' crops in training
+  data.crop_scale = 0.08  # least share of the area, for random_resized
+  data.flip = True  # mirror half of the training images
+  data.in_memory = 'auto'  # 'yes', 'no'; auto: when decoded it fits in 4 GiB
+  data.num_workers = 0  # decoding processes where the set is streamed
+
+  config.model = model = ConfigDict()
+  model.widths = (64, 128, 256)  # channels of the strided convolutions
+  model.factor = int(variant[1:])  # image side over token grid side
+  model.num_res_blocks = 6  # in the encoder and in the decoder
+  model.num_heads = 8  # of the decoder's attention
+  model.code_dim = 256  # numbers in a code
+  model.dtype = 'float32'  # compute dtype; 'bfloat16'
+  model.codebook_size = 16384  # K
+  model.estimator = 'rotation'  # 'reflection' (eq. 4) or 'ste' (eq. 7)
+  model.ema = True  # False: codes are parameters, trained by gradient
+  model.decay = 0.99  # alpha of the moving average
+  model.eps = 1e-5  # Laplace smoothing of the cluster sizes
+  model.commitment_weight = 0.25  # beta
+  model.codebook_weight = 1.0  # used when ema is False
+  model.loss_form = 'two_weights'  # 'paper_eq5' or 'paper_eq8'
+  model.cosine = False  # unit-norm latents and codes
+  model.dead_code_threshold = 0.5  # of the mean count; below it: replaced
+  model.init_from = 'data'  # 'normal': random codes
+  model.max_scale = 10.0  # bound on |q|/|e| in the gradient
+
+  config.optimizer = optimizer = ConfigDict()
+  optimizer.learning_rate = 2e-4  # AdamW
+  optimizer.weight_decay = 0.01  # on kernels only
+  optimizer.schedule = 'cosine'  # to 0 at the end; or 'constant'
+  optimizer.warmup_steps = 0
+  optimizer.clip_norm = 0.0  # 0: gradients are not clipped
+  optimizer.params_ema = 0.0  # decay of averaged parameters; 0: none
+  return config

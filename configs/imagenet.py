@@ -1,0 +1,26 @@
+"""The paper's ImageNet model at 256x256: 32x32 tokens, 14,336 bits an image.
+
+Command: python launch/main.py --config=configs/imagenet.py
+The data set comes from the ILSVRC2012 archives in DATA_DIR/downloads/manual, or
+from folders: --config.data.name=folder:PATH.
+Hardware, time and numbers: not run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cifar10
+
+
+def get_config() -> ConfigDict:
+  """The CIFAR-10 config with what differs on ImageNet."""
+  config = cifar10.get_config('f8')
+  config.log_every = 100
+  config.eval_every = 10000
+  config.checkpoint_every = 5000
+  config.data.name = 'tfds:imagenet2012'
+  config.data.image_size = 256
+  config.data.crop = 'random_resized'
+  config.data.crop_scale = 0.4  # 0.08 shows mostly blown-up texture
+  config.data.num_workers = 16
+  config.model.dtype = 'bfloat16'
+  return config

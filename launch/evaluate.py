@@ -1,0 +1,37 @@
+"""Evaluates a checkpoint: metrics as JSON and as a table, figures.
+
+python launch/evaluate.py --workdir=DIR [--split=test] [--step=N|best]
+  [--data_dir=DIR]
+"""
+
+import command_line
+from absl import flags
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
+_SPLIT = flags.DEFINE_string('split', 'test', 'train, validation or test.')
+_STEP = flags.DEFINE_string('step', None, 'A saved step, or best; the newest.')
+_DATA_DIR = flags.DEFINE_string(
+  'data_dir', None, 'Where the data set is now; default: where it was.'
+)
+
+
+def main():
+  """Evaluates."""
+  if not _WORKDIR.value:
+    command_line.fail('expected --workdir=DIR, the directory of a run')
+  step = _STEP.value
+  if step is not None and step != 'best' and not step.isdecimal():
+    command_line.fail(f'--step: expected a number or best, got {step!r}')
+  from rvq_jax.evaluation.evaluate import evaluate_run, format_table
+
+  result = evaluate_run(
+    _WORKDIR.value,
+    split=_SPLIT.value,
+    step=int(step) if step and step != 'best' else step,
+    data_dir=_DATA_DIR.value,
+  )
+  print(format_table(result, f'{_WORKDIR.value}, {_SPLIT.value} split'))
+
+
+if __name__ == '__main__':
+  command_line.run(main)
