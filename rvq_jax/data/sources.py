@@ -55,6 +55,9 @@ class Source(abc.ABC):
   def labels(self) -> np.ndarray:
     """The labels, int32 [n], read once and without decoding images."""
 
+  def __iter__(self):
+    return (self[i] for i in range(len(self)))
+
   def subset(self, indices: np.ndarray) -> 'Source':
     """Returns the records at `indices`, in that order, as a source."""
     return Subset(self, indices)

@@ -25,6 +25,18 @@ def seeded_permutation(n: int, *entropy: int) -> np.ndarray:
   return np.argsort(words, kind='stable')
 
 
+def seeded_rng(*entropy: int) -> np.random.Generator:
+  """Returns the random generator that belongs to `entropy`.
+
+  Args:
+    *entropy: non-negative integers.
+
+  Returns:
+    A Philox generator at the start of its stream.
+  """
+  return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+
+
 def stratified_split(
   labels: np.ndarray,
   *,

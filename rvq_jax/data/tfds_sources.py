@@ -121,6 +121,7 @@ class TfdsSource(Source):
         dir=self._directory, delete=False
       ) as stream:
         np.save(stream, self._labels, allow_pickle=False)
+      os.chmod(stream.name, 0o644)
       os.replace(stream.name, self._labels_file())
     except OSError as error:
       logging.info('cannot keep the labels for next time: %s', error)
