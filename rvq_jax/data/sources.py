@@ -144,7 +144,8 @@ def open_dataset(
     name: `tfds:NAME`, `folder:PATH` or `photos`.
     split: 'official' for the data set's own splits; 'paper' for 70-20-10 of
       all its labelled images, stratified by class.
-    data_dir: where tfds keeps prepared data; None for ~/tensorflow_datasets.
+    data_dir: where tfds keeps prepared data; None for its default,
+      ~/tensorflow_datasets.
     seed: of the paper split.
 
   Returns:
@@ -157,6 +158,7 @@ def open_dataset(
   kind, colon, rest = name.partition(':')
   if split not in SPLITS:
     raise ValueError(f'expected split to be one of {SPLITS}, got {split!r}')
+  # Imported here: they import this module, and tfds takes a second to load.
   if kind == 'folder' and rest:
     from rvq_jax.data.folders import open_folder
 

@@ -138,7 +138,8 @@ def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
 
   Args:
     name: as tfds writes it: NAME, NAME/CONFIG or NAME:VERSION.
-    data_dir: folder of prepared data sets; None for tfds's default.
+    data_dir: folder of prepared data sets; None for tfds's default, which is
+      $TFDS_DATA_DIR or ~/tensorflow_datasets.
 
   Returns:
     Source by split name, of the splits train, validation and test.
@@ -146,7 +147,8 @@ def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
   Raises:
     ValueError: if the data set is not there and cannot be prepared.
   """
-  data_dir = os.path.expanduser(data_dir or DEFAULT_DATA_DIR)
+  default = os.environ.get('TFDS_DATA_DIR', DEFAULT_DATA_DIR)
+  data_dir = os.path.expanduser(data_dir or default)
   directory = _find(name, data_dir)
   if directory is None:
     from rvq_jax.data import builders
@@ -169,8 +171,12 @@ def _find(name: str, data_dir: str) -> str | None:
     builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
     return None
-  except ValueError as error:
+  # A bad name and a damaged directory surface as errors of tfds, of JSON, of
+  # protobuf and of the file system.
+  except Exception as error:
+    reason = str(error).partition('\n')[0].rstrip('.')
     raise ValueError(
-      f'expected NAME, NAME/CONFIG or NAME:VERSION after tfds:, got {name!r}'
+      f'cannot open tfds:{name} in {data_dir}: {reason}; expected NAME, '
+      'NAME/CONFIG or NAME:VERSION after tfds:, and an intact directory'
     ) from error
   return os.fspath(builder.data_path)

@@ -207,3 +207,18 @@ def test_home_is_expanded_in_data_dir(tmp_path, monkeypatch):
   _prepare(tmp_path / 'd', {'train': 3, 'test': 3})
   monkeypatch.setenv('HOME', str(tmp_path))
   assert len(open_dataset('tfds:toy', data_dir='~/d').train) == 3
+
+
+def test_default_folder_is_that_of_tfds(tmp_path, monkeypatch):
+  _prepare(tmp_path, {'train': 3, 'test': 3})
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
+  assert len(open_dataset('tfds:toy').train) == 3
+
+
+def test_damaged_description_is_one_clear_line(tmp_path):
+  directory = _prepare(tmp_path, {'train': 3, 'test': 3})
+  with open(os.path.join(directory, 'dataset_info.json'), 'w') as stream:
+    stream.write('{"name": ')
+  with pytest.raises(ValueError, match='cannot open tfds:toy') as error:
+    open_dataset('tfds:toy', data_dir=str(tmp_path))
+  assert '\n' not in str(error.value)
