@@ -67,19 +67,20 @@ class Recipe:
   splits: Callable[[str], Mapping[str, Examples]]
 
 
-def prepare(name: str, data_dir: str) -> str:
+def prepare(name: str, data_dir: str, *, version: str = '') -> str:
   """Prepares a data set that has a recipe here.
 
   Args:
     name: 'cifar10', 'imagenet2012' or 'photos'.
     data_dir: folder of prepared data sets. Archives put there by hand are
       looked for in its folder downloads/manual.
+    version: that is wanted; '' for the one there is.
 
   Returns:
     The directory of the prepared data set.
 
   Raises:
-    ValueError: if there is no recipe, or an archive is missing or damaged.
+    ValueError: if there is no recipe of that version, or an archive is missing or damaged.
   """
   if name not in _MODULES:
     raise ValueError(
@@ -89,6 +90,11 @@ def prepare(name: str, data_dir: str) -> str:
       f'--data_dir={data_dir}'
     )
   recipe = importlib.import_module(_MODULES[name]).RECIPE
+  if version not in ('', recipe.version):
+    raise ValueError(
+      f'tfds:{name}:{version} is not prepared in {data_dir}, and the builder '
+      f'here makes version {recipe.version}; ask for tfds:{name}'
+    )
   return prepare_recipe(recipe, data_dir)
 
 
@@ -110,6 +116,8 @@ def prepare_recipe(
   """
   data_dir = os.path.abspath(os.path.expanduser(data_dir))
   final = os.path.join(data_dir, recipe.name, recipe.version)
+  if _is_whole(final):
+    return final
   try:
     os.makedirs(os.path.dirname(final), exist_ok=True)
   except OSError as error:
@@ -119,7 +127,7 @@ def prepare_recipe(
     ) from error
   prefix = os.path.join(data_dir, f'.{recipe.name}-incomplete-')
   with _only_one(os.path.join(data_dir, f'.{recipe.name}.lock')) as alone:
-    if os.path.exists(os.path.join(final, 'dataset_info.json')):
+    if _is_whole(final):  # by the process that had the lock before us
       return final
     if alone:
       for stale in glob.glob(glob.escape(prefix) + '*'):
@@ -134,6 +142,11 @@ def prepare_recipe(
     finally:
       shutil.rmtree(work, ignore_errors=True)
   return final
+
+
+def _is_whole(directory: str) -> bool:
+  """Says whether a data set is there; only whole ones get their name."""
+  return os.path.exists(os.path.join(directory, 'dataset_info.json'))
 
 
 def _write(
@@ -179,7 +192,7 @@ def _publish(work: str, final: str) -> None:
   try:
     os.rename(work, final)
   except OSError:
-    if not os.path.exists(os.path.join(final, 'dataset_info.json')):
+    if not _is_whole(final):
       raise
 
 

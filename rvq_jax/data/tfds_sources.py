@@ -6,7 +6,6 @@ encoded (`SkipDecoding`) until a loader decodes them with Pillow.
 
 import logging
 import os
-import re
 import tempfile
 
 import numpy as np
@@ -153,7 +152,8 @@ def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
   if directory is None:
     from rvq_jax.data import builders
 
-    directory = builders.prepare(re.split('[:/]', name)[0], data_dir)
+    base, _, version = name.partition(':')
+    directory = builders.prepare(base, data_dir, version=version)
   info = tfds.builder_from_directory(directory).info
   splits = [s for s in ('train', 'validation', 'test') if s in info.splits]
   for split in splits:

@@ -1,6 +1,7 @@
 """Preparing data sets: whole or not at all, also by two at once."""
 
 import glob
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -8,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import skimage.data
 
 from rvq_jax.data import builders, photos
 from rvq_jax.data.sources import open_dataset
@@ -59,7 +61,6 @@ def test_photos_refuse_the_paper_split(small_photos):
 
 def test_records_are_in_the_order_of_their_hashed_keys(small_photos):
   """tfds's order: md5 of the split's name followed by the key."""
-  import hashlib
 
   def hashed(i):
     return hashlib.md5(b'train' + str(i).encode()).hexdigest()
@@ -152,6 +153,12 @@ def test_number_of_shards_can_be_chosen(tmp_path):
   assert len({r.name for r in dataset.train}) == 12
 
 
+def test_version_that_the_builder_does_not_make_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='makes version 3.0.2'):
+    open_dataset('tfds:cifar10:9.9.9', data_dir=str(tmp_path))
+  assert not os.listdir(tmp_path)
+
+
 def test_folder_one_may_not_write_to_is_named(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match='cannot create .*data_dir'):
@@ -159,8 +166,6 @@ def test_folder_one_may_not_write_to_is_named(tmp_path):
 
 
 def test_photographs_load_without_a_download():
-  import skimage.data
-
   for names in photos.PHOTOGRAPHS.values():
     for name in names:
       image = getattr(skimage.data, name)()
