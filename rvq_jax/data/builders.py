@@ -80,7 +80,8 @@ def prepare(name: str, data_dir: str, *, version: str = '') -> str:
     The directory of the prepared data set.
 
   Raises:
-    ValueError: if there is no recipe of that version, or an archive is missing or damaged.
+    ValueError: if there is no recipe of that version, or an archive is
+      missing or damaged.
   """
   if name not in _MODULES:
     raise ValueError(
