@@ -51,7 +51,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.codebook_weight = 1.0  # used when ema is False
   model.loss_form = 'two_weights'  # 'paper_eq5' or 'paper_eq8'
   model.cosine = False  # unit-norm latents and codes
-  model.dead_code_threshold = 0.5  # of the mean count; below it: replaced
+  model.dead_code_threshold = 0.9  # of the mean count; below it: replaced
   model.init_from = 'data'  # 'normal': random codes
   model.max_scale = 10.0  # bound on |q|/|e| in the gradient
 

@@ -99,7 +99,8 @@ class VectorQuantizer(nn.Module):
   loss. Evaluation (`train=False`) and `init` write nothing.
 
   Codes whose `cluster_size` falls under `dead_code_threshold` times the mean
-  count N/K are put onto vectors of the batch. The draw uses the rng stream
+  count N/K move next to codes that are used too much, whose clusters they then
+  share (`codebook.replace_codes`). The draw uses the rng stream
   'codebook' where one is given (the same key on every device), else a key
   derived from the codebook itself.
 
@@ -143,7 +144,7 @@ class VectorQuantizer(nn.Module):
   codebook_weight: float = 1.0
   loss_form: str = 'two_weights'
   cosine: bool = False
-  dead_code_threshold: float = 0.5
+  dead_code_threshold: float = 0.9
   init_from: str = 'data'
   max_scale: float = 10.0
   axis_name: Any = None
@@ -296,15 +297,14 @@ class VectorQuantizer(nn.Module):
       return book
 
     def fill(book):
-      return cb.replace_codes(
+      return cb.fill_codebook(
         book,
-        jnp.ones(self.codebook_size, bool),
         jax.random.fold_in(self._key(book), 1),
         e,
         expected_size=self._expected_size(e, rows),
         axis_name=self.axis_name,
         mask=rows,
-      )[0]
+      )
 
     untouched = jnp.sum(book.cluster_size) == 0
     return jax.lax.cond(untouched, fill, lambda book: book, book)
@@ -330,6 +330,7 @@ class VectorQuantizer(nn.Module):
         book.cluster_size < self.dead_code_threshold * expected,
         key,
         e,
+        ids,
         expected_size=expected,
         axis_name=self.axis_name,
         mask=rows,

@@ -80,7 +80,7 @@ def make_train_step(
       loss_fn, has_aux=True
     )(state.params)
     grads = _mean(grads, axis_name)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, steps)
     params_ema = state.params_ema

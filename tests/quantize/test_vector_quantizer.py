@@ -1,0 +1,355 @@
+"""The layer: what it writes, when, and what it returns."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rvq_jax import VectorQuantizer, rotate
+
+Z = np.random.default_rng(0).normal(size=(2, 4, 4, 6)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=('layer', 'train'))
+def init(layer, train=True):
+  return layer.init(jax.random.key(0), Z, train=train)
+
+
+@functools.partial(jax.jit, static_argnames='layer')
+def train(layer, variables, z=Z, **kwargs):
+  out, updates = layer.apply(
+    variables, z, train=True, mutable=['codebook'], **kwargs
+  )
+  return out, variables | updates
+
+
+@functools.partial(jax.jit, static_argnames='layer')
+def evaluate(layer, variables, z=Z):
+  return layer.apply(variables, z)
+
+
+def make(**kwargs):
+  layer = VectorQuantizer(**({'codebook_size': 8, 'code_dim': 6} | kwargs))
+  return layer, init(layer)
+
+
+def assert_same_bits(a, b):
+  for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_collection_has_the_three_variables_in_float32():
+  _, variables = make()
+  shapes = {
+    k: (v.shape, str(v.dtype)) for k, v in variables['codebook'].items()
+  }
+  assert shapes == {
+    'embedding': ((8, 6), 'float32'),
+    'cluster_size': ((8,), 'float32'),
+    'embedding_sum': ((8, 6), 'float32'),
+  }
+
+
+def test_init_from_normal_expects_the_mean_count_and_sums_agree():
+  _, variables = make(init_from='normal')
+  book = variables['codebook']
+  np.testing.assert_allclose(book['cluster_size'], 32 / 8)
+  np.testing.assert_allclose(book['embedding_sum'], 4 * book['embedding'])
+
+
+@pytest.mark.parametrize('init_from', ['data', 'normal'])
+def test_init_is_not_a_training_step(init_from):
+  layer, variables = make(init_from=init_from)
+  quiet = init(layer, train=False)
+  assert_same_bits(variables, quiet)
+
+
+def test_evaluation_writes_nothing():
+  layer, variables = make()
+  _, variables = train(layer, variables)
+  _, updates = jax.jit(
+    lambda v: layer.apply(v, Z, mutable=['codebook', 'params'])
+  )(variables)
+  assert_same_bits(updates['codebook'], variables['codebook'])
+
+
+def test_training_moves_every_variable():
+  layer, variables = make(init_from='normal')
+  _, after = train(layer, variables)
+  for name, value in variables['codebook'].items():
+    assert np.any(np.asarray(after['codebook'][name] != value)), name
+
+
+def test_first_batch_fills_the_codebook_with_its_vectors():
+  layer, variables = make(dead_code_threshold=0.0, decay=1.0)
+  _, after = train(layer, variables)
+  rows = {tuple(x) for x in Z.reshape(-1, 6).round(4)}
+  codes = np.asarray(after['codebook']['embedding']).round(4)
+  assert all(tuple(c) in rows for c in codes)
+  _, later = train(layer, after, z=Z + 100)
+  np.testing.assert_allclose(
+    later['codebook']['embedding'], after['codebook']['embedding'], rtol=1e-4
+  )
+
+
+def test_a_first_batch_smaller_than_the_codebook_leaves_the_rest_to_later():
+  layer, variables = make(codebook_size=50)
+  sizes = []
+  for step in range(3):
+    z = np.random.default_rng(step).normal(size=Z.shape).astype(np.float32)
+    _, variables = train(layer, variables, z=z)
+    sizes.append(int((variables['codebook']['cluster_size'] > 0).sum()))
+  assert sizes[-1] == 50
+
+
+def test_ids_are_nearest_and_quantized_is_the_code_to_the_bit():
+  layer, variables = make(init_from='normal')
+  out = evaluate(layer, variables)
+  codes = np.asarray(variables['codebook']['embedding'])
+  distance = ((Z.reshape(-1, 1, 6) - codes[None].astype(float)) ** 2).sum(-1)
+  np.testing.assert_array_equal(out.ids.reshape(-1), distance.argmin(1))
+  assert_same_bits(out.quantized, codes[np.asarray(out.ids)])
+
+
+@pytest.mark.parametrize('estimator', ['rotation', 'reflection', 'ste'])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_edge_inputs_give_codes_and_finite_gradients(estimator, dtype):
+  layer, variables = make(init_from='normal', estimator=estimator)
+  codes = variables['codebook']['embedding'].at[0].set(0.0).at[1].set(1e6)
+  codes = codes.at[3].set(codes[2])
+  variables['codebook']['embedding'] = codes
+  rows = [
+    codes[4],
+    2 * codes[4],
+    -codes[4],
+    -codes[4] * (1 + 1e-6),
+    0 * codes[4],
+    codes[2],
+    1e-12 * codes[5],
+    1e6 * codes[5],
+  ]
+  z = jnp.stack(rows).astype(dtype)
+
+  def loss(z):
+    out = layer.apply(variables, z)
+    return jnp.sum(jnp.sin(out.quantized.astype(jnp.float32))) + out.loss, out
+
+  gradient, out = jax.jit(jax.grad(loss, has_aux=True))(z)
+  assert out.quantized.dtype == dtype
+  assert_same_bits(out.quantized, codes[out.ids].astype(dtype))
+  assert np.isfinite(np.asarray(gradient, np.float32)).all()
+  assert out.ids[5] == 2  # codes 2 and 3 are equal: the lower index
+
+
+@pytest.mark.parametrize('size', [1, 3])
+@pytest.mark.parametrize('dim', [1, 2])
+def test_smallest_shapes_train(size, dim):
+  layer = VectorQuantizer(codebook_size=size, code_dim=dim)
+  z = jnp.ones((1, dim))
+  variables = layer.init(jax.random.key(0), z)
+  out, after = train(layer, variables, z=z)
+  assert out.ids.shape == (1,) and np.isfinite(float(out.loss))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
+
+
+def test_gradient_is_that_of_the_rotation():
+  layer, variables = make(init_from='normal', commitment_weight=0.0)
+  out = evaluate(layer, variables)
+  weights = np.random.default_rng(1).normal(size=Z.shape).astype(np.float32)
+  got = jax.grad(
+    lambda z: jnp.sum(layer.apply(variables, z).quantized * weights)
+  )(jnp.asarray(Z))
+  want = jax.grad(lambda z: jnp.sum(rotate(z, out.quantized) * weights))(
+    jnp.asarray(Z)
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def mse_and_gradients(form, ema):
+  layer, variables = make(
+    init_from='normal',
+    loss_form=form,
+    ema=ema,
+    commitment_weight=0.3,
+    codebook_weight=0.7,
+  )
+  out = evaluate(layer, variables)
+  d = Z - np.asarray(out.quantized)
+  to_z = jax.grad(lambda z: layer.apply(variables, z).loss)(jnp.asarray(Z))
+  return float(out.loss), d, np.asarray(to_z), layer, variables, out
+
+
+@pytest.mark.parametrize(
+  ('form', 'ema', 'value', 'encoder'),
+  [
+    ('two_weights', True, 0.3, 0.3),
+    ('two_weights', False, 0.3 + 0.7, 0.3),
+    ('paper_eq5', False, 1 + 0.3, 1.0),
+    ('paper_eq8', True, 0.5 * 0.3 * 6, 0.5 * 0.3 * 6),
+  ],
+)
+def test_loss_form_has_the_weights_it_documents(form, ema, value, encoder):
+  loss, d, to_z, *_ = mse_and_gradients(form, ema)
+  np.testing.assert_allclose(loss, value * (d**2).mean(), rtol=1e-5)
+  np.testing.assert_allclose(
+    to_z, encoder * 2 * d / d.size, rtol=1e-4, atol=1e-7
+  )
+
+
+@pytest.mark.parametrize(
+  ('form', 'weight'), [('two_weights', 0.7), ('paper_eq5', 1.3)]
+)
+def test_learned_codes_get_the_codebook_gradient(form, weight):
+  _, d, _, layer, variables, out = mse_and_gradients(form, False)
+  got = jax.grad(lambda p: layer.apply({'params': p}, Z).loss)(
+    variables['params']
+  )['embedding']
+  want = np.zeros((8, 6))
+  np.add.at(want, np.asarray(out.ids).reshape(-1), -d.reshape(-1, 6))
+  np.testing.assert_allclose(
+    got, weight * 2 * want / d.size, rtol=1e-4, atol=1e-7
+  )
+  assert 'codebook' not in variables
+
+
+def test_projections_lead_to_code_dim_and_back():
+  layer, variables = make(code_dim=2)
+  _, variables = train(layer, variables)
+  out = evaluate(layer, variables)
+  assert out.quantized.shape == Z.shape
+  assert variables['codebook']['embedding'].shape == (8, 2)
+  codes = layer.apply(variables, out.ids, method='codes_from_ids')
+  np.testing.assert_allclose(codes, out.quantized, rtol=1e-5, atol=1e-6)
+
+
+def test_cosine_codes_have_unit_norm_and_win_by_angle():
+  layer, variables = make(cosine=True)
+  for _ in range(3):
+    out, variables = train(layer, variables)
+  codes = np.asarray(variables['codebook']['embedding'])
+  np.testing.assert_allclose(np.linalg.norm(codes, axis=1), 1, rtol=1e-5)
+  out = evaluate(layer, variables)
+  z = Z.reshape(-1, 6)
+  cosine = (z @ codes.T) / np.linalg.norm(z, axis=1, keepdims=True)
+  np.testing.assert_array_equal(out.ids.reshape(-1), cosine.argmax(1))
+
+
+def test_masked_positions_stay_out_of_counts_losses_and_codebook():
+  layer, variables = make(init_from='normal')
+  mask = np.arange(32).reshape(2, 4, 4) % 3 > 0
+  spoilt = np.where(mask[..., None], Z, 1e3).astype(np.float32)
+  out, after = train(layer, variables, z=spoilt, mask=mask)
+  want, want_after = train(layer, variables, z=Z[mask])
+  np.testing.assert_allclose(out.loss, want.loss, rtol=1e-5)
+  np.testing.assert_array_equal(out.counts, want.counts)
+  for name in ('usage', 'perplexity', 'mean_angle', 'encoder_norm'):
+    np.testing.assert_allclose(out.metrics[name], want.metrics[name], 1e-5)
+  np.testing.assert_allclose(
+    after['codebook']['cluster_size'],
+    want_after['codebook']['cluster_size'],
+    rtol=1e-5,
+  )
+
+
+def test_nan_in_a_row_never_reaches_the_codebook():
+  layer, variables = make()
+  spoilt = Z.copy()
+  spoilt[0, 0, 0, 0] = np.nan
+  for _ in range(2):
+    out, variables = train(layer, variables, z=spoilt)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
+  assert out.counts.sum() == 31
+
+
+def test_dead_codes_come_back_to_the_data():
+  layer, variables = make(init_from='normal', dead_code_threshold=0.5)
+  far = jnp.full((8, 6), 1e3).at[0].set(0.0)
+  size = jnp.zeros(8).at[0].set(4.0)
+  variables['codebook'] = {
+    'embedding': far,
+    'cluster_size': size,
+    'embedding_sum': size[:, None] * far,
+  }
+  out, after = train(layer, variables)
+  assert out.metrics['replaced_codes'] == 7
+  assert out.metrics['dead_codes'] == 7 / 8
+  assert train(layer, after)[0].metrics['usage'] > 0.7
+
+
+def test_the_draw_follows_the_rng_stream_and_needs_none():
+  layer, variables = make(codebook_size=16)
+  keys = [jax.random.key(i) for i in (1, 1, 2)]
+  runs = [
+    train(layer, variables, rngs={'codebook': key})[1]['codebook']
+    for key in keys
+  ]
+  assert_same_bits(runs[0], runs[1])
+  assert np.any(np.asarray(runs[0]['embedding'] != runs[2]['embedding']))
+  train(layer, variables)
+
+
+def test_counts_sum_to_the_number_of_vectors():
+  layer, variables = make(init_from='normal')
+  out = evaluate(layer, variables)
+  want = np.bincount(np.asarray(out.ids).reshape(-1), minlength=8)
+  np.testing.assert_array_equal(out.counts, want)
+
+
+def test_works_inside_another_module_under_scan():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      x = nn.Dense(6)(x)
+      return VectorQuantizer(8, 6, name='vq')(x, train=train).quantized
+
+  model = Model()
+  variables = model.init(jax.random.key(0), Z, False)
+
+  @jax.jit
+  def run(book, batches):
+    def step(book, z):
+      out, updates = model.apply(
+        {'params': variables['params'], 'codebook': book},
+        z,
+        True,
+        mutable=['codebook'],
+      )
+      return updates['codebook'], out
+
+    return jax.lax.scan(step, book, batches)
+
+  book, out = run(variables['codebook'], jnp.stack([Z, Z, Z]))
+  assert out.shape == (3, *Z.shape)
+  assert (book['vq']['cluster_size'] > 0).all()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'codebook_size': -5}, 'codebook_size: expected a value from 1'),
+    ({'codebook_size': 8.0}, 'codebook_size: expected a whole number'),
+    ({'estimator': 'gumbel'}, 'rotation, reflection, ste'),
+    ({'decay': 1.5}, 'decay'),
+    ({'eps': 0.0}, 'eps'),
+    ({'commitment_weight': -1}, 'commitment_weight'),
+    ({'loss_form': 'eq5'}, 'paper_eq5'),
+    ({'max_scale': 0}, 'max_scale'),
+    ({'dead_code_threshold': float('nan')}, 'dead_code_threshold'),
+    ({'init_from': 'kmeans'}, 'data, normal'),
+  ],
+)
+def test_impossible_arguments_are_refused(arguments, message):
+  layer = VectorQuantizer(**({'codebook_size': 8, 'code_dim': 6} | arguments))
+  with pytest.raises(ValueError, match=message):
+    layer.init(jax.random.key(0), Z)
+
+
+def test_wrong_inputs_are_refused():
+  layer, variables = make()
+  with pytest.raises(ValueError, match='expected float'):
+    layer.apply(variables, np.zeros((2, 6), np.int32))
+  with pytest.raises(ValueError, match='mask'):
+    layer.apply(variables, Z, mask=np.ones((2, 4), bool))
