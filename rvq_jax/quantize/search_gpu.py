@@ -6,8 +6,13 @@ few row blocks to fill the device, the codes are split over several programs,
 and what they found is merged outside.
 
 Not measured on a GPU yet, so `nearest_codes` does not choose it by itself; the
-block sizes are those usual for a float32 matmul of this form. `pallas_call` is
-not partitioned by the compiler: over several devices call it in `shard_map`.
+block sizes are those usual for a float32 matmul of this form. Three limits:
+
+- `pallas_call` is not partitioned by the compiler: over several devices call it
+  in `shard_map`.
+- Triton is asked for by name, since the default of `pallas_call` differs
+  between jax versions. jax 0.11 lowers it with a DeprecationWarning.
+- It keeps one candidate a row: no `rerank`.
 """
 
 import functools

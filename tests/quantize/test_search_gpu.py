@@ -8,9 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from rvq_jax.quantize import search_gpu
 from rvq_jax.quantize.search import nearest_codes
+
+# jax 0.11 still lowers by Triton but warns that it will stop to.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore:The Pallas Triton backend:DeprecationWarning'
+)
 
 find = functools.partial(nearest_codes, implementation='pallas')
 
@@ -82,8 +88,14 @@ def lowered_for_cuda(n, k, dim, precision=None):
     search_gpu.fused_argmax, precision=precision, interpret=False
   )
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  traced = jax.jit(kernel).trace(shape((n, dim)), shape((k, dim)), shape((k,)))
-  return traced.lower(lowering_platforms=('cuda',)).as_text()
+  device = AbstractDevice(
+    device_kind='NVIDIA H100', num_cores=132, platform='gpu'
+  )
+  mesh = AbstractMesh((), (), abstract_device=device)
+  with use_abstract_mesh(mesh):  # jax 0.11 asks for the device it lowers for
+    args = shape((n, dim)), shape((k, dim)), shape((k,))
+    lowered = jax.jit(kernel).trace(*args).lower(lowering_platforms=('cuda',))
+    return lowered.as_text()
 
 
 @pytest.mark.parametrize('precision', [None, 'highest'])
