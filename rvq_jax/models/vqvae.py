@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import flax.struct
 import jax
@@ -50,6 +51,11 @@ class VQVAE(nn.Module):
   quantizer: Any = flax.core.FrozenDict(codebook_size=16384)
   dtype: Any = jnp.float32
   axis_name: Any = None
+
+  def __post_init__(self):
+    """Makes the module hashable, so that `jax.jit` takes it as static."""
+    self.quantizer = flax.core.freeze(self.quantizer)
+    super().__post_init__()
 
   def setup(self):
     """Declares the three parts."""

@@ -1,0 +1,32 @@
+"""The embedded default: a small model on crops of scikit-image's photographs.
+
+Needs no download. Trained on astronaut, coffee and rocket, tested on chelsea,
+a photograph that the model has never seen.
+
+Command: python launch/main.py --config=configs/photos.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cifar10
+
+
+def get_config() -> ConfigDict:
+  """The CIFAR-10 config with what differs here."""
+  config = cifar10.get_config('f8')
+  config.batch_size = 32
+  config.num_steps = 600
+  config.log_every = 25
+  config.eval_every = 200
+  config.checkpoint_every = 200
+  config.data.name = 'photos'
+  config.data.split = 'official'  # by photograph
+  config.data.image_size = 64
+  config.model.widths = (32, 64, 128)
+  config.model.num_res_blocks = 2
+  config.model.num_heads = 4
+  config.model.code_dim = 64
+  config.model.codebook_size = 1024
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.warmup_steps = 20
+  return config

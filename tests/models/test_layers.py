@@ -1,0 +1,126 @@
+"""The blocks, the transposed convolution against the definition above all."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rvq_jax.models.encoder import Encoder, stage_plan
+from rvq_jax.models.layers import (
+  SelfAttention,
+  Upsample,
+  _upsample_by_convolution,
+  _upsample_by_matmul,
+)
+
+
+def draw(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  'upsample', [_upsample_by_matmul, _upsample_by_convolution]
+)
+@pytest.mark.parametrize('shape', [(2, 3, 5, 4), (1, 1, 1, 1), (1, 1, 4, 2)])
+def test_upsample_adds_each_input_times_the_flipped_kernel(upsample, shape):
+  x, kernel = draw(0, *shape), draw(1, 4, 4, shape[-1], 3)
+  batch, height, width, _ = shape
+  want = np.zeros((batch, 2 * height + 2, 2 * width + 2, 3))
+  for i in range(height):
+    for j in range(width):
+      patch = np.einsum('bc,uvcf->buvf', x[:, i, j], kernel[::-1, ::-1])
+      want[:, 2 * i : 2 * i + 4, 2 * j : 2 * j + 4] += patch
+  got = jax.jit(upsample)(x, kernel)
+  np.testing.assert_allclose(got, want[:, 1:-1, 1:-1], atol=1e-5)
+
+
+def test_upsample_has_the_parameters_and_values_of_conv_transpose():
+  x = draw(0, 2, 4, 3, 5)
+  ours, theirs = Upsample(6), nn.ConvTranspose(6, (4, 4), (2, 2))
+  variables = jax.jit(ours.init)(jax.random.key(0), x)
+  shapes = jax.tree.map(
+    jnp.shape, jax.eval_shape(lambda: theirs.init(jax.random.key(0), x))
+  )
+  assert jax.tree.map(jnp.shape, variables) == shapes
+  variables['params']['bias'] = jnp.arange(6.0)
+  np.testing.assert_allclose(
+    jax.jit(ours.apply)(variables, x),
+    jax.jit(theirs.apply)(variables, x),
+    atol=1e-5,
+  )
+
+
+def test_upsample_has_the_gradients_of_the_convolution():
+  x, kernel, g = draw(0, 2, 3, 3, 4), draw(1, 4, 4, 4, 2), draw(2, 2, 6, 6, 2)
+
+  def gradients(f):
+    return jax.jit(jax.grad(lambda a: jnp.sum(f(*a) * g)))((x, kernel))
+
+  got = gradients(_upsample_by_matmul)
+  for a, b in zip(got, gradients(_upsample_by_convolution), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_upsample_lowers_to_a_convolution_on_cuda_and_none_on_cpu():
+  layer, x = Upsample(6), jnp.zeros((2, 4, 4, 5))
+  variables = jax.jit(layer.init)(jax.random.key(0), x)
+  traced = jax.jit(layer.apply).trace(variables, x)
+  assert 'convolution' not in traced.lower().as_text()
+  cuda = traced.lower(lowering_platforms=('cuda',)).as_text()
+  assert 'stablehlo.convolution' in cuda
+
+
+def test_attention_sees_every_position():
+  layer, x = SelfAttention(2), draw(0, 1, 3, 3, 4)
+  variables = jax.jit(layer.init)(jax.random.key(0), x)
+  change = jnp.zeros_like(x).at[0, 0, 0].set(jnp.asarray([3.0, -1, 0, 2]))
+  apply = jax.jit(layer.apply)
+  moved = np.abs(apply(variables, x + change) - apply(variables, x)).max(-1)
+  assert (moved > 1e-6).all()
+
+
+def test_attention_equals_the_softmax_formula():
+  layer, x = SelfAttention(2), draw(0, 1, 2, 3, 4)
+  variables = jax.jit(layer.init)(jax.random.key(0), x)
+  p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables['params'])
+  y = x.reshape(6, 4).astype(np.float64)
+  y = (y - y.mean(1, keepdims=True)) / np.sqrt(y.var(1, keepdims=True) + 1e-6)
+  q, k, v = (
+    np.einsum('nc,chd->hnd', y, p[n]['kernel'])
+    for n in ('query', 'key', 'value')
+  )
+  weight = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(2))
+  weight /= weight.sum(-1, keepdims=True)
+  out = np.einsum('hnd,hdc->nc', weight @ v, p['out']['kernel'])
+  want = x + out.reshape(x.shape)
+  np.testing.assert_allclose(
+    jax.jit(layer.apply)(variables, x), want, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  ('factor', 'plan'),
+  [
+    (4, ((64, 2), (128, 2), (256, 1))),
+    (8, ((64, 2), (128, 2), (256, 2))),
+    (16, ((64, 2), (128, 2), (256, 2), (256, 2))),
+  ],
+)
+def test_stage_plan_halves_log2_factor_times(factor, plan):
+  assert stage_plan((64, 128, 256), factor) == plan
+
+
+@pytest.mark.parametrize('factor', [0, 3, 12, 128, -8])
+def test_stage_plan_refuses_other_factors(factor):
+  with pytest.raises(ValueError, match='power of two'):
+    stage_plan((64, 128, 256), factor)
+
+
+def test_encoder_keeps_parameters_and_statistics_in_float32():
+  encoder = Encoder((4, 8), 4, 1, 6, jnp.bfloat16)
+  x = draw(0, 2, 8, 8, 3)
+  variables = jax.jit(encoder.init)(jax.random.key(0), x)
+  z = jax.jit(encoder.apply)(variables, x)
+  assert z.dtype == jnp.bfloat16
+  assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
