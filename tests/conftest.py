@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict broadcasting, warnings as errors."""
+"""Eight CPU devices, strict broadcasting, a data set and a config in small."""
 
 import os
 
@@ -6,6 +6,59 @@ os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 )
 
+import importlib.util  # noqa: E402
+from pathlib import Path  # noqa: E402
+
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_config(name: str, *arguments):
+  """The config of configs/NAME.py."""
+  spec = importlib.util.spec_from_file_location(
+    name, ROOT / 'configs' / f'{name}.py'
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*arguments)
+
+
+@pytest.fixture(scope='session')
+def image_folder(tmp_path_factory):
+  """train, validation and test folders of smooth 20 x 16 images."""
+  folder = tmp_path_factory.mktemp('images')
+  rng = np.random.default_rng(0)
+  for split, count in (('train', 40), ('validation', 12), ('test', 11)):
+    for i in range(count):
+      path = folder / split / f'class{i % 2}' / f'{i:03d}.png'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      coarse = rng.integers(0, 256, (4, 4, 3), np.uint8)
+      Image.fromarray(coarse).resize((20, 16), Image.BICUBIC).save(path)
+  return folder
+
+
+@pytest.fixture
+def tiny_config(image_folder):
+  """A config whose run takes a second, on `image_folder`."""
+  config = load_config('cifar10')
+  config.batch_size = 8
+  config.num_steps = 6
+  config.log_every = 2
+  config.eval_every = 3
+  config.checkpoint_every = 2
+  config.data.name = f'folder:{image_folder}'
+  config.data.split = 'official'
+  config.data.image_size = 16
+  config.model.widths = (4, 8)
+  config.model.factor = 4
+  config.model.num_res_blocks = 1
+  config.model.num_heads = 2
+  config.model.code_dim = 4
+  config.model.codebook_size = 16
+  return config

@@ -1,0 +1,102 @@
+"""Metrics against NumPy and scikit-image."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from rvq_jax.evaluation import metrics
+
+
+def pair(height=24, width=17, noise=40, seed=0):
+  rng = np.random.default_rng(seed)
+  x = rng.integers(0, 256, (3, height, width, 3))
+  y = np.clip(x + rng.integers(-noise, noise + 1, x.shape), 0, 255)
+  return x.astype(np.uint8), y.astype(np.uint8)
+
+
+def to_model(x):
+  return jnp.asarray(x, jnp.float32) / 127.5 - 1
+
+
+def test_psnr_equals_scikit_image():
+  x, y = pair()
+  got = jax.jit(metrics.psnr)(to_model(x), to_model(y))
+  want = [peak_signal_noise_ratio(a, b) for a, b in zip(x, y, strict=True)]
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_psnr_rounds_and_clips_as_a_file_would():
+  x, _ = pair()
+  y = to_model(x) + 0.4 / 127.5  # less than half a level
+  y = jnp.where(to_model(x) == 1, 7.0, y)
+  np.testing.assert_array_equal(
+    metrics.psnr(to_model(x), y), metrics.psnr(to_model(x), to_model(x))
+  )
+
+
+def test_psnr_of_equal_images_is_finite():
+  x, _ = pair(8, 8)
+  got = metrics.psnr(to_model(x), to_model(x))
+  np.testing.assert_allclose(got, 10 * np.log10(255**2 * 192), rtol=1e-5)
+
+
+@pytest.mark.parametrize('noise', [5, 40, 255])
+def test_ssim_equals_scikit_image_in_the_stated_variant(noise):
+  x, y = pair(noise=noise)
+  got = jax.jit(metrics.ssim)(to_model(x), to_model(y))
+  want = []
+  for a, b in zip(x, y, strict=True):
+    _, index = structural_similarity(
+      a,
+      b,
+      channel_axis=2,
+      gaussian_weights=True,
+      sigma=1.5,
+      full=True,
+      use_sample_covariance=False,
+      data_range=255,
+    )
+    want.append(index[5:-5, 5:-5].mean())
+  np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_ssim_of_images_smaller_than_the_window_is_nan():
+  x, y = pair(10, 32)
+  assert np.isnan(metrics.ssim(to_model(x), to_model(y))).all()
+
+
+def test_squared_error_is_on_the_scale_of_the_input():
+  x, y = pair()
+  got = metrics.squared_error(to_model(x), to_model(y))
+  want = ((x / 127.5 - y / 127.5) ** 2).mean((1, 2, 3))
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_even_use_of_m_codes_has_perplexity_m():
+  got = metrics.code_statistics([5, 5, 5, 5, 0, 0, 0, 0])
+  assert got['usage'] == 0.5
+  np.testing.assert_allclose(got['perplexity'], 4)
+  np.testing.assert_allclose(got['perplexity_ratio'], 0.5)
+  np.testing.assert_allclose(got['entropy_bits'], 2)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1).filter(any))
+def test_perplexity_lies_between_one_and_the_codes_used(counts):
+  got = metrics.code_statistics(counts)
+  used = got['usage'] * len(counts)
+  assert 1 - 1e-9 <= got['perplexity'] <= used * (1 + 1e-9)
+
+
+def test_no_counts_use_no_code():
+  assert metrics.code_statistics([0, 0])['usage'] == 0
+
+
+def test_bit_rates_count_fixed_and_entropy_coded_bits():
+  got = metrics.bit_rates(16, 32 * 32, 16384, 12.0)
+  assert got['bits_per_image'] == 224
+  assert got['bits_per_pixel'] == 224 / 1024
+  assert got['entropy_bits_per_pixel'] == 192 / 1024

@@ -1,0 +1,102 @@
+"""The launchers as a person runs them: in a process of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+  '--config.batch_size=8',
+  '--config.num_steps=3',
+  '--config.data.split=official',
+  '--config.data.image_size=16',
+  '--config.model.widths=(4,8)',
+  '--config.model.factor=4',
+  '--config.model.num_res_blocks=0',
+  '--config.model.num_heads=2',
+  '--config.model.code_dim=4',
+  '--config.model.codebook_size=16',
+)
+
+
+def run(launcher, *flags):
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  return subprocess.run(
+    [sys.executable, f'launch/{launcher}.py', *flags],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=280,
+  )
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ([], 'expected --config=configs/NAME.py; there are configs/cifar10.py'),
+    (['--config=configs/none.py'], 'configs/none.py'),
+    (['--config=configs/cifar10.py:f5'], 'cifar10.py:f4 or :f8'),
+    (['--config=configs/photos.py', 'stray'], "got 'stray'"),
+    (['--config=configs/photos.py', '--wrkdir=x'], 'wrkdir'),
+    (['--config=configs/photos.py', '--config.model.typo=1'], 'typo'),
+    (['--config=configs/photos.py', '--config.batch_size=abc'], 'batch_size'),
+    (
+      ['--config=configs/photos.py', '--config.model.codebook_size=-5'],
+      'config.model.codebook_size: expected at least 1, got -5',
+    ),
+    (
+      ['--config=configs/photos.py', '--config.data.name=folder:/no/where'],
+      '/no/where',
+    ),
+  ],
+)
+def test_a_wrong_command_ends_in_one_line_and_exit_code_2(
+  flags, message, tmp_path
+):
+  done = run('main', *flags, f'--workdir={tmp_path}/run')
+  assert done.returncode == 2, done.stderr
+  lines = done.stderr.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith('error: '), done.stderr
+  assert message in lines[0]
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ([], '--workdir=DIR'),
+    (['--workdir=/no/where'], 'expected a run with checkpoints in /no/where'),
+    (['--workdir=/no/where', '--step=last'], 'expected a number or best'),
+  ],
+)
+def test_a_wrong_evaluation_ends_in_one_line_and_exit_code_2(flags, message):
+  done = run('evaluate', *flags)
+  assert done.returncode == 2
+  assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_main_trains_evaluates_and_draws(image_folder, tmp_path):
+  workdir = tmp_path / 'run'
+  done = run(
+    'main',
+    '--config=configs/cifar10.py:f4',
+    f'--config.data.name=folder:{image_folder}',
+    f'--workdir={workdir}',
+    *TINY,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'step 3/3' in done.stderr and 'left' in done.stderr
+  assert 'perplexity' in done.stdout and str(workdir) in done.stdout
+  assert 'Traceback' not in done.stderr
+  stored = json.loads((workdir / 'evaluation/test/metrics.json').read_text())
+  assert stored['images'] == 11
+  assert (workdir / 'evaluation/test/reconstructions.png').exists()
+  again = run('evaluate', f'--workdir={workdir}', '--split=test')
+  assert again.returncode == 0, again.stderr
+  again = json.loads((workdir / 'evaluation/test/metrics.json').read_text())
+  assert again == stored

@@ -1,0 +1,99 @@
+"""Every value that a user can type is checked before anything is built."""
+
+import pytest
+from conftest import load_config
+from ml_collections import ConfigDict
+
+from rvq_jax.training import settings
+
+
+def changed(name, value):
+  config = load_config('cifar10').to_dict()
+  *parents, leaf = name.split('.')
+  group = config
+  for parent in parents:
+    group = group[parent]
+  group[leaf] = value
+  return config
+
+
+@pytest.mark.parametrize(
+  'name', [('photos',), ('cifar10',), ('cifar10', 'f4'), ('imagenet',)]
+)
+def test_shipped_configs_are_valid_and_build(name):
+  flat = settings.check_config(load_config(*name))
+  model = settings.build_model(flat)
+  assert model.quantizer['codebook_size'] == flat['model.codebook_size']
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'message'),
+  [
+    ('model.codebook_size', -5, 'model.codebook_size: expected at least 1'),
+    ('model.codebook_size', 1.5, 'expected a whole number, got 1.5'),
+    ('model.codebook_size', True, 'expected a whole number'),
+    ('model.codebook_size', None, 'expected a value, got None'),
+    ('model.widths', 32, r'as \(64, 128, 256\)'),
+    ('model.widths', (), 'whole numbers above 0'),
+    ('model.widths', (64, -1), 'whole numbers above 0'),
+    ('model.factor', 3, 'one of 2, 4, 8'),
+    ('model.num_heads', 7, 'a divisor of the last width 256'),
+    ('model.estimator', 'straight', 'rotation, reflection, ste'),
+    ('model.decay', 1.5, 'a value from 0 to 1'),
+    ('model.dtype', 'float16', 'float32, bfloat16'),
+    ('model.ema', 'yes', 'True or False'),
+    ('data.image_size', 33, 'a multiple of model.factor, 8'),
+    ('data.split', 'train', 'paper, official'),
+    ('data.crop_scale', 0.0, 'data.crop_scale'),
+    ('optimizer.learning_rate', float('nan'), 'optimizer.learning_rate'),
+    ('optimizer.learning_rate', float('inf'), 'a finite number'),
+    ('optimizer.learning_rate', '1e-3', 'a number'),
+    ('optimizer.params_ema', 1.0, 'optimizer.params_ema'),
+    ('batch_size', 0, 'at least 1'),
+    ('num_steps', 0, 'at least 1'),
+    ('seed', -1, 'seed'),
+    ('model.codebok_size', 5, r'did you mean config.model.codebook_size\?'),
+    ('typo', 1, 'config.typo: no such field'),
+  ],
+)
+def test_impossible_values_end_in_one_line(name, value, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    settings.check_config(changed(name, value))
+  assert '\n' not in str(caught.value)
+
+
+def test_a_missing_field_is_named():
+  config = load_config('cifar10').to_dict()
+  del config['model']['decay']
+  with pytest.raises(ValueError, match='config.model.decay: missing'):
+    settings.check_config(config)
+
+
+def test_a_set_in_memory_cannot_be_cropped_at_random():
+  config = load_config('imagenet')
+  config.data.in_memory = 'yes'
+  with pytest.raises(ValueError, match='in_memory'):
+    settings.check_config(config)
+
+
+def test_devices_must_divide_the_batch():
+  settings.check_devices(128, 8)
+  with pytest.raises(ValueError, match='multiple of the 3 devices, got 128'):
+    settings.check_devices(128, 3)
+
+
+def test_resume_allows_length_and_logging_and_nothing_else():
+  old = settings.check_config(load_config('cifar10'))
+  for name, value in (('num_steps', 7), ('log_every', 3), ('num_epochs', 1)):
+    settings.check_resume(old | {name: value}, old)
+  differs = old | {'model.codebook_size': 512, 'data.split': 'official'}
+  with pytest.raises(ValueError) as caught:
+    settings.check_resume(differs, old)
+  message = str(caught.value)
+  assert 'config.model.codebook_size: checkpoint 16384, now 512' in message
+  assert "config.data.split: checkpoint 'paper', now 'official'" in message
+
+
+def test_flat_config_survives_json():
+  flat = settings.check_config(ConfigDict(load_config('cifar10')))
+  assert settings.json.loads(settings.to_json(flat)) == flat

@@ -1,0 +1,113 @@
+"""What a step changes, and what it leaves alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rvq_jax import VQVAE
+from rvq_jax.training.optimizer import make_optimizer
+from rvq_jax.training.state import create_state
+from rvq_jax.training.step import make_eval_step, make_train_step
+
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype('f')
+
+
+@functools.cache
+def build():
+  model = VQVAE(
+    widths=(4,),
+    factor=4,
+    num_res_blocks=0,
+    num_heads=2,
+    code_dim=4,
+    quantizer={'codebook_size': 16},
+  )
+  optimizer = make_optimizer(lambda _: 1e-2)
+  state = jax.jit(
+    lambda: create_state(
+      model, optimizer, jax.random.key(0), image_size=8, params_ema=True
+    )
+  )()
+  step = make_train_step(model, optimizer, params_ema_decay=0.5)
+  return model, jax.jit(step), state
+
+
+def bits(tree):
+  return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def test_a_step_moves_every_part_of_the_state():
+  _, step, state = build()
+  after, metrics = step(state, {'image': IMAGES})
+  for name in ('params', 'batch_stats', 'codebook', 'opt_state', 'params_ema'):
+    assert bits(getattr(after, name)) != bits(getattr(state, name)), name
+  assert after.step == 1
+  assert metrics['skipped'] == 0
+
+
+def test_the_loss_is_reconstruction_plus_quantizer():
+  _, step, state = build()
+  state, _ = step(state, {'image': IMAGES})
+  _, metrics = step(state, {'image': IMAGES})
+  np.testing.assert_allclose(
+    metrics['loss'], metrics['mse'] + metrics['commitment_loss'], rtol=1e-5
+  )
+
+
+def test_repeated_steps_lower_the_loss():
+  _, step, state = build()
+  losses = []
+  for _ in range(60):
+    state, metrics = step(state, {'image': IMAGES})
+    losses.append(float(metrics['mse']))
+  assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_a_step_that_is_not_finite_leaves_the_state_to_the_bit(bad):
+  _, step, state = build()
+  state, _ = step(state, {'image': IMAGES})
+  spoilt = IMAGES.copy()
+  spoilt[1, 2, 3, 0] = bad
+  after, metrics = step(state, {'image': spoilt})
+  assert metrics['skipped'] == 1
+  assert (after.step, after.nonfinite_streak) == (2, 1)
+  restored = after.replace(step=state.step, nonfinite_streak=jnp.int32(0))
+  assert bits(restored) == bits(state)
+  after, _ = step(after, {'image': IMAGES})
+  assert after.nonfinite_streak == 0
+
+
+def test_the_averaged_parameters_follow_at_their_decay():
+  _, step, state = build()
+  after, _ = step(state, {'image': IMAGES})
+  for new, average, old in zip(
+    *map(jax.tree.leaves, (after.params, after.params_ema, state.params)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(average, 0.5 * old + 0.5 * new, atol=1e-6)
+
+
+def test_uint8_images_are_the_floats_they_stand_for():
+  model, _, state = build()
+  images = np.random.default_rng(1).integers(0, 256, (4, 8, 8, 3), np.uint8)
+  mask = np.ones(4, bool)
+  evaluate = jax.jit(make_eval_step(model))
+  got = evaluate(state.eval_variables, {'image': images, 'mask': mask})
+  scaled = (images / 127.5 - 1).astype(np.float32)
+  want = evaluate(state.eval_variables, {'image': scaled, 'mask': mask})
+  np.testing.assert_allclose(got['mse'], want['mse'], rtol=1e-5)
+
+
+def test_masked_images_stay_out_of_the_evaluation():
+  model, _, state = build()
+  evaluate = jax.jit(make_eval_step(model))
+  spoilt = np.concatenate([IMAGES, 5 + IMAGES])
+  mask = np.arange(8) < 4
+  got = evaluate(state.variables, {'image': spoilt, 'mask': mask})
+  want = evaluate(state.variables, {'image': IMAGES, 'mask': mask[:4]})
+  for name, value in want.items():
+    np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
