@@ -52,6 +52,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.loss_form = 'two_weights'  # 'paper_eq5' or 'paper_eq8'
   model.cosine = False  # unit-norm latents and codes
   model.dead_code_threshold = 0.9  # of the mean count; below it: replaced
+  model.replacement_step = 0.2  # from a code towards its vector; 1: onto it
   model.init_from = 'data'  # 'normal': random codes
   model.max_scale = 10.0  # bound on |q|/|e| in the gradient
 

@@ -46,7 +46,7 @@ def _set_up_logging():
   root.addHandler(handler)
   root.setLevel(logging.INFO)
   for name in ('absl', 'jax', 'orbax', 'tensorboardX'):
-    logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def run(main) -> None:

@@ -7,6 +7,7 @@ os.environ['XLA_FLAGS'] = (
 )
 
 import importlib.util  # noqa: E402
+import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
@@ -15,6 +16,10 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Tests build the same small programs again and again; each is compiled once.
+_cache = tempfile.TemporaryDirectory(prefix='rvq_jax_tests_')
+jax.config.update('jax_compilation_cache_dir', _cache.name)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -58,6 +58,7 @@ def validate(**arguments: Any) -> None:
     'commitment_weight': (0.0, float('inf')),
     'codebook_weight': (0.0, float('inf')),
     'dead_code_threshold': (0.0, float('inf')),
+    'replacement_step': (1e-30, 1.0),
     'max_scale': (1e-30, float('inf')),
   }
   whole = ('codebook_size', 'code_dim')
@@ -127,6 +128,8 @@ class VectorQuantizer(nn.Module):
       = commitment_weight.
     cosine: inputs and codes are scaled to unit norm first.
     dead_code_threshold: fraction of the mean count N/K; 0 never replaces.
+    replacement_step: how far from the code that it joins a dead code is put
+      towards one of that code's vectors; 1 is onto the vector.
     init_from: 'data': the first training batch fills the codebook; until then
       cluster_size is 0. 'normal': Gaussian codes of norm about 1 that expect
       the count N/K of the batch given to `init`. Without ema always 'normal'.
@@ -145,6 +148,7 @@ class VectorQuantizer(nn.Module):
   loss_form: str = 'two_weights'
   cosine: bool = False
   dead_code_threshold: float = 0.9
+  replacement_step: float = 0.2
   init_from: str = 'data'
   max_scale: float = 10.0
   axis_name: Any = None
@@ -332,6 +336,7 @@ class VectorQuantizer(nn.Module):
         e,
         ids,
         expected_size=expected,
+        step=self.replacement_step,
         axis_name=self.axis_name,
         mask=rows,
       )

@@ -50,6 +50,7 @@ _QUANTIZER = {
   'loss_form': Field(str, choices=vector_quantizer.LOSS_FORMS),
   'cosine': Field(bool),
   'dead_code_threshold': Field(float, 0),
+  'replacement_step': Field(float, 1e-30, 1),
   'init_from': Field(str, choices=vector_quantizer.INITS),
   'max_scale': Field(float, 1e-30),
 }

@@ -94,7 +94,14 @@ def test_every_parameter_gets_a_gradient():
 
     return jax.grad(loss)(params)
 
-  grads = gradient(variables['params'])
+  # Away from the start, where the residual branches are multiplied by zero.
+  rng = np.random.default_rng(0)
+  grads = gradient(
+    jax.tree.map(
+      lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32),
+      variables['params'],
+    )
+  )
   flat = {
     jax.tree_util.keystr(path): float(jnp.abs(g).max())
     for path, g in jax.tree_util.tree_leaves_with_path(grads)
