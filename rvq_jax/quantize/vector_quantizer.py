@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.quantize import codebook as cb
-from rvq_jax.quantize import gradients
+from rvq_jax.quantize import gradients, measures
 from rvq_jax.quantize.search import nearest_codes
 
 ESTIMATORS = ('rotation', 'reflection', 'ste')
-LOSS_FORMS = ('two_weights', 'paper_eq5', 'paper_eq8')
 INITS = ('data', 'normal')
 
 
@@ -47,7 +46,7 @@ def validate(**arguments: Any) -> None:
   """
   choices = {
     'estimator': ESTIMATORS,
-    'loss_form': LOSS_FORMS,
+    'loss_form': measures.LOSS_FORMS,
     'init_from': INITS,
   }
   ranges = {
@@ -205,14 +204,25 @@ class VectorQuantizer(nn.Module):
       'ste': lambda: gradients.straight_through(e, q),
     }
     quantized = estimate[self.estimator]()
-    loss, metrics = self._losses(e, q, rows)
+    loss, metrics = measures.quantizer_loss(
+      e,
+      q,
+      rows,
+      form=self.loss_form,
+      commitment_weight=self.commitment_weight,
+      codebook_weight=0.0 if self.ema else self.codebook_weight,
+    )
     counts = cb.count_codes(
       ids,
       self.codebook_size,
       valid=cb.valid_rows(e, rows),
       axis_name=None if self.is_initializing() else self.axis_name,
     )
-    metrics |= self._health(e, q, rows, counts, book)
+    metrics |= measures.health(e, q, rows, counts)
+    if self.ema:
+      expected = jnp.sum(counts) / self.codebook_size
+      dead = book.cluster_size < self.dead_code_threshold * expected
+      metrics['dead_codes'] = jnp.mean(dead.astype(jnp.float32))
     if updating:
       book, replaced = self._update(book, e, ids, rows)
       metrics['replaced_codes'] = replaced.astype(jnp.float32)
@@ -341,58 +351,6 @@ class VectorQuantizer(nn.Module):
         mask=rows,
       )
     return book, replaced
-
-  def _losses(self, e, q, rows):
-    """Commitment and codebook loss, in the form that `loss_form` names."""
-    weight = rows.astype(jnp.float32)[:, None]
-    numbers = jnp.maximum(jnp.sum(weight), 1.0) * e.shape[1]
-
-    def mse(a, b):
-      return jnp.sum(jnp.where(weight > 0, (a - b) ** 2, 0.0)) / numbers
-
-    stop = jax.lax.stop_gradient
-    to_encoder = mse(e, stop(q))
-    to_codes = mse(stop(e), q)
-    beta = self.commitment_weight
-    if self.loss_form == 'two_weights':
-      loss = beta * to_encoder
-      if not self.ema:
-        loss += self.codebook_weight * to_codes
-    elif self.loss_form == 'paper_eq5':
-      loss = mse(q, e) + beta * mse(q, stop(e))
-    else:
-      loss = 0.5 * beta * e.shape[1] * to_encoder
-    return loss, {
-      'quantization_error': stop(to_encoder),
-      'commitment_loss': stop(beta * to_encoder),
-      'codebook_loss': stop(to_codes),
-    }
-
-  def _health(self, e, q, rows, counts, book):
-    """Scalars that show how the codebook fares; see docs/codebook_health.md."""
-    e, q = jax.lax.stop_gradient((e, q))
-    weight = cb.valid_rows(e, rows).astype(jnp.float32)
-
-    def mean(x):
-      total = jnp.sum(jnp.where(weight > 0, x.reshape(-1), 0.0))
-      return total / jnp.maximum(jnp.sum(weight), 1.0)
-
-    p = counts / jnp.maximum(jnp.sum(counts), 1.0)
-    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0))
-    view = gradients.geometry(e, q)
-    metrics = {
-      'usage': jnp.mean((counts > 0).astype(jnp.float32)),
-      'perplexity': jnp.exp(entropy),
-      'mean_angle': jnp.rad2deg(mean(view.angle)),
-      'fallback_share': mean(view.no_rotation.astype(jnp.float32)),
-      'encoder_norm': mean(jnp.linalg.norm(e, axis=1)),
-      'code_norm': mean(jnp.linalg.norm(q, axis=1)),
-    }
-    if self.ema:
-      expected = jnp.sum(counts) / self.codebook_size
-      dead = book.cluster_size < self.dead_code_threshold * expected
-      metrics['dead_codes'] = jnp.mean(dead.astype(jnp.float32))
-    return metrics
 
 
 def _fields(book):

@@ -1,7 +1,6 @@
 """The training loop: data, step, evaluation, checkpoints, log."""
 
 import logging
-import signal
 import sys
 from pathlib import Path
 
@@ -9,187 +8,14 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from rvq_jax.data import loaders, sources
-from rvq_jax.data.transforms import to_float, to_uint8
-from rvq_jax.evaluation import evaluate, figures, metrics
+from rvq_jax.evaluation import metrics
 from rvq_jax.training import settings, sharding, writers
 from rvq_jax.training.checkpoints import Checkpoints
-from rvq_jax.training.optimizer import make_optimizer, make_schedule
 from rvq_jax.training.progress import Progress
-from rvq_jax.training.state import create_state
-from rvq_jax.training.step import make_eval_step, make_train_step
+from rvq_jax.training.signals import StopSignal
+from rvq_jax.training.trainer import Trainer
 
 MAX_NONFINITE_STREAK = 10
-GRID_IMAGES = 8
-
-
-class StopSignal:
-  """Turns SIGTERM and the first SIGINT into a request to stop.
-
-  The loop finishes its step, saves and leaves with the exit code that the
-  signal calls for (143, 130). A second SIGINT interrupts at once. Outside the
-  main thread, where signals cannot be caught, nothing changes.
-  """
-
-  def __init__(self):
-    self.exit_code = None
-    self._old = {}
-
-  def __enter__(self):
-    try:
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._old[number] = signal.signal(number, self._request)
-    except ValueError:
-      pass
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
-
-  def _request(self, number, frame):
-    del frame
-    if self.exit_code is not None and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    self.exit_code = 128 + number
-
-
-class Trainer:
-  """One run: everything that `train` needs, built and checked once.
-
-  Args:
-    config: ConfigDict or nested mapping; see configs/cifar10.py.
-    workdir: directory of the run.
-
-  Raises:
-    ValueError: the config is not valid, the data is not there, or a checkpoint
-      in workdir was made with another config.
-  """
-
-  def __init__(self, config, workdir):
-    self.config = settings.check_config(config)
-    self.workdir = Path(workdir)
-    settings.check_devices(self.config['batch_size'], jax.device_count())
-    self.dataset = sources.open_dataset(
-      self.config['data.name'],
-      split=self.config['data.split'],
-      data_dir=self.config['data.data_dir'],
-    )
-    self.mesh = sharding.data_mesh()
-    self.model = settings.build_model(self.config)
-    self.loader = self._train_loader()
-    self.num_steps = self.config['num_steps'] or (
-      self.config['num_epochs'] * self.loader.steps_per_epoch
-    )
-    self._samples = None
-    self._build_steps()
-
-  def _train_loader(self):
-    data = self.config
-    in_memory = {'auto': 'auto', 'yes': True, 'no': False}
-    return loaders.make_train_loader(
-      self.dataset.train,
-      batch_size=data['batch_size'],
-      image_size=data['data.image_size'],
-      crop=data['data.crop'],
-      crop_scale=(data['data.crop_scale'], 1.0),
-      seed=data['seed'],
-      in_memory=in_memory[data['data.in_memory']],
-      num_workers=data['data.num_workers'],
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-
-  def _build_steps(self):
-    config = self.config
-    self.schedule = make_schedule(
-      config['optimizer.learning_rate'],
-      num_steps=self.num_steps,
-      warmup_steps=config['optimizer.warmup_steps'],
-      schedule=config['optimizer.schedule'],
-    )
-    optimizer = make_optimizer(
-      self.schedule,
-      weight_decay=config['optimizer.weight_decay'],
-      clip_norm=config['optimizer.clip_norm'],
-    )
-    ema = config['optimizer.params_ema']
-    everywhere = sharding.replicated(self.mesh)
-    rows = sharding.by_rows(self.mesh)
-    self.init = jax.jit(
-      lambda key: create_state(
-        self.model,
-        optimizer,
-        key,
-        image_size=config['data.image_size'],
-        params_ema=ema > 0,
-      ),
-      out_shardings=everywhere,
-    )
-    self.train_step = jax.jit(
-      make_train_step(
-        self.model,
-        optimizer,
-        seed=config['seed'],
-        flip=config['data.flip'],
-        params_ema_decay=ema,
-      ),
-      in_shardings=(everywhere, rows),
-      out_shardings=everywhere,
-      donate_argnums=0,
-    )
-    self.reconstruct = jax.jit(
-      lambda variables, images: to_uint8(
-        self.model.apply(variables, to_float(images)).reconstruction
-      )
-    )
-    self.eval_step = jax.jit(
-      make_eval_step(self.model),
-      in_shardings=(everywhere, rows),
-      out_shardings=everywhere,
-    )
-
-  def start(self, checkpoints: Checkpoints):
-    """The state to go on from, the loader set to the batch that follows it."""
-    step = checkpoints.latest_step
-    key = jax.random.key(self.config['seed'])
-    if step is None:
-      return self.init(key)
-    meta = checkpoints.meta(step)
-    settings.check_resume(self.config, meta['config'])
-    template = jax.eval_shape(self.init, key)
-    everywhere = sharding.replicated(self.mesh)
-    template = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-      template,
-    )
-    self.loader.seek(meta['position'])
-    return checkpoints.restore(template, step)
-
-  def validate(self, state):
-    """Metrics and code counts of the state over the validation split."""
-    return evaluate.evaluate_split(
-      self.eval_step,
-      state.eval_variables,
-      self._validation_batches(),
-      mesh=self.mesh,
-    )
-
-  def _validation_batches(self):
-    return loaders.eval_batches(
-      self.dataset.validation,
-      batch_size=self.config['batch_size'],
-      image_size=self.config['data.image_size'],
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-
-  def reconstruct_samples(self, state) -> np.ndarray:
-    """The first validation images above their reconstructions, uint8."""
-    if self._samples is None:
-      self._samples = next(self._validation_batches())['image'][:GRID_IMAGES]
-    images = self.reconstruct(state.eval_variables, self._samples)
-    return figures.reconstruction_grid(self._samples, np.asarray(images))
 
 
 def _interval_scalars(window, schedule, step):

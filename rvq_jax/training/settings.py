@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.vqvae import VQVAE
-from rvq_jax.quantize import vector_quantizer
+from rvq_jax.quantize.measures import LOSS_FORMS
+from rvq_jax.quantize.vector_quantizer import ESTIMATORS, INITS
 from rvq_jax.training.optimizer import SCHEDULES
 
 
@@ -41,17 +42,17 @@ _COUNT = Field(int, 1, 2**31 - 1)
 _FREE_COUNT = Field(int, 0, 2**31 - 1, resumable=True)
 _QUANTIZER = {
   'codebook_size': _COUNT,
-  'estimator': Field(str, choices=vector_quantizer.ESTIMATORS),
+  'estimator': Field(str, choices=ESTIMATORS),
   'ema': Field(bool),
   'decay': Field(float, 0, 1),
   'eps': Field(float, 1e-30, 1),
   'commitment_weight': Field(float, 0),
   'codebook_weight': Field(float, 0),
-  'loss_form': Field(str, choices=vector_quantizer.LOSS_FORMS),
+  'loss_form': Field(str, choices=LOSS_FORMS),
   'cosine': Field(bool),
   'dead_code_threshold': Field(float, 0),
   'replacement_step': Field(float, 1e-30, 1),
-  'init_from': Field(str, choices=vector_quantizer.INITS),
+  'init_from': Field(str, choices=INITS),
   'max_scale': Field(float, 1e-30),
 }
 FIELDS = {

@@ -1,0 +1,92 @@
+"""The quantizer's loss, and the scalars that show how a codebook fares."""
+
+import jax
+import jax.numpy as jnp
+
+from rvq_jax.quantize import gradients
+from rvq_jax.quantize.codebook import valid_rows
+
+LOSS_FORMS = ('two_weights', 'paper_eq5', 'paper_eq8')
+
+
+def quantizer_loss(
+  e: jax.Array,
+  q: jax.Array,
+  rows: jax.Array,
+  *,
+  form: str,
+  commitment_weight: float,
+  codebook_weight: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Commitment and codebook loss (paper eq. 5 and 8).
+
+  Args:
+    e: encoder outputs [N, D], float32.
+    q: their codes [N, D], float32.
+    rows: rows that count [N], bool.
+    form: 'two_weights': commitment_weight MSE(e, sg q) + codebook_weight
+      MSE(sg e, q); 'paper_eq5': MSE(q, e) + commitment_weight MSE(q, sg e);
+      'paper_eq8': commitment_weight/2 |e - sg q|^2, summed over D.
+    commitment_weight: beta.
+    codebook_weight: of the codes' own loss, in 'two_weights'.
+
+  Returns:
+    The loss, and quantization_error, commitment_loss and codebook_loss, all
+    float32 scalars.
+  """
+  weight = rows.astype(jnp.float32)[:, None]
+  numbers = jnp.maximum(jnp.sum(weight), 1.0) * e.shape[1]
+  stop = jax.lax.stop_gradient
+
+  def mse(a, b):
+    return jnp.sum(jnp.where(weight > 0, (a - b) ** 2, 0.0)) / numbers
+
+  to_encoder, to_codes = mse(e, stop(q)), mse(stop(e), q)
+  if form == 'two_weights':
+    loss = commitment_weight * to_encoder
+    if codebook_weight:
+      loss += codebook_weight * to_codes
+  elif form == 'paper_eq5':
+    loss = mse(q, e) + commitment_weight * mse(q, stop(e))
+  else:
+    loss = 0.5 * commitment_weight * e.shape[1] * to_encoder
+  return loss, {
+    'quantization_error': stop(to_encoder),
+    'commitment_loss': stop(commitment_weight * to_encoder),
+    'codebook_loss': stop(to_codes),
+  }
+
+
+def health(
+  e: jax.Array, q: jax.Array, rows: jax.Array, counts: jax.Array
+) -> dict[str, jax.Array]:
+  """Scalars of one batch; docs/codebook_health.md says how to read them.
+
+  Args:
+    e: encoder outputs [N, D], float32.
+    q: their codes [N, D], float32.
+    rows: rows that count [N], bool.
+    counts: how often each code was chosen, [K].
+
+  Returns:
+    usage, perplexity, mean_angle (degrees), fallback_share, encoder_norm and
+    code_norm, float32 scalars.
+  """
+  e, q = jax.lax.stop_gradient((e, q))
+  weight = valid_rows(e, rows).astype(jnp.float32)
+
+  def mean(x):
+    total = jnp.sum(jnp.where(weight > 0, x.reshape(-1), 0.0))
+    return total / jnp.maximum(jnp.sum(weight), 1.0)
+
+  p = counts / jnp.maximum(jnp.sum(counts), 1.0)
+  entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0))
+  view = gradients.geometry(e, q)
+  return {
+    'usage': jnp.mean((counts > 0).astype(jnp.float32)),
+    'perplexity': jnp.exp(entropy),
+    'mean_angle': jnp.rad2deg(mean(view.angle)),
+    'fallback_share': mean(view.no_rotation.astype(jnp.float32)),
+    'encoder_norm': mean(jnp.linalg.norm(e, axis=1)),
+    'code_norm': mean(jnp.linalg.norm(q, axis=1)),
+  }
