@@ -23,18 +23,20 @@ _WORKDIR = flags.DEFINE_string(
 
 def main():
   """Trains, evaluates, draws."""
-  if _CONFIG.value is None:
+  path, _, variant = (
+    config_flags.get_config_filename(flags.FLAGS['config']) or ''
+  ).partition(':')
+  if not Path(path).is_file():
+    got = f', got {path}' if path else ''
     command_line.fail(
       'expected --config=configs/NAME.py; there are '
       + ', '.join(sorted(map(str, Path('configs').glob('*.py'))))
+      + got
     )
   # Imported once the flags are known to be good: this takes seconds.
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
   from rvq_jax.training.loop import train
 
-  path, _, variant = config_flags.get_config_filename(
-    flags.FLAGS['config']
-  ).partition(':')
   name = Path(path).stem + (f'_{variant}' if variant else '')
   workdir = Path(_WORKDIR.value or Path('runs') / name)
   train(_CONFIG.value, workdir)

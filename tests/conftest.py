@@ -2,9 +2,13 @@
 
 import os
 
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-)
+# The suite compiles hundreds of small programs and runs each for a moment:
+# without optimization it takes a third of the time. OPTIMIZED=1 runs it with
+# the programs as users run them, which .ci/run does too.
+_flags = ['--xla_force_host_platform_device_count=8']
+if not os.environ.get('OPTIMIZED'):
+  _flags.append('--xla_backend_optimization_level=0')
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_flags])
 
 import importlib.util  # noqa: E402
 import tempfile  # noqa: E402
@@ -24,13 +28,20 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_config(name: str, *arguments):
-  """The config of configs/NAME.py."""
+@pytest.fixture(scope='session')
+def load_config():
+  """Returns a function that gives the config of configs/NAME.py."""
+  return _load_config
+
+
+def _load_config(name: str, *arguments):
   spec = importlib.util.spec_from_file_location(
     name, ROOT / 'configs' / f'{name}.py'
   )
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(ROOT))
+    spec.loader.exec_module(module)
   return module.get_config(*arguments)
 
 
@@ -51,7 +62,7 @@ def image_folder(tmp_path_factory):
 @pytest.fixture
 def tiny_config(image_folder):
   """A config whose run takes a second, on `image_folder`."""
-  config = load_config('cifar10')
+  config = _load_config('cifar10')
   config.batch_size = 8
   config.num_steps = 6
   config.log_every = 2

@@ -1,14 +1,13 @@
 """Every value that a user can type is checked before anything is built."""
 
 import pytest
-from conftest import load_config
 from ml_collections import ConfigDict
 
 from rvq_jax.training import settings
 
 
-def changed(name, value):
-  config = load_config('cifar10').to_dict()
+def changed(config, name, value):
+  config = config.to_dict()
   *parents, leaf = name.split('.')
   group = config
   for parent in parents:
@@ -20,7 +19,7 @@ def changed(name, value):
 @pytest.mark.parametrize(
   'name', [('photos',), ('cifar10',), ('cifar10', 'f4'), ('imagenet',)]
 )
-def test_shipped_configs_are_valid_and_build(name):
+def test_shipped_configs_are_valid_and_build(load_config, name):
   flat = settings.check_config(load_config(*name))
   model = settings.build_model(flat)
   assert model.quantizer['codebook_size'] == flat['model.codebook_size']
@@ -56,20 +55,20 @@ def test_shipped_configs_are_valid_and_build(name):
     ('typo', 1, 'config.typo: no such field'),
   ],
 )
-def test_impossible_values_end_in_one_line(name, value, message):
+def test_impossible_values_end_in_one_line(load_config, name, value, message):
   with pytest.raises(ValueError, match=message) as caught:
-    settings.check_config(changed(name, value))
+    settings.check_config(changed(load_config('cifar10'), name, value))
   assert '\n' not in str(caught.value)
 
 
-def test_a_missing_field_is_named():
+def test_a_missing_field_is_named(load_config):
   config = load_config('cifar10').to_dict()
   del config['model']['decay']
   with pytest.raises(ValueError, match='config.model.decay: missing'):
     settings.check_config(config)
 
 
-def test_a_set_in_memory_cannot_be_cropped_at_random():
+def test_a_set_in_memory_cannot_be_cropped_at_random(load_config):
   config = load_config('imagenet')
   config.data.in_memory = 'yes'
   with pytest.raises(ValueError, match='in_memory'):
@@ -82,7 +81,7 @@ def test_devices_must_divide_the_batch():
     settings.check_devices(128, 3)
 
 
-def test_resume_allows_length_and_logging_and_nothing_else():
+def test_resume_allows_length_and_logging_and_nothing_else(load_config):
   old = settings.check_config(load_config('cifar10'))
   for name, value in (('num_steps', 7), ('log_every', 3), ('num_epochs', 1)):
     settings.check_resume(old | {name: value}, old)
@@ -94,6 +93,6 @@ def test_resume_allows_length_and_logging_and_nothing_else():
   assert "config.data.split: checkpoint 'paper', now 'official'" in message
 
 
-def test_flat_config_survives_json():
+def test_flat_config_survives_json(load_config):
   flat = settings.check_config(ConfigDict(load_config('cifar10')))
   assert settings.json.loads(settings.to_json(flat)) == flat
