@@ -25,7 +25,9 @@ def _parse(argv):
   try:
     rest = flags.FLAGS(argv)
   except Exception as error:  # config_flags lets any exception through
-    fail(str(error).strip('\'"') or repr(error))
+    message = str(error).strip('\'"') or repr(error)
+    # It also quotes the traceback of a config file; the last line is its point.
+    fail(message.splitlines()[-1] if 'Traceback' in message else message)
   if len(rest) > 1:
     fail(f'expected only flags (--name=value), got {" ".join(rest[1:])!r}')
   return rest

@@ -23,9 +23,9 @@ _WORKDIR = flags.DEFINE_string(
 
 def main():
   """Trains, evaluates, draws."""
-  path, _, variant = (
-    config_flags.get_config_filename(flags.FLAGS['config']) or ''
-  ).partition(':')
+  flag = flags.FLAGS['config']
+  given = config_flags.get_config_filename(flag) if flag.present else ''
+  path, _, variant = given.partition(':')
   if not Path(path).is_file():
     got = f', got {path}' if path else ''
     command_line.fail(

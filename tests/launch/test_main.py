@@ -24,7 +24,7 @@ TINY = (
 
 
 def run(launcher, *flags):
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
   return subprocess.run(
     [sys.executable, f'launch/{launcher}.py', *flags],
     cwd=ROOT,
