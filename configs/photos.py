@@ -13,19 +13,19 @@ from configs import cifar10
 
 def get_config() -> ConfigDict:
   """The CIFAR-10 config with what differs here."""
-  config = cifar10.get_config('f8')
+  config = cifar10.get_config('f4')
   config.batch_size = 32
-  config.num_steps = 600
+  config.num_steps = 300
   config.log_every = 25
-  config.eval_every = 200
-  config.checkpoint_every = 200
+  config.eval_every = 100
+  config.checkpoint_every = 100
   config.data.name = 'photos'
   config.data.split = 'official'  # by photograph
   config.data.image_size = 64
-  config.model.widths = (32, 64, 128)
+  config.model.widths = (32, 64)
   config.model.num_res_blocks = 2
   config.model.num_heads = 4
-  config.model.code_dim = 64
+  config.model.code_dim = 32
   config.model.codebook_size = 1024
   config.optimizer.learning_rate = 1e-3
   config.optimizer.warmup_steps = 20

@@ -99,8 +99,12 @@ def save_curves(path, workdir) -> None:
   panels = (
     ('mse', 'MSE on [-1, 1]', ('train/mse', 'validation/mse')),
     ('psnr', 'PSNR, dB', ('validation/psnr',)),
-    ('usage', 'codes used', ('validation/usage',)),
-    ('perplexity', 'perplexity', ('validation/perplexity',)),
+    ('usage', 'codes used', ('train/usage', 'validation/usage')),
+    (
+      'perplexity',
+      'perplexity',
+      ('train/perplexity', 'validation/perplexity'),
+    ),
   )
   colours = {'train': _ORANGE, 'validation': _BLUE}
   figure = Figure(figsize=(9, 5.6), layout='constrained')
