@@ -16,6 +16,7 @@ from rvq_jax.training.signals import StopSignal
 from rvq_jax.training.trainer import Trainer
 
 MAX_NONFINITE_STREAK = 10
+MAX_STEPS_IN_FLIGHT = 2
 
 
 def _interval_scalars(window, schedule, step):
@@ -137,6 +138,10 @@ def _run(trainer, state, start, checkpoints, writer, progress, stop):
     batch = sharding.shard_batch(next(trainer.loader), trainer.mesh)
     state, scalars = trainer.train_step(state, batch)
     window.append(scalars)
+    # The host prepares the next steps while the device works, but not without
+    # end: batches wait on the device, and a signal waits for the steps.
+    if len(window) > MAX_STEPS_IN_FLIGHT:
+      jax.block_until_ready(window[-1 - MAX_STEPS_IN_FLIGHT])
     progress.advance()
     last = step == trainer.num_steps or stop.exit_code is not None
     if last or due(step, config['log_every']):

@@ -45,7 +45,7 @@ class Progress:
         unit='step',
         dynamic_ncols=True,
         bar_format='{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} '
-        '[{elapsed}<{remaining}] {postfix}',
+        '[{elapsed}<{remaining}]{postfix}',
       )
 
   def advance(self) -> None:
