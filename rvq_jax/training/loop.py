@@ -19,15 +19,22 @@ MAX_NONFINITE_STREAK = 10
 MAX_STEPS_IN_FLIGHT = 2
 
 
-def _interval_scalars(window, schedule, step):
-  """Means over the steps since the last report; codes from summed counts."""
+def _interval_scalars(window, schedule, step, log_every):
+  """Means over the steps since the last report; codes from summed counts.
+
+  The last steps of a run, or the first after a resume, may be fewer: their
+  codes do not compare with the other reports', and are left out.
+  """
   window = jax.device_get(window)
   counts = np.sum([w.pop('counts') for w in window], axis=0, dtype=np.float64)
   scalars = {
     name: float(np.mean([w[name] for w in window])) for name in window[0]
   }
   codes = metrics.code_statistics(counts)
-  scalars |= {name: codes[name] for name in ('usage', 'perplexity')}
+  for name in ('usage', 'perplexity'):
+    del scalars[name]
+    if len(window) == log_every:
+      scalars[name] = codes[name]
   scalars['learning_rate'] = float(schedule(step - 1))
   return scalars
 
@@ -145,7 +152,9 @@ def _run(trainer, state, start, checkpoints, writer, progress, stop):
     progress.advance()
     last = step == trainer.num_steps or stop.exit_code is not None
     if last or due(step, config['log_every']):
-      scalars = _interval_scalars(window, trainer.schedule, step)
+      scalars = _interval_scalars(
+        window, trainer.schedule, step, config['log_every']
+      )
       window = []
       _stop_if_not_finite(state, step, scalars)
       scalars |= progress.report(step, scalars)
