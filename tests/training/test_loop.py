@@ -32,6 +32,7 @@ def test_a_run_leaves_its_files_and_its_last_step(tiny_config, tmp_path):
   assert list((tmp_path / 'tensorboard').iterdir())
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(tiny_config, tmp_path):
   tiny_config.num_steps = 2
   loop.train(tiny_config, tmp_path)
@@ -48,6 +49,7 @@ def test_a_changed_config_is_refused_with_the_difference(tiny_config, tmp_path):
     loop.train(tiny_config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on(tiny_config, tmp_path):
   tiny_config.num_steps = 2
   loop.train(tiny_config, tmp_path)
