@@ -151,7 +151,7 @@ def draw_rows(
     fewer than `count` rows may be drawn.
   """
   n = x.shape[0]
-  total = n if axis_name is None else n * jax.lax.axis_size(axis_name)
+  total = _global_rows(x, axis_name)
   first = 0 if axis_name is None else n * jax.lax.axis_index(axis_name)
   # The `count` largest of log weight + Gumbel noise are a draw without
   # repetition in proportion to the weights.

@@ -9,8 +9,6 @@ import orbax.checkpoint as ocp
 
 from rvq_jax.training.state import TrainState
 
-_ITEMS = ('model', 'optimizer', 'meta')
-
 
 def _mse(metrics):
   return metrics['mse']
@@ -85,10 +83,6 @@ class Checkpoints:
   def __exit__(self, *_):
     self._manager.wait_until_finished()
     self._manager.close()
-
-  def wait(self) -> None:
-    """Returns when every save is complete on disk."""
-    self._manager.wait_until_finished()
 
   @property
   def latest_step(self) -> int | None:
