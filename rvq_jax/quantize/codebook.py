@@ -106,13 +106,15 @@ def ema_update(
   e = jax.lax.stop_gradient(e).astype(jnp.float32)
   valid = valid_rows(e, mask)
   counts = count_codes(ids, size, valid=valid, axis_name=axis_name)
-  # A scatter-add: the one-hot product is the same sum at 2 N K D operations.
-  sums = jnp.zeros_like(codebook.embedding_sum)
-  sums = sums.at[ids].add(jnp.where(valid[:, None], e, 0.0))
-  sums = _global_sum(sums, axis_name)
-
   cluster_size = decay * codebook.cluster_size + (1 - decay) * counts
-  embedding_sum = decay * codebook.embedding_sum + (1 - decay) * sums
+  # A scatter-add: the one-hot product is the same sum at 2 N K D operations.
+  kept = decay * codebook.embedding_sum
+  share = jnp.where(valid[:, None], (1 - decay) * e, 0.0)
+  if axis_name is None:
+    embedding_sum = kept.at[ids].add(share)  # no second [K, D] array
+  else:
+    sums = jnp.zeros_like(kept).at[ids].add(share)
+    embedding_sum = kept + jax.lax.psum(sums, axis_name)
   total = jnp.sum(cluster_size)
   smoothed = (cluster_size + eps) / (total + size * eps) * total
   embedding = jnp.where(

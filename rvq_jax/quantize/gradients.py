@@ -106,11 +106,9 @@ def geometry(e: jax.Array, q: jax.Array) -> Geometry:
   return Geometry(u, v, peaks * lengths, usable, antipodal)
 
 
-def _householder(axis, x):
-  """Reflection (I - 2 a a^T) x, a = axis/|axis|; x itself where axis is 0."""
-  square = _dot(axis, axis)
-  scale = jnp.where(square > 0, 2 / jnp.where(square > 0, square, 1.0), 0.0)
-  return x - axis * (scale * _dot(axis, x))
+def _reflect_along(axis, weight, x):
+  """x - weight axis (axis.x): a Householder reflection at 2/|axis|^2."""
+  return x - axis * (weight * _dot(axis, x))
 
 
 def _rotation(de, e, q, max_scale):
@@ -119,20 +117,29 @@ def _rotation(de, e, q, max_scale):
   The first reflection carries u onto -u, the second -u onto v; everything
   orthogonal to u and v is left alone, so R is the shortest rotation from u to
   v, and R -> I as q -> e. Multiplied out, R = I - 2 w w^T + 2 v u^T; as two
-  reflections it stays orthogonal to rounding even near antipodes.
+  reflections it stays orthogonal to rounding even near antipodes. A vector
+  without rotation has both weights zero and lambda one: a number a row
+  decides, so no second [..., D] array is kept for the backward pass.
   """
   g = geometry(e, q)
-  turned = _householder(g.u + g.v, _householder(g.u, de))
-  return jnp.where(g.no_rotation, de, jnp.minimum(g.scale, max_scale) * turned)
+  s = g.u + g.v
+  square = jnp.where(g.no_rotation, 1.0, _dot(s, s))
+  turned = _reflect_along(g.u, jnp.where(g.no_rotation, 0.0, 2.0), de)
+  turned = _reflect_along(s, jnp.where(g.no_rotation, 0.0, 2 / square), turned)
+  return turned * jnp.where(
+    g.no_rotation, 1.0, jnp.minimum(g.scale, max_scale)
+  )
 
 
 def _reflection(de, e, q, max_scale):
   """lambda (I - 2 r r^T) de; r = 0 where u and v agree to rounding."""
   g = geometry(e, q)
   r = g.u - g.v
-  r = jnp.where(_dot(r, r) > (2 * EPS) ** 2, r, 0.0)
-  turned = _householder(r, de)
-  return jnp.where(g.usable, jnp.minimum(g.scale, max_scale) * turned, de)
+  square = _dot(r, r)
+  apart = g.usable & (square > (2 * EPS) ** 2)
+  weight = jnp.where(apart, 2 / jnp.where(apart, square, 1.0), 0.0)
+  turned = _reflect_along(r, weight, de)
+  return turned * jnp.where(g.usable, jnp.minimum(g.scale, max_scale), 1.0)
 
 
 def _identity(de, e, q, max_scale):

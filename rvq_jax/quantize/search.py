@@ -161,14 +161,15 @@ def _frame(embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
   Returns:
     shift [D] and scale [], a power of two.
   """
-  clean = jnp.where(jnp.isfinite(embedding), embedding, 0)
-  sample = clean[:: -(-clean.shape[0] // 1024)]
+  sample = embedding[:: -(-embedding.shape[0] // 1024)]
+  sample = jnp.where(jnp.isfinite(sample), sample, 0)
   share = 1 / sample.shape[0]  # first: a sum of codes may overflow
   mean = jnp.sum(sample * share, axis=0)
   spread = jnp.sum(jnp.abs(sample - mean[None]) * share, axis=0)
   spread = jnp.maximum(spread, jnp.abs(mean) * 2.0**-20)
   grid = jnp.ldexp(jnp.float32(1), jnp.minimum(_exponent(spread), 126))
-  top = _exponent(jnp.max(jnp.abs(clean)))
+  peaks = jnp.max(jnp.abs(embedding), axis=1)  # [K]: no copy of the codebook
+  top = _exponent(jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0)))
   scale = jnp.ldexp(jnp.float32(1), jnp.clip(top, -20, 30) - top)
   return jnp.round(mean / grid) * grid, scale
 
