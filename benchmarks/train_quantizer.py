@@ -1,0 +1,257 @@
+"""The same model, data order and seed with our quantizer and with the peer's.
+
+  python benchmarks/train_quantizer.py --data_dir=DIR
+    --quantizer=rvq_jax|vector-quantize-pytorch [--factor=8]
+    [--codebook_size=8192] [--num_steps=328] [--batch_size=128]
+    [--num_res_blocks=6] [--seed=0] [--commitment_weight=0.25] [--decay=0.99]
+    [--workdir=DIR]
+
+Trains configs/cifar10.py on the official training split and prints MSE, usage
+and perplexity of the test split as one line of JSON. `rvq_jax` is the ordinary
+run of launch/main.py. `vector-quantize-pytorch` (`pip install torch
+vector-quantize-pytorch`) takes the place of `VectorQuantizer` between our
+encoder and decoder: k-means start, replacement of codes under an EMA count of
+2, rotation trick. Encoder, decoder, their initial parameters, optimizer, order
+of the images and flips are the same to the bit.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+import time
+
+CORES = 2
+if hasattr(os, 'sched_setaffinity'):  # before JAX and torch count the cores
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+
+from rvq_jax.data import loaders  # noqa: E402
+from rvq_jax.data.transforms import random_flip  # noqa: E402
+from rvq_jax.evaluation import metrics  # noqa: E402
+from rvq_jax.evaluation.evaluate import evaluate_run  # noqa: E402
+from rvq_jax.training.loop import train  # noqa: E402
+from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
+from rvq_jax.training.step import prepare_images  # noqa: E402
+from rvq_jax.training.trainer import Trainer  # noqa: E402
+
+PEER = 'vector-quantize-pytorch'
+SHOWN = ('mse', 'psnr', 'usage', 'perplexity', 'bits_per_image')
+
+
+def make_config(args):
+  """configs/cifar10.py with the arguments of the command line."""
+  path = ROOT / 'configs' / 'cifar10.py'
+  spec = importlib.util.spec_from_file_location('cifar10', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(f'f{args.factor}')
+  config.seed, config.batch_size = args.seed, args.batch_size
+  config.num_steps, config.eval_every = args.num_steps, 0
+  config.data.data_dir, config.data.split = args.data_dir, 'official'
+  config.model.codebook_size = args.codebook_size
+  config.model.num_res_blocks = args.num_res_blocks
+  config.model.commitment_weight = args.commitment_weight
+  config.model.decay = args.decay
+  return config
+
+
+class PeerQuantizer:
+  """vector-quantize-pytorch between two halves of a JAX model."""
+
+  def __init__(self, config):
+    try:
+      import torch
+      from vector_quantize_pytorch import VectorQuantize
+    except ImportError as error:
+      sys.exit(f'--quantizer={PEER} needs both packages: {error}')
+    torch.manual_seed(config['seed'])
+    torch.set_num_threads(CORES)
+    self.torch = torch
+    self.layer = VectorQuantize(
+      dim=config['model.code_dim'],
+      codebook_size=config['model.codebook_size'],
+      decay=config['model.decay'],
+      commitment_weight=config['model.commitment_weight'],
+      rotation_trick=True,
+      kmeans_init=True,
+      threshold_ema_dead_code=2,
+    )
+
+  def __call__(self, z, *, train):
+    """Quantized z and ids as arrays, and dL/dz as a function of dL/dq."""
+    shape = z.shape
+    z = self.torch.tensor(np.asarray(z)).reshape(shape[0], -1, shape[-1])
+    self.layer.train(train)
+    if not train:
+      with self.torch.no_grad():
+        quantized, ids, _ = self.layer(z)
+      return quantized.numpy().reshape(shape), ids.numpy(), None
+    z.requires_grad_()
+    quantized, ids, loss = self.layer(z)
+
+    def backward(gradient):
+      gradient = self.torch.tensor(np.asarray(gradient)).reshape(z.shape)
+      (self.torch.sum(quantized * gradient) + loss.sum()).backward()
+      return z.grad.numpy().reshape(shape)
+
+    return quantized.detach().numpy().reshape(shape), ids.numpy(), backward
+
+
+def halves(model):
+  """Encoder and decoder of a VQVAE as jitted functions with their pullbacks."""
+
+  def run(method):
+    def apply(params, stats, x):
+      return model.apply(
+        {'params': params, 'batch_stats': stats},
+        x,
+        train=True,
+        mutable=['batch_stats'],
+        method=method,
+      )
+
+    return apply
+
+  decoder = run(lambda model, q, train: model.decoder(q, train=train))
+
+  @jax.jit
+  def encode(params, stats, images):
+    return jax.vjp(
+      lambda p: run('latents')(p, stats, images), params, has_aux=True
+    )
+
+  @jax.jit
+  def decode(params, stats, q, images):
+    def loss(params, q):
+      reconstruction, updates = decoder(params, stats, q)
+      return jnp.mean((reconstruction - images) ** 2), updates
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, q)
+
+  return encode, decode
+
+
+def train_peer(config, workdir):
+  """Trains with the peer's quantizer; returns the metrics of the test split."""
+  trainer = Trainer(config, workdir)
+  config, model = trainer.config, trainer.model
+  quantizer = PeerQuantizer(config)
+  optimizer = make_optimizer(
+    trainer.schedule,
+    weight_decay=config['optimizer.weight_decay'],
+    clip_norm=config['optimizer.clip_norm'],
+  )
+  state = trainer.init(jax.random.key(config['seed']))
+  params, stats, opt_state = state.params, state.batch_stats, state.opt_state
+  encode, decode = halves(model)
+
+  @jax.jit
+  def prepare(step, images):
+    key = jax.random.fold_in(jax.random.key(config['seed']), step)
+    return random_flip(jax.random.split(key)[0], prepare_images(images))
+
+  @jax.jit
+  def update(params, opt_state, pullback, dz, from_decoder):
+    grads = jax.tree.map(jnp.add, pullback(dz)[0], from_decoder)
+    steps, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, steps), opt_state
+
+  start = time.time()
+  for step in range(trainer.num_steps):
+    images = prepare(step, next(trainer.loader)['image'])
+    z, pullback, encoded = encode(params, stats, images)
+    q, ids, backward = quantizer(z, train=True)
+    (error, decoded), (grads, dq) = decode(params, stats, q, images)
+    stats = {
+      'encoder': encoded['batch_stats']['encoder'],
+      'decoder': decoded['batch_stats']['decoder'],
+    }
+    params, opt_state = update(params, opt_state, pullback, backward(dq), grads)
+    if (step + 1) % 25 == 0:
+      print(
+        f'step {step + 1}  mse {float(error):.4f}  codes in the batch '
+        f'{len(np.unique(ids))} of {ids.size} tokens  '
+        f'{(time.time() - start) / (step + 1):.2f} s/step',
+        flush=True,
+      )
+  trainer.loader.close()
+  variables = {'params': params, 'batch_stats': stats}
+  return evaluate_peer(trainer, variables, quantizer)
+
+
+def evaluate_peer(trainer, variables, quantizer):
+  """The metrics of `evaluate_run` for a model with the peer's quantizer."""
+  config, model = trainer.config, trainer.model
+  encode = jax.jit(lambda x: model.apply(variables, x, method='latents'))
+  decode = jax.jit(
+    lambda q: model.apply(variables, q, method=lambda m, q: m.decoder(q))
+  )
+  sums = {'mse': 0.0, 'psnr': 0.0}
+  counts, count = np.zeros(config['model.codebook_size']), 0
+  for batch in loaders.eval_batches(
+    trainer.dataset.test,
+    batch_size=config['batch_size'],
+    image_size=config['data.image_size'],
+  ):
+    images, mask = prepare_images(jnp.asarray(batch['image'])), batch['mask']
+    q, ids, _ = quantizer(encode(images), train=False)
+    reconstruction = decode(q)
+    for name, measure in (
+      ('mse', metrics.squared_error),
+      ('psnr', metrics.psnr),
+    ):
+      sums[name] += np.sum(np.asarray(measure(reconstruction, images))[mask])
+    counts += np.bincount(ids[mask].reshape(-1), minlength=counts.size)
+    count += int(mask.sum())
+  result = {name: float(value / count) for name, value in sums.items()}
+  result |= metrics.code_statistics(counts)
+  return result | metrics.bit_rates(
+    int(counts.sum() / count),
+    config['data.image_size'] ** 2,
+    counts.size,
+    result['entropy_bits'],
+  )
+
+
+def main():
+  """Parses the command line, trains, evaluates and prints."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--data_dir', required=True)
+  parser.add_argument('--workdir', default='runs/train_quantizer')
+  parser.add_argument(
+    '--quantizer', choices=('rvq_jax', PEER), default='rvq_jax'
+  )
+  for name, value in {
+    'factor': 8,
+    'codebook_size': 8192,
+    'num_steps': 328,
+    'batch_size': 128,
+    'num_res_blocks': 6,
+    'seed': 0,
+    'commitment_weight': 0.25,
+    'decay': 0.99,
+  }.items():
+    parser.add_argument(f'--{name}', type=type(value), default=value)
+  args = parser.parse_args()
+  config = make_config(args)
+  start = time.time()
+  if args.quantizer == PEER:
+    result = train_peer(config, args.workdir)
+  else:
+    train(config, args.workdir)
+    result = evaluate_run(args.workdir)
+  minutes = {'minutes': round((time.time() - start) / 60, 1)}
+  print(json.dumps(vars(args) | {n: result[n] for n in SHOWN} | minutes))
+
+
+if __name__ == '__main__':
+  main()
