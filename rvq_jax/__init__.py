@@ -1,15 +1,17 @@
 """Rotated Vector Quantization in JAX and Flax; R is rotation, not residual."""
 
-from rvq_jax.evaluation.tokenizer import Tokenizer, load
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize.codebook import Codebook, ema_update
 from rvq_jax.quantize.gradients import reflect, rotate, straight_through
+from rvq_jax.quantize.multiple import ProductQuantizer, ResidualQuantizer
 from rvq_jax.quantize.search import nearest_codes
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
 __all__ = [
   'VQVAE',
   'Codebook',
+  'ProductQuantizer',
+  'ResidualQuantizer',
   'Tokenizer',
   'VectorQuantizer',
   'ema_update',
@@ -19,3 +21,12 @@ __all__ = [
   'rotate',
   'straight_through',
 ]
+
+
+def __getattr__(name):
+  # Whoever wants the layer alone need not wait for what reads checkpoints.
+  if name in ('Tokenizer', 'load'):
+    from rvq_jax.evaluation import tokenizer
+
+    return getattr(tokenizer, name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

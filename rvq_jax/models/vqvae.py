@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
-from rvq_jax.quantize.vector_quantizer import QuantizerOutput, VectorQuantizer
+from rvq_jax.quantize.interface import QuantizerOutput
+from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
 
 @flax.struct.dataclass

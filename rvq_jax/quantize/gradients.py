@@ -126,9 +126,7 @@ def _rotation(de, e, q, max_scale):
   square = jnp.where(g.no_rotation, 1.0, _dot(s, s))
   turned = _reflect_along(g.u, jnp.where(g.no_rotation, 0.0, 2.0), de)
   turned = _reflect_along(s, jnp.where(g.no_rotation, 0.0, 2 / square), turned)
-  return turned * jnp.where(
-    g.no_rotation, 1.0, jnp.minimum(g.scale, max_scale)
-  )
+  return turned * jnp.where(g.no_rotation, 1.0, jnp.minimum(g.scale, max_scale))
 
 
 def _reflection(de, e, q, max_scale):
@@ -237,3 +235,11 @@ def straight_through(e: jax.Array, q: jax.Array) -> jax.Array:
   """
   _check_shapes(e, q)
   return _pass_through(e, q, _identity, 1.0)
+
+
+# Estimator -> (e, q, max_scale) -> quantized.
+ESTIMATORS = {
+  'rotation': lambda e, q, max_scale: rotate(e, q, max_scale=max_scale),
+  'reflection': lambda e, q, max_scale: reflect(e, q, max_scale=max_scale),
+  'ste': lambda e, q, max_scale: straight_through(e, q),
+}

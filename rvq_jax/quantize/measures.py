@@ -57,6 +57,35 @@ def quantizer_loss(
   }
 
 
+def directions(
+  e: jax.Array, q: jax.Array, valid: jax.Array
+) -> dict[str, jax.Array]:
+  """Where codes lie as seen from their vectors, as means over a batch.
+
+  Args:
+    e: encoder outputs [N, D], float32.
+    q: their codes [N, D], float32.
+    valid: rows that count [N], bool.
+
+  Returns:
+    mean_angle (degrees), fallback_share, encoder_norm and code_norm, float32
+    scalars.
+  """
+  e, q = jax.lax.stop_gradient((e, q))
+  total = jnp.maximum(jnp.sum(valid.astype(jnp.float32)), 1.0)
+
+  def mean(x):
+    return jnp.sum(jnp.where(valid, x.reshape(-1), 0.0)) / total
+
+  view = gradients.geometry(e, q)
+  return {
+    'mean_angle': jnp.rad2deg(mean(view.angle)),
+    'fallback_share': mean(view.no_rotation.astype(jnp.float32)),
+    'encoder_norm': mean(jnp.linalg.norm(e, axis=1)),
+    'code_norm': mean(jnp.linalg.norm(q, axis=1)),
+  }
+
+
 def health(
   e: jax.Array, q: jax.Array, rows: jax.Array, counts: jax.Array
 ) -> dict[str, jax.Array]:
@@ -69,24 +98,11 @@ def health(
     counts: how often each code was chosen, [K].
 
   Returns:
-    usage, perplexity, mean_angle (degrees), fallback_share, encoder_norm and
-    code_norm, float32 scalars.
+    usage, perplexity and those of `directions`, float32 scalars.
   """
-  e, q = jax.lax.stop_gradient((e, q))
-  weight = valid_rows(e, rows).astype(jnp.float32)
-
-  def mean(x):
-    total = jnp.sum(jnp.where(weight > 0, x.reshape(-1), 0.0))
-    return total / jnp.maximum(jnp.sum(weight), 1.0)
-
   p = counts / jnp.maximum(jnp.sum(counts), 1.0)
   entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0))
-  view = gradients.geometry(e, q)
   return {
     'usage': jnp.mean((counts > 0).astype(jnp.float32)),
     'perplexity': jnp.exp(entropy),
-    'mean_angle': jnp.rad2deg(mean(view.angle)),
-    'fallback_share': mean(view.no_rotation.astype(jnp.float32)),
-    'encoder_norm': mean(jnp.linalg.norm(e, axis=1)),
-    'code_norm': mean(jnp.linalg.norm(q, axis=1)),
-  }
+  } | directions(e, q, valid_rows(e, rows))

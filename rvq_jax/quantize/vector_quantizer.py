@@ -3,84 +3,24 @@
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from rvq_jax.quantize import codebook as cb
-from rvq_jax.quantize import gradients, measures
+from rvq_jax.quantize import measures, replacement
+from rvq_jax.quantize.gradients import ESTIMATORS
+from rvq_jax.quantize.interface import (
+  QuantizerOutput,
+  arguments,
+  check_input,
+  project_out,
+  validate,
+)
 from rvq_jax.quantize.search import nearest_codes
 
-ESTIMATORS = ('rotation', 'reflection', 'ste')
-INITS = ('data', 'normal')
 
-
-@flax.struct.dataclass
-class QuantizerOutput:
-  """What a quantizer returns for inputs [..., C].
-
-  Attributes:
-    quantized: the codes in place of the inputs, [..., C] in the input's dtype.
-    ids: index of each code, [...] int32.
-    loss: weighted commitment and codebook loss, float32 scalar.
-    counts: how often each code was chosen in the global batch, float32 [K].
-    metrics: name -> float32 scalar over this device's batch; see
-      `VectorQuantizer`.
-  """
-
-  quantized: jax.Array
-  ids: jax.Array
-  loss: jax.Array
-  counts: jax.Array
-  metrics: dict[str, jax.Array]
-
-
-def validate(**arguments: Any) -> None:
-  """Raises ValueError for a `VectorQuantizer` argument out of its range.
-
-  Args:
-    **arguments: arguments of `VectorQuantizer` by name; others are ignored.
-
-  Raises:
-    ValueError: one line with what was expected and what came.
-  """
-  choices = {
-    'estimator': ESTIMATORS,
-    'loss_form': measures.LOSS_FORMS,
-    'init_from': INITS,
-  }
-  ranges = {
-    'codebook_size': (1, 2**31 - 1),
-    'code_dim': (1, 2**20),
-    'decay': (0.0, 1.0),
-    'eps': (1e-30, 1.0),
-    'commitment_weight': (0.0, float('inf')),
-    'codebook_weight': (0.0, float('inf')),
-    'dead_code_threshold': (0.0, float('inf')),
-    'replacement_step': (1e-30, 1.0),
-    'max_scale': (1e-30, float('inf')),
-  }
-  whole = ('codebook_size', 'code_dim')
-  for name, value in arguments.items():
-    if name in choices and value not in choices[name]:
-      raise ValueError(
-        f'{name}: expected one of {", ".join(choices[name])}; got {value!r}'
-      )
-    if name not in ranges or (name == 'code_dim' and value is None):
-      continue
-    low, high = ranges[name]
-    kind = int if name in whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind):
-      wanted = 'a whole number' if name in whole else 'a number'
-      raise ValueError(f'{name}: expected {wanted}, got {value!r}')
-    if not low <= value <= high:
-      raise ValueError(
-        f'{name}: expected a value from {low:g} to {high:g}, got {value!r}'
-      )
-
-
-def _unit(x):
-  """x/|x| along the last axis; zero stays zero, also in the gradient."""
+def unit(x):
+  """x/|x| along the last axis [..., D]; 0 stays 0, also in the gradient."""
   square = jnp.sum(x * x, axis=-1, keepdims=True)
   safe = jnp.where(square > 0, square, 1.0)
   return jnp.where(square > 0, x * jax.lax.rsqrt(safe), 0.0)
@@ -133,6 +73,8 @@ class VectorQuantizer(nn.Module):
       cluster_size is 0. 'normal': Gaussian codes of norm about 1 that expect
       the count N/K of the batch given to `init`. Without ema always 'normal'.
     max_scale: upper bound of |q|/|e| in the gradient.
+    freeze: the codes stay as they are, in training too; the encoder and the
+      decoder learn around them.
     axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
   """
 
@@ -150,6 +92,7 @@ class VectorQuantizer(nn.Module):
   replacement_step: float = 0.2
   init_from: str = 'data'
   max_scale: float = 10.0
+  freeze: bool = False
   axis_name: Any = None
 
   @nn.compact
@@ -175,13 +118,8 @@ class VectorQuantizer(nn.Module):
       ValueError: an argument is out of range, z is not a float array, or the
         mask does not fit.
     """
-    validate(**{name: getattr(self, name) for name in self.__annotations__})
-    if z.ndim < 1 or not jnp.issubdtype(z.dtype, jnp.floating):
-      raise ValueError(f'expected float [..., C], got {z.dtype} {z.shape}')
-    if mask is not None and mask.shape != z.shape[:-1]:
-      raise ValueError(
-        f'expected a mask {z.shape[:-1]} for inputs {z.shape}, got {mask.shape}'
-      )
+    validate(**arguments(self))
+    check_input(z, mask)
     channels = z.shape[-1]
     dim = self.code_dim or channels
     e = z.astype(jnp.float32)
@@ -189,42 +127,39 @@ class VectorQuantizer(nn.Module):
       e = nn.Dense(dim, name='project_in')(e)
     e = e.reshape(-1, dim)
     if self.cosine:
-      e = _unit(e)
+      e = unit(e)
     rows = jnp.ones(e.shape[0], bool) if mask is None else mask.reshape(-1)
 
     book, write = self._codebook(dim, e.shape[0])
-    updating = train and self.ema and not self.is_initializing()
-    if updating:
-      book = self._fill(book, e, rows)
+    expected = self._expected_size(e, rows)
+    moving = train and self.ema and not self.freeze
+    moving = moving and not self.is_initializing()
+    if moving:
+      book = self._fill(book, e, rows, expected)
     ids = nearest_codes(e, book.embedding)
     q = jnp.take(book.embedding, ids, axis=0)
-    estimate = {
-      'rotation': lambda: gradients.rotate(e, q, max_scale=self.max_scale),
-      'reflection': lambda: gradients.reflect(e, q, max_scale=self.max_scale),
-      'ste': lambda: gradients.straight_through(e, q),
-    }
-    quantized = estimate[self.estimator]()
+    quantized = ESTIMATORS[self.estimator](e, q, self.max_scale)
+    learned = not self.ema and not self.freeze
     loss, metrics = measures.quantizer_loss(
       e,
-      q,
+      q if learned else jax.lax.stop_gradient(q),
       rows,
       form=self.loss_form,
       commitment_weight=self.commitment_weight,
-      codebook_weight=0.0 if self.ema else self.codebook_weight,
+      codebook_weight=self.codebook_weight if learned else 0.0,
     )
     counts = cb.count_codes(
       ids,
       self.codebook_size,
       valid=cb.valid_rows(e, rows),
-      axis_name=None if self.is_initializing() else self.axis_name,
+      axis_name=self._axis_name(),
     )
     metrics |= measures.health(e, q, rows, counts)
     if self.ema:
-      expected = jnp.sum(counts) / self.codebook_size
       dead = book.cluster_size < self.dead_code_threshold * expected
       metrics['dead_codes'] = jnp.mean(dead.astype(jnp.float32))
-    if updating:
-      book, replaced = self._update(book, e, ids, rows)
+    if moving:
+      book, replaced = self._update(book, e, ids, rows, expected)
       metrics['replaced_codes'] = replaced.astype(jnp.float32)
       write(book)
     quantized = quantized.reshape(z.shape[:-1] + (dim,))
@@ -250,14 +185,8 @@ class VectorQuantizer(nn.Module):
     source = 'codebook' if self.ema else 'params'
     embedding = self.get_variable(source, 'embedding')
     if not self.ema and self.cosine:
-      embedding = _unit(embedding)
-    codes = jnp.take(embedding, ids, axis=0)
-    if self.has_variable('params', 'project_out'):
-      dense = self.get_variable('params', 'project_out')
-      codes = codes @ dense['kernel'] + dense['bias'].reshape(
-        (1,) * ids.ndim + (-1,)
-      )
-    return codes
+      embedding = unit(embedding)
+    return project_out(self, jnp.take(embedding, ids, axis=0))
 
   def _codebook(self, dim, batch):
     """The codebook, and how to write it back. Declares its variables."""
@@ -265,12 +194,12 @@ class VectorQuantizer(nn.Module):
 
     def draw(key, shape):
       codes = jax.random.normal(key, shape, jnp.float32) * shape[1] ** -0.5
-      return _unit(codes) if self.cosine else codes
+      return unit(codes) if self.cosine else codes
 
     if not self.ema:
       embedding = self.param('embedding', draw, (size, dim))
       if self.cosine:
-        embedding = _unit(embedding)
+        embedding = unit(embedding)
       empty = jnp.zeros(size, jnp.float32)
       return cb.Codebook(embedding, empty, empty[:, None]), None
     variable = self.variable(
@@ -299,23 +228,27 @@ class VectorQuantizer(nn.Module):
     bits = jax.lax.bitcast_convert_type(jnp.sum(book.embedding_sum), jnp.uint32)
     return jax.random.fold_in(jax.random.key(0), bits)
 
+  def _axis_name(self):
+    return None if self.is_initializing() else self.axis_name
+
   def _expected_size(self, e, rows):
+    """N / K of the global batch: the vectors that a code expects a step."""
     total = jnp.sum(cb.valid_rows(e, rows).astype(jnp.float32))
-    if self.axis_name is not None:
+    if self._axis_name() is not None:
       total = jax.lax.psum(total, self.axis_name)
     return total / self.codebook_size
 
-  def _fill(self, book, e, rows):
+  def _fill(self, book, e, rows, expected):
     """Before the first step: codes onto rows; those without one stay dead."""
     if self.init_from != 'data':
       return book
 
     def fill(book):
-      return cb.fill_codebook(
+      return replacement.fill_codebook(
         book,
         jax.random.fold_in(self._key(book), 1),
         e,
-        expected_size=self._expected_size(e, rows),
+        expected_size=expected,
         axis_name=self.axis_name,
         mask=rows,
       )
@@ -323,7 +256,7 @@ class VectorQuantizer(nn.Module):
     untouched = jnp.sum(book.cluster_size) == 0
     return jax.lax.cond(untouched, fill, lambda book: book, book)
 
-  def _update(self, book, e, ids, rows):
+  def _update(self, book, e, ids, rows, expected):
     key = self._key(book)
     book = cb.ema_update(
       book,
@@ -335,22 +268,20 @@ class VectorQuantizer(nn.Module):
       mask=rows,
     )
     if self.cosine:
-      book = book.replace(embedding=_unit(book.embedding))
-    replaced = jnp.zeros((), jnp.int32)
-    if self.dead_code_threshold > 0:
-      expected = self._expected_size(e, rows)
-      book, replaced = cb.replace_codes(
-        book,
-        book.cluster_size < self.dead_code_threshold * expected,
-        key,
-        e,
-        ids,
-        expected_size=expected,
-        step=self.replacement_step,
-        axis_name=self.axis_name,
-        mask=rows,
-      )
-    return book, replaced
+      book = book.replace(embedding=unit(book.embedding))
+    if not self.dead_code_threshold:
+      return book, jnp.zeros((), jnp.int32)
+    return replacement.replace_codes(
+      book,
+      book.cluster_size < self.dead_code_threshold * expected,
+      key,
+      e,
+      ids,
+      expected_size=expected,
+      step=self.replacement_step,
+      axis_name=self.axis_name,
+      mask=rows,
+    )
 
 
 def _fields(book):

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.vqvae import VQVAE
+from rvq_jax.quantize.gradients import ESTIMATORS
+from rvq_jax.quantize.interface import INITS
 from rvq_jax.quantize.measures import LOSS_FORMS
-from rvq_jax.quantize.vector_quantizer import ESTIMATORS, INITS
 from rvq_jax.training.optimizer import SCHEDULES
 
 
@@ -42,7 +43,7 @@ _COUNT = Field(int, 1, 2**31 - 1)
 _FREE_COUNT = Field(int, 0, 2**31 - 1, resumable=True)
 _QUANTIZER = {
   'codebook_size': _COUNT,
-  'estimator': Field(str, choices=ESTIMATORS),
+  'estimator': Field(str, choices=tuple(ESTIMATORS)),
   'ema': Field(bool),
   'decay': Field(float, 0, 1),
   'eps': Field(float, 1e-30, 1),

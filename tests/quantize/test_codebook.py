@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from rvq_jax import Codebook, ema_update
-from rvq_jax.quantize.codebook import draw_rows, fill_codebook, replace_codes
+from rvq_jax.quantize.replacement import (
+  draw_rows,
+  fill_codebook,
+  replace_codes,
+)
 
 update = jax.jit(ema_update, static_argnames=('decay', 'eps', 'axis_name'))
 

@@ -353,3 +353,41 @@ def test_wrong_inputs_are_refused():
     layer.apply(variables, np.zeros((2, 6), np.int32))
   with pytest.raises(ValueError, match='mask'):
     layer.apply(variables, Z, mask=np.ones((2, 4), bool))
+
+
+def test_frozen_codes_stay_and_the_encoder_still_learns():
+  layer, variables = make(init_from='normal', freeze=True)
+  out, after = train(layer, variables)
+  assert_same_bits(after, variables)
+  assert 'replaced_codes' not in out.metrics
+  gradient = jax.grad(lambda z: layer.apply(variables, z, train=True).loss)
+  assert np.any(np.asarray(gradient(jnp.asarray(Z))))
+
+
+@pytest.mark.parametrize('form', ['two_weights', 'paper_eq5'])
+def test_frozen_learned_codes_get_no_gradient(form):
+  layer, variables = make(ema=False, freeze=True, loss_form=form)
+
+  def loss(params):
+    out = layer.apply({'params': params}, Z, train=True)
+    return out.loss + jnp.sum(out.quantized)
+
+  gradient = jax.grad(loss)(variables['params'])
+  np.testing.assert_array_equal(gradient['embedding'], np.zeros((8, 6)))
+
+
+def test_vmap_over_layers_is_each_layer_in_turn():
+  layer, variables = make()
+  inputs = np.random.default_rng(1).normal(size=(3, 20, 6)).astype(np.float32)
+  books = jax.tree.map(lambda x: jnp.stack([x, x, x]), variables)
+  step = lambda v, z: train(layer, v, z)  # noqa: E731
+  outputs, books = jax.vmap(step)(books, inputs)
+  outputs, books = jax.vmap(step)(books, inputs[::-1])
+  for i in range(3):
+    _, one = train(layer, variables, z=inputs[i])
+    out, one = train(layer, one, z=inputs[2 - i])
+    np.testing.assert_array_equal(outputs.ids[i], out.ids)
+    for got, want in zip(
+      jax.tree.leaves(books), jax.tree.leaves(one), strict=True
+    ):
+      np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,239 @@
+"""Residual depth and heads: several codes a position."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rvq_jax import ProductQuantizer, ResidualQuantizer, VectorQuantizer, rotate
+
+Z = np.random.default_rng(0).normal(size=(2, 24, 6)).astype(np.float32)
+K = 8
+
+
+@functools.partial(jax.jit, static_argnames=('layer', 'train'))
+def init(layer, train=True):
+  return layer.init(jax.random.key(0), Z, train=train)
+
+
+@functools.partial(jax.jit, static_argnames='layer')
+def step(layer, variables, z=Z, mask=None):
+  out, updates = layer.apply(
+    variables, z, train=True, mask=mask, mutable=['codebook']
+  )
+  return out, variables | updates
+
+
+@functools.partial(jax.jit, static_argnames='layer')
+def evaluate(layer, variables, z=Z, mask=None):
+  return layer.apply(variables, z, mask=mask)
+
+
+@functools.partial(jax.jit, static_argnames='layer')
+def decode(layer, variables, ids):
+  return layer.apply(variables, ids, method='codes_from_ids')
+
+
+def trained(layer):
+  variables = init(layer)
+  for _ in range(3):
+    _, variables = step(layer, variables)
+  return variables
+
+
+def nearest(e, codes):
+  """Ids [N] by a plain loop in float64."""
+  return np.asarray(
+    [np.argmin(((codes - x[None]) ** 2).sum(1)) for x in np.float64(e)]
+  )
+
+
+def test_residual_codes_are_the_greedy_ones():
+  layer = ResidualQuantizer(codebook_size=K, depth=3)
+  variables = trained(layer)
+  out = evaluate(layer, variables)
+  left = np.float64(Z.reshape(-1, 6))
+  for d in range(3):
+    codes = np.asarray(variables['codebook'][f'level_{d}']['embedding'])
+    ids = nearest(left, codes)
+    np.testing.assert_array_equal(out.ids[..., d].reshape(-1), ids)
+    np.testing.assert_array_equal(out.counts[d], np.bincount(ids, minlength=K))
+    left -= codes[ids]
+    np.testing.assert_allclose(
+      out.metrics[f'quantization_error_{d + 1}'], np.mean(left**2), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_residual_decodes_a_prefix_of_its_codes(shared):
+  layer = ResidualQuantizer(codebook_size=K, depth=3, shared=shared)
+  variables = trained(layer)
+  out = evaluate(layer, variables)
+  for d in (1, 2, 3):
+    expected = np.zeros_like(Z)
+    for i in range(d):
+      name = f'level_{0 if shared else i}'
+      codes = np.asarray(variables['codebook'][name]['embedding'])
+      expected = expected + codes[np.asarray(out.ids[..., i])]
+    got = decode(layer, variables, out.ids[..., :d])
+    np.testing.assert_array_equal(got, expected)
+  np.testing.assert_array_equal(got, out.quantized)
+
+
+def test_residual_gradient_is_one_rotation_onto_the_sum():
+  layer = ResidualQuantizer(codebook_size=K, depth=3, commitment_weight=0.0)
+  variables = trained(layer)
+  g = np.random.default_rng(1).normal(size=Z.shape).astype(np.float32)
+
+  @jax.jit
+  def gradients(z):
+    q = layer.apply(variables, z).quantized
+    through = jax.grad(
+      lambda z: jnp.sum(layer.apply(variables, z).quantized * g)
+    )
+    return through(z), jax.grad(lambda z: jnp.sum(rotate(z, q) * g))(z)
+
+  got, expected = gradients(jnp.asarray(Z))
+  np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+  assert np.abs(np.asarray(got) - g).max() > 0.1  # not straight-through
+
+
+def test_residual_straight_through_gradient_does_not_grow_with_depth():
+  layer = ResidualQuantizer(codebook_size=K, depth=3, estimator='ste')
+  variables = init(layer)
+  gradient = jax.jit(
+    jax.grad(lambda z: jnp.sum(layer.apply(variables, z).quantized))
+  )(jnp.asarray(Z))
+  np.testing.assert_array_equal(gradient, np.ones_like(Z))
+
+
+def test_residual_of_depth_one_is_the_plain_quantizer():
+  layer = ResidualQuantizer(codebook_size=K, depth=1)
+  variables = trained(layer)
+  plain = {'codebook': variables['codebook']['level_0']}
+  got = evaluate(layer, variables)
+  expected = evaluate(VectorQuantizer(codebook_size=K), plain)
+  np.testing.assert_array_equal(got.ids[..., 0], expected.ids)
+  np.testing.assert_array_equal(got.quantized, expected.quantized)
+  np.testing.assert_allclose(got.loss, expected.loss)
+
+
+def test_residual_learns_to_leave_less():
+  layer = ResidualQuantizer(codebook_size=K, depth=3, decay=0.8)
+
+  @jax.jit
+  def learn(variables):
+    def one(codebook, _):
+      _, updates = layer.apply(
+        {'codebook': codebook}, Z, train=True, mutable=['codebook']
+      )
+      return updates['codebook'], None
+
+    return jax.lax.scan(one, variables['codebook'], length=40)[0]
+
+  error = evaluate(layer, {'codebook': learn(init(layer))}).metrics
+  errors = [float(error[f'quantization_error_{d}']) for d in (1, 2, 3)]
+  assert errors[0] > 1.3 * errors[1] > 1.3**2 * errors[2]
+  assert errors[2] == float(error['quantization_error'])
+
+
+def test_product_codes_are_the_nearest_of_each_piece():
+  layer = ProductQuantizer(codebook_size=K, heads=3)
+  variables = trained(layer)
+  out = evaluate(layer, variables)
+  assert out.ids.shape == (2, 24, 3)
+  for h in range(3):
+    codes = np.asarray(variables['codebook'][f'head_{h}']['embedding'])
+    ids = nearest(Z.reshape(-1, 3, 2)[:, h], codes)
+    np.testing.assert_array_equal(out.ids[..., h].reshape(-1), ids)
+    np.testing.assert_array_equal(
+      out.quantized.reshape(-1, 3, 2)[:, h], codes[ids]
+    )
+    np.testing.assert_array_equal(out.counts[h], np.bincount(ids, minlength=K))
+
+
+@pytest.mark.parametrize('ema', [True, False])
+@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize(
+  'make',
+  [
+    functools.partial(ResidualQuantizer, depth=2),
+    functools.partial(ProductQuantizer, heads=2),
+  ],
+  ids=['residual', 'product'],
+)
+def test_ids_give_back_what_the_forward_pass_gave(make, shared, ema):
+  layer = make(codebook_size=K, code_dim=4, shared=shared, ema=ema)
+  variables = init(layer)
+  if ema:
+    _, variables = step(layer, variables)
+  out = evaluate(layer, variables)
+  assert out.quantized.shape == Z.shape
+  got = decode(layer, variables, out.ids)
+  np.testing.assert_array_equal(got, out.quantized)
+  assert out.counts.shape == ((K,) if shared else (2, K))
+  assert np.sum(out.counts) == 2 * 48
+
+
+@pytest.mark.parametrize('cls', [ResidualQuantizer, ProductQuantizer])
+def test_training_moves_every_codebook_and_evaluation_none(cls):
+  layer = cls(codebook_size=K)
+  variables = init(layer)
+  _, after = step(layer, variables)
+  for name, book in variables['codebook'].items():
+    moved = after['codebook'][name]['embedding'] != book['embedding']
+    assert np.any(np.asarray(moved)), name
+  _, kept = jax.jit(
+    lambda v: layer.apply(v, Z, mutable=['codebook', 'params'])
+  )(after)
+  jax.tree.map(
+    np.testing.assert_array_equal, kept['codebook'], after['codebook']
+  )
+
+
+@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize('cls', [ResidualQuantizer, ProductQuantizer])
+def test_masked_positions_count_nowhere(cls, shared):
+  layer = cls(codebook_size=K, shared=shared)
+  variables = trained(layer)
+  mask = np.arange(48).reshape(2, 24) % 3 > 0
+  wild = np.where(mask[..., None], Z, 1e4).astype(np.float32)
+  one, after_one = step(layer, variables, Z, mask)
+  two, after_two = step(layer, variables, wild, mask)
+  np.testing.assert_array_equal(one.counts, two.counts)
+  np.testing.assert_array_equal(one.loss, two.loss)
+  jax.tree.map(
+    np.testing.assert_array_equal, after_one['codebook'], after_two['codebook']
+  )
+  assert np.sum(one.counts) == mask.sum() * one.ids.shape[-1]
+
+
+@pytest.mark.parametrize(
+  ('layer', 'message'),
+  [
+    (ResidualQuantizer(codebook_size=K, cosine=True), 'cosine=False'),
+    (ResidualQuantizer(codebook_size=K, depth=0), 'depth: expected'),
+    (ProductQuantizer(codebook_size=K, heads=4), 'heads divide, got 6'),
+    (ProductQuantizer(codebook_size=K, heads=1.5), 'a whole number'),
+  ],
+)
+def test_impossible_arguments_are_refused(layer, message):
+  with pytest.raises(ValueError, match=message):
+    layer.init(jax.random.key(0), Z)
+
+
+@pytest.mark.parametrize(
+  ('layer', 'codes'),
+  [
+    (ResidualQuantizer(codebook_size=K, depth=2), 3),
+    (ProductQuantizer(codebook_size=K, heads=2), 1),
+  ],
+)
+def test_ids_of_another_number_of_codes_are_refused(layer, codes):
+  variables = init(layer)
+  with pytest.raises(ValueError, match='expected ids'):
+    layer.apply(
+      variables, np.zeros((4, codes), np.int32), method='codes_from_ids'
+    )
