@@ -44,6 +44,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.num_heads = 8  # of the decoder's attention
   model.code_dim = 256  # numbers in a code
   model.dtype = 'float32'  # compute dtype; 'bfloat16'
+  model.quantizer = 'vq'  # residual, product, gumbel, fsq, simvq
   model.codebook_size = 16384  # K
   model.estimator = 'rotation'  # 'reflection' (eq. 4) or 'ste' (eq. 7)
   model.ema = True  # False: codes are parameters, trained by gradient
@@ -57,6 +58,11 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.replacement_step = 0.2  # from a code towards its vector; 1: onto it
   model.init_from = 'data'  # 'normal': random codes
   model.max_scale = 10.0  # bound on |q|/|e| in the gradient
+  model.freeze = False  # codes stay as they are; the rest goes on learning
+  model.depth = 4  # codes a position of 'residual'
+  model.heads = 2  # codes a position of 'product'
+  model.temperature_steps = 10_000  # over which that of 'gumbel' falls
+  model.kl_weight = 5e-4  # of 'gumbel': KL from the uniform distribution
 
   config.optimizer = optimizer = ConfigDict()
   optimizer.learning_rate = 2e-4  # AdamW

@@ -56,7 +56,7 @@ def save_code_usage(path, counts) -> None:
     path: PNG file to write.
     counts: how often each code was chosen, [K].
   """
-  counts = np.sort(np.asarray(counts, np.float64))[::-1]
+  counts = np.sort(np.asarray(counts, np.float64), axis=None)[::-1]
   used = int((counts > 0).sum())
   mean = counts.sum() / counts.size
   figure = Figure(figsize=(6, 3.4), layout='constrained')

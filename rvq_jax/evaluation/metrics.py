@@ -96,21 +96,22 @@ def code_statistics(counts) -> dict[str, float]:
   """How evenly the codes are used, from counts over a whole split.
 
   Args:
-    counts: how often each code was chosen, [K].
+    counts: how often each code was chosen, [K], or [L, K] for L codebooks.
 
   Returns:
     usage (share of codes chosen at least once), perplexity (exp of the entropy
     of the code frequencies, at most K; higher is more even), perplexity_ratio
-    (perplexity / K) and entropy_bits (the entropy, bits a token).
+    (perplexity / K) and entropy_bits (the entropy, bits a token). With L
+    codebooks the entropy is the mean of theirs.
   """
   counts = np.asarray(counts, np.float64)
-  p = counts / max(counts.sum(), 1.0)
-  p = p[p > 0]
-  entropy = float(-(p * np.log(p)).sum())
+  p = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1.0)
+  terms = p * np.log(np.where(p > 0, p, 1.0))
+  entropy = float(-terms.sum(axis=-1).mean())
   return {
     'usage': float((counts > 0).mean()),
     'perplexity': math.exp(entropy),
-    'perplexity_ratio': math.exp(entropy) / counts.size,
+    'perplexity_ratio': math.exp(entropy) / counts.shape[-1],
     'entropy_bits': entropy / math.log(2),
   }
 

@@ -48,7 +48,8 @@ class Tokenizer:
       images: [B, h, w, 3], uint8 or float in [-1, 1]; `factor` divides h, w.
 
     Returns:
-      ids [B, h/factor, w/factor], int32.
+      ids [B, h/factor, w/factor], int32; [..., L] with several codes a
+      position.
 
     Raises:
       ValueError: another shape, dtype or range.
@@ -72,7 +73,8 @@ class Tokenizer:
     """Images of token ids.
 
     Args:
-      ids: [B, H, W], integers in [0, K).
+      ids: [B, H, W], integers in [0, K); [B, H, W, L] with several codes a
+        position, of which a residual tokenizer takes any first few.
 
     Returns:
       images [B, H factor, W factor, 3], float32 in [-1, 1].
@@ -81,9 +83,11 @@ class Tokenizer:
       ValueError: another shape or dtype, or an id out of range.
     """
     ids = jnp.asarray(ids)
-    if ids.ndim != 3 or not jnp.issubdtype(ids.dtype, jnp.integer):
+    axes = 4 if self.config['model.quantizer'] in ('residual', 'product') else 3
+    if ids.ndim != axes or not jnp.issubdtype(ids.dtype, jnp.integer):
       raise ValueError(
-        f'expected ids [B, H, W] of integers, got {ids.dtype} {ids.shape}'
+        f'expected ids [{"B, H, W, L"[: 3 * axes - 2]}] of integers, got '
+        f'{ids.dtype} {ids.shape}'
       )
     if ids.size:
       low, high = int(jnp.min(ids)), int(jnp.max(ids))

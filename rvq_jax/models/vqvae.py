@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
 from rvq_jax.quantize.interface import QuantizerOutput
-from rvq_jax.quantize.vector_quantizer import VectorQuantizer
+from rvq_jax.quantize.registry import make_quantizer
 
 
 @flax.struct.dataclass
@@ -20,7 +20,8 @@ class VQVAEOutput:
 
   Attributes:
     reconstruction: images [B, h, w, 3], float32 in [-1, 1].
-    quantizer: the quantizer's output; its ids are [B, H, W].
+    quantizer: the quantizer's output; its ids are [B, H, W], or [B, H, W, L]
+      with several codes a position.
   """
 
   reconstruction: jax.Array
@@ -38,8 +39,8 @@ class VQVAE(nn.Module):
     num_res_blocks: residual blocks in the encoder and in the decoder.
     num_heads: attention heads of the decoder.
     code_dim: D, channels of the latents.
-    quantizer: arguments of `VectorQuantizer` other than code_dim and
-      axis_name.
+    quantizer: arguments of the quantizer other than code_dim and axis_name;
+      'name' says which (`registry.QUANTIZERS`), `VectorQuantizer` if left out.
     dtype: compute dtype of encoder and decoder, float32 or bfloat16.
     axis_name: mapped axis of `pmap` or `shard_map`.
   """
@@ -68,9 +69,7 @@ class VQVAE(nn.Module):
       'axis_name': self.axis_name,
     }
     self.encoder = Encoder(code_dim=self.code_dim, **shared)
-    self.vq = VectorQuantizer(
-      code_dim=self.code_dim, axis_name=self.axis_name, **self.quantizer
-    )
+    self.vq = make_quantizer(axis_name=self.axis_name, **self.quantizer)
     self.decoder = Decoder(num_heads=self.num_heads, **shared)
 
   def __call__(
@@ -114,9 +113,9 @@ class VQVAE(nn.Module):
     return self.encoder(images, train=train)
 
   def encode(self, images: jax.Array) -> jax.Array:
-    """Token ids [B, H, W] int32 of images [B, h, w, 3] in [-1, 1]."""
+    """Token ids [B, H, W(, L)] int32 of images [B, h, w, 3] in [-1, 1]."""
     return self.vq(self.latents(images)).ids
 
   def decode(self, ids: jax.Array) -> jax.Array:
-    """Images [B, h, w, 3] in [-1, 1] of token ids [B, H, W]."""
+    """Images [B, h, w, 3] in [-1, 1] of token ids [B, H, W(, L)]."""
     return self.decoder(self.vq.codes_from_ids(ids))

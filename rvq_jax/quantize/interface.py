@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from rvq_jax.quantize.codebook import count_codes, valid_rows
 from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.measures import LOSS_FORMS
 
@@ -29,8 +30,12 @@ _RANGES = {
   'dead_code_threshold': (0.0, float('inf')),
   'replacement_step': (1e-30, 1.0),
   'max_scale': (1e-30, float('inf')),
+  'temperature_start': (1e-30, float('inf')),
+  'temperature_end': (1e-30, float('inf')),
+  'temperature_steps': (1, 2**31 - 1),
+  'kl_weight': (0.0, float('inf')),
 }
-_WHOLE = ('codebook_size', 'code_dim', 'depth', 'heads')
+_WHOLE = ('codebook_size', 'code_dim', 'depth', 'heads', 'temperature_steps')
 
 
 @flax.struct.dataclass
@@ -112,3 +117,62 @@ def project_out(module: nn.Module, codes: jax.Array) -> jax.Array:
   dense = module.get_variable('params', 'project_out')
   bias = dense['bias'].reshape((1,) * (codes.ndim - 1) + (-1,))
   return codes @ dense['kernel'] + bias
+
+
+def prepare(
+  module: nn.Module, z: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Checks a quantizer's arguments and inputs and makes rows of them.
+
+  Args:
+    module: the quantizer.
+    z: inputs [..., C], float.
+    mask: positions that count [...], bool, or None.
+
+  Returns:
+    z as [N, C] float32, and the rows that count, bool [N].
+
+  Raises:
+    ValueError: see `validate` and `check_input`.
+  """
+  validate(**arguments(module))
+  check_input(z, mask)
+  e = z.astype(jnp.float32).reshape(-1, z.shape[-1])
+  return e, jnp.ones(len(e), bool) if mask is None else mask.reshape(-1)
+
+
+def count(
+  module: nn.Module, ids: jax.Array, e: jax.Array, rows: jax.Array
+) -> jax.Array:
+  """Counts [K] of ids [N] in the global batch, of finite rows that count.
+
+  `init` runs outside of any mapped axis.
+  """
+  axis_name = None if module.is_initializing() else module.axis_name
+  valid = valid_rows(e, rows)
+  return count_codes(
+    ids, module.codebook_size, valid=valid, axis_name=axis_name
+  )
+
+
+def finish(
+  z: jax.Array, quantized: jax.Array, ids: jax.Array, *, project: bool, **rest
+) -> QuantizerOutput:
+  """The output in the shape and dtype of z.
+
+  Args:
+    z: inputs [..., C].
+    quantized: [N, D].
+    ids: [N].
+    project: lead from D to C by a Dense 'project_out' of the calling module.
+    **rest: loss, counts and metrics.
+
+  Returns:
+    `QuantizerOutput`.
+  """
+  quantized = quantized.reshape(z.shape[:-1] + quantized.shape[1:])
+  if project:
+    quantized = nn.Dense(z.shape[-1], name='project_out')(quantized)
+  return QuantizerOutput(
+    quantized.astype(z.dtype), ids.reshape(z.shape[:-1]), **rest
+  )

@@ -72,18 +72,30 @@ def directions(
     scalars.
   """
   e, q = jax.lax.stop_gradient((e, q))
-  total = jnp.maximum(jnp.sum(valid.astype(jnp.float32)), 1.0)
-
-  def mean(x):
-    return jnp.sum(jnp.where(valid, x.reshape(-1), 0.0)) / total
-
   view = gradients.geometry(e, q)
   return {
-    'mean_angle': jnp.rad2deg(mean(view.angle)),
-    'fallback_share': mean(view.no_rotation.astype(jnp.float32)),
-    'encoder_norm': mean(jnp.linalg.norm(e, axis=1)),
-    'code_norm': mean(jnp.linalg.norm(q, axis=1)),
+    'mean_angle': jnp.rad2deg(row_mean(view.angle, valid)),
+    'fallback_share': row_mean(view.no_rotation.astype(jnp.float32), valid),
+    'encoder_norm': row_mean(jnp.linalg.norm(e, axis=1), valid),
+    'code_norm': row_mean(jnp.linalg.norm(q, axis=1), valid),
   }
+
+
+def diversity(counts: jax.Array) -> dict[str, jax.Array]:
+  """usage and perplexity of counts [K], float32 scalars."""
+  p = counts / jnp.maximum(jnp.sum(counts), 1.0)
+  entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0))
+  return {
+    'usage': jnp.mean((counts > 0).astype(jnp.float32)),
+    'perplexity': jnp.exp(entropy),
+  }
+
+
+def row_mean(x: jax.Array, rows: jax.Array) -> jax.Array:
+  """Mean of x [N, ...] over the rows that count, bool [N]; a scalar."""
+  x = jnp.mean(x.reshape(len(x), -1), axis=1)
+  total = jnp.maximum(jnp.sum(rows.astype(jnp.float32)), 1.0)
+  return jnp.sum(jnp.where(rows, x, 0.0)) / total
 
 
 def health(
@@ -100,9 +112,4 @@ def health(
   Returns:
     usage, perplexity and those of `directions`, float32 scalars.
   """
-  p = counts / jnp.maximum(jnp.sum(counts), 1.0)
-  entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0))
-  return {
-    'usage': jnp.mean((counts > 0).astype(jnp.float32)),
-    'perplexity': jnp.exp(entropy),
-  } | directions(e, q, valid_rows(e, rows))
+  return diversity(counts) | directions(e, q, valid_rows(e, rows))

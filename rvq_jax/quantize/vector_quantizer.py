@@ -13,6 +13,7 @@ from rvq_jax.quantize.interface import (
   QuantizerOutput,
   arguments,
   check_input,
+  count,
   project_out,
   validate,
 )
@@ -148,12 +149,7 @@ class VectorQuantizer(nn.Module):
       commitment_weight=self.commitment_weight,
       codebook_weight=self.codebook_weight if learned else 0.0,
     )
-    counts = cb.count_codes(
-      ids,
-      self.codebook_size,
-      valid=cb.valid_rows(e, rows),
-      axis_name=self._axis_name(),
-    )
+    counts = count(self, ids, e, rows)
     metrics |= measures.health(e, q, rows, counts)
     if self.ema:
       dead = book.cluster_size < self.dead_code_threshold * expected

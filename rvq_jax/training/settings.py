@@ -16,6 +16,7 @@ from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.interface import INITS
 from rvq_jax.quantize.measures import LOSS_FORMS
+from rvq_jax.quantize.registry import QUANTIZERS, takes
 from rvq_jax.training.optimizer import SCHEDULES
 
 
@@ -55,6 +56,11 @@ _QUANTIZER = {
   'replacement_step': Field(float, 1e-30, 1),
   'init_from': Field(str, choices=INITS),
   'max_scale': Field(float, 1e-30),
+  'freeze': Field(bool, resumable=True),
+  'depth': Field(int, 1, 64),
+  'heads': Field(int, 1, 64),
+  'temperature_steps': _COUNT,
+  'kl_weight': Field(float, 0),
 }
 FIELDS = {
   'seed': Field(int, 0, 2**31 - 1),
@@ -79,6 +85,7 @@ FIELDS = {
   'model.num_res_blocks': Field(int, 0, 1000),
   'model.num_heads': _COUNT,
   'model.code_dim': Field(int, 1, 2**20),
+  'model.quantizer': Field(str, choices=tuple(QUANTIZERS)),
   'model.dtype': Field(str, choices=('float32', 'bfloat16')),
   **{f'model.{name}': field for name, field in _QUANTIZER.items()},
   'optimizer.learning_rate': Field(float, 0),
@@ -162,6 +169,13 @@ def _check_together(flat):
       f'config.data.image_size: expected a multiple of model.factor, {factor}, '
       f'got {size}'
     )
+  if flat['model.quantizer'] == 'product' and (
+    flat['model.code_dim'] % flat['model.heads']
+  ):
+    raise ValueError(
+      'config.model.heads: expected a divisor of model.code_dim, '
+      f'{flat["model.code_dim"]}, got {flat["model.heads"]}'
+    )
   channels = stage_plan(flat['model.widths'], factor)[-1][0]
   if channels % flat['model.num_heads']:
     raise ValueError(
@@ -215,7 +229,10 @@ def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
     for name, value in flat.items()
     if name.startswith('model.')
   }
-  quantizer = {name: model.pop(name) for name in _QUANTIZER}
+  name = model.pop('quantizer')
+  quantizer = {field: model.pop(field) for field in _QUANTIZER}
+  quantizer = {n: value for n, value in quantizer.items() if takes(name, n)}
+  quantizer['name'] = name
   model['widths'] = tuple(model['widths'])
   model['dtype'] = jnp.dtype(model['dtype']).type
   return VQVAE(quantizer=quantizer, axis_name=axis_name, **model)

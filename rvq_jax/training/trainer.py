@@ -89,18 +89,22 @@ class Trainer:
       ),
       out_shardings=everywhere,
     )
-    self.train_step = jax.jit(
-      make_train_step(
+    # The seed is an argument, so that runs that differ in it alone share one
+    # program in the compilation cache.
+    step = jax.jit(
+      lambda state, batch, seed: make_train_step(
         self.model,
         optimizer,
-        seed=config['seed'],
+        seed=seed,
         flip=config['data.flip'],
         params_ema_decay=ema,
-      ),
-      in_shardings=(everywhere, rows),
+      )(state, batch),
+      in_shardings=(everywhere, rows, everywhere),
       out_shardings=everywhere,
       donate_argnums=0,
     )
+    seed = np.int32(config['seed'])
+    self.train_step = lambda state, batch: step(state, batch, seed)
     self.reconstruct = jax.jit(
       lambda variables, images: to_uint8(
         self.model.apply(variables, to_float(images)).reconstruction

@@ -1,0 +1,156 @@
+"""`FSQ`, a baseline: rounding, and no codebook to learn."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rvq_jax.quantize.gradients import straight_through
+from rvq_jax.quantize.interface import (
+  QuantizerOutput,
+  count,
+  finish,
+  prepare,
+  project_out,
+)
+from rvq_jax.quantize.measures import health, row_mean
+
+FSQ_EPS = 1e-3
+
+
+def fsq_levels(codebook_size: int) -> tuple[int, ...]:
+  """Levels for `FSQ` whose product is a given power of two, exactly.
+
+  Eights first, then fours, so that every method spends the same bits: 2^14 ->
+  (8, 8, 8, 8, 4), 2^10 -> (8, 8, 4, 4); 2 -> (2,).
+
+  Args:
+    codebook_size: K, a power of two, at least 2.
+
+  Returns:
+    The levels, whose product is K.
+
+  Raises:
+    ValueError: K is no power of two.
+  """
+  bits = max(codebook_size.bit_length() - 1, 1)
+  if codebook_size != 2**bits:
+    near = min(2**bits, 2 ** (bits + 1), key=lambda k: abs(k - codebook_size))
+    raise ValueError(
+      'codebook_size: expected a power of two from 2 up, got '
+      f'{codebook_size!r}; the nearest is {near}, or give `levels` that '
+      'multiply to it'
+    )
+  if bits == 1:
+    return (2,)
+  fours = -bits % 3
+  return (8,) * ((bits - 2 * fours) // 3) + (4,) * fours
+
+
+def _bound(x, levels):
+  """x [N, d] squashed so that rounding gives L values, as the paper's code."""
+  half = [(n - 1) * (1 - FSQ_EPS) / 2 for n in levels]
+  offset = [0.0 if n % 2 else 0.5 for n in levels]
+  shift = [math.tan(o / h) for o, h in zip(offset, half, strict=True)]
+  half, offset, shift = (
+    jnp.asarray(v, jnp.float32)[None] for v in (half, offset, shift)
+  )
+  return jnp.tanh(x + shift) * half - offset
+
+
+class FSQ(nn.Module):
+  """Rounds each of a few numbers: finite scalar quantization.
+
+  Mentzer et al., ICLR 2024 (arXiv:2309.15505). A linear layer leads to d
+  numbers; number i is bounded by tanh, with half a step's shift where its
+  levels L_i are even, rounded to one of L_i whole numbers and divided by
+  floor(L_i / 2); a second linear layer leads back. The gradient passes the
+  rounding straight through. An id is the number whose mixed-radix digits are
+  the d levels, the first one the least. There is no codebook and no loss;
+  `train` changes nothing.
+
+  The paper recommends L_i >= 5; the sets that it gives have a product near a
+  power of two, not at it, e.g. (8, 5, 5, 5) = 1000 for 2^10. The default here
+  meets the power of two exactly, at the price of fours.
+
+  `metrics` holds usage and perplexity of the batch, and quantization_error
+  (mean squared, per number), mean_angle (degrees), fallback_share,
+  encoder_norm and code_norm, all between the d bounded numbers before and
+  after rounding, divided by floor(L_i / 2).
+
+  Attributes:
+    codebook_size: K, number of ids.
+    levels: L_1 ... L_d, each at least 2, with product K. None: `fsq_levels`.
+    axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
+  """
+
+  codebook_size: int
+  levels: tuple[int, ...] | None = None
+  axis_name: Any = None
+
+  @nn.compact
+  def __call__(
+    self,
+    z: jax.Array,
+    *,
+    train: bool = False,
+    mask: jax.Array | None = None,
+  ) -> QuantizerOutput:
+    """Quantizes z [..., C]; see `VectorQuantizer.__call__`."""
+    del train
+    e, rows = prepare(self, z, mask)
+    levels = self._levels()
+    bounded = _bound(nn.Dense(len(levels), name='project_in')(e), levels)
+    radix = jnp.asarray(levels, jnp.int32)[None]
+    # Rounding stays inside the levels; the clip is for a row that holds NaN.
+    digits = jnp.nan_to_num(jnp.round(bounded)).astype(jnp.int32) + radix // 2
+    digits = jnp.clip(digits, 0, radix - 1)
+    places = [math.prod(levels[:i]) for i in range(len(levels))]
+    ids = jnp.sum(digits * jnp.asarray(places, jnp.int32)[None], axis=-1)
+
+    bounded = bounded / (radix // 2).astype(jnp.float32)
+    q = _values(digits, levels)
+    quantized = straight_through(bounded, q)
+    counts = count(self, ids, e, rows)
+    metrics = health(bounded, q, rows, counts)
+    metrics['quantization_error'] = row_mean((bounded - q) ** 2, rows)
+    loss = jnp.zeros((), jnp.float32)
+    return finish(
+      z,
+      quantized,
+      ids,
+      loss=loss,
+      counts=counts,
+      metrics=jax.lax.stop_gradient(metrics),
+      project=True,
+    )
+
+  def codes_from_ids(self, ids: jax.Array) -> jax.Array:
+    """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
+    digits, left = [], ids
+    for n in self._levels():
+      digits.append(left % n)
+      left = left // n
+    return project_out(self, _values(jnp.stack(digits, -1), self._levels()))
+
+  def _levels(self):
+    """The levels, checked."""
+    if self.levels is None:
+      return fsq_levels(self.codebook_size)
+    levels = tuple(self.levels)
+    whole = all(isinstance(n, int) and n >= 2 for n in levels)
+    if not whole or not levels or math.prod(levels) != self.codebook_size:
+      raise ValueError(
+        'levels: expected whole numbers of at least 2 that multiply to '
+        f'codebook_size {self.codebook_size}, got {levels}'
+      )
+    return levels
+
+
+def _values(digits, levels):
+  """Digits [..., d], each in [0, L), as the numbers they stand for."""
+  half = jnp.asarray([n // 2 for n in levels], jnp.int32)
+  half = half.reshape((1,) * (digits.ndim - 1) + (-1,))
+  return (digits - half).astype(jnp.float32) / half.astype(jnp.float32)

@@ -1,0 +1,136 @@
+"""`GumbelQuantizer`, a baseline: codes are drawn, not searched."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rvq_jax.quantize.interface import (
+  QuantizerOutput,
+  count,
+  finish,
+  prepare,
+  project_out,
+)
+from rvq_jax.quantize.measures import diversity, row_mean
+
+
+def draw_codes(key, shape):
+  """Gaussian codes [K, D] of norm about 1, float32."""
+  return jax.random.normal(key, shape, jnp.float32) * shape[1] ** -0.5
+
+
+class GumbelQuantizer(nn.Module):
+  """Draws codes by Gumbel-softmax: DALL-E's discrete VAE.
+
+  Ramesh et al. 2021 (arXiv:2102.12092) with the relaxation of Jang et al. 2017
+  (arXiv:1611.01144). A linear layer gives each position K logits l. Training
+  mixes all codes, y = softmax((l + g)/tau) with Gumbel noise g and quantized =
+  y @ embedding, and ids name the largest weight of y; evaluation takes the code
+  of the largest logit alone. tau falls from temperature_start to
+  temperature_end along half a cosine. The loss is kl_weight times the mean over
+  positions of KL(softmax(l) || uniform) in nats.
+
+  No distance is compared: the method holds the logits of all N positions and K
+  codes, [N, K] float32, several times over in training.
+
+  Training needs the rng stream 'codebook'. The noise of a position depends on
+  the key and its place in the global batch alone, whatever the number of
+  devices. The collection 'codebook' holds `step`, the training steps so far,
+  int32; call with `train=True` and `mutable=['codebook']`. Evaluation and
+  `init` write nothing.
+
+  `metrics` holds usage and perplexity of the batch's ids, quantization_error
+  (mean squared difference, per number, between the mixture and the one code it
+  stands for; without noise in evaluation), kl (nats) and temperature (tau).
+  Inputs and codes share no space, so no angle or norm is given.
+
+  Attributes:
+    codebook_size: K, number of codes.
+    code_dim: D, numbers in a code. Where it differs from the input's channels
+      a linear projection leads out. None: the input's channels.
+    temperature_start: tau of the first training step.
+    temperature_end: tau from step temperature_steps on.
+    temperature_steps: training steps from the one to the other.
+    kl_weight: weight of the KL divergence.
+    axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
+  """
+
+  codebook_size: int
+  code_dim: int | None = None
+  temperature_start: float = 1.0
+  temperature_end: float = 1 / 16
+  temperature_steps: int = 10000
+  kl_weight: float = 5e-4
+  axis_name: Any = None
+
+  @nn.compact
+  def __call__(
+    self,
+    z: jax.Array,
+    *,
+    train: bool = False,
+    mask: jax.Array | None = None,
+  ) -> QuantizerOutput:
+    """Quantizes z [..., C]; see `VectorQuantizer.__call__`."""
+    e, rows = prepare(self, z, mask)
+    dim = self.code_dim or z.shape[-1]
+    logits = nn.Dense(self.codebook_size, name='logits')(e)
+    codes = self.param('embedding', draw_codes, (self.codebook_size, dim))
+    step = self.variable('codebook', 'step', lambda: jnp.zeros((), jnp.int32))
+    temperature = self._temperature(step.value)
+
+    sampling = train and not self.is_initializing()
+    scores = logits + self._noise(len(e)) if sampling else logits
+    mixture = jax.nn.softmax(scores / temperature) @ codes
+    ids = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    q = jnp.take(codes, ids, axis=0)
+    if sampling:
+      step.value = step.value + 1
+
+    log_p = jax.nn.log_softmax(logits)
+    kl = math.log(self.codebook_size) + jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    kl = row_mean(kl, rows)
+    counts = count(self, ids, e, rows)
+    metrics = diversity(counts) | {
+      'quantization_error': row_mean((mixture - q) ** 2, rows),
+      'kl': kl,
+      'temperature': temperature,
+    }
+    quantized = mixture if sampling else q
+    loss, project = self.kl_weight * kl, dim != z.shape[-1]
+    return finish(
+      z,
+      quantized,
+      ids,
+      loss=loss,
+      counts=counts,
+      metrics=jax.lax.stop_gradient(metrics),
+      project=project,
+    )
+
+  def codes_from_ids(self, ids: jax.Array) -> jax.Array:
+    """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
+    codes = self.get_variable('params', 'embedding')
+    return project_out(self, jnp.take(codes, ids, axis=0))
+
+  def _temperature(self, step):
+    done = jnp.minimum(step.astype(jnp.float32) / self.temperature_steps, 1.0)
+    fall = self.temperature_start - self.temperature_end
+    return self.temperature_end + fall * 0.5 * (1 + jnp.cos(jnp.pi * done))
+
+  def _noise(self, n):
+    """Gumbel noise [n, K], a key for each place in the global batch."""
+    if not self.has_rng('codebook'):
+      raise ValueError(
+        "GumbelQuantizer: expected the rng stream 'codebook' in training; give "
+        "apply(..., rngs={'codebook': key})"
+      )
+    key, places = self.make_rng('codebook'), jnp.arange(n)
+    if self.axis_name is not None:
+      places = places + n * jax.lax.axis_index(self.axis_name)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+    row = (self.codebook_size,)
+    return jax.vmap(lambda key: jax.random.gumbel(key, row))(keys)
