@@ -1,11 +1,13 @@
 """What the launchers share: parsing, logging and errors in one line."""
 
 import logging
+import shlex
 import sys
 import traceback
 from pathlib import Path
 
 from absl import app, flags
+from ml_collections import config_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 # So that configs can build on each other, and the package need not be
@@ -19,6 +21,31 @@ def fail(message: str) -> None:
   """Ends the program: one line on standard error, exit code 2."""
   print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
   sys.exit(2)
+
+
+def config_name(flag) -> str:
+  """NAME or NAME_VARIANT of --config=configs/NAME.py[:VARIANT].
+
+  Ends the program in one line where there is no such file.
+
+  Args:
+    flag: the config flag itself, `flags.FLAGS['config']`.
+  """
+  given = config_flags.get_config_filename(flag) if flag.present else ''
+  path, _, variant = given.partition(':')
+  if not Path(path).is_file():
+    got = f', got {path}' if path else ''
+    fail(
+      'expected --config=configs/NAME.py; there are '
+      + ', '.join(sorted(map(str, Path('configs').glob('*.py'))))
+      + got
+    )
+  return Path(path).stem + (f'_{variant}' if variant else '')
+
+
+def command() -> str:
+  """The command line of this program, as one would type it."""
+  return shlex.join(['python', *sys.argv])
 
 
 def _parse(argv):

@@ -1,7 +1,7 @@
 """Evaluates a checkpoint: metrics as JSON and as a table, figures.
 
 python launch/evaluate.py --workdir=DIR [--split=test] [--step=N|best]
-  [--data_dir=DIR]
+  [--data_dir=DIR] [--save_images=DIR] [--perceptual] [--definitions]
 """
 
 import command_line
@@ -13,6 +13,15 @@ _STEP = flags.DEFINE_string('step', None, 'A saved step, or best; the newest.')
 _DATA_DIR = flags.DEFINE_string(
   'data_dir', None, 'Where the data set is now; default: where it was.'
 )
+_SAVE_IMAGES = flags.DEFINE_string(
+  'save_images', None, 'Write the split and its reconstructions as PNG files.'
+)
+_PERCEPTUAL = flags.DEFINE_bool(
+  'perceptual', False, 'Also rFID, IS and LPIPS: pip install "rvq_jax[eval]".'
+)
+_DEFINITIONS = flags.DEFINE_bool(
+  'definitions', False, 'Also usage and perplexity as others define them.'
+)
 
 
 def main():
@@ -22,6 +31,7 @@ def main():
   step = _STEP.value
   if step is not None and step != 'best' and not step.isdecimal():
     command_line.fail(f'--step: expected a number or best, got {step!r}')
+  from rvq_jax.evaluation.definitions import format_definitions
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
 
   result = evaluate_run(
@@ -29,8 +39,13 @@ def main():
     split=_SPLIT.value,
     step=int(step) if step and step != 'best' else step,
     data_dir=_DATA_DIR.value,
+    save_images=_SAVE_IMAGES.value,
+    perceptual=_PERCEPTUAL.value,
+    definitions=_DEFINITIONS.value,
   )
   print(format_table(result, f'{_WORKDIR.value}, {_SPLIT.value} split'))
+  if _DEFINITIONS.value:
+    print(format_definitions(result['definitions']))
 
 
 if __name__ == '__main__':

@@ -23,21 +23,11 @@ _WORKDIR = flags.DEFINE_string(
 
 def main():
   """Trains, evaluates, draws."""
-  flag = flags.FLAGS['config']
-  given = config_flags.get_config_filename(flag) if flag.present else ''
-  path, _, variant = given.partition(':')
-  if not Path(path).is_file():
-    got = f', got {path}' if path else ''
-    command_line.fail(
-      'expected --config=configs/NAME.py; there are '
-      + ', '.join(sorted(map(str, Path('configs').glob('*.py'))))
-      + got
-    )
+  name = command_line.config_name(flags.FLAGS['config'])
   # Imported once the flags are known to be good: this takes seconds.
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
   from rvq_jax.training.loop import train
 
-  name = Path(path).stem + (f'_{variant}' if variant else '')
   workdir = Path(_WORKDIR.value or Path('runs') / name)
   train(_CONFIG.value, workdir)
   result = evaluate_run(workdir)

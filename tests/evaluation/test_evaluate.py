@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 from rvq_jax import load
+from rvq_jax.data import loaders
+from rvq_jax.evaluation import evaluate
 from rvq_jax.evaluation.evaluate import UNITS, evaluate_run, format_table
-from rvq_jax.training import loop
+from rvq_jax.training import loop, sharding
 
 
 @pytest.fixture(scope='module')
@@ -88,6 +91,113 @@ def test_files_are_written_and_say_what_they_are(run):
   ):
     with Image.open(path) as image:
       assert min(image.size) > 200
+
+
+def test_saved_images_are_those_of_the_tokenizer(run, test_images, tmp_path):
+  evaluate_run(run, save_images=tmp_path)
+  output = np.asarray(load(run).reconstruct(test_images))
+  shown = np.round((np.clip(output, -1, 1) + 1) * 127.5).astype(int)
+  for i in range(11):
+    with Image.open(tmp_path / 'originals' / f'{i:06d}.png') as image:
+      np.testing.assert_array_equal(image, test_images[i])
+    with Image.open(tmp_path / 'reconstructions' / f'{i:06d}.png') as image:
+      # Another batch size may round another way.
+      difference = np.abs(np.asarray(image, int) - shown[i])
+      assert difference.max() <= 1 and (difference == 0).mean() > 0.98
+  assert len(list(tmp_path.rglob('*.png'))) == 2 * 11
+
+
+def test_saved_images_say_what_they_are(run, tmp_path):
+  evaluate_run(run, split='validation', step=3, save_images=tmp_path)
+  about = json.loads((tmp_path / 'about.json').read_text())
+  assert about['data'].startswith('folder:')
+  assert (about['split'], about['step'], about['count']) == (
+    'validation',
+    3,
+    12,
+  )
+  assert about['image_size'] == 16
+  assert about['crop'] == 'scaled and centre-cropped'
+
+
+def test_saved_images_of_another_step_are_refused_before_the_work(
+  run, tmp_path, monkeypatch
+):
+  evaluate_run(run, step=3, save_images=tmp_path)
+  monkeypatch.setattr(evaluate, 'evaluate_split', None)
+  with pytest.raises(ValueError, match='of another run'):
+    evaluate_run(run, step=6, save_images=tmp_path)
+
+
+def test_a_split_is_read_once(run, monkeypatch):
+  calls = []
+
+  def counted(*arguments, real=loaders.eval_batches, **named):
+    calls.append(arguments)
+    return real(*arguments, **named)
+
+  monkeypatch.setattr(loaders, 'eval_batches', counted)
+  evaluate_run(run)
+  assert len(calls) == 1
+
+
+def test_definitions_stand_beside_the_metrics(run, test_images):
+  result = evaluate_run(run, definitions=True)
+  stored = json.loads((run / 'evaluation/test/metrics.json').read_text())
+  assert stored['definitions'] == result['definitions']
+  whole = result['definitions']['whole_split']
+  assert whole['usage'] == result['usage']
+  assert whole['perplexity'] == result['perplexity']
+  ids = np.asarray(load(run).encode(test_images)).reshape(11, -1)
+  batches = [len(set(part.flat)) / 16 for part in (ids[:8], ids[8:])]
+  entry = result['definitions']['mean_over_batches']
+  np.testing.assert_allclose(entry['usage'], np.mean(batches))
+
+
+def test_perceptual_metrics_are_stored_and_shown(run, monkeypatch):
+  folders = []
+
+  def measured(folder):
+    folders.append(folder)
+    assert len(list((folder / 'originals').glob('*.png'))) == 11
+    return {'rfid': 3.5, 'rfid_definition': 'of 11 images'}
+
+  monkeypatch.setattr(evaluate, 'import_packages', lambda: None)
+  monkeypatch.setattr(evaluate, 'perceptual_metrics', measured)
+  result = evaluate_run(run, perceptual=True)
+  assert not folders[0].exists()
+  stored = json.loads((run / 'evaluation/test/metrics.json').read_text())
+  assert (stored['rfid'], stored['rfid_definition']) == (3.5, 'of 11 images')
+  assert format_table(result, '').splitlines()[-1].split(maxsplit=2) == [
+    'rfid',
+    '3.5000',
+    'of 11 images',
+  ]
+
+
+def test_several_processes_cannot_write_images(monkeypatch, tmp_path):
+  monkeypatch.setattr(evaluate.jax, 'process_count', lambda: 2)
+  with pytest.raises(ValueError, match='single process, got 2'):
+    evaluate_run(tmp_path, save_images=tmp_path)
+
+
+def test_bits_of_several_codebooks_are_those_of_one_times_their_tokens():
+  sums = {name: 2.0 for name in ('mse', 'psnr', 'ssim', 'images')}
+  sums |= {'tokens': 2 * 8 * 3.0, 'quantization_error': 0.0}
+  sums['counts'] = np.full((3, 4), 4.0)
+  batch = {'image': np.zeros((2, 8, 8, 3), np.uint8), 'mask': np.ones(2, bool)}
+  seen = []
+  result, counts = evaluate.evaluate_split(
+    lambda variables, batch: sums,
+    {},
+    [batch],
+    mesh=sharding.data_mesh(jax.devices()[:1]),
+    on_batch=lambda *arguments: seen.append(arguments),
+  )
+  assert result['bits_per_image'] == 8 * 3 * 2
+  assert counts.shape == (3, 4)
+  assert len(seen) == 1 and seen[0][0] is batch
+  np.testing.assert_array_equal(seen[0][1]['counts'], sums['counts'])
 
 
 def test_reconstruct_is_decode_of_encode_to_the_bit(run, test_images):

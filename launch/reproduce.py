@@ -1,0 +1,56 @@
+"""Runs the paper's tables 3 to 7 and writes them as Markdown, JSON and HTML.
+
+python launch/reproduce.py --config=configs/cifar10.py [--table=3|4|5|6|7|all]
+  [--seeds=3] [--num_steps=N] [--workdir=DIR] [--config.data.data_dir=DIR ...]
+
+Each method and seed is an ordinary run in DIR/CELL/seed_S. The same command
+goes on with a grid that was interrupted; finished runs are not run again. The
+report is DIR/report/report.html. Default DIR: runs/reproduce_NAME.
+"""
+
+from pathlib import Path
+
+import command_line
+from absl import flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', help_string='Config file that all methods share.'
+)
+_TABLE = flags.DEFINE_string('table', 'all', '3, 4, 5, 6, 7 or all.')
+_SEEDS = flags.DEFINE_integer('seeds', 1, 'Runs of each method.')
+_NUM_STEPS = flags.DEFINE_integer(
+  'num_steps', None, 'Steps of each run; default: those of the config.'
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Directory of the grid; default runs/reproduce_NAME.'
+)
+
+
+def main():
+  """Runs the grid, evaluates, writes the report."""
+  name = command_line.config_name(flags.FLAGS['config'])
+  if _TABLE.value != 'all' and _TABLE.value not in '34567':
+    command_line.fail(f'--table: expected 3 to 7 or all, got {_TABLE.value!r}')
+  if _SEEDS.value < 1:
+    command_line.fail(f'--seeds: expected at least 1, got {_SEEDS.value}')
+  # Imported once the flags are known to be good: this takes seconds.
+  from rvq_jax.evaluation import reproduce
+
+  config = _CONFIG.value
+  if _NUM_STEPS.value is not None:
+    config.num_steps = _NUM_STEPS.value
+  workdir = Path(_WORKDIR.value or Path('runs') / f'reproduce_{name}')
+  text = reproduce.reproduce(
+    config,
+    workdir,
+    tables=(3, 4, 5, 6, 7) if _TABLE.value == 'all' else (int(_TABLE.value),),
+    seeds=_SEEDS.value,
+    command=command_line.command(),
+  )
+  print(text)
+  print(f'the report is {workdir / "report" / "report.html"}')
+
+
+if __name__ == '__main__':
+  command_line.run(main)
