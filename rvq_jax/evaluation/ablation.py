@@ -17,6 +17,7 @@ from rvq_jax.evaluation.evaluate import evaluate_run
 from rvq_jax.training import settings
 from rvq_jax.training.loop import train
 
+LOG_LINES = 20  # of a short run: points of its curves
 METRICS = ('mse', 'psnr', 'usage', 'perplexity')
 
 
@@ -170,7 +171,8 @@ def cell_config(config, cell: str, seed: int):
     seed: of the run.
 
   Returns:
-    A ConfigDict.
+    A ConfigDict; of a run that counts steps the temperature of 'gumbel' falls
+    over all of them.
   """
   config = config.copy_and_resolve_references()
   for name, value in CELLS[cell].changes.items():
@@ -179,6 +181,7 @@ def cell_config(config, cell: str, seed: int):
   config.seed = seed
   if config.num_steps is not None:
     config.model.temperature_steps = config.num_steps
+    config.log_every = max(1, config.num_steps // LOG_LINES)
   return config
 
 

@@ -10,12 +10,18 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
 from rvq_jax.evaluation.ablation import TABLES
 
-_SHOWN = (('mse', 'MSE'), ('usage', 'usage'), ('perplexity', 'perplexity'))
+_SHOWN = (
+  ('mse', 'MSE'),
+  ('usage', 'usage'),
+  ('perplexity', 'perplexity'),
+  ('psnr', 'PSNR, dB'),
+)
 _PAPER_DATA = {'tfds:cifar10': 'cifar10', 'tfds:imagenet2012': 'imagenet'}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #666; --line: #ddd;
@@ -34,9 +40,12 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums;
   font-size: .9rem; white-space: nowrap; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line);
   text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: normal; }
+td { vertical-align: top; }
+small { color: var(--soft); display: inline-block; }
 thead th { color: var(--soft); font-weight: 600; }
-figure { margin: 1rem 0; } svg, img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; overflow-x: auto; }
+svg, img { width: 100%; min-width: 38rem; height: auto; }
 img { background: #fff; }
 """
 
@@ -57,8 +66,22 @@ def _number(metric, value, spread=None, *, sign=False):
   return text + unit
 
 
-def table_rows(number: int, summary, data: str) -> tuple[list, list]:
-  """Header and lines of a table of the paper.
+class Entry(NamedTuple):
+  """A number of a table as people read it.
+
+  Attributes:
+    ours: mean over the seeds, and its standard deviation.
+    paper: what the paper prints, or a dash.
+    difference: ours less the paper's, or a dash.
+  """
+
+  ours: str
+  paper: str
+  difference: str
+
+
+def table_rows(number: int, summary, data: str) -> list[tuple[str, list]]:
+  """The lines of a table of the paper.
 
   Args:
     number: of the table, a key of `ablation.TABLES`.
@@ -68,34 +91,31 @@ def table_rows(number: int, summary, data: str) -> tuple[list, list]:
       orientation.
 
   Returns:
-    The header [str] and the lines [[str]].
+    For each method its label and an `Entry` for MSE, usage, perplexity, PSNR.
   """
   own = _PAPER_DATA.get(data)
-  printed = own or 'cifar10'
-  names = {'cifar10': 'CIFAR-10', 'imagenet': 'ImageNet'}
-  header = ['method']
-  for _, title in _SHOWN:
-    header += [title, f'paper ({names[printed]})', 'difference']
-  header += ['PSNR, dB', 'seeds']
   lines = []
   for row in TABLES[number].rows:
-    cell = summary[row.cell]
-    line = [cell['label']]
+    cell, entries = summary[row.cell], []
     for metric, _ in _SHOWN:
-      paper = row.paper.get(printed, {}).get(metric)
+      paper = row.paper.get(own or 'cifar10', {}).get(metric)
       mean = cell[metric]['mean']
       gap = mean - paper if own and paper is not None else None
-      line += [
-        _number(metric, mean, cell[metric]['std']),
-        _number(metric, paper),
-        _number(metric, gap, sign=True),
-      ]
-    line += [
-      _number('psnr', cell['psnr']['mean'], cell['psnr']['std']),
-      str(cell['seeds']),
-    ]
-    lines.append(line)
-  return header, lines
+      entries.append(
+        Entry(
+          _number(metric, mean, cell[metric]['std']),
+          _number(metric, paper),
+          _number(metric, gap, sign=True),
+        )
+      )
+    lines.append((cell['label'], entries))
+  return lines
+
+
+def _paper_data(data):
+  """'CIFAR-10' or 'ImageNet': whose figures of the paper stand in a table."""
+  names = {'cifar10': 'CIFAR-10', 'imagenet': 'ImageNet'}
+  return names[_PAPER_DATA.get(data, 'cifar10')]
 
 
 def markdown(tables, summary, about) -> str:
@@ -110,13 +130,18 @@ def markdown(tables, summary, about) -> str:
     The text.
   """
   lines = [f'- {name}: {text}' for name, text in about.items()]
+  header = ['method']
+  for _, title in _SHOWN[:-1]:
+    header += [title, f'paper ({_paper_data(about["data"])})', 'difference']
+  header.append(_SHOWN[-1][1])
   for number in tables:
-    header, rows = table_rows(number, summary, about['data'])
     table = TABLES[number]
     lines += ['', f'## Table {number}: {table.title}', '', table.note, '']
     lines.append('| ' + ' | '.join(header) + ' |')
     lines.append('|---' * len(header) + '|')
-    lines += ['| ' + ' | '.join(row) + ' |' for row in rows]
+    for label, entries in table_rows(number, summary, about['data']):
+      row = [label, *(text for entry in entries[:-1] for text in entry)]
+      lines.append('| ' + ' | '.join([*row, entries[-1].ours]) + ' |')
   return '\n'.join(lines) + '\n'
 
 
@@ -152,6 +177,16 @@ def png(figure) -> str:
   return f'<img alt="" src="data:image/png;base64,{data}">'
 
 
+def _html_entry(entry):
+  text = html.escape(entry.ours)
+  if entry.paper == '–':
+    return text
+  text += f'<br><small>paper {html.escape(entry.paper)}'
+  if entry.difference != '–':
+    text += f',</small> <small>{html.escape(entry.difference)}'
+  return text + '</small>'
+
+
 def page(title: str, about, tables, summary, figures) -> str:
   """The whole report.
 
@@ -181,16 +216,20 @@ def page(title: str, about, tables, summary, figures) -> str:
   out.append('</tbody></table></div>')
   for number in tables:
     table = TABLES[number]
-    header, rows = table_rows(number, summary, about['data'])
     out.append(f'<h2>Table {number}: {html.escape(table.title)}</h2>')
     out.append(f'<p class="note">{html.escape(table.note)}</p>')
-    out.append('<div class="wide"><table><thead><tr>')
-    out += [f'<th>{html.escape(x)}</th>' for x in header]
+    out.append('<div class="wide"><table><thead><tr><th>method</th>')
+    out += [f'<th>{html.escape(title)}</th>' for _, title in _SHOWN]
     out.append('</tr></thead><tbody>')
-    for row in rows:
-      cells = ''.join(f'<td>{html.escape(x)}</td>' for x in row)
-      out.append(f'<tr>{cells}</tr>')
+    for label, entries in table_rows(number, summary, about['data']):
+      cells = ''.join(f'<td>{_html_entry(entry)}</td>' for entry in entries)
+      out.append(f'<tr><td>{html.escape(label)}</td>{cells}</tr>')
     out.append('</tbody></table></div>')
+    out.append(
+      '<p class="note">Beneath each number: what the paper prints for '
+      f'{_paper_data(about["data"])}, and ours less that (only on the same '
+      'data set).</p>'
+    )
   for heading, caption, element in figures:
     out.append(f'<h2>{html.escape(heading)}</h2><figure>{element}')
     out.append(f'<figcaption>{html.escape(caption)}</figcaption></figure>')
