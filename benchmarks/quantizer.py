@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 
 from rvq_jax.quantize.codebook import Codebook, ema_update  # noqa: E402
 from rvq_jax.quantize.gradients import rotate  # noqa: E402
-from rvq_jax.quantize.search import nearest_codes  # noqa: E402
+from rvq_jax.quantize.search import nearest_codes, tile_sizes  # noqa: E402
 
 # (N, K, D) and the greatest time of our step as a share of the peer's.
 SIZES = {
@@ -43,11 +43,13 @@ SIZES = {
 SEARCH_TARGET = 0.75  # of the matmul
 TEMP_TARGET = 64  # MiB of XLA temporaries
 PAUSE = 0.1  # seconds before each call: the last one's threads still spin
-OURS, SEARCH, TEXTBOOK, MATMUL, PEER = (
+OURS, SEARCH, TEXTBOOK, MATMUL, TILES, HALF, PEER = (
   'rvq_jax, full step',
   'rvq_jax, search alone',
   'textbook, full step',
   'one N x K matmul',
+  'its multiply-adds in our tiles, no maximum',
+  'the same in bfloat16',
   'vector-quantize-pytorch, full step',
 )
 
@@ -81,6 +83,30 @@ def textbook_step(e, gradient, codebook):
   total = jnp.sum(size)
   smoothed = (size + 1e-5) / (total + codes.shape[0] * 1e-5) * total
   return jax.grad(loss)(e), Codebook(sums / smoothed[:, None], size, sums)
+
+
+def tiled_products(e, codes, dtype):
+  """The scores of `nearest_codes` in its tiles; only their first row is kept.
+
+  What no exact search by these scores can be faster than.
+  """
+  (n, dim), k = e.shape, codes.shape[0]
+  rows, width = tile_sizes(n, k, 'cpu')
+  tiles = codes.astype(dtype).reshape(k // width, width, dim)
+
+  def block(_, x):
+    def visit(i, total):
+      score = jax.lax.dot_general(
+        tiles[i],
+        x.astype(dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+      )
+      return total + score[0]
+
+    return None, jax.lax.fori_loop(0, k // width, visit, jnp.zeros(rows))
+
+  return jax.lax.scan(block, None, e.reshape(n // rows, rows, dim))[1]
 
 
 def peer_step(n, k, dim, e, gradient):
@@ -122,6 +148,8 @@ def forms(n, k, dim, names):
     SEARCH: (lambda e, c: nearest_codes(e, c), (e, embedding)),
     TEXTBOOK: (textbook_step, (e, gradient, codebook)),
     MATMUL: (lambda e, c: e @ c.T, (e, embedding)),
+    TILES: (lambda e, c: tiled_products(e, c, jnp.float32), (e, embedding)),
+    HALF: (lambda e, c: tiled_products(e, c, jnp.bfloat16), (e, embedding)),
   }
   result = {}
   for name in names:
@@ -271,11 +299,11 @@ def main():
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
-  names = [OURS, SEARCH, TEXTBOOK, MATMUL] + [PEER] * args.peer
+  names = [OURS, SEARCH, TEXTBOOK, MATMUL, TILES, HALF] + [PEER] * args.peer
   sizes = list(SIZES)
   if args.sweep:
     sizes = [(1024, 2**power, 64) for power in range(10, 19)]
-    names.remove(TEXTBOOK)
+    names = [name for name in names if name not in (TEXTBOOK, TILES, HALF)]
   if args.precision:
     sizes = []
     print('\n'.join(precision_table()))
