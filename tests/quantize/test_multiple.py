@@ -51,11 +51,11 @@ def nearest(e, codes):
 
 
 def test_residual_codes_are_the_greedy_ones():
-  layer = ResidualQuantizer(codebook_size=K, depth=3)
+  layer = ResidualQuantizer(codebook_size=K, depth=2)
   variables = trained(layer)
   out = evaluate(layer, variables)
   left = np.float64(Z.reshape(-1, 6))
-  for d in range(3):
+  for d in range(2):
     codes = np.asarray(variables['codebook'][f'level_{d}']['embedding'])
     ids = nearest(left, codes)
     np.testing.assert_array_equal(out.ids[..., d].reshape(-1), ids)
@@ -83,7 +83,7 @@ def test_residual_decodes_a_prefix_of_its_codes(shared):
 
 
 def test_residual_gradient_is_one_rotation_onto_the_sum():
-  layer = ResidualQuantizer(codebook_size=K, depth=3, commitment_weight=0.0)
+  layer = ResidualQuantizer(codebook_size=K, depth=2, commitment_weight=0.0)
   variables = trained(layer)
   g = np.random.default_rng(1).normal(size=Z.shape).astype(np.float32)
 
@@ -101,7 +101,7 @@ def test_residual_gradient_is_one_rotation_onto_the_sum():
 
 
 def test_residual_straight_through_gradient_does_not_grow_with_depth():
-  layer = ResidualQuantizer(codebook_size=K, depth=3, estimator='ste')
+  layer = ResidualQuantizer(codebook_size=K, depth=2, estimator='ste')
   variables = init(layer)
   gradient = jax.jit(
     jax.grad(lambda z: jnp.sum(layer.apply(variables, z).quantized))
@@ -154,8 +154,14 @@ def test_product_codes_are_the_nearest_of_each_piece():
     np.testing.assert_array_equal(out.counts[h], np.bincount(ids, minlength=K))
 
 
-@pytest.mark.parametrize('ema', [True, False])
-@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize(
+  ('shared', 'ema'),
+  [
+    (False, True),
+    pytest.param(True, True, marks=pytest.mark.slow),
+    pytest.param(False, False, marks=pytest.mark.slow),
+  ],
+)
 @pytest.mark.parametrize(
   'make',
   [
@@ -193,7 +199,9 @@ def test_training_moves_every_codebook_and_evaluation_none(cls):
   )
 
 
-@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize(
+  'shared', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize('cls', [ResidualQuantizer, ProductQuantizer])
 def test_masked_positions_count_nowhere(cls, shared):
   layer = cls(codebook_size=K, shared=shared)
