@@ -30,7 +30,7 @@ _WORKDIR = flags.DEFINE_string(
 def main():
   """Runs the grid, evaluates, writes the report."""
   name = command_line.config_name(flags.FLAGS['config'])
-  if _TABLE.value != 'all' and _TABLE.value not in '34567':
+  if _TABLE.value not in ('all', *'34567'):
     command_line.fail(f'--table: expected 3 to 7 or all, got {_TABLE.value!r}')
   if _SEEDS.value < 1:
     command_line.fail(f'--seeds: expected at least 1, got {_SEEDS.value}')
