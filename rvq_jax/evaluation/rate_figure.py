@@ -55,6 +55,10 @@ def rate_figure(
   measured = [r['mse'] for r in (*codecs, *points) if r['mse'] > 0]
   if measured:  # the curve goes on below, where nothing is to be compared
     ax.set_ylim(bottom=0.6 * min(measured))
+  fixed = [point['bits'] for point in points]
+  if fixed:  # a collapsed codebook has an entropy near 0: it leaves the plot
+    lowest = min(point['entropy_bits'] for point in points)
+    ax.set_xlim(left=max(0.7 * lowest, 0.1 * min(fixed)))
   right = ax.twinx()
   right.set_ylim(*(10 * math.log10(4 / mse) for mse in ax.get_ylim()))
   right.set_ylabel('PSNR at that MSE, dB')
