@@ -14,6 +14,7 @@ import importlib.util  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -24,6 +25,11 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 _cache = tempfile.TemporaryDirectory(prefix='rvq_jax_tests_')
 jax.config.update('jax_compilation_cache_dir', _cache.name)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+# What lands must not hang on a draw; at a desk every run draws anew.
+hypothesis.settings.register_profile('ci', derandomize=True)
+if os.environ.get('CI'):
+  hypothesis.settings.load_profile('ci')
 
 ROOT = Path(__file__).resolve().parents[1]
 
