@@ -116,10 +116,17 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
 
   Raises:
     FileNotFoundError: there is no such run or step.
+    ValueError: the run was made by another version.
   """
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve(step)
     config = checkpoints.meta(step)['config']
+    try:
+      settings.check_config(config)
+    except ValueError as error:
+      raise ValueError(
+        f'{workdir} was made by another version of rvq_jax: {error}'
+      ) from error
     model = settings.build_model(config)
     size = config['data.image_size']
     shapes = dict(

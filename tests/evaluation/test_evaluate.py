@@ -14,6 +14,7 @@ from rvq_jax.data import loaders
 from rvq_jax.evaluation import evaluate
 from rvq_jax.evaluation.evaluate import UNITS, evaluate_run, format_table
 from rvq_jax.training import loop, sharding
+from rvq_jax.training.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope='module')
@@ -37,6 +38,19 @@ def test_images(image_folder):
     key=lambda p: (p.parent.name, p.name),
   )
   return np.stack([np.asarray(Image.open(p))[:, 2:18] for p in paths])
+
+
+def test_a_run_of_another_version_is_refused_in_one_line(run, monkeypatch):
+  meta = Checkpoints.meta
+
+  def older(self, step):
+    found = meta(self, step)
+    del found['config']['model.quantizer']
+    return found
+
+  monkeypatch.setattr(Checkpoints, 'meta', older)
+  with pytest.raises(ValueError, match='another version.*model.quantizer'):
+    load(run)
 
 
 def test_metrics_are_those_of_the_tokenizer_over_the_whole_split(
