@@ -15,11 +15,9 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
-from importlib.metadata import version
 
 CORES = 2
 if hasattr(os, 'sched_setaffinity'):  # before JAX and torch count the cores
@@ -30,6 +28,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from rvq_jax.evaluation import provenance  # noqa: E402
 from rvq_jax.quantize.codebook import Codebook, ema_update  # noqa: E402
 from rvq_jax.quantize.gradients import rotate  # noqa: E402
 from rvq_jax.quantize.search import nearest_codes, tile_sizes  # noqa: E402
@@ -245,15 +244,10 @@ def verdicts(size, records):
 
 def hardware(peer):
   """One line: processor, cores, versions."""
-  cpu = platform.processor() or platform.machine()
-  info = pathlib.Path('/proc/cpuinfo')
-  if info.exists():
-    names = [x for x in info.read_text().splitlines() if 'model name' in x]
-    cpu = names[0].split(':')[1].strip() if names else cpu
   packages = ['jax', 'jaxlib'] + ['torch', 'vector-quantize-pytorch'] * peer
-  versions = ', '.join(f'{name} {version(name)}' for name in packages)
   load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else float('nan')
-  return f'{cpu}, {CORES} cores, load {load:.1f}, {versions}'
+  versions = provenance.versions(*packages)
+  return f'{provenance.hardware()}, load {load:.1f}, {versions}'
 
 
 def precision_table(n=8192, k=16384, dim=256):

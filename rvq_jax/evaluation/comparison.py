@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from rvq_jax.evaluation.figures import series
 from rvq_jax.training.writers import read_jsonl
 
 ERROR_GAIN = 4  # error maps show this multiple of |difference|
@@ -27,13 +28,6 @@ def _by_cell(records):
   return groups
 
 
-def _series(workdir, name):
-  """Steps and values of a metric of one run."""
-  lines = read_jsonl(Path(workdir) / 'metrics.jsonl')
-  points = [(r['step'], r[name]) for r in lines if r.get(name) is not None]
-  return tuple(np.asarray(x) for x in zip(*points, strict=True)) or ([], [])
-
-
 def curves(records, labels, name: str, title: str, *, log=False) -> Figure:
   """A training metric over the steps: mean over seeds, band from least to most.
 
@@ -51,7 +45,8 @@ def curves(records, labels, name: str, title: str, *, log=False) -> Figure:
   ax = figure.subplots()
   palette = colours(labels)
   for cell, group in _by_cell(records).items():
-    runs = [_series(record['workdir'], name) for record in group]
+    logs = [Path(record['workdir']) / 'metrics.jsonl' for record in group]
+    runs = [series(read_jsonl(log), name) for log in logs]
     runs = [run for run in runs if len(run[0])]
     if not runs:
       continue

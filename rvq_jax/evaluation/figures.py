@@ -82,6 +82,12 @@ def save_code_usage(path, counts) -> None:
   figure.savefig(path, dpi=160)
 
 
+def series(records, name: str) -> list[tuple]:
+  """Steps and values of a metric in the lines of metrics.jsonl, [2]."""
+  points = [(r['step'], r[name]) for r in records if r.get(name) is not None]
+  return list(zip(*points, strict=True)) or [(), ()]
+
+
 def save_curves(path, workdir) -> None:
   """Loss, PSNR, usage and perplexity over the steps of a run.
 
@@ -90,12 +96,6 @@ def save_curves(path, workdir) -> None:
     workdir: directory of the run, with its metrics.jsonl.
   """
   records = read_jsonl(Path(workdir) / 'metrics.jsonl')
-
-  def series(name):
-    points = [(r['step'], r[name]) for r in records if name in r]
-    points = [(s, v) for s, v in points if v is not None]
-    return list(zip(*points, strict=True)) or [(), ()]
-
   panels = (
     ('mse', 'MSE on [-1, 1]', ('train/mse', 'validation/mse')),
     ('psnr', 'PSNR, dB', ('validation/psnr',)),
@@ -112,7 +112,7 @@ def save_curves(path, workdir) -> None:
     figure.subplots(2, 2).flat, panels, strict=True
   ):
     for curve in curves:
-      steps, values = series(curve)
+      steps, values = series(records, curve)
       split = curve.split('/')[0]
       mark = 'o' if split == 'validation' else None
       ax.plot(

@@ -11,11 +11,10 @@ from rvq_jax.quantize import measures, replacement
 from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.interface import (
   QuantizerOutput,
-  arguments,
-  check_input,
   count,
+  finish,
+  prepare,
   project_out,
-  validate,
 )
 from rvq_jax.quantize.search import nearest_codes
 
@@ -41,7 +40,7 @@ class VectorQuantizer(nn.Module):
 
   Codes whose `cluster_size` falls under `dead_code_threshold` times the mean
   count N/K move next to codes that are used too much, whose clusters they then
-  share (`codebook.replace_codes`). The draw uses the rng stream
+  share (`replacement.replace_codes`). The draw uses the rng stream
   'codebook' where one is given (the same key on every device), else a key
   derived from the codebook itself.
 
@@ -119,17 +118,13 @@ class VectorQuantizer(nn.Module):
       ValueError: an argument is out of range, z is not a float array, or the
         mask does not fit.
     """
-    validate(**arguments(self))
-    check_input(z, mask)
-    channels = z.shape[-1]
-    dim = self.code_dim or channels
-    e = z.astype(jnp.float32)
-    if dim != channels:
+    e, rows = prepare(self, z, mask)
+    dim = self.code_dim or z.shape[-1]
+    project = dim != z.shape[-1]
+    if project:
       e = nn.Dense(dim, name='project_in')(e)
-    e = e.reshape(-1, dim)
     if self.cosine:
       e = unit(e)
-    rows = jnp.ones(e.shape[0], bool) if mask is None else mask.reshape(-1)
 
     book, write = self._codebook(dim, e.shape[0])
     expected = self._expected_size(e, rows)
@@ -158,15 +153,14 @@ class VectorQuantizer(nn.Module):
       book, replaced = self._update(book, e, ids, rows, expected)
       metrics['replaced_codes'] = replaced.astype(jnp.float32)
       write(book)
-    quantized = quantized.reshape(z.shape[:-1] + (dim,))
-    if dim != channels:
-      quantized = nn.Dense(channels, name='project_out')(quantized)
-    return QuantizerOutput(
-      quantized.astype(z.dtype),
-      ids.reshape(z.shape[:-1]),
-      loss,
-      counts,
-      metrics,
+    return finish(
+      z,
+      quantized,
+      ids,
+      loss=loss,
+      counts=counts,
+      metrics=metrics,
+      project=project,
     )
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
