@@ -14,6 +14,11 @@ import jax.numpy as jnp
 class Codebook:
   """K codes of D numbers with their moving averages, all float32.
 
+  >>> from rvq_jax import Codebook
+  >>> book = Codebook.create([[0.0, 1.0], [2.0, 2.0]], cluster_size=4)
+  >>> book.cluster_size.tolist(), book.embedding_sum.tolist()
+  ([4.0, 4.0], [[0.0, 4.0], [8.0, 8.0]])
+
   Attributes:
     embedding: the codes, [K, D].
     cluster_size: moving average of the vectors a step gives each code, [K].
@@ -78,17 +83,33 @@ def ema_update(
   eps: float = 1e-5,
   axis_name=None,
   mask: jax.Array | None = None,
+  codes_axis=None,
 ) -> Codebook:
   """One step of the exponential moving average (paper eq. 6, 3.4).
 
   With count_k the number of vectors that chose code k and sum_k their sum,
 
-    n'_k = decay n_k + (1 - decay) count_k
-    m'_k = decay m_k + (1 - decay) sum_k
-    code_k = m'_k / ((n'_k + eps)/(sum_j n'_j + K eps) sum_j n'_j),
+      n'_k   = decay n_k + (1 - decay) count_k
+      m'_k   = decay m_k + (1 - decay) sum_k
+      code_k = m'_k / ((n'_k + eps)/(sum_j n'_j + K eps) sum_j n'_j)
 
-  the denominator being the Laplace-smoothed size. Rows that hold a NaN or an
-  Inf are left out: they never reach the codebook.
+  The denominator is the Laplace-smoothed size. Rows that hold a NaN or an Inf
+  are left out: they never reach the codebook.
+
+  Two vectors chose code 0, none code 1. The first code moves a tenth of the way
+  to their mean, and the average count of the second, which stays, falls:
+
+  >>> import jax.numpy as jnp
+  >>> import numpy as np
+  >>> from rvq_jax import Codebook, ema_update
+  >>> book = Codebook.create([[0.0, 0.0], [4.0, 4.0]], cluster_size=2)
+  >>> e, ids = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.array([0, 0])
+  >>> book = ema_update(book, e, ids, decay=0.9)
+  >>> print(np.asarray(book.embedding).round(3))
+  [[0.1 0.1]
+   [4.  4. ]]
+  >>> print(np.asarray(book.cluster_size).round(3))
+  [2.  1.8]
 
   Args:
     codebook: the state before the step, K codes of D numbers.
@@ -98,6 +119,8 @@ def ema_update(
     eps: Laplace smoothing, > 0.
     axis_name: mapped axis or axes to sum counts and vectors over.
     mask: rows that count [N], bool; all of them if None.
+    codes_axis: mapped axis that the codes are split over: codebook is this
+      device's share, and mask leaves out the vectors of the others.
 
   Returns:
     The codebook after the step.
@@ -116,6 +139,9 @@ def ema_update(
     sums = jnp.zeros_like(kept).at[ids].add(share)
     embedding_sum = kept + jax.lax.psum(sums, axis_name)
   total = jnp.sum(cluster_size)
+  if codes_axis is not None:
+    total = jax.lax.psum(total, codes_axis)
+    size *= jax.lax.axis_size(codes_axis)
   smoothed = (cluster_size + eps) / (total + size * eps) * total
   embedding = jnp.where(
     total > 0,

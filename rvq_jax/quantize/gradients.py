@@ -5,9 +5,9 @@ estimator here returns q itself, to the bit, and differs only in the linear map
 that stands for dq/de (paper 3.2). With u = e/|e|, v = q/|q| and the scale
 lambda = |q|/|e|, all of them constants of the backward pass,
 
-  rotate            dq/de = lambda R, the rotation that carries u onto v
-  reflect           dq/de = lambda (I - 2 r r^T), r = (u - v)/|u - v|  (eq. 4)
-  straight_through  dq/de = I                                          (eq. 7)
+    rotate            dq/de = lambda R, the rotation that carries u onto v
+    reflect           dq/de = lambda (I - 2 r r^T), r = (u - v)/|u - v|  (eq. 4)
+    straight_through  dq/de = I                                          (eq. 7)
 
 No D x D matrix is ever formed: a Householder reflection is one dot product.
 
@@ -170,10 +170,28 @@ def _check_max_scale(max_scale):
 def rotate(e: jax.Array, q: jax.Array, *, max_scale: float = 10.0) -> jax.Array:
   """q, whose gradient reaches e through the rotation that carries e onto q.
 
-  dL/de = lambda R^T g with g = dL/d(quantized), lambda = min(|q|/|e|,
-  max_scale) and R = I - 2 w w^T + 2 v u^T, w = (u + v)/|u + v|: the paper's
-  rotation and rescaling, in the form of Fifty et al., ICLR 2025
-  (arXiv:2410.06424). No gradient reaches q.
+  With g = dL/d(quantized), u = e/|e| and v = q/|q|,
+
+      dL/de  = lambda R^T g
+      lambda = min(|q|/|e|, max_scale)
+      R      = I - 2 w w^T + 2 v u^T,  w = (u + v)/|u + v|
+
+  This is the paper's rotation and rescaling, in the form of Fifty et al., ICLR
+  2025 (arXiv:2410.06424). No gradient reaches q.
+
+  Here e lies along the first axis and q, twice as long, along the second, so a
+  gradient is turned back by a right angle and doubled:
+
+  >>> import jax
+  >>> import jax.numpy as jnp
+  >>> import numpy as np
+  >>> from rvq_jax import rotate
+  >>> e, q, g = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+  >>> rotate(e, q).tolist()
+  [0.0, 2.0]
+  >>> de = jax.grad(lambda e: g @ rotate(e, q))(e)
+  >>> print(np.asarray(de).round(3))
+  [ 2. -6.]
 
   Args:
     e: encoder outputs [..., D], any float dtype.
@@ -196,10 +214,22 @@ def reflect(
 ) -> jax.Array:
   """q, whose gradient reaches e through one Householder reflection (eq. 4).
 
-  dL/de = lambda (g - 2 r (r.g)), r = (u - v)/|u - v|. This is the paper's
-  equation to the letter. It carries e onto q as the rotation does, but it is a
-  reflection (determinant -1): the gradient along u - v changes sign, however
-  near e is to q.
+  With g = dL/d(quantized), u = e/|e|, v = q/|q| and lambda as in `rotate`,
+
+      dL/de = lambda (g - 2 r (r.g)),  r = (u - v)/|u - v|
+
+  This is the paper's equation to the letter. It carries e onto q as the
+  rotation does, but it is a reflection (determinant -1): the gradient along
+  u - v changes sign, however near e is to q.
+
+  >>> import jax
+  >>> import jax.numpy as jnp
+  >>> import numpy as np
+  >>> from rvq_jax import reflect
+  >>> e, q, g = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+  >>> de = jax.grad(lambda e: g @ reflect(e, q))(e)
+  >>> print(np.asarray(de).round(3))
+  [2. 6.]
 
   Args:
     e: encoder outputs [..., D], any float dtype.
@@ -222,6 +252,13 @@ def straight_through(e: jax.Array, q: jax.Array) -> jax.Array:
 
   The usual spelling e + stop_gradient(q - e) has the same gradient, but its
   value is q only up to rounding.
+
+  >>> import jax
+  >>> import jax.numpy as jnp
+  >>> from rvq_jax import straight_through
+  >>> e, q, g = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+  >>> jax.grad(lambda e: g @ straight_through(e, q))(e).tolist()
+  [3.0, 1.0]
 
   Args:
     e: encoder outputs [..., D], any float dtype.

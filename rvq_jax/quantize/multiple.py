@@ -17,7 +17,8 @@ from rvq_jax.quantize.interface import (
   project_out,
   validate,
 )
-from rvq_jax.quantize.vector_quantizer import VectorQuantizer, unit
+from rvq_jax.quantize.movement import unit
+from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
 
 def _quantizer(module, name, **changed):
@@ -51,6 +52,18 @@ class ResidualQuantizer(VectorQuantizer):
   for quantization_error, mean_angle, fallback_share, encoder_norm and
   code_norm, which are those of the whole sum, and `quantization_error_D`, the
   error that the first D codes leave.
+
+  >>> import jax
+  >>> from rvq_jax import ResidualQuantizer
+  >>> z = jax.random.normal(jax.random.key(0), (64, 8))
+  >>> layer = ResidualQuantizer(codebook_size=16, depth=3)
+  >>> variables = layer.init(jax.random.key(1), z)
+  >>> out = layer.apply(variables, z)
+  >>> out.quantized.shape, out.ids.shape, out.counts.shape
+  ((64, 8), (64, 3), (3, 16))
+  >>> coarse = out.ids[:, :1]  # a prefix of the codes is a coarser vector
+  >>> layer.apply(variables, coarse, method='codes_from_ids').shape
+  (64, 8)
 
   Attributes:
     depth: codes a position.
@@ -148,6 +161,17 @@ class ProductQuantizer(VectorQuantizer):
   ids are [..., heads]; counts [heads, K], or [K] when the heads share one
   codebook. Loss and metrics are means over the heads. K codes a head are
   K^heads codes a position, at the cost of searching heads x K.
+
+  >>> import jax
+  >>> from rvq_jax import ProductQuantizer
+  >>> z = jax.random.normal(jax.random.key(0), (64, 8))
+  >>> layer = ProductQuantizer(codebook_size=16, heads=2)
+  >>> variables = layer.init(jax.random.key(1), z)
+  >>> out = layer.apply(variables, z)
+  >>> out.quantized.shape, out.ids.shape, out.counts.shape
+  ((64, 8), (64, 2), (2, 16))
+  >>> variables['codebook']['head_0']['embedding'].shape  # of half a vector
+  (16, 4)
 
   Attributes:
     heads: pieces, and codes a position.

@@ -37,6 +37,29 @@ def draw_rows(
     The rows [count, D] and whether each may be used, bool [count]: False where
     fewer than `count` rows may be drawn.
   """
+  rows, usable = draw_places(
+    key, x, count, weight=weight, axis_name=axis_name, mask=mask
+  )
+  if axis_name is None:
+    # x[rows] by a scatter: where `jit` has split x over devices, each puts its
+    # own rows and [count, D] is summed; a gather would bring all of x to all.
+    slot = jnp.full(x.shape[0], count).at[rows].set(jnp.arange(count))
+    mine = jnp.where(valid_rows(x, mask)[:, None], x, 0.0)
+    drawn = jnp.zeros((count, x.shape[1]), x.dtype)
+    return drawn.at[slot].add(mine, mode='drop'), usable
+  return fetch_rows(x, rows, usable, axis_name), usable
+
+
+def draw_places(
+  key, x, count: int, *, weight=None, axis_name=None, mask=None
+) -> tuple[jax.Array, jax.Array]:
+  """Where in the global batch the rows of `draw_rows` are.
+
+  Takes its arguments.
+
+  Returns:
+    places [count], int32, and whether each may be used, bool [count].
+  """
   n = x.shape[0]
   total = _global_rows(x, axis_name)
   first = 0 if axis_name is None else n * jax.lax.axis_index(axis_name)
@@ -47,34 +70,66 @@ def draw_rows(
   if weight is not None:
     score += jnp.log(jnp.maximum(weight, jnp.finfo(jnp.float32).tiny))
   score = jnp.where(valid_rows(x, mask), score, -jnp.inf)
-  if axis_name is None:
-    best, rows = jax.lax.top_k(score, count)
-    return jnp.where(best[:, None] > -jnp.inf, x[rows], 0.0), best > -jnp.inf
-  everyone = jax.lax.dynamic_update_slice_in_dim(
-    jnp.zeros_like(noise), score, first, 0
-  )
-  best, rows = jax.lax.top_k(jax.lax.psum(everyone, axis_name), count)
-  local = rows - first
-  here = (local >= 0) & (local < n) & (best > -jnp.inf)
+  if axis_name is not None:
+    everyone = jax.lax.dynamic_update_slice_in_dim(
+      jnp.zeros_like(noise), score, first, 0
+    )
+    score = jax.lax.psum(everyone, axis_name)
+  best, places = jax.lax.top_k(score, count)
+  return places, best > -jnp.inf
+
+
+def fetch_rows(x, places, usable, axis_name) -> jax.Array:
+  """Rows of the global batch by their places; zeros where not usable.
+
+  Args:
+    x: this device's share of the batch [N, D].
+    places: in the global batch [M], int32.
+    usable: which to fetch [M], bool.
+    axis_name: mapped axis or axes of the batch.
+
+  Returns:
+    [M, D], the same on every device along axis_name.
+  """
+  n = x.shape[0]
+  local = places - n * jax.lax.axis_index(axis_name)
+  here = (local >= 0) & (local < n) & usable
   mine = jnp.where(here[:, None], x[jnp.clip(local, 0, n - 1)], 0.0)
-  return jax.lax.psum(mine, axis_name), best > -jnp.inf
+  return jax.lax.psum(mine, axis_name)
+
+
+def assign(cluster_size, dead, usable) -> tuple[jax.Array, jax.Array]:
+  """The least used dead code takes the first row, and so on.
+
+  Args:
+    cluster_size: [K].
+    dead: codes to move, bool [K].
+    usable: rows that may be taken, bool [M].
+
+  Returns:
+    source [K], the row that each code would take, and placed, bool [K].
+  """
+  k, count = dead.shape[0], usable.shape[0]
+  order = jnp.argsort(jnp.where(dead, cluster_size, jnp.inf))
+  rank = jnp.zeros(k, jnp.int32).at[order].set(jnp.arange(k, dtype=jnp.int32))
+  source = jnp.minimum(rank, count - 1)
+  return source, dead & (rank < count) & usable[source]
+
+
+def put(codebook, placed, rows, size) -> Codebook:
+  """The codebook with rows [K, D] where placed [K], of that cluster_size."""
+  return jax.tree.map(
+    lambda new, old: jnp.where(
+      placed.reshape((-1,) + (1,) * (old.ndim - 1)), new, old
+    ),
+    Codebook.create(rows, size),
+    codebook,
+  )
 
 
 def _place(codebook, dead, rows, usable, size):
-  """The least used dead code takes the first row, and so on."""
-  k, count = dead.shape[0], rows.shape[0]
-  order = jnp.argsort(jnp.where(dead, codebook.cluster_size, jnp.inf))
-  rank = jnp.zeros(k, jnp.int32).at[order].set(jnp.arange(k, dtype=jnp.int32))
-  source = jnp.minimum(rank, count - 1)
-  placed = dead & (rank < count) & usable[source]
-  fresh = Codebook.create(rows[source], size)
-  codebook = jax.tree.map(
-    lambda new, old: jnp.where(
-      placed.reshape((k,) + (1,) * (old.ndim - 1)), new, old
-    ),
-    fresh,
-    codebook,
-  )
+  source, placed = assign(codebook.cluster_size, dead, usable)
+  codebook = put(codebook, placed, rows[source], size)
   return codebook, jnp.sum(placed.astype(jnp.int32))
 
 

@@ -6,7 +6,7 @@ Two things make that safe in float32 for any finite input:
 
 - the score cancels when the codes lie far from the origin, and distances do
   not change when e and c move together, so both are first moved by the mean of
-  the codebook (`_frame`; a codebook around the origin is not moved at all);
+  the codebook (`frame`; a codebook around the origin is not moved at all);
 - both are multiplied by a power of two where squares would leave the range of
   float32, which rounds nothing.
 """
@@ -38,6 +38,13 @@ def nearest_codes(
   float32; ids carry no gradient. Rows may be sharded (`NamedSharding` over the
   rows of e, embedding replicated): nothing of e is gathered.
 
+  >>> import jax.numpy as jnp
+  >>> from rvq_jax import nearest_codes
+  >>> embedding = jnp.array([[0.0, 0.0], [1.0, 1.0], [3.0, 0.0]])
+  >>> e = jnp.array([[0.2, 0.1], [2.5, 0.0], [0.9, 1.3]])
+  >>> nearest_codes(e, embedding).tolist()
+  [0, 2, 1]
+
   Args:
     e: vectors [N, D].
     embedding: codes [K, D].
@@ -66,7 +73,7 @@ def nearest_codes(
     return jnp.zeros(0, jnp.int32)
   e = jax.lax.stop_gradient(e.astype(jnp.float32))
   embedding = jax.lax.stop_gradient(embedding.astype(jnp.float32))
-  shift, scale = _frame(embedding)
+  shift, scale = frame(*frame_inputs(embedding))
   bias = _bias(embedding, shift, scale)
   if implementation == 'pallas':
     from rvq_jax.quantize import search_gpu
@@ -147,7 +154,26 @@ def _exponent(x: jax.Array) -> jax.Array:
   return jnp.frexp(x)[1]
 
 
-def _frame(embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
+SAMPLE = 1024
+
+
+def sampled_codes(codebook_size: int) -> range:
+  """Which codes `frame` looks at."""
+  return range(0, codebook_size, -(-codebook_size // SAMPLE))
+
+
+def frame_inputs(embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """What `frame` takes: a sample of the codes, the largest coordinate [].
+
+  Args:
+    embedding: codes [K, D].
+  """
+  peaks = jnp.max(jnp.abs(embedding), axis=1)  # [K]: no copy of the codebook
+  peak = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0))
+  return embedding[:: sampled_codes(embedding.shape[0]).step], peak
+
+
+def frame(sample: jax.Array, peak: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Origin and unit in which the codes are scored.
 
   The origin is the mean of a sample of the codes, each coordinate rounded to a
@@ -156,22 +182,46 @@ def _frame(embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
   unless the largest coordinate is outside 2^-20 ... 2^30.
 
   Args:
-    embedding: codes [K, D].
+    sample: codes [S, D].
+    peak: largest finite coordinate of all codes, [].
 
   Returns:
     shift [D] and scale [], a power of two.
   """
-  sample = embedding[:: -(-embedding.shape[0] // 1024)]
   sample = jnp.where(jnp.isfinite(sample), sample, 0)
   share = 1 / sample.shape[0]  # first: a sum of codes may overflow
   mean = jnp.sum(sample * share, axis=0)
   spread = jnp.sum(jnp.abs(sample - mean[None]) * share, axis=0)
   spread = jnp.maximum(spread, jnp.abs(mean) * 2.0**-20)
   grid = jnp.ldexp(jnp.float32(1), jnp.minimum(_exponent(spread), 126))
-  peaks = jnp.max(jnp.abs(embedding), axis=1)  # [K]: no copy of the codebook
-  top = _exponent(jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0)))
+  top = _exponent(peak)
   scale = jnp.ldexp(jnp.float32(1), jnp.clip(top, -20, 30) - top)
   return jnp.round(mean / grid) * grid, scale
+
+
+def best_codes(
+  e: jax.Array, embedding: jax.Array, shift: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The nearest of some of the codes, scored in the frame of all of them.
+
+  Args:
+    e: vectors [N, D], float32.
+    embedding: these codes [K, D], float32.
+    shift: of `frame`.
+    scale: of `frame`.
+
+  Returns:
+    scores [N], which compare with those of the other codes, and ids [N].
+  """
+  rows, codes = tile_sizes(len(e), len(embedding), jax.default_backend())
+  tiles = (embedding, _bias(embedding, shift, scale), shift, scale)
+
+  def search_rows(block):
+    x, _ = _move_rows(block, shift, scale)
+    scores, ids = _best(x, tiles, codes, 1, None)
+    return scores[0], ids[0]
+
+  return _over_blocks(search_rows, e, rows)
 
 
 def _move_codes(codes, shift, scale):
@@ -268,7 +318,7 @@ def _rerank(e, scores, ids, embedding, factor):
   return jnp.min(jnp.where(nearest, ids, embedding.shape[0] - 1), axis=0)
 
 
-def _over_blocks(search: Callable, e: jax.Array, rows: int) -> jax.Array:
+def _over_blocks(search: Callable, e: jax.Array, rows: int):
   """search(block) for blocks of `rows` rows of e, one after another.
 
   Block b holds the rows b, b + B, b + 2 B ...: the loop then runs over an axis
@@ -285,5 +335,5 @@ def _over_blocks(search: Callable, e: jax.Array, rows: int) -> jax.Array:
   def visit(_, b):
     return None, search(jax.lax.dynamic_index_in_dim(strided, b, 1, False))
 
-  _, ids = jax.lax.scan(visit, None, jnp.arange(blocks, dtype=jnp.int32))
-  return ids.T.reshape(-1)[:n]
+  _, found = jax.lax.scan(visit, None, jnp.arange(blocks, dtype=jnp.int32))
+  return jax.tree.map(lambda x: x.T.reshape(-1)[:n], found)

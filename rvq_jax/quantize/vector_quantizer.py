@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.quantize import codebook as cb
-from rvq_jax.quantize import measures, replacement
+from rvq_jax.quantize import measures, sharded
 from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.interface import (
   QuantizerOutput,
@@ -16,14 +16,14 @@ from rvq_jax.quantize.interface import (
   prepare,
   project_out,
 )
+from rvq_jax.quantize.movement import (
+  DEFERRED,
+  Deferred,
+  Movement,
+  defers,
+  unit,
+)
 from rvq_jax.quantize.search import nearest_codes
-
-
-def unit(x):
-  """x/|x| along the last axis [..., D]; 0 stays 0, also in the gradient."""
-  square = jnp.sum(x * x, axis=-1, keepdims=True)
-  safe = jnp.where(square > 0, square, 1.0)
-  return jnp.where(square > 0, x * jax.lax.rsqrt(safe), 0.0)
 
 
 class VectorQuantizer(nn.Module):
@@ -51,6 +51,22 @@ class VectorQuantizer(nn.Module):
   fallback_share (vectors without a rotation), encoder_norm and code_norm (mean
   |e| and |q|).
 
+  >>> import jax
+  >>> from rvq_jax import VectorQuantizer
+  >>> z = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
+  >>> layer = VectorQuantizer(codebook_size=16)
+  >>> variables = layer.init(jax.random.key(1), z)
+  >>> out, updates = layer.apply(
+  ...   variables, z, train=True, mutable=['codebook']
+  ... )
+  >>> out.quantized.shape, out.ids.shape
+  ((2, 4, 4, 8), (2, 4, 4))
+  >>> updates['codebook']['embedding'].shape
+  (16, 8)
+  >>> codes = layer.apply(updates, out.ids, method='codes_from_ids')
+  >>> codes.shape
+  (2, 4, 4, 8)
+
   Attributes:
     codebook_size: K, number of codes.
     code_dim: D, numbers in a code. Where it differs from the input's channels
@@ -76,6 +92,9 @@ class VectorQuantizer(nn.Module):
     freeze: the codes stay as they are, in training too; the encoder and the
       decoder learn around them.
     axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
+    mesh: a mesh with the axes 'data' and 'codes' whose size divides K: under
+      `jit` the codebook is split over 'codes'; see `sharded`. None: every
+      device holds all codes.
   """
 
   codebook_size: int
@@ -94,6 +113,7 @@ class VectorQuantizer(nn.Module):
   max_scale: float = 10.0
   freeze: bool = False
   axis_name: Any = None
+  mesh: Any = None
 
   @nn.compact
   def __call__(
@@ -118,6 +138,11 @@ class VectorQuantizer(nn.Module):
       ValueError: an argument is out of range, z is not a float array, or the
         mask does not fit.
     """
+    if self.mesh is not None and not self.ema:
+      raise ValueError(
+        'VectorQuantizer: expected ema=True with a mesh: learned codes are not '
+        'split over devices'
+      )
     e, rows = prepare(self, z, mask)
     dim = self.code_dim or z.shape[-1]
     project = dim != z.shape[-1]
@@ -127,13 +152,19 @@ class VectorQuantizer(nn.Module):
       e = unit(e)
 
     book, write = self._codebook(dim, e.shape[0])
-    expected = self._expected_size(e, rows)
+    movement = self._movement()
     moving = train and self.ema and not self.freeze
     moving = moving and not self.is_initializing()
-    if moving:
-      book = self._fill(book, e, rows, expected)
-    ids = nearest_codes(e, book.embedding)
-    q = jnp.take(book.embedding, ids, axis=0)
+    fill_key = None
+    if moving and self.init_from == 'data':
+      fill_key = jax.random.fold_in(self._key(book), 1)
+      if not defers(self):
+        book = movement.fill(book, fill_key, e, rows)
+    if movement.mesh is None:
+      ids = nearest_codes(e, book.embedding)
+      q = jnp.take(book.embedding, ids, axis=0)
+    else:
+      ids, q = sharded.find(movement.mesh, e, book.embedding)
     quantized = ESTIMATORS[self.estimator](e, q, self.max_scale)
     learned = not self.ema and not self.freeze
     loss, metrics = measures.quantizer_loss(
@@ -147,12 +178,19 @@ class VectorQuantizer(nn.Module):
     counts = count(self, ids, e, rows)
     metrics |= measures.health(e, q, rows, counts)
     if self.ema:
-      dead = book.cluster_size < self.dead_code_threshold * expected
+      expected = movement.expected_size(e, rows, self.codebook_size)
+      dead = movement.dead(book, expected)
       metrics['dead_codes'] = jnp.mean(dead.astype(jnp.float32))
     if moving:
-      book, replaced = self._update(book, e, ids, rows, expected)
-      metrics['replaced_codes'] = replaced.astype(jnp.float32)
-      write(book)
+      key = self._key(book)
+      if defers(self):
+        vectors = jax.lax.stop_gradient(e)
+        later = Deferred(movement, fill_key, key, vectors, ids, rows)
+        self.sow(DEFERRED, 'moves', later)
+      else:
+        book, moved = movement.move(book, key, e, ids, rows)
+        metrics |= moved
+        write(book)
     return finish(
       z,
       quantized,
@@ -218,59 +256,15 @@ class VectorQuantizer(nn.Module):
     bits = jax.lax.bitcast_convert_type(jnp.sum(book.embedding_sum), jnp.uint32)
     return jax.random.fold_in(jax.random.key(0), bits)
 
-  def _axis_name(self):
-    return None if self.is_initializing() else self.axis_name
-
-  def _expected_size(self, e, rows):
-    """N / K of the global batch: the vectors that a code expects a step."""
-    total = jnp.sum(cb.valid_rows(e, rows).astype(jnp.float32))
-    if self._axis_name() is not None:
-      total = jax.lax.psum(total, self.axis_name)
-    return total / self.codebook_size
-
-  def _fill(self, book, e, rows, expected):
-    """Before the first step: codes onto rows; those without one stay dead."""
-    if self.init_from != 'data':
-      return book
-
-    def fill(book):
-      return replacement.fill_codebook(
-        book,
-        jax.random.fold_in(self._key(book), 1),
-        e,
-        expected_size=expected,
-        axis_name=self.axis_name,
-        mask=rows,
-      )
-
-    untouched = jnp.sum(book.cluster_size) == 0
-    return jax.lax.cond(untouched, fill, lambda book: book, book)
-
-  def _update(self, book, e, ids, rows, expected):
-    key = self._key(book)
-    book = cb.ema_update(
-      book,
-      e,
-      ids,
+  def _movement(self):
+    return Movement(
       decay=self.decay,
       eps=self.eps,
-      axis_name=self.axis_name,
-      mask=rows,
-    )
-    if self.cosine:
-      book = book.replace(embedding=unit(book.embedding))
-    if not self.dead_code_threshold:
-      return book, jnp.zeros((), jnp.int32)
-    return replacement.replace_codes(
-      book,
-      book.cluster_size < self.dead_code_threshold * expected,
-      key,
-      e,
-      ids,
-      expected_size=expected,
-      step=self.replacement_step,
-      axis_name=self.axis_name,
-      mask=rows,
+      cosine=self.cosine,
+      dead_code_threshold=self.dead_code_threshold,
+      replacement_step=self.replacement_step,
+      axis_name=None if self.is_initializing() else self.axis_name,
+      mesh=None if self.is_initializing() else self.mesh,
     )
 
 

@@ -237,7 +237,8 @@ def test_tiles_fit_the_arrays_and_pad_little(backend, n, k):
 
 
 def test_codebook_around_the_origin_is_not_moved():
-  shift, scale = search._frame(jnp.asarray(draw(1, 5000, 16)[1]))
+  codes = jnp.asarray(draw(1, 5000, 16)[1])
+  shift, scale = search.frame(*search.frame_inputs(codes))
   np.testing.assert_array_equal(shift, np.zeros(16))
   assert scale == 1
 
