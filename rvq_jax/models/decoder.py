@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.models.encoder import stage_plan
-from rvq_jax.models.layers import Norm, ResidualBlock, SelfAttention, Upsample
+from rvq_jax.models.layers import Norm, SelfAttention, Upsample, residual_blocks
 
 
 class Decoder(nn.Module):
@@ -25,6 +25,7 @@ class Decoder(nn.Module):
     num_heads: attention heads.
     dtype: compute dtype; parameters and statistics are float32.
     axis_name: see `Norm`.
+    remat: see `residual_blocks`.
   """
 
   widths: tuple[int, ...] = (64, 128, 256)
@@ -33,6 +34,7 @@ class Decoder(nn.Module):
   num_heads: int = 8
   dtype: Any = jnp.float32
   axis_name: Any = None
+  remat: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -41,10 +43,7 @@ class Decoder(nn.Module):
     x = x.astype(self.dtype)
     x = nn.Conv(stages[-1][0], (1, 1), dtype=self.dtype, name='in')(x)
     x = SelfAttention(self.num_heads, self.dtype, name='attention')(x)
-    for i in range(self.num_res_blocks):
-      x = ResidualBlock(self.dtype, self.axis_name, name=f'block{i}')(
-        x, train=train
-      )
+    x = residual_blocks(self, x, train)
     outputs = [width for width, _ in stages[:-1]]
     for i in reversed(range(len(stages))):
       last = i == 0

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.models.layers import Norm, ResidualBlock
+from rvq_jax.models.layers import Norm, residual_blocks
 
 
 def stage_plan(widths, factor: int) -> tuple[tuple[int, int], ...]:
@@ -48,6 +48,7 @@ class Encoder(nn.Module):
       z is signed.
     dtype: compute dtype; parameters and statistics are float32.
     axis_name: see `Norm`.
+    remat: see `residual_blocks`.
   """
 
   widths: tuple[int, ...] = (64, 128, 256)
@@ -56,6 +57,7 @@ class Encoder(nn.Module):
   code_dim: int = 256
   dtype: Any = jnp.float32
   axis_name: Any = None
+  remat: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -72,8 +74,5 @@ class Encoder(nn.Module):
       )(x)
       x = Norm(self.dtype, self.axis_name, name=f'norm{i}')(x, train=train)
       x = nn.leaky_relu(x)
-    for i in range(self.num_res_blocks):
-      x = ResidualBlock(self.dtype, self.axis_name, name=f'block{i}')(
-        x, train=train
-      )
+    x = residual_blocks(self, x, train)
     return nn.Conv(self.code_dim, (1, 1), dtype=self.dtype, name='out')(x)

@@ -33,6 +33,22 @@ class VQVAE(nn.Module):
 
   Collections: params, batch_stats, codebook.
 
+  >>> import jax
+  >>> from rvq_jax import VQVAE
+  >>> model = VQVAE(
+  ...   widths=(4, 8),
+  ...   factor=4,
+  ...   num_res_blocks=0,
+  ...   num_heads=2,
+  ...   code_dim=4,
+  ...   quantizer={'codebook_size': 16},
+  ... )
+  >>> images = jax.numpy.zeros((2, 16, 16, 3))  # in [-1, 1]
+  >>> variables = jax.jit(model.init)(jax.random.key(0), images)
+  >>> out = jax.jit(model.apply)(variables, images)
+  >>> out.reconstruction.shape, out.quantizer.ids.shape
+  ((2, 16, 16, 3), (2, 4, 4))
+
   Attributes:
     widths: channels of the encoder's convolutions.
     factor: image side over latent side: 4, 8, 16.
@@ -43,6 +59,8 @@ class VQVAE(nn.Module):
       'name' says which (`registry.QUANTIZERS`), `VectorQuantizer` if left out.
     dtype: compute dtype of encoder and decoder, float32 or bfloat16.
     axis_name: mapped axis of `pmap` or `shard_map`.
+    remat: compute the inside of residual blocks again in the backward pass
+      rather than keep it.
   """
 
   widths: tuple[int, ...] = (64, 128, 256)
@@ -53,6 +71,7 @@ class VQVAE(nn.Module):
   quantizer: Any = flax.core.FrozenDict(codebook_size=16384)
   dtype: Any = jnp.float32
   axis_name: Any = None
+  remat: bool = False
 
   def __post_init__(self):
     """Makes the module hashable, so that `jax.jit` takes it as static."""
@@ -67,6 +86,7 @@ class VQVAE(nn.Module):
       'num_res_blocks': self.num_res_blocks,
       'dtype': self.dtype,
       'axis_name': self.axis_name,
+      'remat': self.remat,
     }
     self.encoder = Encoder(code_dim=self.code_dim, **shared)
     self.vq = make_quantizer(axis_name=self.axis_name, **self.quantizer)

@@ -1,15 +1,19 @@
 """The blocks, the transposed convolution against the definition above all."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rvq_jax.models.encoder import Encoder, stage_plan
 from rvq_jax.models.layers import (
   SelfAttention,
   Upsample,
+  _attend_in_tiles,
   _upsample_by_convolution,
   _upsample_by_matmul,
 )
@@ -97,6 +101,52 @@ def test_attention_equals_the_softmax_formula():
   np.testing.assert_allclose(
     jax.jit(layer.apply)(variables, x), want, atol=1e-5
   )
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('scores', [1, 2 * 5**2, 2**20])
+def test_attention_in_tiles_has_the_values_and_gradients_of_the_whole(
+  scores, dtype
+):
+  *qkv, g = (jnp.asarray(draw(i, 3, 5, 2, 4), dtype) for i in range(4))
+
+  def values_and_gradients(f):
+    return jax.jit(lambda a: jax.vjp(lambda a: f(*a), a)[1](g) + (f(*a),))(qkv)
+
+  got = values_and_gradients(lambda *a: _attend_in_tiles(*a, scores=scores))
+  want = values_and_gradients(jax.nn.dot_product_attention)
+  tolerance = 1e-5 if dtype == jnp.float32 else 5e-2
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert a.dtype == b.dtype
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_never_holds_all_scores_on_cpu():
+  layer, x = SelfAttention(2), jnp.zeros((2, 32, 32, 4))
+  variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+  grad = jax.grad(lambda v: jnp.sum(layer.apply(v, x)))
+  compiled = jax.jit(grad).lower(variables).compile()
+  scores = 4 * 2 * 2 * 1024**2  # bytes of [B, heads, T, T]
+  assert compiled.memory_analysis().temp_size_in_bytes < scores
+
+
+def test_attention_in_tiles_needs_no_other_device():
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+  where = NamedSharding(mesh, PartitionSpec('data'))
+  qkv = [jnp.zeros((8, 16, 4, 8))] * 3
+
+  def gradients(*qkv):
+    def total(*qkv):
+      return jnp.sum(_attend_in_tiles(*qkv, scores=8 * 16**2) ** 2)
+
+    return jax.grad(total, argnums=(0, 1, 2))(*qkv)
+
+  step = jax.jit(gradients, in_shardings=(where,) * 3, out_shardings=where)
+  program = step.lower(*qkv).compile().as_text()
+  assert 'while' in program  # in more than one tile
+  collective = r'all-gather|all-reduce|all-to-all|collective-permute'
+  assert re.findall(collective, program) == []
 
 
 @pytest.mark.parametrize(
