@@ -107,6 +107,12 @@ def _keep(in_memory: Literal['auto'] | bool, crop: str, size: int) -> bool:
       f"crop {crop!r} needs the whole image each time; expected crop 'none' "
       'with in_memory=True, or in_memory=False'
     )
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if in_memory is True and size > memory:
+    raise ValueError(
+      f'the decoded images take {size / 1e9:,.1f} GB and this machine has '
+      f"{memory / 1e9:,.1f} GB; expected in_memory='auto' or 'no'"
+    )
   if in_memory == 'auto':
     return crop == 'none' and size <= MEMORY_LIMIT
   return in_memory

@@ -121,7 +121,11 @@ class MemoryLoader(TrainLoader):
     """Number of records that could not be decoded."""
     return self._skips.count
 
-  def __next__(self):
+  def next_indices(self) -> np.ndarray:
+    """Returns the rows of the next batch, in place of the batch itself."""
     rows = self.indices(self._step)
     self._step += 1
-    return {'image': self.images[rows]}
+    return rows
+
+  def __next__(self):
+    return {'image': self.images[self.next_indices()]}

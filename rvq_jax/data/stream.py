@@ -10,7 +10,9 @@ processes, or a run that was interrupted.
 """
 
 import functools
+import multiprocessing
 import os
+import threading
 
 import grain
 import numpy as np
@@ -94,6 +96,17 @@ class LoadImage(grain.transforms.RandomMap):
     return random_resized_crop(image, self._size, rng, scale=self._scale)
 
 
+def _end_with_parent(worker: int, workers: int) -> None:
+  """Ends a worker whose parent is killed; it would wait for it for ever."""
+  del worker, workers
+
+  def watch():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
 class StreamLoader(TrainLoader):
   """Batches decoded by threads or by worker processes.
 
@@ -167,9 +180,10 @@ class StreamLoader(TrainLoader):
       self._stop()  # else Grain would end the epoch without a word
       if 'terminated unexpectedly' not in str(error):
         raise
-      raise RuntimeError(
+      raise ChildProcessError(
         f'a data worker died ({error}); it may have run out of memory or of '
-        f'/dev/shm: lower num_workers (now {self._workers}) or the batch size'
+        f'/dev/shm: lower data.num_workers (now {self._workers}) or '
+        'batch_size; the same command goes on from the last checkpoint'
       ) from error
     self._step += 1
     for index in np.unique(batch['bad']):
@@ -202,7 +216,8 @@ class StreamLoader(TrainLoader):
       ).mp_prefetch(
         grain.MultiprocessingOptions(
           num_workers=self._workers, per_worker_buffer_size=2
-        )
+        ),
+        worker_init_fn=_end_with_parent,
       )
     )
 

@@ -123,3 +123,13 @@ def test_archive_of_another_shape_is_refused(tmp_path, change, message):
   sha256 = _archive(tmp_path / 'downloads' / 'manual', files)
   with pytest.raises(ValueError, match=message):
     prepare_recipe(cifar10.make_recipe(sha256=sha256), str(tmp_path))
+
+
+def test_a_member_that_points_out_of_the_archive_is_never_written(tmp_path):
+  manual = tmp_path / 'data' / 'downloads' / 'manual'
+  _archive(manual, _contents() | {'../../../../evil': _records(0, 1)})
+  sha256 = hashlib.sha256((manual / FILE).read_bytes()).hexdigest()
+  recipe = cifar10.make_recipe(sha256=sha256)
+  prepare_recipe(recipe, str(tmp_path / 'data'))
+  assert not [path for path in tmp_path.rglob('*evil*')]
+  assert not (tmp_path.parent / 'evil').exists()

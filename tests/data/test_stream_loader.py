@@ -165,6 +165,6 @@ def test_death_of_a_worker_is_raised_within_seconds(make, make_source):
   [worker] = multiprocessing.active_children()
   os.kill(worker.pid, signal.SIGKILL)
   start = time.monotonic()
-  with pytest.raises(RuntimeError, match='a data worker died'):
+  with pytest.raises(ChildProcessError, match='a data worker died'):
     _take(loader, 50)
   assert time.monotonic() - start < 20

@@ -171,6 +171,19 @@ def test_kept_labels_older_than_the_data_are_read_again(tmp_path, monkeypatch):
   np.testing.assert_array_equal(again, right)
 
 
+def test_kept_labels_that_claim_a_trillion_are_not_believed(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(tfds_sources, '_KEEP_LABELS_FROM', 1)
+  directory = _prepare(tmp_path, {'train': 9, 'test': 3})
+  right = tfds_sources.TfdsSource(directory, 'train').labels
+  header = {'descr': '<i4', 'fortran_order': False, 'shape': (10**12,)}
+  with open(os.path.join(directory, '.train-labels.npy'), 'wb') as stream:
+    np.lib.format.write_array_header_1_0(stream, header)
+  again = tfds_sources.TfdsSource(directory, 'train').labels
+  np.testing.assert_array_equal(again, right)
+
+
 def test_unprepared_data_set_says_how_to_prepare_it(tmp_path):
   with pytest.raises(ValueError, match='tfds build nosuch') as error:
     open_dataset('tfds:nosuch', data_dir=str(tmp_path))
