@@ -4,7 +4,8 @@ python launch/main.py --config=configs/photos.py [--workdir=DIR]
   [--config.model.codebook_size=8192 ...]
 
 The run lives in DIR (default: runs/NAME). The same command goes on with a run
-that was interrupted.
+that was interrupted. --multihost makes the processes that were started with
+this command one run (docs/scale.md); all must see DIR.
 """
 
 from pathlib import Path
@@ -19,20 +20,39 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory of the run; default runs/NAME of the config.'
 )
+_MULTIHOST = flags.DEFINE_bool(
+  'multihost', False, 'Several processes, found through the scheduler.'
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'HOST:PORT of process 0, where there is no scheduler.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With the above.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This one, from 0.')
+_LOST_AFTER = flags.DEFINE_integer(
+  'lost_after', 100, 'Seconds of silence after which a process is given up.'
+)
 
 
 def main():
   """Trains, evaluates, draws."""
   name = command_line.config_name(flags.FLAGS['config'])
+  given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if _MULTIHOST.value:
+    command_line.join(*given, lost_after=_LOST_AFTER.value)
+  elif given != (None, None, None):
+    command_line.fail('--coordinator and the like: expected --multihost too')
   # Imported once the flags are known to be good: this takes seconds.
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
+  from rvq_jax.training import runtime
   from rvq_jax.training.loop import train
 
+  runtime.prepare()
   workdir = Path(_WORKDIR.value or Path('runs') / name)
   train(_CONFIG.value, workdir)
   result = evaluate_run(workdir)
-  print(format_table(result, f'{name}, test split'))
-  print(f'metrics, figures and checkpoints are in {workdir}')
+  if command_line.is_first():
+    print(format_table(result, f'{name}, test split'))
+    print(f'metrics, figures and checkpoints are in {workdir}')
 
 
 if __name__ == '__main__':

@@ -66,8 +66,33 @@ def image_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny_config(image_folder):
+def tiny_config(make_tiny_config):
   """A config whose run takes a second, on `image_folder`."""
+  return make_tiny_config()
+
+
+@pytest.fixture(scope='session')
+def make_tiny_config(image_folder):
+  """Returns a function that makes a new `tiny_config`."""
+  return lambda: _tiny_config(image_folder)
+
+
+@pytest.fixture(scope='session')
+def tiny_run(make_tiny_config, tmp_path_factory):
+  """The workdir of a run of `tiny_config`; copy it before you change it.
+
+  It holds the steps 3, 4 and 6.
+  """
+  from rvq_jax.training import loop
+
+  workdir = tmp_path_factory.mktemp('tiny_run') / 'run'
+  config = make_tiny_config()
+  config.keep_checkpoints = 3
+  loop.train(config, workdir)
+  return workdir
+
+
+def _tiny_config(image_folder):
   config = _load_config('cifar10')
   config.batch_size = 8
   config.num_steps = 6

@@ -4,7 +4,6 @@ import datetime
 import logging
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from rvq_jax.data import loaders, sources
@@ -16,6 +15,7 @@ from rvq_jax.evaluation import (
   report,
 )
 from rvq_jax.evaluation.rate_figure import rate_figure
+from rvq_jax.training import runtime
 
 CODEC_IMAGES = 256
 CURVE_POINTS = 60
@@ -42,8 +42,7 @@ def reproduce(
   """
   workdir = Path(workdir)
   # The seeds of a method share their programs: compile each once.
-  jax.config.update('jax_compilation_cache_dir', str(workdir / 'compiled'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  runtime.cache_programs()
   records = ablation.run_grid(
     config, workdir, cells=ablation.cells_of(tables), seeds=seeds
   )

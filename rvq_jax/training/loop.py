@@ -9,14 +9,17 @@ import numpy as np
 from clu import parameter_overview
 
 from rvq_jax.evaluation import metrics
-from rvq_jax.training import settings, sharding, writers
+from rvq_jax.training import settings, writers
 from rvq_jax.training.checkpoints import Checkpoints
+from rvq_jax.training.disk import room_explained, write_whole
+from rvq_jax.training.dispatch import dispatch_size
+from rvq_jax.training.lock import workdir_lock
 from rvq_jax.training.progress import Progress
 from rvq_jax.training.signals import StopSignal
+from rvq_jax.training.step import MAX_NONFINITE_STREAK
 from rvq_jax.training.trainer import Trainer
 
-MAX_NONFINITE_STREAK = 10
-MAX_STEPS_IN_FLIGHT = 2
+MAX_CALLS_IN_FLIGHT = 2
 
 
 def _interval_scalars(window, schedule, step, log_every):
@@ -28,12 +31,15 @@ def _interval_scalars(window, schedule, step, log_every):
   window = jax.device_get(window)
   counts = np.sum([w.pop('counts') for w in window], axis=0, dtype=np.float64)
   scalars = {
-    name: float(np.mean([w[name] for w in window])) for name in window[0]
+    name: np.concatenate([np.atleast_1d(w[name]) for w in window])
+    for name in window[0]
   }
+  steps = len(scalars['loss'])
+  scalars = {name: float(np.mean(x)) for name, x in scalars.items()}
   codes = metrics.code_statistics(counts)
   for name in ('usage', 'perplexity'):
     del scalars[name]
-    if len(window) == log_every:
+    if steps == log_every:
       scalars[name] = codes[name]
   scalars['learning_rate'] = float(schedule(step - 1))
   return scalars
@@ -42,12 +48,20 @@ def _interval_scalars(window, schedule, step, log_every):
 def _stop_if_not_finite(state, step, scalars):
   streak = int(state.nonfinite_streak)
   if streak >= MAX_NONFINITE_STREAK:
+    first = step - streak + 1
     raise FloatingPointError(
-      f'stopped at step {step}: loss or gradient was not finite for {streak} '
-      f'steps in a row (mean loss {scalars["loss"]:.4g}); the state is as it '
-      'was before them. Lower config.optimizer.learning_rate or set '
+      f'stopped at step {first + MAX_NONFINITE_STREAK - 1}: for '
+      f'{MAX_NONFINITE_STREAK} steps in a row, from step {first} on, '
+      f'{_not_finite(scalars)}; the state is as it was before them, and so is '
+      'the last checkpoint. Lower config.optimizer.learning_rate or set '
       'config.optimizer.clip_norm'
     )
+
+
+def _not_finite(scalars):
+  if np.isfinite(scalars['loss']):
+    return f'the norm of the gradient was {scalars["grad_norm"]}'
+  return f'the loss was {scalars["loss"]}'
 
 
 def train(config, workdir) -> dict[str, float]:
@@ -65,22 +79,27 @@ def train(config, workdir) -> dict[str, float]:
     The metrics of the last evaluation on the validation split.
 
   Raises:
-    ValueError: see `Trainer`.
+    ValueError: see `Trainer`; or another process trains in workdir; or no
+      checkpoint in it is intact.
+    OSError: there is no room for a checkpoint.
     FloatingPointError: ten steps in a row were not finite.
     SystemExit: a signal asked to stop; the state is saved.
+    jax.errors.JaxRuntimeError: another process of the run is gone.
   """
   workdir = Path(workdir)
   trainer = Trainer(config, workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
   with (
+    room_explained(workdir, trainer.state_bytes),
+    workdir_lock(workdir),
+    StopSignal() as stop,  # until the last save is complete
     Checkpoints(
       workdir, keep=trainer.config['keep_checkpoints']
     ) as checkpoints,
-    StopSignal() as stop,
   ):
     state = trainer.start(checkpoints)
     start = int(state.step)
-    (workdir / 'config.json').write_text(settings.to_json(trainer.config))
+    if jax.process_index() == 0:
+      write_whole(workdir / 'config.json', settings.to_json(trainer.config))
     _introduce(trainer, state, start)
     writer = writers.MultiWriter(
       [
@@ -138,26 +157,38 @@ def _run(trainer, state, start, checkpoints, writer, progress, stop):
       metrics=scores,
     )
 
+  intervals = [
+    config[f'{name}_every'] for name in ('log', 'eval', 'checkpoint')
+  ]
+
   def due(step, every):
     return every and step % every == 0
 
-  for step in range(start + 1, trainer.num_steps + 1):
-    batch = sharding.shard_batch(next(trainer.loader), trainer.mesh)
-    state, scalars = trainer.train_step(state, batch)
+  step = start
+  while step < trainer.num_steps:
+    count = dispatch_size(
+      step, config['steps_per_dispatch'], trainer.num_steps, *intervals
+    )
+    busy = window[-1]['loss'] if window else None
+    batch = trainer.feed.next(count, busy)
+    take = trainer.train_step if count == 1 else trainer.train_steps
+    state, scalars = take(state, batch)
+    step += count
     window.append(scalars)
     # The host prepares the next steps while the device works, but not without
     # end: batches wait on the device, and a signal waits for the steps.
-    if len(window) > MAX_STEPS_IN_FLIGHT:
-      jax.block_until_ready(window[-1 - MAX_STEPS_IN_FLIGHT])
-    progress.advance()
-    last = step == trainer.num_steps or stop.exit_code is not None
+    if len(window) > MAX_CALLS_IN_FLIGHT:
+      jax.block_until_ready(window[-1 - MAX_CALLS_IN_FLIGHT])
+    progress.advance(count)
+    stopping = stop.agreed(ask=due(step, config['log_every']))
+    last = step == trainer.num_steps or stopping
     if last or due(step, config['log_every']):
       scalars = _interval_scalars(
         window, trainer.schedule, step, config['log_every']
       )
       window = []
       _stop_if_not_finite(state, step, scalars)
-      scalars |= progress.report(step, scalars)
+      scalars |= progress.report(step, scalars, waited=trainer.feed.waited())
       writer.write_scalars(
         step, {f'train/{name}': value for name, value in scalars.items()}
       )
@@ -166,10 +197,12 @@ def _run(trainer, state, start, checkpoints, writer, progress, stop):
       progress.pause()
       result = scores = _validate(trainer, state, step, writer, progress)
       progress.resume()
-    if last or scores or due(step, config['checkpoint_every']):
+    wanted = scores or due(step, config['checkpoint_every'])
+    # A run that may be diverging must not crowd out its good checkpoints.
+    if last or (wanted and not int(state.nonfinite_streak)):
+      writer.flush()  # first, so that no checkpoint is ahead of the log
       save(scores)
-    writer.flush()
-    if stop.exit_code is not None:
+    if last:  # not stop.exit_code: a signal may have come since it was read
       break
   return result
 
@@ -185,9 +218,8 @@ def _validate(trainer, state, step, writer, progress):
   writer.write_scalars(
     step, {f'validation/{name}': value for name, value in result.items()}
   )
-  if jax.process_count() == 1:
-    writer.write_images(
-      step, {'validation/reconstructions': trainer.reconstruct_samples(state)}
-    )
+  writer.write_images(
+    step, {'validation/reconstructions': trainer.reconstruct_samples(state)}
+  )
   writer.write_histograms(step, {'validation/code_counts': counts})
   return result

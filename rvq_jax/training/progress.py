@@ -48,10 +48,10 @@ class Progress:
         '[{elapsed}<{remaining}]{postfix}',
       )
 
-  def advance(self) -> None:
-    """One step was handed to the device."""
+  def advance(self, steps: int = 1) -> None:
+    """Steps were handed to the device."""
     if self._bar is not None:
-      self._bar.update()
+      self._bar.update(steps)
 
   def pause(self) -> None:
     """Time that follows, until `resume`, is not training."""
@@ -63,15 +63,19 @@ class Progress:
     step, spent = self._mark
     self._mark = (step, spent + time.monotonic())
 
-  def report(self, step: int, scalars: dict[str, float]) -> dict[str, float]:
+  def report(
+    self, step: int, scalars: dict[str, float], *, waited: float = 0.0
+  ) -> dict[str, float]:
     """Shows the scalars of the steps since the last report.
 
     Args:
       step: steps taken.
       scalars: means over those steps.
+      waited: seconds of them in which the device had no data.
 
     Returns:
-      {'images_per_second': ...} over those steps.
+      {'images_per_second': ..., 'data_wait': share of the time in which the
+      device waited for data} over those steps.
     """
     last, since = self._mark
     now = time.monotonic()
@@ -88,12 +92,15 @@ class Progress:
       if name in scalars
     )
     text += f'  {speed:.0f} images/s'
+    if waited > 0.05 * (now - since):
+      text += f' ({waited / max(now - since, 1e-9):.0%} waiting for data)'
     if self._bar is not None:
       self._bar.set_postfix_str(text)
     else:
       left = clock((self._num_steps - step) * self._rate)
       logging.info('step %d/%d  %s  %s left', step, self._num_steps, text, left)
-    return {'images_per_second': speed}
+    wait = min(waited / max(now - since, 1e-9), 1.0)
+    return {'images_per_second': speed, 'data_wait': wait}
 
   def say(self, text: str) -> None:
     """One line of text, above the bar where there is one."""

@@ -40,6 +40,7 @@ class Field(NamedTuple):
   resumable: bool = False
 
 
+_MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
 _COUNT = Field(int, 1, 2**31 - 1)
 _FREE_COUNT = Field(int, 0, 2**31 - 1, resumable=True)
 _QUANTIZER = {
@@ -65,12 +66,16 @@ _QUANTIZER = {
 FIELDS = {
   'seed': Field(int, 0, 2**31 - 1),
   'batch_size': _COUNT,
+  'accumulate_steps': Field(int, 1, 2**31 - 1, resumable=True),
+  'codebook_shards': Field(int, 1, 2**20, resumable=True),
   'num_epochs': Field(int, 1, 10**7, resumable=True),
   'num_steps': Field(int, 1, 2**31 - 1, optional=True, resumable=True),
+  'steps_per_dispatch': Field(int, 1, 10**6),
   'log_every': Field(int, 1, 2**31 - 1, resumable=True),
   'eval_every': _FREE_COUNT,
   'checkpoint_every': _FREE_COUNT,
   'keep_checkpoints': Field(int, 1, 10**6, resumable=True),
+  'exact_resume': Field(bool, resumable=True),
   'data.name': Field(str),
   'data.data_dir': Field(str, optional=True, resumable=True),
   'data.split': Field(str, choices=('paper', 'official')),
@@ -79,6 +84,7 @@ FIELDS = {
   'data.crop_scale': Field(float, 1e-3, 1),
   'data.flip': Field(bool),
   'data.in_memory': Field(str, choices=('auto', 'yes', 'no')),
+  'data.on_device': Field(bool, resumable=True),
   'data.num_workers': Field(int, 0, 1024, resumable=True),
   'model.widths': Field(tuple),
   'model.factor': Field(int, choices=(2, 4, 8, 16, 32, 64)),
@@ -87,6 +93,7 @@ FIELDS = {
   'model.code_dim': Field(int, 1, 2**20),
   'model.quantizer': Field(str, choices=tuple(QUANTIZERS)),
   'model.dtype': Field(str, choices=('float32', 'bfloat16')),
+  'model.remat': Field(bool, resumable=True),
   **{f'model.{name}': field for name, field in _QUANTIZER.items()},
   'optimizer.learning_rate': Field(float, 0),
   'optimizer.weight_decay': Field(float, 0),
@@ -129,8 +136,8 @@ def _fault(name, value, field):
     if field.high == float('inf') or field.high >= 2**31 - 1:
       return f'at least {field.low:g}'
     return f'a value from {field.low:g} to {field.high:g}'
-  if field.kind is float and value in (float('inf'), float('-inf')):
-    return 'a finite number'
+  if field.kind is float and abs(value) > _MAX_FLOAT32:
+    return 'a finite number that float32 can hold'
   return None
 
 
@@ -182,6 +189,7 @@ def _check_together(flat):
       f'config.model.num_heads: expected a divisor of the last width '
       f'{channels}, got {flat["model.num_heads"]}'
     )
+  _check_shards(flat)
   if flat['data.in_memory'] == 'yes' and flat['data.crop'] != 'none':
     raise ValueError(
       "config.data.in_memory: expected 'auto' or 'no' with data.crop = "
@@ -189,12 +197,43 @@ def _check_together(flat):
     )
 
 
-def check_devices(batch_size: int, devices: int) -> None:
-  """Raises ValueError unless the devices divide the batch."""
-  if batch_size % devices:
+_MADE_OF_CODES = ('vq', 'residual', 'product')
+
+
+def _check_shards(flat):
+  shards, size = flat['codebook_shards'], flat['model.codebook_size']
+  if shards == 1:
+    return
+  if size % shards:
     raise ValueError(
-      f'config.batch_size: expected a multiple of the {devices} devices, got '
-      f'{batch_size}'
+      f'config.codebook_shards: expected a divisor of model.codebook_size, '
+      f'{size}, got {shards}'
+    )
+  if flat['model.quantizer'] not in _MADE_OF_CODES or not flat['model.ema']:
+    raise ValueError(
+      'config.codebook_shards: expected 1, or model.ema with model.quantizer '
+      f'one of {", ".join(_MADE_OF_CODES)}; got {shards}'
+    )
+
+
+def check_devices(
+  batch_size: int,
+  devices: int,
+  *,
+  accumulate_steps: int = 1,
+  codebook_shards: int = 1,
+) -> None:
+  """Raises ValueError unless these fields fit this many devices."""
+  if batch_size % (devices * accumulate_steps):
+    times = f' x {accumulate_steps} accumulate_steps'
+    raise ValueError(
+      f'config.batch_size: expected a multiple of the {devices} devices'
+      f'{times if accumulate_steps > 1 else ""}, got {batch_size}'
+    )
+  if devices % codebook_shards:
+    raise ValueError(
+      f'config.codebook_shards: expected a divisor of the {devices} devices, '
+      f'got {codebook_shards}'
     )
 
 
@@ -222,8 +261,17 @@ def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
     )
 
 
-def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
-  """The model that a checked flat config describes."""
+def build_model(flat: Mapping[str, Any], *, axis_name=None, mesh=None) -> VQVAE:
+  """The model that a checked flat config describes.
+
+  Args:
+    flat: the config.
+    axis_name: mapped axis of `pmap` or `shard_map`.
+    mesh: from `sharding.data_mesh`; with an axis 'codes' the codebook is split.
+
+  Returns:
+    The model.
+  """
   model = {
     name.removeprefix('model.'): value
     for name, value in flat.items()
@@ -233,6 +281,8 @@ def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
   quantizer = {field: model.pop(field) for field in _QUANTIZER}
   quantizer = {n: value for n, value in quantizer.items() if takes(name, n)}
   quantizer['name'] = name
+  if mesh is not None and 'codes' in mesh.axis_names:
+    quantizer['mesh'] = mesh
   model['widths'] = tuple(model['widths'])
   model['dtype'] = jnp.dtype(model['dtype']).type
   return VQVAE(quantizer=quantizer, axis_name=axis_name, **model)

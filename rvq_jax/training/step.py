@@ -11,7 +11,11 @@ import optax
 
 from rvq_jax.data.transforms import random_flip, to_float
 from rvq_jax.evaluation import metrics
+from rvq_jax.training.accumulate import Pass, accumulate
 from rvq_jax.training.state import TrainState
+
+MAX_NONFINITE_STREAK = 10
+"""Steps in a row that are not finite after which no further step is taken."""
 
 
 def _mean(tree, axis_name):
@@ -31,6 +35,7 @@ def make_train_step(
   seed: int = 0,
   flip: bool = True,
   params_ema_decay: float = 0.0,
+  accumulate_steps: int = 1,
   axis_name=None,
 ):
   """Builds `train_step(state, batch) -> (state, metrics)`.
@@ -39,7 +44,8 @@ def make_train_step(
   loss (paper eq. 5). Randomness depends on (seed, step) and on an image's place
   in the global batch alone, so any number of devices takes the same step. A
   step whose loss or gradient is not finite leaves the whole state as it was,
-  to the bit, except for `step` and `nonfinite_streak`.
+  to the bit, except for `step` and `nonfinite_streak`. After ten of them in a
+  row so does every step, however late the host looks at the streak.
 
   Args:
     model: a `VQVAE`, made with the same axis_name.
@@ -47,6 +53,8 @@ def make_train_step(
     seed: of flips and of the replacement of codes.
     flip: mirror each image with probability 1/2.
     params_ema_decay: of the averaged parameters, where the state has them.
+    accumulate_steps: microbatches that a batch is passed through the model in;
+      see `accumulate`.
     axis_name: mapped axis under `pmap` or `shard_map`; None under `jit`.
 
   Returns:
@@ -55,20 +63,16 @@ def make_train_step(
     global batch, and 'counts' [K].
   """
 
-  def train_step(state: TrainState, batch):
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    flip_key, codebook_key = jax.random.split(key)
-    images = prepare_images(batch['image'])
-    if flip:
-      images = random_flip(flip_key, images, axis_name=axis_name)
+  def run(params, variables, images, key, mutable) -> Pass:
+    images = prepare_images(images)
 
     def loss_fn(params):
       out, updates = model.apply(
-        state.variables | {'params': params},
+        variables | {'params': params},
         images,
         train=True,
-        mutable=['batch_stats', 'codebook'],
-        rngs={'codebook': codebook_key},
+        mutable=list(mutable),
+        rngs={'codebook': key},
       )
       error = jnp.mean((out.reconstruction - images) ** 2)
       # The mean over devices is taken of the loss, not of the gradient alone:
@@ -78,7 +82,29 @@ def make_train_step(
 
     (loss, (error, quantizer, updates)), grads = jax.value_and_grad(
       loss_fn, has_aux=True
-    )(state.params)
+    )(params)
+    scalars = quantizer.metrics | {'mse': error}
+    return Pass(loss, grads, scalars, quantizer.counts, updates)
+
+  def train_step(state: TrainState, batch):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    flip_key, codebook_key = jax.random.split(key)
+    images = batch['image']
+    if flip:
+      images = random_flip(flip_key, images, axis_name=axis_name)
+    if accumulate_steps == 1:
+      mutable = ('batch_stats', 'codebook')
+      done = run(state.params, state.variables, images, codebook_key, mutable)
+    else:
+      done = accumulate(
+        run,
+        state.params,
+        state.variables,
+        images,
+        codebook_key,
+        steps=accumulate_steps,
+      )
+    loss, grads, scalars, counts, updates = done
     grads = _mean(grads, axis_name)
     grad_norm = optax.tree.norm(grads)
     steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -96,17 +122,17 @@ def make_train_step(
       params_ema=params_ema,
     )
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite &= state.nonfinite_streak < MAX_NONFINITE_STREAK
     kept = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old), proposed, state
     )
     streak = jnp.where(finite, 0, state.nonfinite_streak + 1)
     kept = kept.replace(step=state.step + 1, nonfinite_streak=streak)
-    scalars = _mean(quantizer.metrics | {'mse': error}, axis_name)
-    scalars |= {
+    scalars = _mean(scalars, axis_name) | {
       'loss': loss,
       'grad_norm': grad_norm,
       'skipped': 1.0 - finite.astype(jnp.float32),
-      'counts': quantizer.counts,
+      'counts': counts,
     }
     return kept, scalars
 

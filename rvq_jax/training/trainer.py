@@ -3,18 +3,24 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rvq_jax.data import loaders, sources
 from rvq_jax.data.transforms import to_float, to_uint8
 from rvq_jax.evaluation import evaluate, figures
-from rvq_jax.training import settings, sharding
+from rvq_jax.training import dispatch, machine, memory, settings, sharding
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.optimizer import make_optimizer, make_schedule
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_eval_step, make_train_step
 
 GRID_IMAGES = 8
+
+
+def _size(tree) -> int:
+  """Bytes of the arrays of a tree."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 class Trainer:
@@ -32,17 +38,27 @@ class Trainer:
   def __init__(self, config, workdir):
     self.config = settings.check_config(config)
     self.workdir = Path(workdir)
-    settings.check_devices(self.config['batch_size'], jax.device_count())
+    settings.check_devices(
+      self.config['batch_size'],
+      jax.device_count(),
+      accumulate_steps=self.config['accumulate_steps'],
+      codebook_shards=self.config['codebook_shards'],
+    )
     self.dataset = sources.open_dataset(
       self.config['data.name'],
       split=self.config['data.split'],
       data_dir=self.config['data.data_dir'],
     )
-    self.mesh = sharding.data_mesh()
-    self.model = settings.build_model(self.config)
+    self.mesh = sharding.data_mesh(
+      codebook_shards=self.config['codebook_shards']
+    )
+    self.model = settings.build_model(self.config, mesh=self.mesh)
     self.loader = self._train_loader()
     self.num_steps = self.config['num_steps'] or (
       self.config['num_epochs'] * self.loader.steps_per_epoch
+    )
+    self.feed = dispatch.Feed(
+      self.loader, self.mesh, on_device=self.config['data.on_device']
     )
     self._samples = None
     self._build_steps()
@@ -78,60 +94,94 @@ class Trainer:
     )
     ema = config['optimizer.params_ema']
     everywhere = sharding.replicated(self.mesh)
-    rows = sharding.by_rows(self.mesh)
-    self.init = jax.jit(
-      lambda key: create_state(
+
+    def init(key):
+      return create_state(
         self.model,
         optimizer,
         key,
         image_size=config['data.image_size'],
         params_ema=ema > 0,
+      )
+
+    self.key = jax.random.key(config['seed'])
+    shapes = jax.eval_shape(init, self.key)
+    of_state = sharding.of_state(shapes, self.mesh)
+    self.template = jax.tree.map(
+      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+      shapes,
+      of_state,
+    )
+    self.state_bytes = _size(shapes)
+    memory.check_state(self.state_bytes + _size(shapes.params))
+    self.init = jax.jit(init, out_shardings=of_state)
+    self._build_train_steps(optimizer, of_state)
+    self.reconstruct = jax.jit(
+      lambda variables, images: to_uint8(
+        self.model.apply(variables, to_float(images)).reconstruction
       ),
       out_shardings=everywhere,
     )
+    self.eval_step = jax.jit(
+      make_eval_step(self.model),
+      in_shardings=(
+        of_state.eval_variables,
+        sharding.by_rows(self.mesh),
+      ),
+      out_shardings=everywhere,
+    )
+
+  def _build_train_steps(self, optimizer, of_state):
+    config, images = self.config, self.feed.images
+    everywhere = sharding.replicated(self.mesh)
+
     # The seed is an argument, so that runs that differ in it alone share one
-    # program in the compilation cache.
-    step = jax.jit(
-      lambda state, batch, seed: make_train_step(
+    # program in the compilation cache; so are images, which are no constant.
+    def one_step(seed, images):
+      train_step = make_train_step(
         self.model,
         optimizer,
         seed=seed,
         flip=config['data.flip'],
-        params_ema_decay=ema,
-      )(state, batch),
-      in_shardings=(everywhere, rows, everywhere),
-      out_shardings=everywhere,
-      donate_argnums=0,
-    )
-    seed = np.int32(config['seed'])
-    self.train_step = lambda state, batch: step(state, batch, seed)
-    self.reconstruct = jax.jit(
-      lambda variables, images: to_uint8(
-        self.model.apply(variables, to_float(images)).reconstruction
+        params_ema_decay=config['optimizer.params_ema'],
+        accumulate_steps=config['accumulate_steps'],
       )
-    )
-    self.eval_step = jax.jit(
-      make_eval_step(self.model),
-      in_shardings=(everywhere, rows),
-      out_shardings=everywhere,
-    )
+      if images is None:
+        return train_step
+      return lambda state, batch: train_step(
+        state, {'image': jnp.take(images, batch['row'], axis=0)}
+      )
+
+    def compiled(of_step, axis):
+      step = jax.jit(
+        lambda state, batch, seed, images: of_step(one_step(seed, images))(
+          state, batch
+        ),
+        in_shardings=(
+          of_state,
+          sharding.by_rows(self.mesh, axis=axis),
+          everywhere,
+          everywhere,
+        ),
+        out_shardings=(of_state, everywhere),
+        donate_argnums=0,
+      )
+      seed = np.int32(config['seed'])
+      return lambda state, batch: step(state, batch, seed, images)
+
+    self.train_step = compiled(lambda step: step, 0)
+    self.train_steps = compiled(dispatch.scan_steps, 1)
 
   def start(self, checkpoints: Checkpoints):
     """The state to go on from, the loader set to the batch that follows it."""
     step = checkpoints.latest_step
-    key = jax.random.key(self.config['seed'])
     if step is None:
-      return self.init(key)
+      return self.init(self.key)
     meta = checkpoints.meta(step)
     settings.check_resume(self.config, meta['config'])
-    template = jax.eval_shape(self.init, key)
-    everywhere = sharding.replicated(self.mesh)
-    template = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-      template,
-    )
+    machine.check_machine(meta['machine'], exact=self.config['exact_resume'])
     self.loader.seek(meta['position'])
-    return checkpoints.restore(template, step)
+    return checkpoints.restore(self.template, step)
 
   def validate(self, state):
     """Metrics and code counts of the state over the validation split."""
@@ -154,6 +204,14 @@ class Trainer:
   def reconstruct_samples(self, state) -> np.ndarray:
     """The first validation images above their reconstructions, uint8."""
     if self._samples is None:
-      self._samples = next(self._validation_batches())['image'][:GRID_IMAGES]
+      # Every process takes part, with the same images.
+      first = next(
+        loaders.eval_batches(
+          self.dataset.validation,
+          batch_size=GRID_IMAGES,
+          image_size=self.config['data.image_size'],
+        )
+      )
+      self._samples = first['image'][first['mask']]
     images = self.reconstruct(state.eval_variables, self._samples)
     return figures.reconstruction_grid(self._samples, np.asarray(images))

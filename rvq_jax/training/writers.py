@@ -4,11 +4,14 @@ clu's own writers import TensorFlow; these write JSON lines and, through
 tensorboardX, TensorBoard events.
 """
 
+import errno
 import json
 import math
 from pathlib import Path
 
 import numpy as np
+
+from rvq_jax.training import disk
 
 
 class JsonlWriter:
@@ -22,13 +25,10 @@ class JsonlWriter:
 
   def __init__(self, workdir, *, start_step: int = 0):
     path = Path(workdir) / 'metrics.jsonl'
-    kept = []
     if path.exists():
       kept = [line for line in read_jsonl(path) if line['step'] <= start_step]
-    self._file = open(path, 'w')  # noqa: SIM115 - closed by close()
-    for line in kept:
-      self._file.write(json.dumps(line) + '\n')
-    self._file.flush()
+      disk.write_whole(path, ''.join(json.dumps(line) + '\n' for line in kept))
+    self._file = open(path, 'a')  # noqa: SIM115 - closed by close()
 
   def write_scalars(self, step: int, scalars) -> None:
     """Writes {name: number}; a number that is not finite becomes null."""
@@ -64,32 +64,53 @@ class TensorBoardWriter:
   def __init__(self, workdir, *, start_step: int = 0):
     import tensorboardX  # half a second; only runs that train need it
 
+    self._folder = Path(workdir) / 'tensorboard'
     self._writer = tensorboardX.SummaryWriter(
-      str(Path(workdir) / 'tensorboard'), purge_step=start_step + 1
+      str(self._folder), purge_step=start_step + 1
+    )
+    self._events = self._writer.file_writer.event_writer
+    self._failed = False
+
+  def _check_thread(self):
+    # The thread that writes ends at its first error, and whoever hands it more
+    # then waits for ever.
+    if self._failed or self._events._worker.is_alive():
+      return
+    self._failed = True
+    self._events._event_queue.cancel_join_thread()
+    raise OSError(
+      errno.ENOSPC if disk.is_full(self._folder) else errno.EIO,
+      'TensorBoard events could not be written',
+      str(self._folder),
     )
 
   def write_scalars(self, step: int, scalars) -> None:
     """Writes {name: number}."""
     for name, value in scalars.items():
+      self._check_thread()
       self._writer.add_scalar(name, float(value), step)
 
   def write_images(self, step: int, images) -> None:
     """Writes {name: uint8 [h, w, 3]}."""
     for name, image in images.items():
+      self._check_thread()
       self._writer.add_image(name, image, step, dataformats='HWC')
 
   def write_histograms(self, step: int, arrays) -> None:
     """Writes {name: numbers [n]}."""
     for name, values in arrays.items():
+      self._check_thread()
       self._writer.add_histogram(name, np.asarray(values), step)
 
   def flush(self) -> None:
     """Hands what was written to the operating system."""
+    self._check_thread()
     self._writer.flush()
 
   def close(self) -> None:
-    """Flushes and closes the file."""
-    self._writer.close()
+    """Flushes and closes the file; nothing where it could not be written."""
+    if not self._failed and self._events._worker.is_alive():
+      self._writer.close()
 
 
 class MultiWriter:
@@ -130,7 +151,7 @@ class MultiWriter:
 
 def read_jsonl(path) -> list[dict]:
   """The lines of a metrics file; a last line cut off in writing is dropped."""
-  lines = Path(path).read_text().splitlines()
+  lines = Path(path).read_text('utf-8', 'replace').splitlines()
   records = []
   for number, line in enumerate(lines, 1):
     try:

@@ -53,6 +53,18 @@ def run(launcher, *flags):
       ['--config=configs/photos.py', '--config.data.name=folder:/no/where'],
       '/no/where',
     ),
+    (
+      ['--config=configs/photos.py', '--multihost'],
+      'expected SLURM, Open MPI or Kubernetes',
+    ),
+    (
+      ['--config=configs/photos.py', '--multihost', '--process_id=0'],
+      'together or none of them, got None, None and 0',
+    ),
+    (
+      ['--config=configs/photos.py', '--process_id=0'],
+      'expected --multihost too',
+    ),
   ],
 )
 def test_a_wrong_command_ends_in_one_line_and_exit_code_2(

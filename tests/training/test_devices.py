@@ -1,6 +1,7 @@
 """1, 2, 4 and 8 devices take the same steps under jit, pmap and shard_map."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,18 @@ IMAGES = np.random.default_rng(0).integers(
 )
 
 
-def build(axis_name=None):
+def build(axis_name=None, mesh=None, codebook_size=40):
   model = VQVAE(
     widths=(4, 8),
     factor=4,
     num_res_blocks=1,
     num_heads=2,
     code_dim=4,
-    quantizer={'codebook_size': 40, 'dead_code_threshold': 0.7},
+    quantizer={
+      'codebook_size': codebook_size,
+      'dead_code_threshold': 0.7,
+      'mesh': mesh,
+    },
     axis_name=axis_name,
   )
   # Adam divides by the gradient's size, which magnifies rounding; SGD shows
@@ -96,7 +101,29 @@ def run_pmap(devices):
   return first
 
 
-RUNS = {'jit': run_jit, 'shard_map': run_shard_map, 'pmap': run_pmap}
+def run_sharded(devices, shards):
+  mesh = sharding.data_mesh(
+    jax.devices('cpu')[:devices], codebook_shards=shards
+  )
+  of_state = sharding.of_state(start(), mesh)
+  step = jax.jit(
+    build(mesh=mesh)[2],
+    in_shardings=(of_state, sharding.by_rows(mesh)),
+    out_shardings=(of_state, sharding.replicated(mesh)),
+  )
+  state = jax.device_put(start(), of_state)
+  for images in IMAGES:
+    state, metrics = step(state, sharding.shard_batch({'image': images}, mesh))
+  return jax.device_get((state, metrics))
+
+
+RUNS = {
+  'sharded': lambda devices: run_sharded(devices, devices),
+  'sharded_by_two': lambda devices: run_sharded(devices, 2),
+  'jit': run_jit,
+  'shard_map': run_shard_map,
+  'pmap': run_pmap,
+}
 
 
 @functools.cache
@@ -110,6 +137,10 @@ def one_device():
     ('jit', 8),
     ('shard_map', 2),
     ('pmap', 4),
+    pytest.param('sharded', 2, marks=pytest.mark.slow),
+    pytest.param('sharded', 4, marks=pytest.mark.slow),
+    pytest.param('sharded', 8, marks=pytest.mark.slow),
+    pytest.param('sharded_by_two', 8, marks=pytest.mark.slow),
     pytest.param('jit', 2, marks=pytest.mark.slow),
     pytest.param('jit', 4, marks=pytest.mark.slow),
     pytest.param('shard_map', 1, marks=pytest.mark.slow),
@@ -148,6 +179,46 @@ def test_the_steps_moved_everything():
       )
     ]
     assert np.mean(moved) > 0.9, part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('accumulate_steps', [1, 2])
+def test_no_device_holds_a_codebook_that_is_split(accumulate_steps):
+  mesh = sharding.data_mesh(jax.devices('cpu')[:4], codebook_shards=4)
+  model, optimizer, _ = build(mesh=mesh, codebook_size=4096)
+  state = jax.eval_shape(
+    lambda: create_state(model, optimizer, jax.random.key(0), image_size=8)
+  )
+  of_state = sharding.of_state(state, mesh)
+  step = jax.jit(
+    make_train_step(model, optimizer, accumulate_steps=accumulate_steps),
+    in_shardings=(of_state, sharding.by_rows(mesh)),
+    out_shardings=(of_state, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+  program = step.lower(state, {'image': IMAGES[0]}).compile().as_text()
+  assert 'f32[1024,4]' in program  # a quarter
+  assert 'f32[4096,4]' not in program
+
+
+@pytest.mark.slow
+def test_a_step_gathers_no_vectors_of_other_devices():
+  # 64 of them in the global batch: they grow with the number of devices.
+  mesh = sharding.data_mesh(jax.devices('cpu')[:4])
+  everywhere = sharding.replicated(mesh)
+  model, optimizer, step = build(codebook_size=4096)
+  state = jax.eval_shape(
+    lambda: create_state(model, optimizer, jax.random.key(0), image_size=8)
+  )
+  step = jax.jit(
+    step,
+    in_shardings=(everywhere, sharding.by_rows(mesh)),
+    out_shardings=everywhere,
+  )
+  program = step.lower(state, {'image': IMAGES[0]}).compile().as_text()
+  gathered = re.findall(r'= (\S+?)(?:\{\S*)? all-gather\(', program)
+  assert 'f32[64]' in gathered  # the noise of the draw: one number a vector
+  assert [x for x in gathered if re.match(r'f32\[64,', x)] == []
 
 
 def test_evaluation_sums_agree_over_devices():

@@ -59,18 +59,10 @@ def test_a_longer_run_goes_on(tiny_config, tmp_path):
     assert checkpoints.latest_step == 4
 
 
-def test_divergence_stops_the_run_and_names_the_cause(tiny_config, tmp_path):
-  tiny_config.optimizer.learning_rate = 1e30
-  tiny_config.optimizer.schedule = 'constant'
-  tiny_config.num_steps = 40
-  tiny_config.log_every = 5
-  with pytest.raises(FloatingPointError, match='steps in a row.*learning_rate'):
-    loop.train(tiny_config, tmp_path)
-
-
 def test_a_second_interrupt_stops_at_once():
   with loop.StopSignal() as stop, pytest.raises(KeyboardInterrupt):
     signal.raise_signal(signal.SIGINT)
+    assert stop.agreed(ask=False)
     assert stop.exit_code == 130
     signal.raise_signal(signal.SIGINT)
 

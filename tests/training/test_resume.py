@@ -3,28 +3,15 @@
 import os
 import signal
 
-import jax
-import numpy as np
 import pytest
 
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
-from rvq_jax.training.writers import read_jsonl
-
-
-def final_bits(config, workdir):
-  """Path -> bytes of the newest state of a run."""
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    state = loop.Trainer(config, workdir).start(checkpoints)
-  return {
-    jax.tree_util.keystr(path): np.asarray(x).tobytes()
-    for path, x in jax.tree_util.tree_leaves_with_path(state)
-  }
 
 
 @pytest.mark.parametrize('route', ['memory', 'stream'])
 def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(
-  route, tiny_config, tmp_path
+  route, tiny_config, tmp_path, final_bits, log_of
 ):
   if route == 'stream':
     tiny_config.data.crop = 'random_resized'
@@ -56,13 +43,4 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(
   assert got.keys() == want.keys()
   assert [k for k in want if got[k] != want[k]] == []
   # The log holds each step once, with the same values.
-  logs = [
-    {
-      (r['step'], k): v
-      for r in read_jsonl(folder / 'metrics.jsonl')
-      for k, v in r.items()
-      if 'images_per_second' not in k
-    }
-    for folder in (whole, parts)
-  ]
-  assert logs[0] == logs[1]
+  assert log_of(parts) == log_of(whole)

@@ -79,6 +79,29 @@ def test_devices_must_divide_the_batch():
   settings.check_devices(128, 8)
   with pytest.raises(ValueError, match='multiple of the 3 devices, got 128'):
     settings.check_devices(128, 3)
+  with pytest.raises(ValueError, match='8 devices x 3 accumulate_steps'):
+    settings.check_devices(128, 8, accumulate_steps=3)
+  with pytest.raises(ValueError, match='divisor of the 8 devices, got 16'):
+    settings.check_devices(128, 8, codebook_shards=16)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    ('codebook_size', 1000, 'divisor of model.codebook_size, 1000, got 16'),
+    ('ema', False, 'expected 1, or model.ema'),
+    ('quantizer', 'fsq', 'vq, residual, product; got 16'),
+  ],
+)
+def test_a_codebook_that_cannot_be_split_is_refused(
+  field, value, message, load_config
+):
+  config = load_config('cifar10')
+  config.codebook_shards = 16
+  settings.check_config(config)
+  config.model[field] = value
+  with pytest.raises(ValueError, match=message):
+    settings.check_config(config)
 
 
 def test_resume_allows_length_and_logging_and_nothing_else(load_config):

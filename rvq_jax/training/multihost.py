@@ -1,0 +1,90 @@
+"""One run of several processes, on one host or on many.
+
+The runtime is JAX's own: `jax.distributed` brings the processes together, and
+XLA's collectives (gloo on CPU, NCCL on CUDA) carry what they share.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_LOST = re.compile(
+  'gloo|nccl|unavailable|deadline.exceeded|heartbeat|connection|barrier',
+  re.IGNORECASE,
+)
+
+
+def initialize(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  lost_after: int = 100,
+) -> None:
+  """Joins the other processes of the run; call before any device is used.
+
+  Without arguments JAX finds them under SLURM, Open MPI and Kubernetes (there
+  with `pip install "jax[k8s]"`). Returns when all of them are there.
+
+  Args:
+    coordinator: HOST:PORT of process 0, as all processes can reach it.
+    num_processes: how many there are.
+    process_id: which of them this is, from 0.
+    lost_after: seconds of silence after which a process is given up, and with
+      it the run.
+
+  Raises:
+    ValueError: only some of the three are given, one is out of range, or
+      nothing is given and no scheduler is found.
+  """
+  given = (coordinator, num_processes, process_id)
+  explicit = coordinator is not None
+  if any((x is None) is explicit for x in given):
+    raise ValueError(
+      'expected --coordinator=HOST:PORT, --num_processes=N and --process_id=I '
+      f'together or none of them, got {coordinator}, {num_processes} and '
+      f'{process_id}'
+    )
+  if explicit and not re.fullmatch(r'.+:\d+', coordinator):
+    raise ValueError(f'--coordinator: expected HOST:PORT, got {coordinator!r}')
+  if explicit and not 0 <= process_id < num_processes:
+    raise ValueError(
+      f'--process_id: expected 0 to {num_processes - 1}, got {process_id}'
+    )
+  if lost_after < 10:
+    raise ValueError(f'--lost_after: expected at least 10 s, got {lost_after}')
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  # Its handler would keep SIGTERM from `StopSignal`.
+  jax.config.update('jax_enable_preemption_service', False)
+  try:
+    jax.distributed.initialize(
+      *given,
+      cluster_detection_method='deactivate' if explicit else None,
+      heartbeat_timeout_seconds=lost_after,
+    )
+  except ValueError as error:
+    if explicit:
+      raise
+    raise ValueError(
+      '--multihost: expected SLURM, Open MPI or Kubernetes (with jax[k8s]) '
+      'around this process, found none; give --coordinator=HOST:PORT '
+      '--num_processes=N --process_id=I'
+    ) from error
+
+
+def largest(value: int) -> int:
+  """The largest of the processes' values; all must call it at one step."""
+  if jax.process_count() == 1:
+    return value
+  return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def peer_is_lost(error: BaseException) -> bool:
+  """Whether an error says that another process is gone or out of reach."""
+  return (
+    isinstance(error, jax.errors.JaxRuntimeError)
+    and jax.process_count() > 1
+    and bool(_LOST.search(str(error)))
+  )

@@ -1,0 +1,119 @@
+"""Runs in processes of their own, to be stopped in earnest."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rvq_jax.training import loop
+from rvq_jax.training.checkpoints import Checkpoints
+from rvq_jax.training.writers import read_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Run(subprocess.Popen):
+  """`launch/main.py` on its way; its lines are read by `wait_for`."""
+
+  def wait_for(self, pattern: str) -> re.Match:
+    """Reads lines until one matches; fails when the run ends before."""
+    for line in self.stderr:
+      self.seen.append(line)
+      found = re.search(pattern, line)
+      if found:
+        return found
+    raise AssertionError(f'no {pattern!r} in\n' + ''.join(self.seen))
+
+  def end(self) -> str:
+    """Waits for the end; the rest of standard error."""
+    text = self.stderr.read()
+    self.wait(timeout=60)
+    self.seen.append(text)
+    return text
+
+
+@pytest.fixture
+def start_run(tiny_config, tmp_path):
+  """Returns a function that starts a run of `tiny_config` in a process.
+
+  Each step writes a line 'step N/M'. What still runs at the end of the test is
+  killed.
+  """
+  running = []
+
+  def start(workdir, *flags, script='launch/main.py', **options):
+    tiny_config.log_every = 1
+    file = tmp_path / 'tiny.py'
+    values = json.dumps(json.loads(tiny_config.to_json()))
+    file.write_text(
+      'import json\nfrom ml_collections import ConfigDict\n'
+      f'def get_config():\n  return ConfigDict(json.loads({values!r}))\n'
+    )
+    run = Run(
+      [
+        *(sys.executable, script, f'--config={file}'),
+        *(f'--workdir={workdir}', *flags),
+      ],
+      cwd=ROOT,
+      env=process_environment(),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+      **options,
+    )
+    run.seen = []
+    running.append(run)
+    return run
+
+  yield start
+  for run in running:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(run.pid, signal.SIGKILL)
+    run.stderr.close()
+    run.wait()
+
+
+def process_environment() -> dict[str, str]:
+  """That of a run with one device, which shares the suite's programs."""
+  flags = os.environ['XLA_FLAGS'].split()
+  return os.environ | {
+    'XLA_FLAGS': ' '.join(f for f in flags if 'device_count' not in f),
+    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+  }
+
+
+@pytest.fixture(scope='session')
+def final_bits():
+  """Returns a function: path -> bytes of the newest state of a run."""
+  return _final_bits
+
+
+def _final_bits(config, workdir):
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    checkpoints.resolve()
+    state = loop.Trainer(config, workdir).start(checkpoints)
+  return {
+    jax.tree_util.keystr(path): np.asarray(x).tobytes()
+    for path, x in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+@pytest.fixture(scope='session')
+def log_of():
+  """Returns a function: (step, name) -> value of a run's log."""
+  return lambda workdir: {
+    (record['step'], name): value
+    for record in read_jsonl(workdir / 'metrics.jsonl')
+    for name, value in record.items()
+    if not name.endswith(('images_per_second', 'data_wait'))
+  }

@@ -1,0 +1,106 @@
+"""A full disk costs one line and no checkpoint."""
+
+import contextlib
+import os
+import subprocess
+
+import pytest
+
+from rvq_jax.training import disk, manifest
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of its own, with room for one tiny checkpoint, not two."""
+  place = tmp_path / 'disk'
+  place.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=600k', 'tmpfs', str(place)]
+  try:
+    subprocess.run(mount, check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError):
+    pytest.skip('needs the right to mount a tmpfs')
+  yield place
+  subprocess.run(['umount', '--lazy', str(place)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_older_step_goes_on(
+  small_disk, start_run, tiny_config, tmp_path, final_bits
+):
+  tiny_config.checkpoint_every = 1
+  tiny_config.keep_checkpoints = 6
+  whole, run = tmp_path / 'whole', small_disk / 'run'
+  start_run(whole).end()
+  process = start_run(run)
+  *_, last = process.end().splitlines()
+  assert process.returncode == 2
+  assert 'Traceback' not in ''.join(process.seen)
+  assert last.startswith(
+    f'error: No space left on the file system {small_disk}'
+  )
+  assert 'kB are free there, and a checkpoint takes about' in last
+  [newest, *_] = manifest.steps(run / 'checkpoints')
+  assert 1 <= newest < 6
+  assert manifest.fault(run / f'checkpoints/{newest}') is None
+  subprocess.run(
+    ['mount', '-o', 'remount,size=8m', str(small_disk)], check=True
+  )
+  text = start_run(run).end()
+  assert f'step {newest} of 6' in text
+  assert final_bits(tiny_config, run) == final_bits(tiny_config, whole)
+
+
+LIMITED = """
+import resource, sys
+sys.path.insert(0, 'launch')
+import command_line, main
+# A checkpoint has a file of 22 kB.
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+command_line.run(main.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_limit_on_files_is_named(start_run, tmp_path):
+  script = tmp_path / 'limited.py'
+  script.write_text(LIMITED)
+  process = start_run(tmp_path / 'run', script=str(script))
+  *_, last = process.end().splitlines()
+  assert process.returncode == 2
+  assert 'Traceback' not in ''.join(process.seen)
+  root = disk.file_system(tmp_path)
+  assert last.startswith(f'error: File too large on the file system {root} ')
+  assert manifest.steps(tmp_path / 'run/checkpoints') == []
+
+
+def test_the_reason_is_found_at_the_bottom_of_a_chain():
+  try:
+    try:
+      raise OSError(28, 'No space left on device')
+    except OSError as error:
+      raise RuntimeError('the save failed') from error
+  except RuntimeError as error:
+    assert disk.no_room(error) == 'No space left'
+  text = 'RESOURCE_EXHAUSTED: ... [OS error 28: ENOSPC No space left on device]'
+  assert disk.no_room(ValueError(text)) == 'No space left'
+  assert disk.no_room(ValueError('no such file')) is None
+
+
+def test_other_errors_pass_as_they_are(tmp_path):
+  with pytest.raises(KeyError), disk.room_explained(tmp_path, 1):
+    raise KeyError('x')
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+  path = tmp_path / 'config.json'
+  disk.write_whole(path, 'old')
+
+  def fail(descriptor):
+    raise OSError(28, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'fsync', fail)
+    with contextlib.suppress(OSError):
+      disk.write_whole(path, 'new')
+  assert path.read_text() == 'old'
+  assert [p.name for p in tmp_path.iterdir()] == ['config.json']

@@ -1,0 +1,117 @@
+"""A run that diverges stops, says where and why, and keeps what was good."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rvq_jax import VQVAE
+from rvq_jax.training import loop, manifest
+from rvq_jax.training.checkpoints import Checkpoints
+from rvq_jax.training.optimizer import make_optimizer
+from rvq_jax.training.state import create_state
+from rvq_jax.training.step import MAX_NONFINITE_STREAK, make_train_step
+
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype('f')
+
+
+class Spoilt(VQVAE):
+  """A model whose gradient, not its loss, is infinite where asked for."""
+
+  def apply(self, variables, images, **options):
+    out, updates = super().apply(variables, images, **options)
+    # The mark of a spoilt batch: a value that changes nothing else.
+    factor = jnp.where(images[0, 0, 0, 0] == 0.5, jnp.inf, 1.0)
+    made = _scale_gradient(out.reconstruction, factor)
+    return out.replace(reconstruction=made), updates
+
+
+@jax.custom_vjp
+def _scale_gradient(x, factor):
+  del factor
+  return x
+
+
+_scale_gradient.defvjp(
+  lambda x, factor: (x, factor), lambda factor, g: (g * factor, None)
+)
+
+
+@functools.cache
+def build():
+  model = Spoilt(
+    widths=(4,),
+    factor=4,
+    num_res_blocks=0,
+    num_heads=2,
+    code_dim=4,
+    quantizer={'codebook_size': 16},
+  )
+  optimizer = make_optimizer(lambda _: 1e-2)
+  state = jax.jit(
+    lambda: create_state(
+      model, optimizer, jax.random.key(0), image_size=8, params_ema=True
+    )
+  )()
+  step = make_train_step(model, optimizer, params_ema_decay=0.5, flip=False)
+  return jax.jit(step), state
+
+
+def bits(state):
+  state = state.replace(step=0, nonfinite_streak=0)
+  return [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
+
+
+def batch(spoilt):
+  images = IMAGES.copy()
+  if spoilt == 'gradient':
+    images[0, 0, 0, 0] = 0.5
+  elif spoilt:
+    images[1, 2, 3, 0] = spoilt
+  return {'image': images}
+
+
+@pytest.mark.parametrize('spoilt', [np.nan, np.inf, 'gradient'])
+def test_nothing_of_a_spoilt_step_stays_and_it_is_counted(spoilt):
+  step, state = build()
+  state, _ = step(state, batch(None))
+  after, metrics = step(state, batch(spoilt))
+  assert np.isfinite(metrics['loss']) == (spoilt == 'gradient')
+  assert not np.isfinite(metrics['grad_norm'])
+  assert metrics['skipped'] == 1
+  assert (after.step, after.nonfinite_streak) == (2, 1)
+  assert bits(after) == bits(state)
+
+
+def test_nine_spoilt_steps_are_forgiven_and_ten_are_not():
+  step, state = build()
+  for count in (MAX_NONFINITE_STREAK - 1, MAX_NONFINITE_STREAK):
+    after = state
+    for _ in range(count):
+      after, _ = step(after, batch(np.nan))
+    after, metrics = step(after, batch(None))
+    forgiven = count < MAX_NONFINITE_STREAK
+    assert (bits(after) != bits(state)) == forgiven
+    assert metrics['skipped'] == (not forgiven)
+    assert after.nonfinite_streak == (0 if forgiven else count + 1)
+
+
+def test_a_learning_rate_of_a_million_stops_the_run(tiny_config, tmp_path):
+  tiny_config.optimizer.learning_rate = 1e6
+  tiny_config.num_steps = 40
+  tiny_config.log_every = 15  # the host looks late
+  tiny_config.checkpoint_every = 1
+  tiny_config.eval_every = 0
+  with pytest.raises(FloatingPointError) as caught:
+    loop.train(tiny_config, tmp_path)
+  message = str(caught.value)
+  assert 'stopped at step 11: for 10 steps in a row, from step 2 on' in message
+  assert 'the loss was nan' in message and 'learning_rate' in message
+  assert '\n' not in message
+  # The step before the first that was not finite, and nothing after it.
+  assert manifest.steps(tmp_path / 'checkpoints') == [1]
+  with Checkpoints(tmp_path) as checkpoints:
+    state = loop.Trainer(tiny_config, tmp_path).start(checkpoints)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))

@@ -1,0 +1,72 @@
+"""A run that goes on elsewhere: other devices, other workers, other config."""
+
+import json
+
+import pytest
+
+from rvq_jax.training import loop, machine
+from rvq_jax.training.checkpoints import Checkpoints
+
+
+def test_another_machine_is_refused_where_bits_matter(caplog):
+  here = machine.describe()
+  machine.check_machine(here, exact=True)
+  assert json.loads(json.dumps(here)) == here
+  there = here | {'devices': 3}
+  with pytest.raises(ValueError, match='devices: checkpoint 3, now 8') as error:
+    machine.check_machine(there, exact=True)
+  assert '--config.exact_resume=False' in str(error.value)
+  assert not caplog.records
+  machine.check_machine(there, exact=False)
+  assert 'devices: checkpoint 3, now 8' in caplog.text
+
+
+@pytest.mark.slow
+def test_from_one_device_to_eight_is_exact_to_the_checkpoint_or_refused(
+  start_run, tiny_config, tmp_path, final_bits, log_of
+):
+  tiny_config.optimizer.schedule = 'constant'  # so that a run may get longer
+  tiny_config.num_steps = 4
+  run, whole = tmp_path / 'run', tmp_path / 'whole'
+  start_run(run).end()
+  saved = final_bits(tiny_config, run)
+  tiny_config.num_steps = 12
+  start_run(whole).end()
+  tiny_config.exact_resume = True
+  with pytest.raises(ValueError, match='devices: checkpoint 1, now 8'):
+    loop.train(tiny_config, run)
+  tiny_config.exact_resume = False
+  assert final_bits(tiny_config, run) == saved
+  loop.train(tiny_config, run)
+  one, eight = log_of(whole), log_of(run)
+  for step in range(1, 13):
+    key = (step, 'train/mse')
+    assert eight[key] == pytest.approx(one[key], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_another_number_of_workers_is_exact(tiny_config, tmp_path, final_bits):
+  tiny_config.data.crop = 'random_resized'
+  tiny_config.optimizer.schedule = 'constant'
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+  tiny_config.num_steps = 3
+  loop.train(tiny_config, parts)
+  tiny_config.num_steps = 7
+  loop.train(tiny_config, whole)
+  tiny_config.data.num_workers = 2
+  loop.train(tiny_config, parts)
+  assert final_bits(tiny_config, parts) == final_bits(tiny_config, whole)
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [('codebook_size', 32), ('code_dim', 8), ('widths', (8, 8))],
+)
+def test_another_model_is_refused_before_anything_is_loaded(
+  name, value, tiny_run, tiny_config, monkeypatch
+):
+  tiny_config.model[name] = value
+  monkeypatch.setattr(Checkpoints, 'restore', None)
+  with pytest.raises(ValueError, match=f'model.{name}: checkpoint ') as caught:
+    loop.train(tiny_config, tiny_run)
+  assert '\n' not in str(caught.value)

@@ -1,0 +1,144 @@
+"""However a run ends, its last saved step is complete and it goes on."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from rvq_jax.training import loop, manifest
+from rvq_jax.training.checkpoints import Checkpoints
+from rvq_jax.training.signals import StopSignal
+
+CODES = {
+  'SIGINT': 130,
+  'SIGTERM': 143,
+  'SIGUSR1': 138,
+  'SIGUSR2': 140,
+  'SIGHUP': 129,
+}
+
+
+@pytest.fixture
+def whole(tiny_run):
+  """The run of six steps that nobody stopped."""
+  return tiny_run
+
+
+def newest(workdir):
+  folder = workdir / 'checkpoints'
+  found = manifest.steps(folder)
+  assert not [s for s in found if manifest.fault(folder / str(s))]
+  return found[0]
+
+
+@pytest.mark.parametrize('name', CODES)
+def test_a_signal_finishes_the_step_saves_and_says_so(name):
+  with StopSignal() as stop:
+    signal.raise_signal(getattr(signal, name))
+    assert stop.agreed(ask=False)
+  assert stop.exit_code == CODES[name] == 128 + getattr(signal, name)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+  old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with StopSignal() as stop:
+      signal.raise_signal(signal.SIGHUP)
+      assert not stop.agreed(ask=False)
+  finally:
+    signal.signal(signal.SIGHUP, old)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGUSR1'])
+def test_a_stopped_process_resumes_to_the_same_bits(
+  name, start_run, tiny_config, tmp_path, final_bits
+):
+  tiny_config.num_steps = 60
+  tiny_config.checkpoint_every = 50  # what is saved, the signal saved
+  tiny_config.eval_every = 0
+  stopped, whole = tmp_path / 'stopped', tmp_path / 'whole'
+  assert 'step 60/60' in start_run(whole).end()
+  run = start_run(stopped)
+  run.wait_for('step 7/60')
+  os.kill(run.pid, getattr(signal, name))
+  assert 'Traceback' not in run.end()
+  assert run.returncode == CODES[name]
+  assert 7 <= newest(stopped) < 50
+  assert 'step 60/60' in start_run(stopped).end()
+  assert final_bits(tiny_config, stopped) == final_bits(tiny_config, whole)
+
+
+STALLED = """
+import sys, time
+sys.path.insert(0, 'launch')
+from rvq_jax.data.memory import MemoryLoader
+load = MemoryLoader.__next__
+def stall(loader):
+  if loader.position()['step'] == 3:
+    print('stalled', file=sys.stderr, flush=True)
+    time.sleep(100)
+  return load(loader)
+MemoryLoader.__next__ = stall
+import command_line, main
+command_line.run(main.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_the_process_at_once(start_run, tmp_path):
+  script = tmp_path / 'stalled.py'
+  script.write_text(STALLED)
+  run = start_run(tmp_path / 'run', script=str(script))
+  run.wait_for('stalled')
+  os.kill(run.pid, signal.SIGINT)
+  with pytest.raises(subprocess.TimeoutExpired):  # the first one is patient
+    run.wait(timeout=2)
+  os.kill(run.pid, signal.SIGINT)
+  start = time.monotonic()
+  text = run.end()
+  assert time.monotonic() - start < 5
+  assert run.returncode == 130
+  assert text == 'interrupted; what was finished is kept\n'
+
+
+class Fault(Exception):
+  """Something that nobody foresaw."""
+
+
+@pytest.mark.parametrize(
+  'end',
+  [Fault('no'), pytest.param(SystemExit(3), marks=pytest.mark.slow)],
+  ids=repr,
+)
+def test_any_end_leaves_the_last_saved_step_complete(
+  end, tiny_config, tmp_path, monkeypatch, whole, final_bits
+):
+  real = loop.Trainer._build_steps
+
+  def build(trainer):
+    real(trainer)
+    step = trainer.train_step
+
+    def train_step(state, batch):
+      if int(state.step) == 4:  # step 4 has just been handed to be saved
+        raise end
+      return step(state, batch)
+
+    trainer.train_step = train_step
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Trainer, '_build_steps', build)
+    with pytest.raises(type(end)):
+      loop.train(tiny_config, tmp_path)
+  assert newest(tmp_path) == 4
+  loop.train(tiny_config, tmp_path)
+  assert final_bits(tiny_config, tmp_path) == final_bits(tiny_config, whole)
+
+
+def test_the_normal_end_leaves_the_last_step_complete(whole):
+  assert newest(whole) == 6
+  with Checkpoints(whole, read_only=True) as checkpoints:
+    assert checkpoints.resolve() == 6

@@ -1,0 +1,105 @@
+"""Files that somebody left in a workdir are never executed."""
+
+import ast
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rvq_jax import load
+from rvq_jax.training import loop
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [
+  path
+  for folder in ('rvq_jax', 'launch', 'benchmarks', 'configs')
+  for path in sorted((ROOT / folder).rglob('*.py'))
+]
+
+
+class Bomb:
+  """Touches a file when it is unpickled."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.mkdir, (str(self.path),)
+
+
+def plant(path, bomb):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(pickle.dumps(bomb))
+
+
+def test_the_bomb_goes_off_where_somebody_unpickles_it(tmp_path):
+  plant(tmp_path / 'x.pkl', Bomb(tmp_path / 'boom'))
+  pickle.loads((tmp_path / 'x.pkl').read_bytes())  # noqa: S301, made here
+  assert (tmp_path / 'boom').exists()
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'state.pkl',
+    'metrics.jsonl',
+    'config.json',
+    '.lock',
+    'checkpoints/7/model/checkpoint',
+    'checkpoints/6/meta/metadata',
+    'checkpoints/6/model/_METADATA',
+    'checkpoints/6/SHA256SUMS',
+    'checkpoints/6/model/x.pkl',
+    'evaluation/test/code_counts.npy',
+  ],
+)
+def test_a_pickle_in_the_workdir_is_never_loaded(
+  name, tiny_run, tmp_path, tiny_config
+):
+  run = shutil.copytree(tiny_run, tmp_path / 'run')
+  plant(run / name, Bomb(tmp_path / 'boom'))
+  for use in (lambda: load(run), lambda: loop.train(tiny_config, run)):
+    try:
+      use()
+    except (ValueError, OSError) as error:
+      assert '\n' not in str(error)  # refused, in one line
+  assert not (tmp_path / 'boom').exists()
+
+
+def test_numpy_never_unpickles():
+  found = 0
+  for path in SOURCES:
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+        'np.load',
+        'numpy.load',
+        'np.save',
+      ):
+        options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        assert options.get('allow_pickle') == 'False', f'{path}:{node.lineno}'
+        found += 1
+  assert found >= 2
+
+
+def test_ruff_refuses_a_pickle(tmp_path):
+  (tmp_path / 'x.py').write_text('import pickle\n\npickle.loads(b"")\n')
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'ruff',
+      'check',
+      '--no-cache',
+      f'--config={ROOT / "pyproject.toml"}',
+      str(tmp_path / 'x.py'),
+    ],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1
+  assert re.search('S301', done.stdout)

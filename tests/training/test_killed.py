@@ -1,0 +1,95 @@
+"""kill -9 at any moment, as often as one likes, changes no bit of a run."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from rvq_jax.training import manifest
+from rvq_jax.training.lock import workdir_lock
+
+KILLS = 20
+STEPS = 400
+EVERY = 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('route', ['memory', 'grain'])
+def test_twenty_kills_leave_the_bits_of_an_uninterrupted_run(
+  route, start_run, tiny_config, tmp_path, final_bits, log_of
+):
+  tiny_config.num_steps = STEPS
+  tiny_config.checkpoint_every = EVERY
+  tiny_config.eval_every = 100
+  if route == 'grain':
+    tiny_config.data.crop = 'random_resized'
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  start_run(whole).end()
+  rng = np.random.default_rng(20)
+  reached, resumed = [], []
+  for _ in range(KILLS):
+    run = start_run(killed)
+    start = int(run.wait_for(r'; step (\d+) of')[1])
+    # A step takes 3 ms and a save 100: the one before is still under way.
+    target = min(start + int(rng.integers(1, 5 * EVERY)), STEPS - 1)
+    run.wait_for(rf'step {target}/')
+    time.sleep(rng.uniform(0, 0.05))
+    os.kill(run.pid, signal.SIGKILL)
+    run.end()
+    assert run.returncode == -signal.SIGKILL
+    resumed.append(start)
+    reached.append(target)
+  assert len(set(reached)) > 10 and max(resumed) > STEPS / 4
+  # Steps to the checkpoint under way, and to the complete one before it.
+  lost = np.subtract(reached[:-1], resumed[1:])
+  assert lost.max() <= 2 * EVERY, lost
+  run = start_run(killed)
+  run.end()
+  assert run.returncode == 0, run.seen
+  assert final_bits(tiny_config, killed) == final_bits(tiny_config, whole)
+  assert log_of(killed) == log_of(whole)
+  left = [p.name for p in (killed / 'checkpoints').iterdir()]
+  assert all(name.isdecimal() for name in left)
+  assert not (killed / 'corrupt').exists()
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+sys.path.insert(0, 'launch')
+from rvq_jax.training import manifest
+write = manifest.write
+def write_and_die(step):
+  if step.name.startswith('4.'):
+    if {after}:
+      write(step)
+    os.kill(os.getpid(), signal.SIGKILL)
+  write(step)
+manifest.write = write_and_die
+import command_line, main
+command_line.run(main.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('after', [False, True])
+def test_a_kill_inside_a_save_leaves_the_step_before(
+  after, start_run, tiny_config, tmp_path, final_bits
+):
+  script = tmp_path / 'dies.py'
+  script.write_text(KILLED_WHILE_SAVING.format(after=after))
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  start_run(whole).end()
+  run = start_run(killed, script=str(script))
+  run.end()
+  assert run.returncode == -signal.SIGKILL
+  folder = killed / 'checkpoints'
+  left = sorted(path.name for path in folder.iterdir())
+  assert left == ['2', '3', '4.orbax-checkpoint-tmp-sealed']
+  with workdir_lock(killed):  # the system has freed it
+    manifest.recover(folder)
+  assert manifest.steps(folder) == [3, 2]
+  text = start_run(killed).end()
+  assert 'step 3 of 6' in text
+  assert final_bits(tiny_config, killed) == final_bits(tiny_config, whole)

@@ -1,0 +1,62 @@
+"""The ImageNet step at batch 128: nothing of size N x K, under 10 GB."""
+
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rvq_jax.training import settings
+from rvq_jax.training.optimizer import make_optimizer
+from rvq_jax.training.state import create_state
+from rvq_jax.training.step import make_train_step
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH, SIDE = 128, 256
+
+
+def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
+  load_config,
+):
+  config = load_config('imagenet')
+  config.model.num_res_blocks = 1  # blocks are alike
+  flat = settings.check_config(config)
+  model = settings.build_model(flat)
+  optimizer = make_optimizer(2e-4, weight_decay=0.01)
+  state = jax.eval_shape(
+    lambda key: create_state(model, optimizer, key, image_size=SIDE),
+    jax.random.key(0),
+  )
+  images = jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, 3), jnp.uint8)
+  step = jax.jit(make_train_step(model, optimizer))
+  text = step.lower(state, {'image': images}).as_text()
+  sizes = {
+    math.prod(map(int, shape.split('x')))
+    for shape in re.findall(r'tensor<((?:\d+x)*\d+)x\w+>', text)
+  }
+  vectors = BATCH * (SIDE // flat['model.factor']) ** 2
+  assert BATCH * SIDE * SIDE * 3 in sizes  # the shapes were found
+  assert max(sizes) < vectors * flat['model.codebook_size']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec('jax_cuda12_plugin') is None,
+  reason='needs jax[cuda12] to compile for a GPU; no GPU',
+)
+def test_the_imagenet_step_takes_less_than_10_gb_of_a_gpu():
+  output = subprocess.run(
+    [sys.executable, ROOT / 'benchmarks' / 'gpu_memory.py'],
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
+  lines = output.splitlines()
+  rows = [line.split('|') for line in lines if 'bfloat16' in line]
+  assert len(rows) == 4
+  assert all(float(row[4]) + float(row[5]) < 10 for row in rows)

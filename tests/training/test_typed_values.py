@@ -1,0 +1,170 @@
+"""Whatever a user types for a config field runs, or ends in one line."""
+
+import math
+import traceback
+from pathlib import Path
+
+import hypothesis.strategies as st
+import jax
+import pytest
+from absl import flags
+from hypothesis import HealthCheck, example, given, settings
+from ml_collections import config_flags
+
+import rvq_jax
+from rvq_jax.training import loop
+from rvq_jax.training.settings import FIELDS, check_config, flatten
+
+PACKAGE = Path(rvq_jax.__file__).parent
+EXPECTED = (ValueError, OSError, FloatingPointError)
+
+# What people type, and what nobody would: a slip of the finger, another type,
+# the ends of every range, a script that left a variable empty.
+NUMBERS = st.one_of(
+  st.integers(-3, 70),
+  st.sampled_from([2**n + d for n in (10, 31, 32, 63, 64) for d in (-1, 0, 1)]),
+  st.floats(),
+  st.sampled_from(['1e3', '1e-400', '1e400', '-0.0', '0x10', '1_000', '٣']),
+)
+TEXTS = st.one_of(
+  st.sampled_from(
+    [
+      *('', ' ', 'None', 'True', 'yes', 'nan', '()', '(4,)', '(4,8,', '[4, 8]'),
+      *(
+        '(4,-8)',
+        '(4,8.5)',
+        '(99999999999999999999,)',
+        'vq',
+        'residual',
+        'fsq',
+      ),
+      *(
+        'folder:',
+        'folder:/',
+        'folder:\0',
+        'tfds:../x',
+        'photos',
+        '../..',
+        '~',
+      ),
+      *('rotation', 'bfloat16', 'random', 'paper', 'constant', 'two_weights'),
+    ]
+  ),
+  st.text(max_size=8),
+  st.integers(1, 70).map(lambda n: f'({n},{n})'),
+)
+TYPED = st.one_of(NUMBERS.map(str), TEXTS)
+NAMES = st.sampled_from(sorted(FIELDS))
+
+
+def parse(config, name, text):
+  """The config as the launchers read it from --config.NAME=TEXT."""
+  values, typed = flags.FlagValues(), ['program', f'--config.{name}={text}']
+  config_flags.DEFINE_config_dict(
+    'config', config, flag_values=values, sys_argv=typed
+  )
+  values(typed)
+  return values['config'].value
+
+
+def one_line_or(function):
+  """What a function returns; None where it ends in one line of our own."""
+  try:
+    return function()
+  except EXPECTED as error:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    assert PACKAGE in Path(frame.filename).parents, repr(error)
+    assert str(error) and '\n' not in str(error)
+    return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=NAMES, text=TYPED)
+@example(name='model.widths', text='32')
+@example(name='model.codebook_size', text='-5')
+@example(name='model.commitment_weight', text='1e39')
+def test_a_typed_value_is_taken_as_it_stands_or_refused(name, text):
+  config = load()
+  try:
+    parsed = parse(config, name, text)
+  except Exception:  # the launchers make one line of any of these
+    return
+  flat = one_line_or(lambda: check_config(parsed))
+  if flat is None:
+    return
+  value, field = flat[name], FIELDS[name]
+  if value is None:
+    assert field.optional
+  elif field.kind is tuple:
+    assert value and all(type(v) is int and v > 0 for v in value)
+  elif field.kind in (int, float):
+    assert math.isfinite(value) and field.low <= value <= field.high
+    assert value == (int(text, 0) if field.kind is int else float(text))
+  elif field.choices:
+    assert value in field.choices
+
+
+@pytest.fixture(autouse=True)
+def remember(make_tiny_config):
+  load.make = make_tiny_config
+
+
+def load():
+  """The tiny config; a function, because fixtures and `given` do not mix."""
+  return load.make()
+
+
+@pytest.mark.slow
+@settings(
+  max_examples=100,
+  deadline=None,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(name=NAMES, text=TYPED)
+@example(name='num_epochs', text='10000000')
+@example(name='model.codebook_size', text='2147483647')
+@example(name='model.widths', text='(1000000,8)')
+@example(name='data.image_size', text='16384')
+@example(name='data.on_device', text='True')
+@example(name='data.name', text='folder:\0')
+@example(name='data.data_dir', text='\0')
+@example(name='optimizer.learning_rate', text='1e300')
+@example(name='optimizer.weight_decay', text='1e308')
+@example(name='model.commitment_weight', text='1e39')
+@example(name='optimizer.warmup_steps', text='2147483647')
+def test_what_is_taken_builds_and_traces(name, text, tmp_path):
+  config = load()
+  config.num_steps = 2
+  try:
+    parsed = parse(config, name, text)
+  except Exception:
+    return
+
+  def build():
+    trainer = loop.Trainer(parsed, tmp_path)
+    rows, size = trainer.config['batch_size'], trainer.config['data.image_size']
+    if trainer.feed.images is None:
+      batch = {'image': jax.ShapeDtypeStruct((rows, size, size, 3), 'uint8')}
+    else:
+      batch = {'row': jax.ShapeDtypeStruct((rows,), 'int32')}
+    state, _ = jax.eval_shape(trainer.train_step, trainer.template, batch)
+    trainer.loader.close()
+    return state
+
+  state = one_line_or(build)
+  assert state is None or state.step.shape == ()
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_made(tmp_path):
+  config = load()
+  config.model.codebook_size = 2**31 - 1
+  with pytest.raises(
+    ValueError, match='training state .* takes .* GB'
+  ) as error:
+    loop.Trainer(config, tmp_path)
+  assert '\n' not in str(error.value)
+
+
+def test_all_fields_are_tried_and_typed():
+  assert parse(load(), 'model.codebook_size', '77').model.codebook_size == 77
+  assert set(flatten(load())) == set(FIELDS)
