@@ -2,7 +2,10 @@
 
 python launch/evaluate.py --workdir=DIR [--split=test] [--step=N|best]
   [--data_dir=DIR] [--save_images=DIR] [--perceptual] [--definitions]
+python launch/evaluate.py --workdir=DIR --check [--step=N|best]
 """
+
+import sys
 
 import command_line
 from absl import flags
@@ -22,22 +25,31 @@ _PERCEPTUAL = flags.DEFINE_bool(
 _DEFINITIONS = flags.DEFINE_bool(
   'definitions', False, 'Also usage and perplexity as others define them.'
 )
+_CHECK = flags.DEFINE_bool(
+  'check', False, 'Only check that the checkpoint is sound; needs no data.'
+)
 
 
 def main():
-  """Evaluates."""
+  """Evaluates, or checks."""
   if not _WORKDIR.value:
     command_line.fail('expected --workdir=DIR, the directory of a run')
-  step = _STEP.value
-  if step is not None and step != 'best' and not step.isdecimal():
-    command_line.fail(f'--step: expected a number or best, got {step!r}')
+  step = command_line.parse_step(_STEP.value)
+  if _CHECK.value:
+    from rvq_jax.evaluation.check import check_run
+
+    findings = check_run(_WORKDIR.value, step)
+    print(*findings, sep='\n')
+    sys.exit(not all(finding.ok for finding in findings))
   from rvq_jax.evaluation.definitions import format_definitions
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
+  from rvq_jax.training import runtime
 
+  runtime.prepare()
   result = evaluate_run(
     _WORKDIR.value,
     split=_SPLIT.value,
-    step=int(step) if step and step != 'best' else step,
+    step=step,
     data_dir=_DATA_DIR.value,
     save_images=_SAVE_IMAGES.value,
     perceptual=_PERCEPTUAL.value,

@@ -25,8 +25,12 @@ __all__ = [
 
 def __getattr__(name):
   # Whoever wants the layer alone need not wait for what reads checkpoints.
-  if name in ('Tokenizer', 'load'):
-    from rvq_jax.evaluation import tokenizer
+  if name == 'load':
+    from rvq_jax.evaluation.loading import load
 
-    return getattr(tokenizer, name)
+    return load
+  if name == 'Tokenizer':
+    from rvq_jax.evaluation.tokenizer import Tokenizer
+
+    return Tokenizer
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -15,12 +15,13 @@ from rvq_jax.data import loaders, sources
 from rvq_jax.data.transforms import to_float, to_uint8
 from rvq_jax.evaluation import figures, metrics
 from rvq_jax.evaluation.definitions import CodeDefinitions
+from rvq_jax.evaluation.loading import load
 from rvq_jax.evaluation.perceptual import (
   ImageFolders,
   import_packages,
   perceptual_metrics,
 )
-from rvq_jax.evaluation.tokenizer import Tokenizer, load
+from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.training import settings, sharding
 from rvq_jax.training.step import make_eval_step
 
@@ -254,7 +255,7 @@ def _run(tokenizer, split, data_dir, seen):
   )
   return evaluate_split(
     eval_step,
-    jax.device_put(tokenizer.variables, everywhere),
+    sharding.replicate(tokenizer.variables, mesh),
     batches,
     mesh=mesh,
     on_batch=seen,

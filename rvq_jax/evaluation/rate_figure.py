@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 _BLUE, _MARKERS = '#1f5fa8', 'osD^vP'
+_CODECS = ('0.6', '0.25', '#5b8a5b')
 
 
 def rate_figure(
@@ -76,7 +77,7 @@ def _draw_codecs(ax, codecs: Sequence[Mapping]) -> None:
         if r['codec'] == codec
       ]
     ).T
-    style = {'color': ('0.6', '0.25')[i % 2], 'linewidth': 1, 'marker': '.'}
+    style = {'color': _CODECS[i % len(_CODECS)], 'linewidth': 1, 'marker': '.'}
     ax.plot(bits, mse, label=codec, ms=5, **style)
     kept = bits > overhead
     if overhead.max() > 0.1 * bits.min() and kept.any():

@@ -1,16 +1,38 @@
-"""`load` and `Tokenizer`: a trained model as two functions."""
+"""`Tokenizer`: a trained model as two functions."""
 
+import functools
+import hashlib
+import json
+
+import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rvq_jax.models.vqvae import VQVAE
-from rvq_jax.training import settings, sharding
-from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.step import prepare_images
+
+# What decides, with the arrays, which function a model is.
+_SHAPING = (
+  'widths factor num_res_blocks num_heads code_dim quantizer codebook_size '
+  'cosine depth heads dtype'
+).split()
 
 
 class Tokenizer:
-  """Images to token ids and back.
+  """Images to token ids and back; `load` makes one.
+
+  >>> import numpy as np
+  >>> from rvq_jax import load
+  >>> tokenizer = load('runs/photos')
+  >>> tokenizer.factor
+  4
+  >>> images = np.zeros((2, 64, 48, 3), np.uint8)
+  >>> ids = tokenizer.encode(images)
+  >>> ids.shape, bool(ids.max() < tokenizer.codebook_size)
+  ((2, 16, 12), True)
+  >>> tokenizer.decode(ids).shape
+  (2, 64, 48, 3)
 
   Args:
     model: the `VQVAE`.
@@ -40,6 +62,29 @@ class Tokenizer:
   def factor(self) -> int:
     """Pixels along the side of a token; image sides are multiples of it."""
     return self.config['model.factor']
+
+  @property
+  def codes(self) -> int | None:
+    """L, where ids are [..., L]: several codes a position; else None."""
+    name = {'residual': 'depth', 'product': 'heads'}.get(
+      self.config['model.quantizer']
+    )
+    return self.config[f'model.{name}'] if name else None
+
+  @functools.cached_property
+  def model_hash(self) -> str:
+    """SHA-256 in hex of the architecture and of every array, by name.
+
+    A run, its export and any copy of either have the same.
+    """
+    shaping = {name: self.config[f'model.{name}'] for name in _SHAPING}
+    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
+    arrays = flax.traverse_util.flatten_dict(self.variables, sep='.')
+    for name, array in sorted(arrays.items()):
+      array = np.asarray(array)
+      digest.update(f'{name} {array.dtype} {array.shape}'.encode())
+      digest.update(array.tobytes())
+    return digest.hexdigest()
 
   def encode(self, images) -> jax.Array:
     """Token ids of images.
@@ -83,7 +128,7 @@ class Tokenizer:
       ValueError: another shape or dtype, or an id out of range.
     """
     ids = jnp.asarray(ids)
-    axes = 4 if self.config['model.quantizer'] in ('residual', 'product') else 3
+    axes = 4 if self.codes else 3
     if ids.ndim != axes or not jnp.issubdtype(ids.dtype, jnp.integer):
       raise ValueError(
         f'expected ids [{"B, H, W, L"[: 3 * axes - 2]}] of integers, got '
@@ -101,51 +146,3 @@ class Tokenizer:
   def reconstruct(self, images) -> jax.Array:
     """decode(encode(images)); see there."""
     return self.decode(self.encode(images))
-
-
-def load(workdir, step: int | str | None = None) -> Tokenizer:
-  """Loads a trained tokenizer.
-
-  Args:
-    workdir: directory of a run.
-    step: a saved step, 'best' (lowest validation mse), or None for the newest.
-
-  Returns:
-    A `Tokenizer`, on the first device, with the averaged parameters where the
-    run kept them.
-
-  Raises:
-    FileNotFoundError: there is no such run or step.
-    ValueError: the run was made by another version.
-  """
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    step = checkpoints.resolve(step)
-    config = checkpoints.meta(step)['config']
-    try:
-      settings.check_config(config)
-    except ValueError as error:
-      raise ValueError(
-        f'{workdir} was made by another version of rvq_jax: {error}'
-      ) from error
-    model = settings.build_model(config)
-    size = config['data.image_size']
-    shapes = dict(
-      jax.eval_shape(
-        lambda: model.init(
-          jax.random.key(0), jnp.zeros((1, size, size, 3)), train=True
-        )
-      )
-    )
-    shapes.setdefault('codebook', {})
-    shapes.setdefault('batch_stats', {})
-    if config['optimizer.params_ema']:
-      shapes['params_ema'] = shapes['params']
-    device = sharding.replicated(sharding.data_mesh(jax.local_devices()[:1]))
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
-    )
-    variables = checkpoints.restore_model(abstract, step)
-  averaged = variables.pop('params_ema', None)
-  if averaged is not None:
-    variables['params'] = averaged
-  return Tokenizer(model, variables, config=config, step=step)

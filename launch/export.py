@@ -1,0 +1,42 @@
+"""Writes a trained model as a folder that others can load.
+
+python launch/export.py --workdir=DIR --output=OUT [--step=N|best]
+  [--name=NAME] [--license=apache-2.0]
+
+OUT holds model.safetensors, config.json, README.md (a model card) and figures;
+rvq_jax.load('OUT') opens it. To put it on the Hugging Face Hub:
+hf upload OWNER/NAME OUT, and then rvq_jax.load('hf:OWNER/NAME').
+"""
+
+import command_line
+from absl import flags
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
+_OUTPUT = flags.DEFINE_string('output', None, 'New folder to write.')
+_STEP = flags.DEFINE_string('step', None, 'A saved step, or best; the newest.')
+_NAME = flags.DEFINE_string('name', None, 'On the card; default: of the run.')
+_LICENSE = flags.DEFINE_string(
+  'license', 'unknown', 'Of the weights, as the Hub writes it: apache-2.0.'
+)
+
+
+def main():
+  """Exports."""
+  if not _WORKDIR.value or not _OUTPUT.value:
+    command_line.fail('expected --workdir=DIR and --output=FOLDER')
+  step = command_line.parse_step(_STEP.value)
+  from rvq_jax.evaluation.export import export_run
+
+  folder = export_run(
+    _WORKDIR.value,
+    _OUTPUT.value,
+    step=step,
+    name=_NAME.value,
+    licence=_LICENSE.value,
+  )
+  names = ', '.join(sorted(path.name for path in folder.iterdir()))
+  print(f'{folder}: {names}')
+
+
+if __name__ == '__main__':
+  command_line.run(main)
