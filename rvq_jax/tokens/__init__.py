@@ -1,0 +1,1 @@
+"""Images as tokens in files: `.rvq`, token shards, and back."""

@@ -1,0 +1,231 @@
+"""A data set to token shards."""
+
+import collections
+import concurrent.futures
+import functools
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from rvq_jax.data.skips import SkipLog, try_image
+from rvq_jax.data.sources import Source
+from rvq_jax.data.transforms import resize_and_center_crop
+from rvq_jax.evaluation.tokenizer import Tokenizer
+from rvq_jax.tokens import packing, shards
+from rvq_jax.tokens.card import CARD, FORMAT, VERSION, read_card, write_card
+from rvq_jax.tokens.grid import encode_images, grid_shape
+from rvq_jax.tokens.records import TokenRecord, to_bytes
+
+_BATCH_PIXELS, _MAX_BATCH = 2**21, 256
+
+
+def open_input(
+  name: str, data_dir: str | None = None, *, split: str | None = None
+) -> dict[str, Source]:
+  """Opens what shall be encoded.
+
+  Args:
+    name: 'tfds:NAME', 'photos', or a folder, with or without 'folder:'.
+    data_dir: where tfds keeps prepared data.
+    split: the one to open; None for each that there is.
+
+  Returns:
+    Source by split; 'all' where there are no splits.
+
+  Raises:
+    ValueError: there is no such data set, folder or split.
+  """
+  kind, _, rest = name.partition(':')
+  if kind == 'tfds' and rest or name == 'photos':
+    from rvq_jax.data.tfds_sources import open_tfds
+
+    splits = open_tfds(rest or name, data_dir=data_dir)
+  else:
+    from rvq_jax.data.folders import open_folder
+
+    splits = open_folder(rest if kind == 'folder' else name)
+  if split is None:
+    return splits
+  if split not in splits:
+    raise ValueError(
+      f'split: expected one of {", ".join(splits)} of {name}, got {split!r}'
+    )
+  return {split: splits[split]}
+
+
+def side(tokenizer: Tokenizer, image_size: int | None) -> int | None:
+  """The side to crop to: that of training for None, none at all for 0."""
+  if image_size is None:
+    return tokenizer.config['data.image_size']
+  return image_size or None
+
+
+def batch_size(image_size: int) -> int:
+  """Images at a time: a choice of ours, since ids may depend on it."""
+  return max(1, min(_MAX_BATCH, _BATCH_PIXELS // image_size**2))
+
+
+def encode_dataset(
+  tokenizer: Tokenizer,
+  source: Source,
+  folder,
+  *,
+  about: Mapping[str, Any],
+  image_size: int | None,
+  shard_size: int = 4096,
+) -> dict[str, Any]:
+  """Writes the tokens of a data set as shards.
+
+  A shard has its name once it is whole and its entry in the card after that,
+  so the same call goes on where one was interrupted, with the same result.
+
+  Args:
+    tokenizer: the model.
+    source: the images.
+    folder: to write to; made where it is missing.
+    about: what the card says of model and input; JSON values.
+    image_size: side to which images are scaled and centre-cropped; None for
+      each image in its own size.
+    shard_size: images a shard.
+
+  Returns:
+    The card.
+
+  Raises:
+    ValueError: the folder holds other tokens, or more than 1 % of the images
+      cannot be read.
+  """
+  folder = Path(folder)
+  if shard_size < 1 or (image_size is not None and image_size < 1):
+    raise ValueError(
+      'expected shard_size and image_size of at least 1, got '
+      f'{shard_size} and {image_size}'
+    )
+  wanted = _card(tokenizer, source, about, image_size, shard_size)
+  card = _begin(folder, wanted)
+  total = -(-len(source) // shard_size)
+  skips = SkipLog(len(source))
+  started, before = time.perf_counter(), card['images']
+  with tqdm(
+    total=len(source), unit='image', desc='encode', disable=None
+  ) as bar:
+    bar.update(card['images'] + card['skipped'])
+    for number in range(len(card['shards']), total):
+      rows = range(
+        number * shard_size, min((number + 1) * shard_size, len(source))
+      )
+      records = list(
+        _encode_rows(tokenizer, source, rows, image_size, skips, bar)
+      )
+      path = folder / f'tokens-{number:05d}-of-{total:05d}.array_record'
+      card['shards'].append(shards.write_shard(path, records))
+      card['images'] += len(records)
+      card['skipped'] += len(rows) - len(records)
+      write_card(folder, card)
+  card['complete'] = True
+  write_card(folder, card)
+  seconds = time.perf_counter() - started
+  done = card['images'] - before
+  logging.info(
+    '%s: %d images in %d shards, %d skipped; %.1f s, %.0f images/s',
+    *(folder, card['images'], total, card['skipped']),
+    *(seconds, done / max(seconds, 1e-9)),
+  )
+  return card
+
+
+def _card(tokenizer, source, about, image_size, shard_size):
+  """The card of an encoding that has not begun."""
+  return {
+    'format': FORMAT,
+    'version': VERSION,
+    'complete': False,
+    'model_hash': tokenizer.model_hash,
+    'step': tokenizer.step,
+    'codebook_size': tokenizer.codebook_size,
+    'factor': tokenizer.factor,
+    'codes': tokenizer.codes,
+    'dtype': packing.id_dtype(tokenizer.codebook_size).name,
+    **about,
+    'image_size': image_size,
+    'grid': image_size
+    and list(grid_shape(image_size, image_size, tokenizer.factor)),
+    'input_images': len(source),
+    'shard_size': shard_size,
+    'images': 0,
+    'skipped': 0,
+    'shards': [],
+  }
+
+
+def _begin(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+  """The card to go on with: that of the folder, or a new one."""
+  grows = ('complete', 'images', 'skipped', 'shards')
+  if (folder / CARD).exists():
+    card = read_card(folder)
+    differ = [
+      f'{name} {card.get(name)!r}, now {wanted[name]!r}'
+      for name in wanted
+      if name not in grows and card.get(name) != wanted[name]
+    ]
+    if differ:
+      raise ValueError(
+        f'{folder} holds the tokens of another encoding ({"; ".join(differ)}); '
+        'name another --output, or remove it'
+      )
+    for shard in card['shards']:
+      shards.check_shard(folder, shard)
+    return card
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_card(folder, wanted)
+  except OSError as error:
+    raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
+  return wanted
+
+
+def _encode_rows(
+  tokenizer, source, rows, image_size, skips, bar
+) -> Iterator[bytes]:
+  """Yields the records of some rows; decodes ahead in threads."""
+  dtype = packing.id_dtype(tokenizer.codebook_size)
+  size = batch_size(image_size) if image_size else 1
+  images = _decoded(source, rows, image_size, 2 * size, skips)
+  while batch := list(itertools.islice(images, size)):
+    # The last batch is filled up: another size would be compiled anew.
+    pixels = [image for _, image, _ in batch]
+    pixels += [pixels[-1]] * (size - len(batch))
+    ids = encode_images(tokenizer, np.stack(pixels))
+    for (row, image, name), grid in zip(batch, ids, strict=False):
+      label = int(source.labels[row])
+      record = TokenRecord(grid, *image.shape[:2], name, label, row)
+      yield to_bytes(record, dtype)
+    bar.update(len(batch))
+
+
+def _decoded(source, rows, image_size, ahead, skips):
+  """Yields (row, image, name) of the rows that can be read, in order."""
+  transform = np.asarray
+  if image_size:
+    transform = functools.partial(resize_and_center_crop, size=image_size)
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    waiting = collections.deque()
+    rows = iter(rows)
+    while True:
+      for row in itertools.islice(rows, ahead - len(waiting)):
+        waiting.append((row, pool.submit(try_image, source, row, transform)))
+      if not waiting:
+        return
+      row, task = waiting.popleft()
+      image, name, reason = task.result()
+      if image is None:
+        skips.add(row, name, reason)
+      else:
+        yield row, image, name

@@ -1,0 +1,69 @@
+"""Images of any size to ids and back."""
+
+import numpy as np
+import pytest
+
+from rvq_jax.data.transforms import to_uint8
+from rvq_jax.tokens import grid
+
+
+@pytest.mark.parametrize('size', [1, 63, 64, 65, 100, 112, 113, 500])
+def test_windows_give_each_position_once_and_from_well_inside(size):
+  given = []
+  for start, first, last in grid.spans(size):
+    assert 0 <= start and start + min(size, grid.WINDOW) <= size
+    given += range(first, last)
+    if start:
+      assert first - start >= grid.HALO
+    if start + grid.WINDOW < size:
+      assert start + grid.WINDOW - last >= grid.HALO
+  assert given == list(range(size))
+
+
+@pytest.mark.parametrize('fields', [{}, {'quantizer': 'residual', 'depth': 3}])
+def test_an_image_in_one_piece_is_the_reconstruction_to_the_byte(
+  make_tokenizer, photograph, fields
+):
+  tokenizer = make_tokenizer(**fields)
+  images = photograph(24, 36)[None]
+  np.testing.assert_array_equal(
+    grid.encode_images(tokenizer, images), tokenizer.encode(images)
+  )
+  np.testing.assert_array_equal(
+    grid.reconstruct_images(tokenizer, images),
+    to_uint8(tokenizer.reconstruct(images)),
+  )
+
+
+def test_an_odd_size_is_padded_by_its_last_pixels_and_cropped_back(
+  make_tokenizer, photograph
+):
+  tokenizer = make_tokenizer()
+  image = photograph(21, 34)
+  padded = image[np.minimum(np.arange(24), 20)]
+  padded = padded[:, np.minimum(np.arange(36), 33)]
+  np.testing.assert_array_equal(
+    grid.reconstruct_images(tokenizer, image[None])[0],
+    to_uint8(tokenizer.reconstruct(padded[None]))[0, :21, :34],
+  )
+
+
+def test_a_large_image_is_coded_in_windows_with_one_id_a_position(
+  make_tokenizer, photograph, monkeypatch
+):
+  monkeypatch.setattr(grid, 'WINDOW', 8)
+  monkeypatch.setattr(grid, 'HALO', 2)
+  tokenizer = make_tokenizer()
+  image = photograph(61, 90)
+  ids = grid.encode_images(tokenizer, image[None])
+  assert ids.shape == (1, 16, 23)
+  padded = grid.pad_to_factor(image[None], 4)
+  # The first window begins in the corner and gives all but its halo.
+  corner = np.asarray(tokenizer.encode(padded[:, :32, :32]))
+  np.testing.assert_array_equal(ids[:, :6, :6], corner[:, :6, :6])
+  made = grid.decode_ids(tokenizer, ids, 61, 90)
+  assert made.shape == (1, 61, 90, 3)
+  corner = to_uint8(tokenizer.decode(ids[:, :8, :8]))
+  np.testing.assert_array_equal(made[:, :24, :24], corner[:, :24, :24])
+  last = to_uint8(tokenizer.decode(ids[:, -8:, -8:]))
+  np.testing.assert_array_equal(made[:, -10:, -10:], last[:, 19:29, 20:30])
