@@ -1,0 +1,56 @@
+"""Makes a page to look at a tokenizer: images, tokens, codes.
+
+python launch/explore.py --workdir=DIR [--output=explore.html] [--images=12]
+  [--input=IMAGE|FOLDER|tfds:NAME] [--step=N|best] [--data_dir=DIR]
+python launch/explore.py --workdir=DIR --serve [--port=8000]
+
+DIR is a run, an exported model or hf:OWNER/NAME. The first writes one HTML file
+that needs no server. The second serves the page on 127.0.0.1, and encodes
+images that are dropped on it.
+"""
+
+from pathlib import Path
+
+import command_line
+from absl import flags
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Run, export or hf:NAME.')
+_STEP = flags.DEFINE_string('step', None, 'A saved step, or best; the newest.')
+_INPUT = flags.DEFINE_string(
+  'input', None, 'Image, folder or data set; default: test images of the run.'
+)
+_DATA_DIR = flags.DEFINE_string('data_dir', None, 'Of prepared tfds data.')
+_OUTPUT = flags.DEFINE_string('output', 'explore.html', 'HTML file to write.')
+_IMAGES = flags.DEFINE_integer('images', 12, 'Images on the page.')
+_SERVE = flags.DEFINE_bool('serve', False, 'Serve the page instead.')
+_PORT = flags.DEFINE_integer('port', 8000, 'To serve on; 0: any that is free.')
+
+
+def main():
+  """Writes or serves the page."""
+  if not _WORKDIR.value:
+    command_line.fail('expected --workdir=DIR, of a run or an export')
+  if _IMAGES.value < 1:
+    command_line.fail(f'--images: expected at least 1, got {_IMAGES.value}')
+  step = command_line.parse_step(_STEP.value)
+  from rvq_jax.evaluation.loading import load
+  from rvq_jax.explorer import page
+
+  tokenizer = load(_WORKDIR.value, step)
+  images = page.example_images(
+    tokenizer, _IMAGES.value, source=_INPUT.value, data_dir=_DATA_DIR.value
+  )
+  data = page.page_data(tokenizer, Path(_WORKDIR.value).name, images)
+  if not _SERVE.value:
+    page.write_page(_OUTPUT.value, data)
+    print(f'{_OUTPUT.value}: {len(images)} images; open it in a browser')
+    return
+  with page.make_server(tokenizer, data, _PORT.value) as server:
+    try:
+      server.serve_forever()
+    except KeyboardInterrupt:
+      pass
+
+
+if __name__ == '__main__':
+  command_line.run(main)

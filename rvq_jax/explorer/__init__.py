@@ -1,0 +1,1 @@
+"""A page to look at a tokenizer: images, reconstructions, tokens, codes."""

@@ -1,0 +1,170 @@
+"""The explorer's page in headless Chromium, with real clicks."""
+
+import io
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rvq_jax.explorer import page
+
+sync_api = pytest.importorskip(
+  'playwright.sync_api', reason='no playwright: pip install playwright'
+)
+CHROMIUM = next(
+  filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'chrome'))),
+  None,
+)
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(CHROMIUM is None, reason='no chromium on this machine'),
+]
+
+
+@pytest.fixture(scope='module')
+def browser():
+  with sync_api.sync_playwright() as playwright:
+    # In a container Chromium cannot set up a sandbox of its own.
+    browser = playwright.chromium.launch(
+      executable_path=CHROMIUM, args=['--no-sandbox']
+    )
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+  """Returns a function that opens an address; no error may be logged."""
+  tab, errors = browser.new_page(viewport={'width': 1280, 'height': 1000}), []
+  tab.on('pageerror', lambda error: errors.append(str(error)))
+  tab.on(
+    'console', lambda m: m.type == 'error' and errors.append(m.text) or None
+  )
+
+  def open_at(address):
+    tab.goto(address)
+    tab.wait_for_selector('body[data-ready]')
+    return tab
+
+  yield open_at
+  tab.close()
+  assert errors == []
+
+
+@pytest.fixture
+def open_file(open_page, make_data, tmp_path):
+  """Returns a function of model fields that opens their page as a file."""
+
+  def open_it(**fields):
+    _, data = make_data(**fields)
+    path = tmp_path / 'explore.html'
+    page.write_page(path, data)
+    return open_page(path.as_uri()), data['images']
+
+  return open_it
+
+
+def click_cell(tab, image, row, column, canvas='#tokens'):
+  box = tab.locator(canvas).bounding_box()
+  factor = 4
+  x = box['x'] + box['width'] * (column + 0.5) * factor / image['width']
+  y = box['y'] + box['height'] * (row + 0.5) * factor / image['height']
+  tab.mouse.click(x, y)
+
+
+def pixel(tab, canvas, x, y):
+  return tab.evaluate(
+    """([id, x, y]) => [...document.getElementById(id).getContext('2d')
+    .getImageData(x, y, 1, 1).data].slice(0, 3)""",
+    [canvas, x, y],
+  )
+
+
+def test_a_click_shows_the_code_its_neighbours_and_its_uses(open_file):
+  tab, images = open_file()
+  image = images[0]
+  before = tab.screenshot()
+  click_cell(tab, image, 2, 5)
+  ids = np.reshape(image['ids'], (4, 6))
+  assert tab.inner_text('#name') == f'code {ids[2, 5]}'
+  count = (ids == ids[2, 5]).sum()
+  total = sum(i['ids'].count(ids[2, 5]) for i in images)
+  text = tab.inner_text('#counts')
+  assert text.startswith('row 2, column 5; ')
+  assert f'{count} times in this image' in text or count == 1
+  assert f'{total} times in all 2' in text or total == 1
+  assert tab.locator('#neighbours button').count() == 8
+  assert tab.locator('#uses button').count() == sum(
+    ids[2, 5] in i['ids'] for i in images
+  )
+  after = np.asarray(Image.open(io.BytesIO(tab.screenshot())))
+  assert (after != np.asarray(Image.open(io.BytesIO(before)))).any()
+  # The same cell of another picture is the same token; the arrow moves on.
+  click_cell(tab, image, 1, 1, canvas='#original')
+  assert tab.inner_text('#name') == f'code {ids[1, 1]}'
+  tab.keyboard.press('ArrowRight')
+  assert tab.inner_text('#counts').startswith('row 1, column 2; ')
+  neighbour = tab.locator('#neighbours button').first
+  code = neighbour.get_attribute('data-code')
+  neighbour.click()
+  assert tab.inner_text('#name') == f'code {code}'
+
+
+def test_pictures_are_drawn_pixel_by_pixel(open_file):
+  tab, _ = open_file()
+  # Twelve black columns, then twelve of (200, 120, 40), 19 times as large.
+  assert pixel(tab, 'original', 19 * 11 + 9, 100) == [0, 0, 0]
+  assert pixel(tab, 'original', 19 * 12 + 9, 100) == [200, 120, 40]
+  error = pixel(tab, 'error', 19 * 12 + 9, 100)
+  tab.locator('#gain').fill('16')
+  assert sum(pixel(tab, 'error', 19 * 12 + 9, 100)) >= sum(error)
+  assert tab.inner_text('#gain-value') == '16'
+
+
+def test_the_slider_goes_through_the_depth_of_a_residual(open_file):
+  tab, images = open_file(quantizer='residual', depth=3)
+  psnr = images[0]['psnr']
+  assert f'{psnr[2]:.2f} dB' in tab.inner_text('#quality')
+  tab.locator('#depth').fill('1')
+  assert tab.inner_text('#depth-value') == '1 of 3'
+  assert f'{psnr[0]:.2f} dB' in tab.inner_text('#quality')
+  click_cell(tab, images[0], 0, 0)
+  levels = tab.locator('#levels button')
+  assert levels.count() == 3
+  levels.nth(2).click()
+  assert tab.inner_text('#name') == f'code {images[0]["ids"][2]}'
+
+
+def test_another_image_is_a_click_away(open_file):
+  tab, images = open_file()
+  tab.locator('#thumbnails button').nth(1).click()
+  assert '12 x 20, 3 x 5 tokens' in tab.inner_text('#quality')
+
+
+def test_an_image_dropped_on_a_file_is_told_how(open_file, tmp_path):
+  tab, _ = open_file()
+  Image.new('RGB', (8, 8)).save(tmp_path / 'mine.png')
+  tab.locator('#file').set_input_files(tmp_path / 'mine.png')
+  tab.wait_for_selector('#message:not([hidden])')
+  assert '--serve' in tab.inner_text('#message')
+
+
+def test_an_image_given_to_the_server_is_shown(open_page, make_data, tmp_path):
+  tokenizer, data = make_data()
+  server = page.make_server(tokenizer, data)
+  thread = threading.Thread(target=server.serve_forever)
+  thread.start()
+  try:
+    tab = open_page(f'http://127.0.0.1:{server.server_port}/')
+    Image.new('RGB', (32, 20), (10, 200, 30)).save(tmp_path / 'mine.png')
+    tab.locator('#file').set_input_files(tmp_path / 'mine.png')
+    tab.locator('#thumbnails button').nth(2).wait_for()
+    tab.wait_for_selector('#message', state='hidden')
+    assert 'mine.png: 32 x 20, 8 x 5 tokens' in tab.inner_text('#quality')
+    assert pixel(tab, 'original', 50, 50) == [10, 200, 30]
+  finally:
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -1,0 +1,149 @@
+"""What the explorer's page is given, and its server."""
+
+import base64
+import contextlib
+import html.parser
+import io
+import json
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rvq_jax.data.transforms import to_uint8
+from rvq_jax.explorer import content, page
+
+
+def picture(url):
+  data = base64.b64decode(url.removeprefix('data:image/png;base64,'))
+  return np.asarray(Image.open(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [{}, {'quantizer': 'residual', 'depth': 2}, {'quantizer': 'product'}],
+)
+def test_the_page_shows_ids_and_reconstructions(make_data, images, fields):
+  tokenizer, data = make_data(**fields)
+  shown, (_, image) = data['images'][0], images[0]
+  ids = np.asarray(tokenizer.encode(image[None]))
+  assert shown['ids'] == ids.reshape(-1).tolist()
+  assert (shown['rows'], shown['columns']) == (4, 6)
+  np.testing.assert_array_equal(picture(shown['original']), image)
+  made = np.asarray(to_uint8(tokenizer.decode(ids)))[0]
+  np.testing.assert_array_equal(picture(shown['reconstructions'][-1]), made)
+  if 'depth' in fields:
+    first = np.asarray(to_uint8(tokenizer.decode(ids[..., :1])))[0]
+    np.testing.assert_array_equal(picture(shown['reconstructions'][0]), first)
+  assert len(shown['reconstructions']) == fields.get('depth', 1)
+
+
+def test_neighbours_are_the_nearest_codes(make_data):
+  tokenizer, data = make_data(quantizer='residual', depth=2)
+  for level, content_ in enumerate(data['codes']):
+    book = np.asarray(
+      tokenizer.variables['codebook']['vq'][f'level_{level}']['embedding']
+    )
+    for code, pairs in content_['neighbours'].items():
+      distances = np.linalg.norm(book - book[int(code)], axis=1)
+      order = [i for i in np.argsort(distances) if i != int(code)][:8]
+      assert [i for i, _ in pairs] == order
+      np.testing.assert_allclose(
+        [d for _, d in pairs], distances[order], atol=2e-3
+      )
+
+
+def test_a_code_alone_is_the_middle_of_a_grid_of_it(make_data):
+  tokenizer, data = make_data()
+  codes = data['codes'][0]
+  code, place = list(codes['places'].items())[-1]
+  made = to_uint8(tokenizer.decode(np.full((128, 3, 3), int(code))))
+  expected = np.asarray(made)[0, 4:8, 4:8]
+  y, x = (16 * n for n in divmod(place, codes['columns']))
+  got = picture(codes['sheet'])[y : y + 16, x : x + 16]
+  wanted = np.asarray(Image.fromarray(expected).resize((16, 16)))
+  np.testing.assert_allclose(got, wanted.astype(int), atol=1)
+
+
+def test_large_images_are_shrunk():
+  assert content.shrink(np.zeros((900, 300, 3), np.uint8)).shape == (
+    512,
+    171,
+    3,
+  )
+
+
+class _Elements(html.parser.HTMLParser):
+  """Collects tags and the addresses that they load."""
+
+  def __init__(self):
+    super().__init__()
+    self.tags, self.loaded = [], []
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.loaded += [v for k, v in attrs if k in ('src', 'href')]
+
+
+def test_the_page_loads_nothing_and_escapes_names(make_data):
+  text = page.page_html(make_data()[1])
+  elements = _Elements()
+  elements.feed(text)
+  assert elements.loaded == [] and 'b' not in elements.tags
+  assert elements.tags.count('script') == 2
+  assert 'http://' not in text and 'https://' not in text
+  assert '/*data*/' not in text and '/*script*/' not in text
+
+
+@contextlib.contextmanager
+def serving(tokenizer, data):
+  server = page.make_server(tokenizer, data)
+  thread = threading.Thread(target=server.serve_forever)
+  thread.start()
+  try:
+    yield f'http://127.0.0.1:{server.server_port}'
+  finally:
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def post(url, data, **headers):
+  request = urllib.request.Request(f'{url}/encode', data, headers)
+  with urllib.request.urlopen(request) as answer:
+    return json.load(answer)
+
+
+def test_the_server_encodes_an_image_and_refuses_the_rest(make_data, images):
+  tokenizer, data = make_data()
+  buffer = io.BytesIO()
+  Image.fromarray(images[1][1]).save(buffer, 'PNG')
+  with serving(tokenizer, data) as url:
+    with urllib.request.urlopen(url) as answer:
+      assert b'"serves": true' in answer.read()
+    answer = post(url, buffer.getvalue())
+    assert answer['image']['ids'] == data['images'][1]['ids']
+    for body, headers, status in (
+      (b'no image', {}, 400),
+      (b'x', {'Content-Length': str(2**40)}, 413),
+      (buffer.getvalue(), {'Origin': 'http://elsewhere.example'}, 403),
+      (buffer.getvalue(), {'Host': 'elsewhere.example'}, 403),
+    ):
+      with pytest.raises(urllib.error.HTTPError) as error:
+        post(url, body, **headers)
+      assert error.value.code == status
+      error.value.close()
+
+
+def test_a_port_that_is_taken_is_one_error(make_data):
+  tokenizer, data = make_data()
+  with (
+    page.make_server(tokenizer, data) as server,
+    pytest.raises(ValueError, match='cannot listen on 127.0.0.1'),
+  ):
+    page.make_server(tokenizer, data, server.server_port)
+  with pytest.raises(ValueError, match='cannot listen'):
+    page.make_server(tokenizer, data, 70000)
