@@ -1,0 +1,226 @@
+"""How fast each input route is, beside what the cores can decode.
+
+python benchmarks/input_pipeline.py [--data=tfds:imagenet2012 --data_dir=DIR]
+  [--workers=1,2,4] [--batches=16] [--repeats=5]
+
+Without --data it prepares 1,024 JPEG crops of scikit-image's photographs of
+ImageNet's mean size (about 500 x 375, 110 kB) as an ArrayRecord data set.
+
+  pillow    one process: Image.open, convert, resize of a random box
+  decoders  one process a core: what `LoadImage` does to a record, no more
+  threads   batches of `StreamLoader` with num_workers=0
+  workers   the same with that many worker processes
+  float32   the same with batches that are made float32 where they are decoded
+  memory    batches of `MemoryLoader` (decoded once, no random crops)
+
+The routes take turns; printed are medians, and of the ratios to the decoders.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+import tensorflow_datasets as tfds
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rvq_jax.data import builders, loaders, sources  # noqa: E402
+from rvq_jax.data.splits import seeded_rng  # noqa: E402
+from rvq_jax.data.stream import LoadImage  # noqa: E402
+from rvq_jax.data.transforms import random_resized_crop  # noqa: E402
+from rvq_jax.evaluation.provenance import hardware, versions  # noqa: E402
+
+_PHOTOGRAPHS = ('astronaut', 'coffee', 'rocket', 'chelsea')
+_COUNT = 1024
+_SIZES = ((500, 375), (375, 500), (500, 333), (640, 480), (400, 300))
+_CROP, _SCALE = 'random_resized', (0.4, 1.0)
+
+
+def jpegs(data_dir: str) -> sources.Source:
+  """Prepares the crops; returns the training split."""
+  photographs = [getattr(skimage.data, name)() for name in _PHOTOGRAPHS]
+
+  def read(i: int) -> dict[str, object]:
+    rng = seeded_rng(0, i)
+    width, height = _SIZES[i % len(_SIZES)]
+    crop = random_resized_crop(
+      photographs[i % len(photographs)], 640, rng, scale=(0.5, 1.0)
+    )
+    buffer = io.BytesIO()
+    Image.fromarray(crop).resize((width, height)).save(
+      buffer, 'JPEG', quality=95
+    )
+    return {'image': buffer.getvalue(), 'label': i % len(photographs)}
+
+  recipe = builders.Recipe(
+    name='jpegs',
+    version='1.0.0',
+    description='Crops of photographs in scikit-image.',
+    homepage='https://scikit-image.org',
+    num_shards=4,
+    features=lambda: tfds.features.FeaturesDict(
+      {
+        'image': tfds.features.Image(encoding_format='jpeg'),
+        'label': tfds.features.ClassLabel(names=list(_PHOTOGRAPHS)),
+      }
+    ),
+    splits=lambda _: {
+      'train': builders.Examples(range(_COUNT), read),
+      'test': builders.Examples(range(1), read),
+    },
+  )
+  builders.prepare_recipe(recipe, data_dir)
+  return sources.open_dataset('tfds:jpegs', data_dir=data_dir).train
+
+
+def pillow_rate(source: sources.Source, size: int, count: int) -> float:
+  """Images/s of a loop over Pillow in one process."""
+  rng = np.random.default_rng(0)
+  start = time.perf_counter()
+  for _ in range(count):
+    data = source[int(rng.integers(len(source)))].image
+    with Image.open(io.BytesIO(data)) as image:
+      width, height = image.size
+      share = np.sqrt(rng.uniform(*_SCALE))
+      box_w, box_h = int(width * share), int(height * share)
+      left = int(rng.integers(width - box_w + 1))
+      top = int(rng.integers(height - box_h + 1))
+      np.asarray(
+        image.convert('RGB').resize(
+          (size, size),
+          Image.Resampling.BICUBIC,
+          box=(left, top, left + box_w, top + box_h),
+        )
+      )
+  return count / (time.perf_counter() - start)
+
+
+def _decode(source, size, count, seed, ready, rates) -> None:
+  """One of the processes of `decoders_rate`."""
+  load = LoadImage(source, size, _CROP, _SCALE)
+  rng = np.random.default_rng(seed)
+  load.random_map(0, rng)
+  ready.wait()
+  start = time.perf_counter()
+  for _ in range(count):
+    load.random_map(int(rng.integers(len(source))), rng)
+  rates.put(count / (time.perf_counter() - start))
+
+
+def decoders_rate(source, size: int, count: int, processes: int) -> float:
+  """Images/s of that many processes that only decode and crop."""
+  spawn = multiprocessing.get_context('spawn')
+  ready, rates = spawn.Barrier(processes), spawn.Queue()
+  running = [
+    spawn.Process(
+      target=_decode,
+      args=(source, size, count // processes, seed, ready, rates),
+    )
+    for seed in range(processes)
+  ]
+  for process in running:
+    process.start()
+  total = sum(rates.get() for _ in running)
+  for process in running:
+    process.join()
+  return total
+
+
+def _as_float32(batch):
+  """What a pipeline does that scales images on the host."""
+  return batch | {'image': batch['image'].astype(np.float32) / 127.5 - 1}
+
+
+def loader_rate(source, size, batch, batches, *, float32=False, **options):
+  """Images/s of a loader, from its third batch on."""
+  loader = loaders.make_train_loader(
+    source, batch_size=batch, image_size=size, **options
+  )
+  if float32:
+    loader._batches = loader._batches.map(_as_float32)
+  try:
+    for _ in range(2):
+      next(loader)
+    start = time.perf_counter()
+    for _ in range(batches):
+      next(loader)
+    return batch * batches / (time.perf_counter() - start)
+  finally:
+    loader.close()
+
+
+def main() -> None:
+  """Measures and prints."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--data', default='')
+  parser.add_argument('--data_dir')
+  parser.add_argument('--size', type=int, default=256)
+  parser.add_argument('--batch', type=int, default=128)
+  parser.add_argument('--batches', type=int, default=16)
+  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--workers', default='1,2,4')
+  options = parser.parse_args()
+  cores = len(os.sched_getaffinity(0))
+  size, batch, batches = options.size, options.batch, options.batches
+  with tempfile.TemporaryDirectory() as folder:
+    if options.data:
+      source = sources.open_dataset(
+        options.data, data_dir=options.data_dir
+      ).train
+    else:
+      source = jpegs(folder)
+    random = {
+      'crop': _CROP,
+      'crop_scale': _SCALE,
+      'in_memory': False,
+    }
+    count = batch * batches
+    routes = {
+      'pillow': lambda: pillow_rate(source, size, count // cores),
+      'decoders': lambda: decoders_rate(source, size, count, cores),
+      'threads': lambda: loader_rate(source, size, batch, batches, **random),
+    }
+    for workers in map(int, options.workers.split(',')):
+      routes[f'workers={workers}'] = lambda workers=workers: loader_rate(
+        source, size, batch, batches, num_workers=workers, **random
+      )
+    for name, workers in (('threads', 0), (f'workers={cores}', cores)):
+      routes[f'{name}, float32'] = lambda workers=workers: loader_rate(
+        source,
+        size,
+        batch,
+        batches,
+        float32=True,
+        num_workers=workers,
+        **random,
+      )
+    routes['memory'] = lambda: loader_rate(
+      source, size, min(batch, len(source)), 8 * batches, in_memory=True
+    )
+    seen = {name: [] for name in routes}
+    for _ in range(options.repeats):
+      for name, rate in routes.items():
+        seen[name].append(rate())
+  print(f'{options.data or "jpegs"} at {size} x {size}, batch {batch}')
+  print(f'{hardware()}; {versions("pillow", "grain")}')
+  print(f'{"route":<20}{"images/s":>10}{"a core":>8}{"of decoders":>13}')
+  for name, rates in seen.items():
+    rate = statistics.median(rates)
+    ratio = statistics.median(
+      a / b for a, b in zip(rates, seen['decoders'], strict=True)
+    )
+    used = 1 if name == 'pillow' else cores
+    print(f'{name:<20}{rate:>10.0f}{rate / used:>8.0f}{ratio:>13.2f}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,180 @@
+"""Trains for half an hour while somebody kills it every twenty seconds.
+
+python benchmarks/soak.py [--minutes=30] [--every=20] [--workdir=DIR]
+  [--config=configs/photos.py] [--config-flags...]
+
+A run is started, killed with SIGKILL at a random moment, started again, and so
+on; then it is left to end. A second run with the same seed is left in peace for
+as many steps. Prints kills, resumes, steps that had to be taken again, bits
+that differ between the two runs, and the memory of each process at its end.
+Exit code 1 unless no bit differs and every start has succeeded.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_CACHE = 'JAX_COMPILATION_CACHE_DIR'
+
+
+class Run(subprocess.Popen):
+  """A training process; reads its own lines and memory as it goes."""
+
+  def __init__(self, command, log):
+    super().__init__(
+      command,
+      cwd=ROOT,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+    )
+    self.start, self.step, self.megabytes, self.lines = None, 0, 0.0, []
+    self._log = log
+    self._reader = threading.Thread(target=self._read, daemon=True)
+    self._reader.start()
+
+  def _read(self):
+    for line in self.stderr:
+      self._log.write(line)
+      self.lines.append(line)
+      if found := re.search(r'; step (\d+) of \d+; ', line):
+        self.start = self.step = int(found[1])
+      elif found := re.search(r' step (\d+)/', line):
+        self.step = int(found[1])
+        self.megabytes = _resident(self.pid) or self.megabytes
+
+  def finish(self, how=None):
+    """Ends the process and all that it started, or waits for its end."""
+    if how is not None:
+      os.killpg(self.pid, how)
+    self.wait()
+    self._reader.join()
+    self._log.flush()
+
+
+def _resident(pid: int) -> float | None:
+  """Resident memory in MB; None where it cannot be read."""
+  try:
+    pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
+  except (OSError, IndexError):
+    return None
+  return pages * os.sysconf('SC_PAGE_SIZE') / 1e6
+
+
+def digest(workdir: Path) -> dict[str, str]:
+  """SHA-256 of each array of the newest checkpoint, by its path."""
+  import jax
+  import numpy as np
+  import orbax.checkpoint as ocp
+
+  from rvq_jax.training import manifest
+
+  [step, *_] = manifest.steps(workdir / 'checkpoints')
+  folder = workdir / 'checkpoints' / str(step)
+  if fault := manifest.fault(folder):
+    raise ValueError(f'step {step}: {fault}')
+  sums = {'step': str(step)}
+  for item in ('model', 'optimizer'):
+    with ocp.StandardCheckpointer() as checkpointer:
+      tree = checkpointer.restore(folder / item)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+      name = item + jax.tree_util.keystr(path)
+      sums[name] = hashlib.sha256(np.asarray(x).tobytes()).hexdigest()
+  return sums
+
+
+def soak(options, flags, workdir: Path) -> dict:
+  """Kills and resumes until the time is up; what has happened."""
+  command = [sys.executable, 'launch/main.py', f'--config={options.config}']
+  command += ['--config.log_every=1', *flags]
+  rng = random.Random(options.seed)
+  killed, peace = workdir / 'killed', workdir / 'peace'
+  reached, resumed, memory, failures = [], [], [], []
+  end = time.monotonic() + 60 * options.minutes
+  with open(workdir / 'log.txt', 'w') as log:
+    endless = [*command, f'--workdir={killed}', '--config.num_steps=1000000']
+    while time.monotonic() < end:
+      run = Run(endless, log)
+      try:
+        run.wait(timeout=rng.uniform(0.25, 1.75) * options.every)
+        failures.append(''.join(run.lines[-3:]))
+        run.finish()
+        break
+      except subprocess.TimeoutExpired:
+        run.finish(signal.SIGKILL)
+      if run.start is not None:
+        resumed.append(run.start)
+        reached.append(run.step)
+        memory.append(run.megabytes)
+      print(f'kill {len(reached)}: from step {run.start} to {run.step}')
+    last = max(reached, default=0) + 20
+    for folder in (killed, peace):
+      run = Run(
+        [*command, f'--workdir={folder}', f'--config.num_steps={last}'], log
+      )
+      if folder == killed:
+        print(f'left in peace up to step {last}')
+      run.finish()
+      if run.returncode:
+        failures.append(''.join(run.lines[-3:]))
+  lost = [a - b for a, b in zip(reached, resumed[1:], strict=False)]
+  one, other = digest(killed), digest(peace)
+  half = len(memory) // 2
+  return {
+    'minutes': options.minutes,
+    'kills': len(reached),
+    'resumes': sum(start > 0 for start in resumed),
+    'failures': failures,
+    'steps': last,
+    'lost_steps_at_most': max(lost, default=0),
+    'lost_steps_mean': sum(lost) / max(len(lost), 1),
+    'differing_arrays': sum(one.get(n) != s for n, s in other.items()),
+    'arrays': len(other) - 1,
+    'megabytes_first_half': max(memory[:half], default=0),
+    'megabytes_second_half': max(memory[half:], default=0),
+    'damaged_steps': len(list((killed / 'corrupt').glob('*'))),
+  }
+
+
+def main() -> None:
+  """Soaks and reports."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--minutes', type=float, default=30)
+  parser.add_argument('--every', type=float, default=20, help='seconds')
+  parser.add_argument('--seed', type=int, default=0, help='of the moments')
+  parser.add_argument('--config', default='configs/photos.py')
+  parser.add_argument('--workdir', help='kept; default: a temporary folder')
+  options, flags = parser.parse_known_args()
+  with tempfile.TemporaryDirectory(prefix='soak_') as temporary:
+    workdir = Path(options.workdir or temporary).resolve()
+    shutil.rmtree(workdir / 'killed', ignore_errors=True)
+    shutil.rmtree(workdir / 'peace', ignore_errors=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    # Every start would otherwise spend its twenty seconds compiling.
+    os.environ.setdefault(_CACHE, str(workdir / 'compiled'))
+    flags = [
+      # It must not depend on the number of steps, which is not known before.
+      '--config.optimizer.schedule=constant',
+      '--config.checkpoint_every=10',
+      *flags,
+    ]
+    result = soak(options, flags, workdir)
+  print(json.dumps(result, indent=2))
+  sys.exit(bool(result['differing_arrays'] or result['failures']))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,207 @@
+"""Time of one training step of the paper's model, beside PyTorch's.
+
+  python benchmarks/train_step.py [--peer] [--repeats N] [--json FILE]
+    [--size 32:128 ...] [--dtype float32|bfloat16] [--memory kept|default]
+    [--profile DIR]
+
+The model of configs/cifar10.py (f8, D = 256, six residual blocks, K = 16384) at
+32x32 with 128 images a step and at 256x256 with 8. Forms alternate in one
+process; printed are medians, ratios, compile time, memory and, from XLA's count
+of operations, FLOPs a second. `--peer` adds the same model in PyTorch
+(torch_model.py) with vector-quantize-pytorch's quantizer and with one as good
+as ours (`pip install torch vector-quantize-pytorch`). `--memory=kept` has the C
+library keep freed memory, for every form, as our launchers do (runtime.py).
+`--profile` writes a trace of our step for TensorBoard or Perfetto.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+CORES = 2
+if hasattr(os, 'sched_setaffinity'):  # before JAX and torch count the cores
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from rvq_jax.evaluation import provenance  # noqa: E402
+from rvq_jax.training import runtime, settings  # noqa: E402
+from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
+from rvq_jax.training.state import create_state  # noqa: E402
+from rvq_jax.training.step import make_train_step  # noqa: E402
+
+OURS, PEER, TUNED = (
+  'rvq_jax',
+  'torch, vector-quantize-pytorch',
+  'torch, a quantizer as good as ours',
+)
+# image side -> greatest time of our step as a share of (PEER, TUNED).
+TARGETS = {32: (0.60, 1.0), 256: (0.50, 1.0)}
+
+
+def our_step(side, batch, dtype):
+  """A call that trains one step, its compile time and XLA's own counts."""
+  path = ROOT / 'configs' / 'cifar10.py'
+  spec = importlib.util.spec_from_file_location('cifar10', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config('f8')
+  config.data.image_size, config.batch_size = side, batch
+  config.model.dtype = dtype
+  model = settings.build_model(settings.check_config(config))
+  optimizer = make_optimizer(2e-4, weight_decay=0.01)
+  state = jax.jit(
+    lambda key: create_state(model, optimizer, key, image_size=side)
+  )(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  images = {'image': rng.integers(0, 256, (batch, side, side, 3), np.uint8)}
+  start = time.perf_counter()
+  step = (
+    jax.jit(make_train_step(model, optimizer), donate_argnums=0)
+    .lower(state, images)
+    .compile()
+  )
+  seconds = time.perf_counter() - start
+
+  def call():
+    nonlocal state
+    state, metrics = step(state, images)
+    jax.block_until_ready(metrics)
+
+  memory = step.memory_analysis()
+  return call, {
+    'compile_s': seconds,
+    'flops': step.cost_analysis().get('flops', float('nan')),
+    'xla_temp_bytes': memory.temp_size_in_bytes,
+  }
+
+
+def torch_step(side, batch, name):
+  """A call that trains one step of the model in PyTorch."""
+  try:
+    import torch
+    import torch_model
+    from vector_quantize_pytorch import VectorQuantize
+  except ImportError as error:
+    sys.exit(f'--peer needs torch and vector-quantize-pytorch: {error}')
+  torch.set_num_threads(CORES)
+  torch.manual_seed(0)
+  if name == PEER:
+    quantizer = VectorQuantize(
+      dim=256,
+      codebook_size=16384,
+      decay=0.99,
+      commitment_weight=0.25,
+      rotation_trick=True,
+      kmeans_init=False,
+      threshold_ema_dead_code=2,
+    )
+  else:
+    quantizer = torch_model.TiledQuantizer(16384, 256)
+  model = torch_model.Model(quantizer).train()
+  optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.01)
+  images = torch.rand(batch, 3, side, side) * 2 - 1
+
+  def call():
+    optimizer.zero_grad(set_to_none=True)
+    reconstruction, loss = model(images)
+    (torch.mean((reconstruction - images) ** 2) + loss).backward()
+    optimizer.step()
+
+  return call, {}
+
+
+def measure(side, batch, args):
+  """name -> median ms, all times and what the compiler counted."""
+  calls, records = {}, {}
+  for name in [OURS] + [PEER, TUNED] * args.peer:
+    if name == OURS:
+      calls[name], records[name] = our_step(side, batch, args.dtype)
+    else:
+      calls[name], records[name] = torch_step(side, batch, name)
+    records[name]['all_ms'] = []
+    calls[name]()
+  if args.profile:
+    with jax.profiler.trace(str(args.profile / f'{side}')):
+      calls[OURS]()
+  for _ in range(args.repeats):
+    for name, call in calls.items():
+      time.sleep(0.1)
+      start = time.perf_counter()
+      call()
+      records[name]['all_ms'].append(1e3 * (time.perf_counter() - start))
+  for record in records.values():
+    record['ms'] = statistics.median(record['all_ms'])
+  return records
+
+
+def report(side, batch, records):
+  """A Markdown table of one size and a line for each target."""
+  yield f'\n{side}x{side}, batch {batch}\n'
+  yield '| form | ms | least | ours / it | images/s |'
+  yield '|---|---|---|---|---|'
+  ours = records[OURS]
+  for name, row in records.items():
+    yield (
+      f'| {name} | {row["ms"]:.0f} | {min(row["all_ms"]):.0f} '
+      f'| {ours["ms"] / row["ms"]:.3f} | {1e3 * batch / row["ms"]:.1f} |'
+    )
+  yield (
+    f'\ncompile {ours["compile_s"]:.1f} s, {ours["flops"] / 1e9:.0f} GFLOP a '
+    f'step, {ours["flops"] / ours["ms"] / 1e6:.0f} GFLOP/s, XLA temporaries '
+    f'{ours["xla_temp_bytes"] / 2**20:.0f} MiB'
+  )
+  for name, target in zip((PEER, TUNED), TARGETS.get(side, ()), strict=False):
+    if name in records:
+      ratio = ours['ms'] / records[name]['ms']
+      met = 'met' if ratio <= target else 'NOT met'
+      yield f'- ours / {name}: {ratio:.3f}, target {target:g}: {met}'
+
+
+def main():
+  """Parses the command line, measures and prints."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--peer', action='store_true')
+  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--json', type=pathlib.Path)
+  parser.add_argument('--profile', type=pathlib.Path)
+  parser.add_argument(
+    '--dtype', choices=('float32', 'bfloat16'), default='float32'
+  )
+  parser.add_argument(
+    '--memory', choices=('kept', 'default'), default='default'
+  )
+  parser.add_argument('--size', nargs='+', default=['32:128', '256:8'])
+  args = parser.parse_args()
+  if args.memory == 'kept' and not runtime.keep_freed_memory():
+    sys.exit('--memory=kept needs glibc, the CPU backend and no MALLOC_* set')
+  packages = ['jax', 'jaxlib'] + [
+    'torch',
+    'vector-quantize-pytorch',
+  ] * args.peer
+  hardware = (
+    f'{provenance.hardware()}, {provenance.versions(*packages)}, '
+    f'{args.memory} memory'
+  )
+  print(hardware)
+  results = []
+  for size in args.size:
+    side, batch = map(int, size.split(':'))
+    records = measure(side, batch, args)
+    results.append({'side': side, 'batch': batch, 'forms': records})
+    print('\n'.join(report(side, batch, records)), flush=True)
+  if args.json:
+    record = {'hardware': hardware, 'results': results}
+    args.json.write_text(json.dumps(record, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  main()
