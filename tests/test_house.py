@@ -15,6 +15,8 @@ LAYERS = {
   'data': 1,
   'training': 2,
   'evaluation': 2,
+  'tokens': 3,
+  'explorer': 4,
 }
 SOURCES = sorted((ROOT / 'rvq_jax').rglob('*.py'))
 

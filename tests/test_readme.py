@@ -1,16 +1,15 @@
 """What the README shows is what runs."""
 
 import re
-from pathlib import Path
 
 import numpy as np
+from doc_blocks import ROOT, blocks
 
-TEXT = (Path(__file__).resolve().parents[1] / 'README.md').read_text()
+TEXT = (ROOT / 'README.md').read_text()
 
 
 def test_the_layer_example_runs_and_moves_its_codebook():
-  blocks = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
-  (example,) = (block for block in blocks if 'class Model' in block)
+  (example,) = (code for _, code in blocks(TEXT, 'python') if 'class' in code)
   scope = {}
   exec(example, scope)
   assert scope['y'].shape == scope['x'].shape
@@ -21,6 +20,5 @@ def test_the_layer_example_runs_and_moves_its_codebook():
 
 
 def test_links_lead_to_files():
-  root = Path(__file__).resolve().parents[1]
   for target in re.findall(r'\]\(([^)#]+)\)', TEXT):
-    assert target.startswith('http') or (root / target).exists(), target
+    assert target.startswith('http') or (ROOT / target).exists(), target

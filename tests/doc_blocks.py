@@ -1,0 +1,43 @@
+"""The code blocks of a Markdown page, and how to run them."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def blocks(text: str, *languages: str) -> list[tuple[str, str]]:
+  """(language, code) of each fenced block in one of the languages, in order."""
+  found = re.findall(r'^```(\w+)\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
+  return [block for block in found if block[0] in languages]
+
+
+def commands(code: str) -> list[str]:
+  """The commands of a bash block, continued lines joined."""
+  return code.replace('\\\n', ' ').strip().splitlines()
+
+
+def run_command(command: str, cwd, *more: str) -> str:
+  """Runs `python launch/...` as it is printed; returns what it wrote.
+
+  Args:
+    command: a line of a page.
+    cwd: the folder it is typed in.
+    *more: arguments behind those of the line.
+  """
+  program, *arguments = shlex.split(command, comments=True)
+  assert program == 'python', command
+  done = subprocess.run(
+    [sys.executable, *arguments, *more],
+    cwd=cwd,
+    env=os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'},
+    capture_output=True,
+    text=True,
+    timeout=280,
+  )
+  assert done.returncode == 0, f'{command}\n{done.stderr}'
+  return done.stdout + done.stderr

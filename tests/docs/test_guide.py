@@ -1,0 +1,87 @@
+"""What the guide shows is what runs, from the first block to the last."""
+
+import json
+import re
+import tomllib
+
+import numpy as np
+import pytest
+from doc_blocks import ROOT, blocks, commands, run_command
+from PIL import Image
+
+GUIDE = ROOT / 'docs' / 'guide.md'
+TEXT = GUIDE.read_text()
+SHORT = (
+  '--config.num_steps=4',
+  '--config.batch_size=8',
+  '--config.log_every=2',
+  '--config.optimizer.warmup_steps=0',
+  '--config.model.widths=(4,8)',
+  '--config.model.num_res_blocks=0',
+  '--config.model.num_heads=2',
+  '--config.model.code_dim=4',
+)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+  """A folder to work in that has launch and configs, as a checkout does."""
+  for name in ('launch', 'configs'):
+    (tmp_path / name).symlink_to(ROOT / name)
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+@pytest.mark.slow
+def test_the_blocks_run_in_their_order(checkout):
+  scope = {}
+  for language, code in blocks(TEXT, 'bash', 'python'):
+    if language == 'python' and 'def get_config' in code:
+      (checkout / 'mine_f8.py').write_text(code)
+    elif language == 'python':
+      exec(code, scope)
+    else:
+      for command in commands(code):
+        if command.startswith('pip install'):
+          continue
+        more = SHORT if 'launch/main.py' in command else ()
+        run_command(command, checkout, *more)
+  assert scope['K'] == 1024 and scope['targets'].shape == (16, 256)
+  assert np.all(scope['inputs'][:, 0] == scope['K'])
+  assert np.array_equal(scope['inputs'][:, 1:], scope['targets'][:, :-1])
+  assert scope['targets'].max() < scope['K']
+  # A table of pairs is worth something: less than a uniform guess.
+  assert scope['bits'] < np.log2(scope['K'])
+  with Image.open('samples.png') as image:
+    assert image.size == (8 * 64, 64)
+  assert len(list((checkout / 'images').glob('*.png'))) == 206
+  assert (checkout / 'export' / 'model.safetensors').exists()
+  config = json.loads((checkout / 'runs/mine_f8/config.json').read_text())
+  assert config['model.factor'] == 8
+  for run in ('mine', 'mine_f8'):
+    assert (checkout / 'runs' / run / 'evaluation/test/metrics.json').exists()
+  for name in re.findall(r'`(\w+\.png)`', TEXT):
+    assert (checkout / 'runs/mine/evaluation/test' / name).exists()
+
+
+def test_links_lead_to_files():
+  for target in re.findall(r'\]\(([^)#]+)\)', TEXT):
+    assert (GUIDE.parent / target).exists(), target
+
+
+def test_the_table_of_bits_adds_up():
+  rows = re.findall(
+    r'^\| f(\d), K = (\d+).*? \| (\d+) \| (\d) \| (\d+) \|$', TEXT, re.M
+  )
+  assert len(rows) == 5
+  for row in rows:
+    factor, size, positions, codes, bits = map(int, row)
+    assert positions == (64 // factor) ** 2
+    assert bits == positions * codes * np.log2(size)
+
+
+def test_the_table_of_extras_is_that_of_the_package():
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  table = TEXT[TEXT.index('| extra |') :]
+  names = ' '.join(re.findall(r'^\| (`.*?) \|', table, re.MULTILINE))
+  assert set(re.findall(r'\w+', names)) == set(project['optional-dependencies'])

@@ -1,0 +1,41 @@
+"""Every public name has an example in its docstring, and it is true."""
+
+import doctest
+import inspect
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import rvq_jax
+from rvq_jax.evaluation import safetensors_folder
+from rvq_jax.training import settings
+
+
+@pytest.fixture
+def beside_a_model(tiny_config, tmp_path, monkeypatch):
+  """The examples load runs/photos: here an untrained one of the same factor."""
+  flat = settings.check_config(tiny_config)
+  model = settings.build_model(flat)
+  variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, 16, 16, 3))))(
+    jax.random.key(0)
+  )
+  tokenizer = rvq_jax.Tokenizer(model, dict(variables), config=flat, step=1)
+  folder = tmp_path / 'runs' / 'photos'
+  folder.mkdir(parents=True)
+  safetensors_folder.write(folder, tokenizer)
+  monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize('name', rvq_jax.__all__)
+def test_the_example_of_a_public_name_is_true(name, request):
+  if name in ('Tokenizer', 'load'):
+    request.getfixturevalue('beside_a_model')
+  text = inspect.getdoc(getattr(rvq_jax, name))
+  # An example stands on its own: it starts with its imports.
+  test = doctest.DocTestParser().get_doctest(text, {}, name, None, 0)
+  sources = ''.join(example.source for example in test.examples)
+  assert name.lower() in sources.lower(), 'no example'
+  report = []
+  failed = doctest.DocTestRunner().run(test, out=report.append).failed
+  assert not failed, ''.join(report)
