@@ -1,6 +1,9 @@
 """Stopping a run from outside without losing a step."""
 
+import contextlib
+import os
 import signal
+import threading
 
 import jax
 
@@ -36,19 +39,31 @@ class StopSignal:
     self._received = 0
     self._alone = jax.process_count() == 1
     self._old = {}
+    self._pipe = ()
 
   def __enter__(self):
-    try:
-      for number in _STOPS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-          self._old[number] = signal.signal(number, self._request)
-    except ValueError:
-      pass
+    if threading.current_thread() is not threading.main_thread():
+      return self
+    # Python runs the handler when the main thread is next free, once for all
+    # signals of a kind that came until then; here each leaves a byte.
+    self._pipe = os.pipe()
+    for end in self._pipe:
+      os.set_blocking(end, False)
+    self._old_fd = signal.set_wakeup_fd(
+      self._pipe[1], warn_on_full_buffer=False
+    )
+    for number in _STOPS:
+      if signal.getsignal(number) != signal.SIG_IGN:
+        self._old[number] = signal.signal(number, self._request)
     return self
 
   def __exit__(self, *_):
     for number, handler in self._old.items():
       signal.signal(number, handler)
+    if self._pipe:
+      signal.set_wakeup_fd(self._old_fd)
+      for end in self._pipe:
+        os.close(end)
 
   def agreed(self, *, ask: bool) -> bool:
     """Whether to stop after this step, the same answer in every process.
@@ -66,7 +81,11 @@ class StopSignal:
 
   def _request(self, number, frame):
     del frame
-    if self._received and number == signal.SIGINT:
+    came = b''
+    with contextlib.suppress(BlockingIOError):
+      came = os.read(self._pipe[0], 4096)
+    again = self._received or came.count(number) > 1
+    if again and number == signal.SIGINT:
       raise KeyboardInterrupt
     self._received = 128 + number
     if self._alone:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -41,6 +42,32 @@ def test_a_signal_finishes_the_step_saves_and_says_so(name):
   assert stop.exit_code == CODES[name] == 128 + getattr(signal, name)
 
 
+def test_two_interrupts_that_are_heard_together_count_as_two():
+  def interrupt():
+    # To this thread, so that the main one sleeps on and hears both at its end.
+    for _ in range(2):
+      signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+  thread = threading.Thread(target=interrupt)
+  with StopSignal(), pytest.raises(KeyboardInterrupt):
+    thread.start()
+    time.sleep(0.5)
+  thread.join()
+
+
+def test_the_handlers_from_before_are_put_back():
+  before = [signal.getsignal(getattr(signal, name)) for name in CODES]
+  mine, theirs = os.pipe()
+  os.set_blocking(theirs, False)
+  old = signal.set_wakeup_fd(theirs)
+  with StopSignal():
+    pass
+  assert signal.set_wakeup_fd(old) == theirs
+  for end in (mine, theirs):
+    os.close(end)
+  assert before == [signal.getsignal(getattr(signal, name)) for name in CODES]
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
   old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
   try:
@@ -52,7 +79,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGUSR1'])
+@pytest.mark.parametrize('name', CODES)
 def test_a_stopped_process_resumes_to_the_same_bits(
   name, start_run, tiny_config, tmp_path, final_bits
 ):
@@ -108,11 +135,8 @@ class Fault(Exception):
   """Something that nobody foresaw."""
 
 
-@pytest.mark.parametrize(
-  'end',
-  [Fault('no'), pytest.param(SystemExit(3), marks=pytest.mark.slow)],
-  ids=repr,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('end', [Fault('no'), SystemExit(3)], ids=repr)
 def test_any_end_leaves_the_last_saved_step_complete(
   end, tiny_config, tmp_path, monkeypatch, whole, final_bits
 ):
