@@ -40,6 +40,9 @@ FLAGS = (
 # Softmax and BatchNorm do not see these biases: their gradient is rounding,
 # which Adam magnifies. A running mean holds the bias before it.
 UNSEEN = ("['key']['bias']", "['up1']['bias']", "['norm1']['bn']['mean']")
+# SSIM is of images rounded to uint8, and here near 0: one pixel that rounds to
+# the next value moves it by more than a thousandth of itself.
+ATOL = {'validation/ssim': 1e-3}
 
 
 def start(folder, workdir, *flags, devices, **variables):
@@ -177,7 +180,9 @@ def test_two_processes_take_the_steps_of_one(two, one):
   assert [r['step'] for r in got] == [r['step'] for r in want] != []
   for x, y in zip(got, want, strict=True):
     for name in x.keys() - {'train/images_per_second', 'train/data_wait'}:
-      np.testing.assert_allclose(x[name], y[name], rtol=1e-3, err_msg=name)
+      np.testing.assert_allclose(
+        x[name], y[name], rtol=1e-3, atol=ATOL.get(name, 0), err_msg=name
+      )
 
 
 @pytest.mark.slow
