@@ -66,7 +66,9 @@ def test_residual_codes_are_the_greedy_ones():
     )
 
 
-@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize(
+  'shared', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_residual_decodes_a_prefix_of_its_codes(shared):
   layer = ResidualQuantizer(codebook_size=K, depth=3, shared=shared)
   variables = trained(layer)

@@ -169,6 +169,7 @@ def test_running_statistics_take_one_step_a_batch():
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_bad_microbatch_leaves_the_state_to_the_bit():
   model, optimizer, _ = build('vq')
   step = jax.jit(

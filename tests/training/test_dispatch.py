@@ -33,7 +33,9 @@ def test_calls_after_an_interruption_are_those_of_the_whole_run(start):
     assert calls(start, 23, 4, 6, 10) == [c for c in whole if c[0] >= start]
 
 
-@pytest.mark.parametrize('on_device', [False, True])
+@pytest.mark.parametrize(
+  'on_device', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_several_steps_a_call_are_the_steps_one_by_one(
   on_device, tiny_config, tmp_path, final_bits, log_of
 ):
@@ -48,6 +50,7 @@ def test_several_steps_a_call_are_the_steps_one_by_one(
     np.testing.assert_allclose(got[name], value, rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_set_on_the_device_gives_the_same_bits(
   tiny_config, tmp_path, final_bits
 ):
@@ -68,6 +71,7 @@ def test_a_streamed_set_cannot_be_on_the_device(tiny_config, tmp_path):
     loop.train(tiny_config, tmp_path)
 
 
+@pytest.mark.slow
 def test_remat_changes_what_is_kept_and_not_the_step(tiny_config, tmp_path):
   trainers = []
   for remat in (False, True):
