@@ -32,7 +32,9 @@ def open_input(
   """Opens what shall be encoded.
 
   Args:
-    name: 'tfds:NAME', 'photos', or a folder, with or without 'folder:'.
+    name: 'tfds:NAME', 'photos', or a folder, with or without 'folder:'. A
+      folder that is called photos goes before the embedded data set, which is
+      then 'tfds:photos'.
     data_dir: where tfds keeps prepared data.
     split: the one to open; None for each that there is.
 
@@ -43,7 +45,14 @@ def open_input(
     ValueError: there is no such data set, folder or split.
   """
   kind, _, rest = name.partition(':')
-  if kind == 'tfds' and rest or name == 'photos':
+  is_set = kind == 'tfds' and rest or name == 'photos'
+  if name == 'photos' and Path(name).exists():
+    logging.info(
+      'photos: the folder ./photos is taken; the embedded photographs are '
+      'tfds:photos'
+    )
+    is_set = False
+  if is_set:
     from rvq_jax.data.tfds_sources import open_tfds
 
     splits = open_tfds(rest or name, data_dir=data_dir)
