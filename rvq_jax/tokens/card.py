@@ -19,6 +19,7 @@ _KINDS = {
   'factor': int,
   'dtype': str,
   'images': int,
+  'skipped': int,
   'complete': bool,
   'shards': list,
 }

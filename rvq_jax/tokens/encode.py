@@ -120,12 +120,12 @@ def encode_dataset(
   wanted = _card(tokenizer, source, about, image_size, shard_size)
   card = _begin(folder, wanted)
   total = -(-len(source) // shard_size)
-  skips = SkipLog(len(source))
   started, before = time.perf_counter(), card['images']
   with tqdm(
     total=len(source), unit='image', desc='encode', disable=None
   ) as bar:
     bar.update(card['images'] + card['skipped'])
+    skips = _Skips(len(source), card['skipped'], bar)
     for number in range(len(card['shards']), total):
       rows = range(
         number * shard_size, min((number + 1) * shard_size, len(source))
@@ -148,6 +148,30 @@ def encode_dataset(
     *(seconds, done / max(seconds, 1e-9)),
   )
   return card
+
+
+class _Skips(SkipLog):
+  """Counts on from those of an earlier call, on the progress bar."""
+
+  def __init__(self, total, before, bar):
+    super().__init__(total)
+    self._before, self._bar = before, bar
+    self._show()
+
+  @property
+  def count(self) -> int:
+    """Number of records skipped, of earlier calls too."""
+    return self._before + super().count
+
+  def add(self, index: int, name: str, reason: str) -> None:
+    """See `SkipLog.add`."""
+    super().add(index, name, reason)
+    self._bar.update(1)
+    self._show()
+
+  def _show(self):
+    if self.count:
+      self._bar.set_postfix(skipped=self.count)
 
 
 def _card(tokenizer, source, about, image_size, shard_size):

@@ -148,6 +148,51 @@ def test_an_image_that_cannot_be_read_is_left_out(
   assert indices == [i for i in range(120) if i != 5]
 
 
+def test_unreadable_images_of_an_earlier_call_count(
+  make_tokenizer, tmp_path, photograph, monkeypatch
+):
+  (tmp_path / 'in').mkdir()
+  for i in range(150):
+    path = tmp_path / 'in' / f'{i:03}.png'
+    Image.fromarray(photograph(16, 16, i)).save(path)
+    if i in (5, 100):  # 2 of 150 are more than 1 %, neither of them alone is
+      path.write_bytes(b'no image')
+  images = open_folder(str(tmp_path / 'in'))['all']
+  tokenizer, write = make_tokenizer(), shards.write_shard
+
+  def stop_at_the_third(path, records):
+    if path.name.startswith('tokens-00002'):
+      raise KeyboardInterrupt
+    return write(path, records)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(shards, 'write_shard', stop_at_the_third)
+    run(tokenizer, images, tmp_path / 'tokens')
+  assert read_card(tmp_path / 'tokens')['skipped'] == 1
+  with pytest.raises(ValueError, match='2 of 150 images cannot be decoded'):
+    run(tokenizer, images, tmp_path / 'tokens')
+
+
+def test_the_bar_shows_how_many_were_skipped(
+  make_tokenizer, tmp_path, photograph, monkeypatch
+):
+  (tmp_path / 'in').mkdir()
+  for i in range(100):
+    Image.fromarray(photograph(16, 16, i)).save(tmp_path / 'in' / f'{i:02}.png')
+  (tmp_path / 'in' / '05.png').write_bytes(b'no image')
+  bars = []
+
+  class Bar(encode.tqdm):
+    def __init__(self, *arguments, **options):
+      super().__init__(*arguments, **options | {'disable': False})
+      bars.append(self)
+
+  monkeypatch.setattr(encode, 'tqdm', Bar)
+  images = open_folder(str(tmp_path / 'in'))['all']
+  run(make_tokenizer(), images, tmp_path / 'tokens')
+  assert (bars[0].n, bars[0].postfix) == (100, 'skipped=1')
+
+
 def test_decoding_goes_on_and_gives_the_reconstructions(tokens, tmp_path):
   tokenizer, folder = tokens
   out = tmp_path / 'out'
@@ -205,6 +250,7 @@ def test_a_flipped_byte_in_a_shard_is_detected(tokens, source):
   [
     ({'images': 10**12}, 'says 1000000000000 images, its shards hold 40'),
     ({'images': '40'}, 'expected "images", got'),
+    ({'skipped': None}, 'expected "skipped", got'),
     ({'version': 9}, 'expected version 1, got 9'),
     ({'format': 'x'}, 'expected JSON'),
     ({'codebook_size': -1}, 'expected factor and codebook_size'),
