@@ -4,12 +4,12 @@ It says which model made the tokens, from what, and the hash of every file.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rvq_jax.tokens import packing
+from rvq_jax.training import disk
 
 CARD, FORMAT, VERSION = 'tokens.json', 'rvq_jax tokens', 1
 _LONGEST_CARD = 2**26
@@ -27,9 +27,7 @@ _KINDS = {
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
   """Writes the card at once: whoever reads it finds the old or the new one."""
-  partial = folder / f'.{CARD}.partial'
-  partial.write_text(json.dumps(card, indent=2) + '\n')
-  os.replace(partial, folder / CARD)
+  disk.write_whole(folder / CARD, json.dumps(card, indent=2) + '\n')
 
 
 def read_card(folder) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import logging
@@ -22,6 +23,7 @@ from rvq_jax.tokens import packing, shards
 from rvq_jax.tokens.card import CARD, FORMAT, VERSION, read_card, write_card
 from rvq_jax.tokens.grid import encode_images, grid_shape
 from rvq_jax.tokens.records import TokenRecord, to_bytes
+from rvq_jax.training import disk
 
 _BATCH_PIXELS, _MAX_BATCH = 2**21, 256
 
@@ -110,6 +112,7 @@ def encode_dataset(
   Raises:
     ValueError: the folder holds other tokens, or more than 1 % of the images
       cannot be read.
+    OSError: the disk is full.
   """
   folder = Path(folder)
   if shard_size < 1 or (image_size is not None and image_size < 1):
@@ -134,12 +137,14 @@ def encode_dataset(
         _encode_rows(tokenizer, source, rows, image_size, skips, bar)
       )
       path = folder / f'tokens-{number:05d}-of-{total:05d}.array_record'
-      card['shards'].append(shards.write_shard(path, records))
-      card['images'] += len(records)
-      card['skipped'] += len(rows) - len(records)
-      write_card(folder, card)
+      with _room_explained(folder):
+        card['shards'].append(shards.write_shard(path, records))
+        card['images'] += len(records)
+        card['skipped'] += len(rows) - len(records)
+        write_card(folder, card)
   card['complete'] = True
-  write_card(folder, card)
+  with _room_explained(folder):
+    write_card(folder, card)
   seconds = time.perf_counter() - started
   done = card['images'] - before
   logging.info(
@@ -217,11 +222,30 @@ def _begin(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
       shards.check_shard(folder, shard)
     return card
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_card(folder, wanted)
+    with _room_explained(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+      write_card(folder, wanted)
   except OSError as error:
+    if error.strerror is None:  # it has been explained
+      raise
     raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
   return wanted
+
+
+@contextlib.contextmanager
+def _room_explained(folder: Path) -> Iterator[None]:
+  """Turns a write that found no room into one line."""
+  try:
+    yield
+  except (OSError, RuntimeError) as error:
+    reason = disk.no_room(error)
+    if reason is None:
+      raise
+    raise OSError(
+      f'{reason} on the file system {disk.file_system(folder)} while writing '
+      f'to {folder}; make room and give the same command again, it goes on '
+      'after the last complete shard'
+    ) from error
 
 
 def _encode_rows(

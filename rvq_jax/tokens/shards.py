@@ -26,13 +26,22 @@ def write_shard(path: Path, records: list[bytes]) -> dict[str, Any]:
 
   Returns:
     The card's entry: file, images, bytes, sha256.
+
+  Raises:
+    OSError: it cannot be written.
+    RuntimeError: that, as ArrayRecord says it.
   """
   partial = path.with_name(f'.{path.name}.partial')
-  writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
-  for record in records:
-    writer.write(record)
-  writer.close()
-  os.replace(partial, path)
+  try:
+    writer = array_record_module.ArrayRecordWriter(
+      str(partial), _WRITER_OPTIONS
+    )
+    for record in records:
+      writer.write(record)
+    writer.close()
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
   return {
     'file': path.name,
     'images': len(records),
