@@ -9,10 +9,14 @@ batches before it, and it is the same whoever computes it: threads, worker
 processes, or a run that was interrupted.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
+import signal
 import threading
+import weakref
+from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
@@ -30,6 +34,15 @@ from rvq_jax.data.transforms import (
 _ATTEMPTS = 4
 _NOTHING = -1
 _MAX_THREADS = 16
+# Ctrl-C in a terminal, and what a scheduler sends, reach every process of a
+# run. The first one decides whether to stop, and needs its workers until then.
+_FOR_THE_RUN = (
+  signal.SIGTERM,
+  signal.SIGINT,
+  signal.SIGUSR1,
+  signal.SIGUSR2,
+  signal.SIGHUP,
+)
 
 
 class LoadImage(grain.transforms.RandomMap):
@@ -96,9 +109,33 @@ class LoadImage(grain.transforms.RandomMap):
     return random_resized_crop(image, self._size, rng, scale=self._scale)
 
 
-def _end_with_parent(worker: int, workers: int) -> None:
-  """Ends a worker whose parent is killed; it would wait for it for ever."""
+@contextlib.contextmanager
+def _signals_held():
+  """Holds back the signals of a run, in this thread and in what it starts.
+
+  A worker is deaf from its first moment: it takes seconds to come to
+  `_obey_parent`.
+  """
+  old = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_RUN)
+  try:
+    # Python's tracker of shared memory dies of the others; where it starts, it
+    # lets the two that it ignores through again.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_RUN)
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def _obey_parent(worker: int, workers: int) -> None:
+  """Lets a worker end with its parent, and by no signal meant for the run.
+
+  Grain tells its workers to end through shared memory. One whose parent was
+  killed would wait for it for ever.
+  """
   del worker, workers
+  for number in _FOR_THE_RUN:
+    signal.signal(number, signal.SIG_IGN)
 
   def watch():
     multiprocessing.parent_process().join()
@@ -147,6 +184,7 @@ class StreamLoader(TrainLoader):
     self._workers = num_workers
     self._skips = SkipLog(len(source), on_skip)
     self._iterator = None
+    self._end = None
     # Grain shuffles epoch k with seed + k, so that runs with neighbouring
     # seeds would share their orders; mixing keeps them apart.
     shuffle_seed, crop_seed = np.random.SeedSequence(seed).generate_state(2)
@@ -172,10 +210,11 @@ class StreamLoader(TrainLoader):
     self._stop()
 
   def __next__(self):
-    if self._iterator is None:
-      self._iterator = self._start()
     try:
-      batch = next(self._iterator)
+      if self._iterator is None:
+        batch = self._first()
+      else:
+        batch = next(self._iterator)
     except Exception as error:
       self._stop()  # else Grain would end the epoch without a word
       if 'terminated unexpectedly' not in str(error):
@@ -197,8 +236,19 @@ class StreamLoader(TrainLoader):
     _, name, reason = try_image(self._source, index, lambda image: image)
     self._skips.add(index, name, reason or 'could not be read at first')
 
+  def _first(self):
+    """Starts the threads or workers and returns the batch of this step."""
+    if self._workers == 0:
+      self._iterator = self._start()
+      return next(self._iterator)
+    with _signals_held():
+      self._iterator = self._start()
+      # Python ends forgotten workers with SIGTERM, and waits for them.
+      self._end = weakref.finalize(self, self._iterator.close)
+      return next(self._iterator)
+
   def _start(self):
-    """Starts the threads or workers at the current step."""
+    """Makes the iterator that begins at the current step."""
     remaining = self._batches[self._step :]
     if self._workers == 0:
       threads = min(os.cpu_count() or 1, _MAX_THREADS)
@@ -217,7 +267,7 @@ class StreamLoader(TrainLoader):
         grain.MultiprocessingOptions(
           num_workers=self._workers, per_worker_buffer_size=2
         ),
-        worker_init_fn=_end_with_parent,
+        worker_init_fn=_obey_parent,
       )
     )
 
@@ -226,6 +276,9 @@ class StreamLoader(TrainLoader):
     if self._iterator is not None:
       self._iterator.close()
       self._iterator = None
+    if self._end is not None:
+      self._end.detach()
+      self._end = None
 
   def close(self):
     """Ends the threads or workers."""

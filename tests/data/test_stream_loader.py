@@ -1,5 +1,6 @@
 """Training batches through Grain: order, position, crops, workers, skips."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -168,3 +169,13 @@ def test_death_of_a_worker_is_raised_within_seconds(make, make_source):
   with pytest.raises(ChildProcessError, match='a data worker died'):
     _take(loader, 50)
   assert time.monotonic() - start < 20
+
+
+def test_a_forgotten_loader_leaves_no_worker(make_source):
+  loader = make_train_loader(make_source(12), num_workers=1, **OPTIONS)
+  next(loader)
+  [worker] = multiprocessing.active_children()
+  del loader
+  gc.collect()
+  worker.join(timeout=10)
+  assert not multiprocessing.active_children()

@@ -1,5 +1,6 @@
-"""A data worker that is killed ends the run with the cause, at once."""
+"""Data workers end with their run: not before it, not after it."""
 
+import contextlib
 import os
 import signal
 import time
@@ -67,3 +68,50 @@ def test_a_killed_worker_ends_the_run_and_the_rest_is_exact(
   start_run(killed, '--config.data.num_workers=0').end()
   start_run(whole, '--config.data.num_workers=0').end()
   assert final_bits(tiny_config, killed) == final_bits(tiny_config, whole)
+
+
+def group_of(run):
+  """The processes that were started in the group of a run, and still live."""
+  found = []
+  for process in psutil.process_iter():
+    with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+      gone = process.status() == psutil.STATUS_ZOMBIE
+      if os.getpgid(process.pid) == run.pid and not gone:
+        found.append(process)
+  return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('moment', ['starting', 'running'])
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGUSR1'])
+def test_a_signal_to_all_processes_saves_and_the_rest_is_exact(
+  name, moment, start_run, tiny_config, tmp_path, final_bits
+):
+  tiny_config.num_steps = 3000
+  tiny_config.eval_every = 0
+  tiny_config.checkpoint_every = 0
+  tiny_config.data.crop = 'random_resized'
+  tiny_config.data.num_workers = 2
+  tiny_config.optimizer.schedule = 'constant'  # so that it may end sooner
+  stopped, whole = tmp_path / 'stopped', tmp_path / 'whole'
+  run = start_run(stopped)
+  run.wait_for('step 20/' if moment == 'running' else '; step 0 of')
+  if moment == 'starting':
+    deadline = time.monotonic() + 30
+    # The run, the tracker of shared memory and two workers.
+    while len(group_of(run)) < 4 and time.monotonic() < deadline:
+      time.sleep(0.01)
+  os.killpg(run.pid, getattr(signal, name))
+  text = run.end()
+  assert run.returncode == 128 + getattr(signal, name), run.seen
+  assert 'Traceback' not in text and 'resource_tracker' not in text
+  deadline = time.monotonic() + 10
+  while group_of(run) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  assert not group_of(run)
+  [newest] = manifest.steps(stopped / 'checkpoints')
+  assert newest >= (20 if moment == 'running' else 1)
+  tiny_config.num_steps = newest + 5
+  start_run(stopped).end()
+  start_run(whole, '--config.data.num_workers=0').end()
+  assert final_bits(tiny_config, stopped) == final_bits(tiny_config, whole)
