@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
 import itertools
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from rvq_jax.data.folders import FolderSource, open_folder
 from rvq_jax.data.skips import SkipLog, try_image
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import resize_and_center_crop
@@ -59,8 +61,6 @@ def open_input(
 
     splits = open_tfds(rest or name, data_dir=data_dir)
   else:
-    from rvq_jax.data.folders import open_folder
-
     splits = open_folder(rest if kind == 'folder' else name)
   if split is None:
     return splits
@@ -95,7 +95,8 @@ def encode_dataset(
   """Writes the tokens of a data set as shards.
 
   A shard has its name once it is whole and its entry in the card after that,
-  so the same call goes on where one was interrupted, with the same result.
+  so the same call goes on where one was interrupted, with the same result. It
+  also makes anew a shard that was removed.
 
   Args:
     tokenizer: the model.
@@ -120,39 +121,70 @@ def encode_dataset(
       'expected shard_size and image_size of at least 1, got '
       f'{shard_size} and {image_size}'
     )
+  count = len(source)
+  rows = [
+    range(start, min(start + shard_size, count))
+    for start in range(0, count, shard_size)
+  ]
+  total = len(rows)
   wanted = _card(tokenizer, source, about, image_size, shard_size)
-  card = _begin(folder, wanted)
-  total = -(-len(source) // shard_size)
-  started, before = time.perf_counter(), card['images']
-  with tqdm(
-    total=len(source), unit='image', desc='encode', disable=None
-  ) as bar:
-    bar.update(card['images'] + card['skipped'])
-    skips = _Skips(len(source), card['skipped'], bar)
-    for number in range(len(card['shards']), total):
-      rows = range(
-        number * shard_size, min((number + 1) * shard_size, len(source))
-      )
+  card = _begin(folder, wanted, total)
+  made = {
+    i: shard['images']
+    for i, shard in enumerate(card['shards'])
+    if (folder / shard['file']).exists()
+  }
+  started, before = time.perf_counter(), sum(made.values())
+  with tqdm(total=count, unit='image', desc='encode', disable=None) as bar:
+    done = sum(len(rows[i]) for i in made)
+    bar.update(done)
+    skips = _Skips(count, done - before, bar)
+    for number in sorted(set(range(total)) - set(made)):
       records = list(
-        _encode_rows(tokenizer, source, rows, image_size, skips, bar)
+        _encode_rows(tokenizer, source, rows[number], image_size, skips, bar)
       )
       path = folder / f'tokens-{number:05d}-of-{total:05d}.array_record'
       with _room_explained(folder):
-        card['shards'].append(shards.write_shard(path, records))
-        card['images'] += len(records)
-        card['skipped'] += len(rows) - len(records)
-        write_card(folder, card)
+        # In the place of the entry of a shard that was removed.
+        entry = shards.write_shard(path, records)
+        card['shards'][number : number + 1] = [entry]
+        _write_unfinished(folder, card, rows)
   card['complete'] = True
   with _room_explained(folder):
     write_card(folder, card)
   seconds = time.perf_counter() - started
-  done = card['images'] - before
+  new = card['images'] - before
   logging.info(
     '%s: %d images in %d shards, %d skipped; %.1f s, %.0f images/s',
     *(folder, card['images'], total, card['skipped']),
-    *(seconds, done / max(seconds, 1e-9)),
+    *(seconds, new / max(seconds, 1e-9)),
   )
   return card
+
+
+def _write_unfinished(folder, card, rows) -> None:
+  """Writes the card with the sums over its shards."""
+  card['images'] = sum(shard['images'] for shard in card['shards'])
+  covered = sum(map(len, rows[: len(card['shards'])]))
+  card['skipped'] = covered - card['images']
+  card['complete'] = False
+  write_card(folder, card)
+
+
+def _digest(source: Source) -> str | None:
+  """SHA-256 of what the images are called, None where that is not known.
+
+  Of a tfds set it is that of its version and split, since only reading the
+  images would give their names.
+  """
+  if isinstance(source, FolderSource):
+    names = source._files
+  elif hasattr(source, '_directory'):  # TfdsSource, which is slow to import
+    names = [*Path(source._directory).parts[-2:], source._split]
+  else:
+    return None
+  text = b'\0'.join(os.fsencode(name) for name in names)
+  return hashlib.sha256(text).hexdigest()
 
 
 class _Skips(SkipLog):
@@ -192,6 +224,7 @@ def _card(tokenizer, source, about, image_size, shard_size):
     'codes': tokenizer.codes,
     'dtype': packing.id_dtype(tokenizer.codebook_size).name,
     **about,
+    'input_digest': _digest(source),
     'image_size': image_size,
     'grid': image_size
     and list(grid_shape(image_size, image_size, tokenizer.factor)),
@@ -203,23 +236,36 @@ def _card(tokenizer, source, about, image_size, shard_size):
   }
 
 
-def _begin(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+def _begin(folder: Path, wanted: dict[str, Any], total: int) -> dict[str, Any]:
   """The card to go on with: that of the folder, or a new one."""
-  grows = ('complete', 'images', 'skipped', 'shards')
+  apart = ('complete', 'images', 'skipped', 'shards', 'input_digest')
   if (folder / CARD).exists():
     card = read_card(folder)
     differ = [
       f'{name} {card.get(name)!r}, now {wanted[name]!r}'
       for name in wanted
-      if name not in grows and card.get(name) != wanted[name]
+      if name not in apart and card.get(name) != wanted[name]
     ]
     if differ:
       raise ValueError(
         f'{folder} holds the tokens of another encoding ({"; ".join(differ)}); '
         'name another --output, or remove it'
       )
+    digest = card.get('input_digest')
+    if digest and digest != wanted['input_digest']:
+      raise ValueError(
+        f'{folder} was begun with other images than {wanted.get("input")} '
+        'holds now (files were renamed or replaced, or it is another version '
+        'of the set); bring those back, or name another --output, or remove it'
+      )
+    if len(card['shards']) > total:
+      raise ValueError(
+        f'{folder / CARD} is damaged: expected at most {total} shards, got '
+        f'{len(card["shards"])}; remove {folder} and encode again'
+      )
     for shard in card['shards']:
-      shards.check_shard(folder, shard)
+      if (folder / shard['file']).exists():
+        shards.check_shard(folder, shard)
     return card
   try:
     with _room_explained(folder):

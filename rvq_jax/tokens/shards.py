@@ -15,6 +15,7 @@ from rvq_jax.tokens.records import TokenRecord, from_bytes
 # Records that are compressed together: names and small grids shrink by half,
 # and one of them is still read without much beside it.
 _WRITER_OPTIONS = 'group_size:16'
+_MEND = 'get it anew, or remove it and give the command that encoded it again'
 
 
 def write_shard(path: Path, records: list[bytes]) -> dict[str, Any]:
@@ -121,16 +122,19 @@ def check_shard(folder, shard, *, verify: bool = True) -> None:
     if sound and verify:
       sound = file_hash(path) == shard['sha256']
   except OSError as error:
-    raise ValueError(f'cannot read {path}: {error.strerror}') from error
+    raise ValueError(
+      f'cannot read {path}: {error.strerror}; get it anew, or give the command '
+      'that encoded it again, which makes what is missing'
+    ) from error
   if not sound:
     raise ValueError(
-      f'{path} is damaged: its size or hash is not that in {CARD}; get it '
-      'anew, or remove it and encode again'
+      f'{path} is damaged: its size or hash is not that in {CARD}; {_MEND}'
     )
   reader = array_record_module.ArrayRecordReader(str(path))
   count = reader.num_records()
   reader.close()
   if count != shard['images']:
     raise ValueError(
-      f'{path}: {CARD} says {shard["images"]} images, the file holds {count}'
+      f'{path}: {CARD} says {shard["images"]} images, the file holds {count}; '
+      f'{_MEND}'
     )

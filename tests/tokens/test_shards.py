@@ -245,6 +245,81 @@ def test_a_flipped_byte_in_a_shard_is_detected(tokens, source):
     TokenSource(folder)
 
 
+def test_a_damaged_shard_that_is_removed_is_made_again(tokens, source):
+  tokenizer, folder = tokens
+  whole, paths = content(folder), sorted(folder.glob('*.array_record'))
+  paths[1].write_bytes(b'damaged')
+  with pytest.raises(ValueError, match=f'{paths[1].name} .* remove it and'):
+    run(tokenizer, source, folder)
+  paths[1].unlink()
+  paths[0].unlink()
+  run(tokenizer, source, folder)
+  assert content(folder) == whole
+
+
+def test_a_card_of_more_shards_than_images_is_refused(tokens, source):
+  tokenizer, folder = tokens
+  change_card(folder, shards=2 * read_card(folder)['shards'])
+  with pytest.raises(ValueError, match='at most 3 shards, got 6'):
+    run(tokenizer, source, folder)
+
+
+def test_making_a_removed_shard_again_can_be_interrupted(
+  tokens, source, monkeypatch
+):
+  tokenizer, folder = tokens
+  whole, write = content(folder), shards.write_shard
+  for path in sorted(folder.glob('*.array_record'))[:2]:
+    path.unlink()
+
+  def stop_at_the_second(path, records):
+    if path.name.startswith('tokens-00001'):
+      raise KeyboardInterrupt
+    return write(path, records)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(shards, 'write_shard', stop_at_the_second)
+    run(tokenizer, source, folder)
+  with pytest.raises(ValueError, match='is not complete'):
+    TokenSource(folder)
+  run(tokenizer, source, folder)
+  assert content(folder) == whole
+
+
+def begin(tokenizer, image_folder, tmp_path):
+  """A copy of the images, and the folder of their tokens, one shard made."""
+  copy, folder = tmp_path / 'copy', tmp_path / 'begun'
+  shutil.copytree(image_folder, copy)
+  run(tokenizer, open_folder(str(copy))['train'], folder)
+  for path in sorted(folder.glob('*.array_record'))[1:]:
+    path.unlink()
+  card = read_card(folder)
+  change_card(folder, shards=card['shards'][:1], complete=False)
+  return copy, folder
+
+
+def test_images_that_were_renamed_are_refused(tokens, image_folder, tmp_path):
+  copy, folder = begin(tokens[0], image_folder, tmp_path)
+  before = content(folder)
+  (copy / 'train/class0/000.png').rename(copy / 'train/class1/999.png')
+  source = open_folder(str(copy))['train']
+  assert len(source) == 40
+  with pytest.raises(ValueError, match='begun with other images than images'):
+    run(tokens[0], source, folder)
+  assert content(folder) == before
+
+
+def test_a_card_without_a_digest_is_gone_on_with(
+  tokens, image_folder, tmp_path
+):
+  copy, folder = begin(tokens[0], image_folder, tmp_path)
+  card = json.loads((folder / CARD).read_text())
+  del card['input_digest']
+  (folder / CARD).write_text(json.dumps(card))
+  run(tokens[0], open_folder(str(copy))['train'], folder)
+  assert len(TokenSource(folder)) == 40
+
+
 @pytest.mark.parametrize(
   ('changed', 'message'),
   [
