@@ -58,7 +58,12 @@ class TfdsSource(Source):
     return len(self._data)
 
   def __getitem__(self, index):
-    example = self._data[int(index)]
+    try:
+      example = self._data[int(index)]
+    except RuntimeError as error:  # how ArrayRecord says that it is damaged
+      raise OSError(
+        f'{self._split}/{index} of {self._directory} cannot be read: {error}'
+      ) from error
     if self._name is None:
       name = f'{self._split}/{index}'
     else:
@@ -93,7 +98,14 @@ class TfdsSource(Source):
       logging.info('reading the labels of %d records, once', len(self))
     for start in range(0, len(self), _LABEL_CHUNK):
       rows = range(start, min(start + _LABEL_CHUNK, len(self)))
-      examples = self._data.__getitems__(rows)
+      try:
+        examples = self._data.__getitems__(rows)
+      except RuntimeError as error:  # another split without this one would do
+        raise ValueError(
+          f'the labels of {self._split}/{rows.start} to {rows.stop - 1} of '
+          f'{self._directory} cannot be read: {error}; put back a copy of its '
+          'files, or remove it and prepare it again'
+        ) from error
       labels[rows.start : rows.stop] = [self._label(e) for e in examples]
     return labels
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from rvq_jax.data import tfds_sources
 from rvq_jax.data.builders import Examples, Recipe, prepare_recipe
+from rvq_jax.data.loaders import eval_batches, make_train_loader
 from rvq_jax.data.sources import open_dataset
 
 
@@ -235,3 +237,46 @@ def test_damaged_description_is_one_clear_line(tmp_path):
   with pytest.raises(ValueError, match='cannot open tfds:toy') as error:
     open_dataset('tfds:toy', data_dir=str(tmp_path))
   assert '\n' not in str(error.value)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+  """200 training images; a byte of one of them is another one."""
+  directory = _prepare(tmp_path, {'train': 200, 'test': 3})
+  [path, *_] = sorted(Path(directory).glob('*train.array_record*'))
+  data = bytearray(path.read_bytes())
+  data[10_000] ^= 1
+  path.write_bytes(data)
+  return open_dataset('tfds:toy', data_dir=str(tmp_path)).train
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_a_damaged_record_is_skipped_named_and_counted(damaged, in_memory):
+  skipped = {}
+  loader = make_train_loader(
+    damaged,
+    batch_size=20,
+    image_size=4,
+    in_memory=in_memory,
+    on_skip=skipped.__setitem__,
+  )
+  seen = set()
+  for _ in range(10):
+    seen |= set(next(loader)['image'][:, 0, 0, 0].tolist())
+  loader.close()
+  assert loader.skipped == 1
+  [(name, reason)] = skipped.items()
+  number = name.removeprefix('record ')
+  assert f'train/{number} of ' in reason and 'Corrupted' in reason
+  assert len(seen) >= 180  # an epoch of 199 has nine full batches
+
+
+def test_a_damaged_record_is_masked_in_evaluation(damaged):
+  batches = eval_batches(damaged, batch_size=20, image_size=4)
+  assert sum(batch['mask'].sum() for batch in batches) == 199
+
+
+def test_labels_of_a_damaged_record_are_one_line(damaged):
+  with pytest.raises(ValueError, match='cannot be read') as caught:
+    _ = damaged.labels
+  assert '\n' not in str(caught.value) and 'prepare it' in str(caught.value)
