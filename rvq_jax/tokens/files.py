@@ -22,7 +22,7 @@ _FORMATS = {
 def encode_file(
   tokenizer: Tokenizer, image: np.ndarray, path
 ) -> rvq_file.TokenImage:
-  """Writes one image as an .rvq file.
+  """Writes one image as an .rvq file; a large one with a progress bar.
 
   Args:
     tokenizer: the model.
@@ -36,7 +36,7 @@ def encode_file(
     ValueError: the image is too large, or the file cannot be written.
   """
   height, width = image.shape[:2]
-  grid = encode_images(tokenizer, image[None])[0]
+  grid = encode_images(tokenizer, image[None], desc='encode')[0]
   tokens = rvq_file.TokenImage(
     ids=grid.reshape(*grid.shape[:2], -1),
     height=height,
@@ -98,7 +98,8 @@ def decode_file(tokenizer: Tokenizer, path) -> np.ndarray:
   tokens = rvq_file.read(path)
   rvq_file.check_model(tokens, tokenizer, str(path))
   ids = tokens.ids if tokenizer.codes else tokens.ids[..., 0]
-  return decode_ids(tokenizer, ids[None], tokens.height, tokens.width)[0]
+  size = tokens.height, tokens.width
+  return decode_ids(tokenizer, ids[None], *size, desc='decode')[0]
 
 
 def check_format(extension: str) -> None:

@@ -8,8 +8,13 @@ that there is one id a position, and seams are not seen. The windows depend on
 the grid alone, so encoder and decoder agree on them.
 """
 
+import itertools
+import logging
+from collections.abc import Iterable
+
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from rvq_jax.data.transforms import to_uint8
 from rvq_jax.evaluation.tokenizer import Tokenizer
@@ -61,12 +66,32 @@ def spans(size: int) -> list[tuple[int, int, int]]:
   return found
 
 
-def encode_images(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
+def _windows(rows: int, columns: int, desc: str | None) -> Iterable[tuple]:
+  """The windows of a grid, with a progress bar where it has a name.
+
+  Where there is no terminal, a line in the log says how many there are.
+  """
+  windows = list(itertools.product(spans(rows), spans(columns)))
+  if desc is None or len(windows) == 1:
+    return windows
+  bar = tqdm(windows, unit='window', desc=desc, disable=None)
+  if bar.disable:
+    logging.info(
+      '%s: %d windows of %d x %d tokens',
+      *(desc, len(windows), min(columns, WINDOW), min(rows, WINDOW)),
+    )
+  return bar
+
+
+def encode_images(
+  tokenizer: Tokenizer, images: np.ndarray, *, desc: str | None = None
+) -> np.ndarray:
   """Ids of images of any size.
 
   Args:
     tokenizer: the model.
     images: uint8 [B, h, w, 3]; padded to the factor by their last pixels.
+    desc: what to call it on a progress bar over the windows; None for none.
 
   Returns:
     ids int32 [B, ceil(h / factor), ceil(w / factor)]; [..., L] with several
@@ -75,19 +100,24 @@ def encode_images(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
   f = tokenizer.factor
   images = pad_to_factor(images, f)
   rows, columns = grid_shape(*images.shape[1:3], f)
-  strips = []
-  for y, top, bottom in spans(rows):
-    pieces = []
-    for x, left, right in spans(columns):
-      window = images[:, y * f : (y + WINDOW) * f, x * f : (x + WINDOW) * f]
-      ids = np.asarray(tokenizer.encode(window))
-      pieces.append(ids[:, top - y : bottom - y, left - x : right - x])
-    strips.append(np.concatenate(pieces, axis=2))
-  return np.concatenate(strips, axis=1)
+  codes = (tokenizer.codes,) if tokenizer.codes else ()
+  ids = np.empty((len(images), rows, columns, *codes), np.int32)
+  for (y, top, bottom), (x, left, right) in _windows(rows, columns, desc):
+    window = images[:, y * f : (y + WINDOW) * f, x * f : (x + WINDOW) * f]
+    made = np.asarray(tokenizer.encode(window))
+    ids[:, top:bottom, left:right] = made[
+      :, top - y : bottom - y, left - x : right - x
+    ]
+  return ids
 
 
 def decode_ids(
-  tokenizer: Tokenizer, ids: np.ndarray, height: int, width: int
+  tokenizer: Tokenizer,
+  ids: np.ndarray,
+  height: int,
+  width: int,
+  *,
+  desc: str | None = None,
 ) -> np.ndarray:
   """Images of ids, cropped to their size.
 
@@ -96,6 +126,7 @@ def decode_ids(
     ids: [B, H, W] or [B, H, W, L], integers in [0, K).
     height: of the images in pixels, at most H factor.
     width: of the images in pixels, at most W factor.
+    desc: what to call it on a progress bar over the windows; None for none.
 
   Returns:
     uint8 [B, height, width, 3].
@@ -106,13 +137,12 @@ def decode_ids(
   f = tokenizer.factor
   rows, columns = ids.shape[1:3]
   images = np.empty((len(ids), rows * f, columns * f, 3), np.uint8)
-  for y, top, bottom in spans(rows):
-    for x, left, right in spans(columns):
-      window = ids[:, y : y + WINDOW, x : x + WINDOW]
-      made = np.asarray(to_uint8(tokenizer.decode(jnp.asarray(window))))
-      images[:, top * f : bottom * f, left * f : right * f] = made[
-        :, (top - y) * f : (bottom - y) * f, (left - x) * f : (right - x) * f
-      ]
+  for (y, top, bottom), (x, left, right) in _windows(rows, columns, desc):
+    window = ids[:, y : y + WINDOW, x : x + WINDOW]
+    made = np.asarray(to_uint8(tokenizer.decode(jnp.asarray(window))))
+    images[:, top * f : bottom * f, left * f : right * f] = made[
+      :, (top - y) * f : (bottom - y) * f, (left - x) * f : (right - x) * f
+    ]
   return images[:, :height, :width]
 
 

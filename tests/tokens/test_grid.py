@@ -67,3 +67,37 @@ def test_a_large_image_is_coded_in_windows_with_one_id_a_position(
   np.testing.assert_array_equal(made[:, :24, :24], corner[:, :24, :24])
   last = to_uint8(tokenizer.decode(ids[:, -8:, -8:]))
   np.testing.assert_array_equal(made[:, -10:, -10:], last[:, 19:29, 20:30])
+
+
+def test_a_large_image_shows_how_far_it_is(
+  make_tokenizer, photograph, monkeypatch, caplog
+):
+  monkeypatch.setattr(grid, 'WINDOW', 8)
+  monkeypatch.setattr(grid, 'HALO', 2)
+  bars = []
+
+  class Bar(grid.tqdm):
+    def __init__(self, *arguments, **options):
+      super().__init__(*arguments, **options | {'disable': False})
+      bars.append(self)
+
+  monkeypatch.setattr(grid, 'tqdm', Bar)
+  tokenizer, image = make_tokenizer(), photograph(61, 90)
+  ids = grid.encode_images(tokenizer, image[None], desc='encode')
+  grid.decode_ids(tokenizer, ids, 61, 90, desc='decode')
+  # 16 and 23 positions, of which each window but the outer ones gives 4.
+  assert [(bar.desc, bar.n) for bar in bars] == [('encode', 15), ('decode', 15)]
+  assert caplog.text == ''
+
+
+def test_without_a_terminal_a_line_says_how_much_there_is(
+  make_tokenizer, photograph, monkeypatch, caplog
+):
+  monkeypatch.setattr(grid, 'WINDOW', 8)
+  monkeypatch.setattr(grid, 'HALO', 2)
+  tokenizer = make_tokenizer()
+  with caplog.at_level('INFO'):
+    grid.encode_images(tokenizer, photograph(61, 90)[None], desc='encode')
+    grid.encode_images(tokenizer, photograph(61, 90)[None])
+    grid.encode_images(tokenizer, photograph(32, 32)[None], desc='small')
+  assert caplog.messages == ['encode: 15 windows of 8 x 8 tokens']
