@@ -33,7 +33,9 @@ def main(*paths):
   from rvq_jax.evaluation.loading import load
   from rvq_jax.tokens import decode, files
   from rvq_jax.tokens.card import token_folders
+  from rvq_jax.training import runtime
 
+  runtime.prepare()
   if folder:
     found = token_folders(source)
     tokenizer = load(_WORKDIR.value, step)

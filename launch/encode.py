@@ -1,13 +1,15 @@
 """Turns images into tokens.
 
 python launch/encode.py --workdir=DIR photo.jpg photo.rvq
-python launch/encode.py --workdir=DIR --input=FOLDER|tfds:NAME|photos
+python launch/encode.py --workdir=DIR --input=FILE|FOLDER|tfds:NAME|photos
   --output=tokens/ [--split=train] [--image_size=N] [--shard_size=4096]
   [--step=N|best] [--data_dir=DIR]
 
 DIR is a run, an exported model or hf:OWNER/NAME. One image becomes an .rvq
 file, beside which JPEG, WebP and AVIF of the same size are measured; a data
-set becomes token shards. The same command goes on where one was interrupted.
+set becomes token shards, and so does one image where the output is a folder.
+The same command goes on where one was interrupted. A folder of yours that is
+called photos goes before the embedded set; tfds:photos names that one.
 """
 
 from pathlib import Path
@@ -35,32 +37,56 @@ def main(*paths):
   if not _WORKDIR.value or not source:
     command_line.fail('expected --workdir=DIR and an image or --input=FOLDER')
   step = command_line.parse_step(_STEP.value)
-  one = Path(source).is_file()
-  output = output or (f'{Path(source).with_suffix(".rvq")}' if one else None)
-  if not output or (one and not output.endswith('.rvq')):
-    kind = 'FILE.rvq' if one else 'FOLDER'
-    command_line.fail(f'expected --output={kind}, got {output!r}')
+  path = Path(source).expanduser()
+  named = source.startswith(('tfds:', 'folder:')) or source == 'photos'
+  if not named and not path.exists():
+    command_line.fail(
+      f'there is no {source}: expected an image, a folder, tfds:NAME or photos'
+    )
+  one = path.is_file()
+  output = output or (str(path.with_suffix('.rvq')) if one else None)
+  if not output:
+    command_line.fail('expected --output=FOLDER, got none')
+  if one and not _is_folder(output):
+    if not output.endswith('.rvq'):
+      command_line.fail(
+        f'expected --output=FILE.rvq, or FOLDER/ for token shards, got '
+        f'{output!r}'
+      )
+  elif not one and output.endswith('.rvq') and not Path(output).is_dir():
+    command_line.fail(
+      f'expected --output=FOLDER for the tokens of a data set, got {output!r}'
+    )
   from rvq_jax.evaluation.loading import load
   from rvq_jax.tokens import encode, files
+  from rvq_jax.training import runtime
 
-  if one:
+  runtime.prepare()
+  if one and not _is_folder(output):
     tokenizer = load(_WORKDIR.value, step)
     print(
-      files.encode_and_report(tokenizer, source, output, compare=_COMPARE.value)
+      files.encode_and_report(tokenizer, path, output, compare=_COMPARE.value)
     )
     return
   splits = encode.open_input(source, _DATA_DIR.value, split=_SPLIT.value)
   tokenizer = load(_WORKDIR.value, step)
   for split, images in splits.items():
+    to = Path(output) / ('' if list(splits) == ['all'] else split)
     card = encode.encode_dataset(
       tokenizer,
       images,
-      Path(output) if list(splits) == ['all'] else Path(output) / split,
+      to,
       about={'input': source, 'split': split},
       image_size=encode.side(tokenizer, _IMAGE_SIZE.value),
       shard_size=_SHARD_SIZE.value,
     )
-    print(f'{split}: {card["images"]} images as tokens, in {output}')
+    print(f'{split}: {card["images"]} images as tokens, in {to}')
+
+
+def _is_folder(output):
+  """Whether a path means a folder, which need not be there yet."""
+  path = Path(output)
+  return output.endswith('/') or path.is_dir() or not path.suffix
 
 
 if __name__ == '__main__':

@@ -35,7 +35,9 @@ def main():
   step = command_line.parse_step(_STEP.value)
   from rvq_jax.evaluation.loading import load
   from rvq_jax.explorer import page
+  from rvq_jax.training import runtime
 
+  runtime.prepare()
   tokenizer = load(_WORKDIR.value, step)
   images = page.example_images(
     tokenizer, _IMAGES.value, source=_INPUT.value, data_dir=_DATA_DIR.value

@@ -36,9 +36,9 @@ def open_input(
   """Opens what shall be encoded.
 
   Args:
-    name: 'tfds:NAME', 'photos', or a folder, with or without 'folder:'. A
-      folder that is called photos goes before the embedded data set, which is
-      then 'tfds:photos'.
+    name: 'tfds:NAME', 'photos', an image, or a folder, with or without
+      'folder:'. A folder that is called photos goes before the embedded data
+      set, which is then 'tfds:photos'.
     data_dir: where tfds keeps prepared data.
     split: the one to open; None for each that there is.
 
@@ -61,7 +61,11 @@ def open_input(
 
     splits = open_tfds(rest or name, data_dir=data_dir)
   else:
-    splits = open_folder(rest if kind == 'folder' else name)
+    path = Path(rest if kind == 'folder' else name).expanduser()
+    if path.is_file():
+      splits = {'all': FolderSource(str(path.parent), [path.name], [-1])}
+    else:
+      splits = open_folder(str(path))
   if split is None:
     return splits
   if split not in splits:
