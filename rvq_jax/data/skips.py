@@ -77,6 +77,9 @@ def try_image(
 
   Returns:
     (image, name, ''), or (None, name, reason) for a record to skip.
+
+  Raises:
+    OSError: there is no memory for the image, which may be a sound one.
   """
   name = f'record {index}'
   try:
@@ -86,3 +89,8 @@ def try_image(
     return transform(image), name, ''
   except (ImageError, OSError) as error:
     return None, name, str(error)
+  except MemoryError as error:
+    raise OSError(
+      f'out of memory while decoding {name}; lower the batch size or the '
+      'number of workers, or free some, and start the same command again'
+    ) from error

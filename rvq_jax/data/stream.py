@@ -82,12 +82,17 @@ class LoadImage(grain.transforms.RandomMap):
     Returns:
       image: uint8 [size, size, 3].
       bad: int64 [4], the records found corrupt on the way, padded with -1.
+
+    Raises:
+      OSError: four records in a row cannot be read; nothing that could stand
+        for them is trained on.
     """
     bad = np.full(_ATTEMPTS, _NOTHING, np.int64)
     # A small box may need every pixel of a photograph, a square does not.
     shorter_side = None if self._crop == 'random_resized' else self._size
+    faults = []
     for attempt in range(_ATTEMPTS):
-      image, _, _ = try_image(
+      image, name, reason = try_image(
         self._source,
         index,
         functools.partial(self._cut, rng=rng),
@@ -96,9 +101,13 @@ class LoadImage(grain.transforms.RandomMap):
       if image is not None:
         return {'image': image, 'bad': bad}
       bad[attempt] = index
+      faults.append(f'{name}: {reason}')
       index = int(rng.integers(len(self._source)))
-    image = np.zeros((self._size, self._size, 3), np.uint8)
-    return {'image': image, 'bad': bad}
+    raise OSError(
+      f'{_ATTEMPTS} records in a row cannot be read ({"; ".join(faults)}); the '
+      'disk that holds them may be out of reach: see to it, or repair or '
+      'remove them; the same command goes on from the last checkpoint'
+    )
 
   def _cut(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Crops and resizes a decoded image."""

@@ -47,6 +47,7 @@ def decode_image(
   Raises:
     ImageError: if the image is corrupt, truncated, empty, of another format
       or has more than `MAX_PIXELS` pixels.
+    MemoryError: if there is no memory for it, whatever the image is.
   """
   label = f'image {name!r}' if name else 'image'
   if not data:
@@ -62,7 +63,7 @@ def decode_image(
         image.draft(None, (2 * shorter_side, 2 * shorter_side))
       image.load()
       return np.asarray(_to_rgb(_upright(image)))
-  except ImageError:
+  except (ImageError, MemoryError):
     raise
   # Pillow reports damage through a dozen exception types, from SyntaxError
   # to struct.error; to the caller they all mean the same.
@@ -77,6 +78,8 @@ def _upright(image: Image.Image) -> Image.Image:
     if image.getexif().get(_ORIENTATION, 1) == 1:
       return image
     return ImageOps.exif_transpose(image)
+  except MemoryError:
+    raise
   except Exception:  # the pixels are sound even where the metadata is not
     return image
 

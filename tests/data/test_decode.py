@@ -209,3 +209,15 @@ def test_shorter_side_keeps_at_least_twice_the_pixels_asked_for():
   data = _encode(Image.fromarray(_rgb(512, 640)), 'JPEG')
   assert decode_image(data, shorter_side=64).shape == (128, 160, 3)
   assert decode_image(data, shorter_side=300).shape == (512, 640, 3)
+
+
+@pytest.mark.parametrize('function', ['open', 'fromarray'])
+def test_want_of_memory_is_not_damage(function, monkeypatch):
+  data = _encode(Image.fromarray(np.zeros((4, 4), np.uint16)), 'PNG')
+
+  def full(*arguments, **options):
+    raise MemoryError
+
+  monkeypatch.setattr(Image, function, full)
+  with pytest.raises(MemoryError):
+    decode_image(data)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from rvq_jax.data import skips
 from rvq_jax.data.loaders import make_train_loader
 from rvq_jax.data.memory import MemoryLoader
 
@@ -146,3 +147,15 @@ def test_what_is_not_a_position_is_refused(make_source, position):
   loader = make_train_loader(make_source(10), **OPTIONS)
   with pytest.raises(ValueError, match='expected a position'):
     loader.seek(position)
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_want_of_memory_skips_nothing(make_source, monkeypatch, in_memory):
+  def full(*arguments, **options):
+    raise MemoryError
+
+  monkeypatch.setattr(skips, 'decode_image', full)
+  source = make_source(8)
+  with pytest.raises(OSError, match='out of memory while decoding 0') as caught:
+    next(make_train_loader(source, in_memory=in_memory, **OPTIONS))
+  assert '\n' not in str(caught.value)

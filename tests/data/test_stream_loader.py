@@ -4,6 +4,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 
@@ -134,10 +135,17 @@ def test_more_than_one_percent_corrupt_stops(make, make_source):
     _take(loader, 5)
 
 
-def test_set_without_a_sound_image_stops(make, make_source):
-  loader = make(make_source(8, bad=range(8)))
-  with pytest.raises(ValueError, match='cannot be decoded'):
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_records_that_cannot_be_read_are_no_images(
+  make, make_source, num_workers
+):
+  loader = make(make_source(8, bad=range(8)), num_workers=num_workers)
+  with pytest.raises(OSError, match='4 records in a row') as caught:
     next(loader)
+  message = str(caught.value)
+  assert re.search(r'0000\d.png: .*cannot be decoded', message)
+  assert 'goes on from the last checkpoint' in message
+  assert '\n' not in message
 
 
 @pytest.mark.slow
