@@ -1,22 +1,28 @@
 """The explorer as one HTML file, or served on this machine alone."""
 
+import functools
 import http.server
 import itertools
 import json
 import logging
 import threading
+from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rvq_jax.data import loaders, sources
-from rvq_jax.data.transforms import ImageError, decode_image
+from rvq_jax.data import sources
+from rvq_jax.data.skips import try_image
+from rvq_jax.data.transforms import (
+  ImageError,
+  decode_image,
+  resize_and_center_crop,
+)
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.explorer import content
 from rvq_jax.tokens.encode import open_input
-from rvq_jax.tokens.files import read_image, write_whole
+from rvq_jax.tokens.files import write_whole
 
 HOST = '127.0.0.1'
 _LONGEST_UPLOAD = 2**25
@@ -39,41 +45,51 @@ def example_images(
     data_dir: where tfds keeps prepared data; None: where it was in training.
 
   Returns:
-    (name, uint8 [h, w, 3]) of each.
+    (name, uint8 [h, w, 3]) of each. In the place of one that cannot be read
+    stands the next that can; a warning names it.
 
   Raises:
     ValueError: there is no such data set, or no image that can be read.
   """
-  config = tokenizer.config
   if source is None:
-    test = sources.open_dataset(
+    config = tokenizer.config
+    images = sources.open_dataset(
       config['data.name'],
       split=config['data.split'],
       data_dir=data_dir or config['data.data_dir'],
     ).test
-    rows = np.linspace(0, len(test) - 1, min(count, len(test))).astype(int)
-    batch = next(
-      loaders.eval_batches(
-        test.subset(rows),
-        batch_size=len(rows),
-        image_size=config['data.image_size'],
-      )
+    rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+    crop = functools.partial(
+      resize_and_center_crop, size=config['data.image_size']
     )
-    return [
-      (test[int(row)].name, image)
-      for row, image, whole in zip(
-        rows, batch['image'], batch['mask'], strict=True
-      )
-      if whole
-    ]
-  if Path(source).is_file():
-    return [(Path(source).name, read_image(source))]
+    return _readable(images, rows.tolist(), crop)
   splits = open_input(source, data_dir)
   split = next(s for s in ('test', 'all', *splits) if s in splits)
-  return [
-    (record.name, decode_image(record.image, name=record.name))
-    for record in itertools.islice(splits[split], count)
-  ]
+  images = splits[split]
+  return _readable(images, range(min(count, len(images))), np.asarray)
+
+
+def _readable(
+  source: sources.Source, rows: Sequence[int], transform
+) -> list[tuple[str, np.ndarray]]:
+  """The images of some rows; for one that cannot be read, the next that can."""
+  found, tried, last = [], set(rows), ''
+  for first in rows:
+    others = itertools.chain(range(first, len(source)), range(first))
+    for row in itertools.chain([first], (r for r in others if r not in tried)):
+      tried.add(row)
+      image, name, reason = try_image(source, row, transform)
+      if image is not None:
+        found.append((name, image))
+        break
+      last = f'{name}: {reason}'
+      logging.warning('skipped image %s', last)
+  if not found:
+    raise ValueError(
+      f'expected an image that can be decoded, and none of {len(source)} can '
+      f'(the last is {last}); give others as --input'
+    )
+  return found
 
 
 def page_data(

@@ -5,6 +5,7 @@ import contextlib
 import html.parser
 import io
 import json
+import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -74,6 +75,61 @@ def test_large_images_are_shrunk():
     171,
     3,
   )
+
+
+@pytest.fixture
+def numbered(tmp_path):
+  """A folder of ten images of their own greys: 3, 4 and 9 are no images."""
+  (tmp_path / 'in').mkdir()
+  for i in range(10):
+    path = tmp_path / 'in' / f'{i}.png'
+    Image.new('RGB', (8, 12), (20 * i,) * 3).save(path)
+    if i in (3, 4, 9):
+      path.write_bytes(b'no image')
+  return tmp_path / 'in'
+
+
+def test_an_unreadable_image_makes_room_for_the_next(
+  make_tokenizer, numbered, caplog
+):
+  images = page.example_images(make_tokenizer(), 5, source=str(numbered))
+  assert [(n, int(image[0, 0, 0])) for n, image in images] == [
+    (f'{i}.png', 20 * i) for i in (0, 1, 2, 5, 6)
+  ]
+  assert all(image.shape == (12, 8, 3) for _, image in images)
+  assert len(caplog.messages) == 2
+  for name in ('3.png', '4.png'):
+    assert f'skipped image {name}' in caplog.text
+
+
+def test_as_many_as_can_be_read_are_shown(make_tokenizer, numbered):
+  images = page.example_images(make_tokenizer(), 12, source=str(numbered))
+  assert sorted(n for n, _ in images) == [
+    f'{i}.png' for i in (0, 1, 2, 5, 6, 7, 8)
+  ]
+
+
+def test_an_unreadable_test_image_of_the_run_costs_no_page(
+  make_tokenizer, tiny_config, image_folder, tmp_path
+):
+  folder = tmp_path / 'images'
+  shutil.copytree(image_folder, folder)
+  paths = sorted((folder / 'test').rglob('*.png'))
+  paths[0].write_bytes(b'no image')
+  tiny_config.data.name = f'folder:{folder}'
+  images = page.example_images(make_tokenizer(), 3)
+  names = [str(path.relative_to(folder)) for path in paths]
+  assert [n for n, _ in images] == [names[i] for i in (1, 5, 10)]
+  assert all(image.shape == (16, 16, 3) for _, image in images)
+
+
+def test_where_no_image_can_be_read_there_is_one_line(make_tokenizer, numbered):
+  for path in numbered.iterdir():
+    path.write_bytes(b'no image')
+  for source, count in ((numbered, 10), (numbered / '3.png', 1)):
+    with pytest.raises(ValueError, match=f'none of {count} can') as error:
+      page.example_images(make_tokenizer(), 5, source=str(source))
+    assert '\n' not in str(error.value)
 
 
 class _Elements(html.parser.HTMLParser):
