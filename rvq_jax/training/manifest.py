@@ -8,6 +8,7 @@ and not in a cache. What a killed run was writing still has a temporary name.
 
 import asyncio
 import concurrent.futures
+import functools
 import hashlib
 import logging
 import os
@@ -24,6 +25,8 @@ ASIDE = 'corrupt'
 
 _TEMPORARY = ocp.path.atomicity.TMP_DIR_SUFFIX
 _LINE = re.compile(r'([0-9a-f]{64})  (\S.*)')
+# What not every step has: scores, files named by their content or a process.
+_OWN_NAME = re.compile(r'^metrics/|[0-9a-f]{32}$|process_\d')
 _THREADS = 4
 
 
@@ -47,9 +50,17 @@ def _sha256(path: Path, *, sync: bool = False) -> str:
     return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 
-def _sums(step: Path, names: list[str], *, sync: bool = False) -> list[str]:
+def _each(function, step: Path, names: list[str]) -> list[str]:
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    return list(pool.map(lambda n: _sha256(step / n, sync=sync), names))
+    return list(pool.map(lambda name: function(step / name), names))
+
+
+def _readable_sum(path: Path) -> str:
+  """The sum of a file, or why it cannot be read."""
+  try:
+    return _sha256(path)
+  except OSError as error:
+    return f'cannot be read: {error.strerror}'
 
 
 def _sync_folder(path: Path) -> None:
@@ -68,7 +79,7 @@ def write(step: Path) -> None:
   """
   start = time.monotonic()
   names = _files(step)
-  sums = _sums(step, names, sync=True)
+  sums = _each(functools.partial(_sha256, sync=True), step, names)
   with open(step / NAME, 'w') as stream:
     stream.writelines(f'{s}  {n}\n' for s, n in zip(sums, names, strict=True))
     stream.flush()
@@ -91,10 +102,23 @@ def _listed(step: Path) -> dict[str, str] | None:
   return {m[2]: m[1] for m in matches} if matches and all(matches) else None
 
 
-def _is_incomplete(step: Path) -> bool:
-  """Whether files are missing, as of a step that is half deleted."""
-  listed = _listed(step)
-  return listed is None or not listed.keys() <= set(_files(step))
+def _is_half_deleted(step: Path, intact: Path) -> bool:
+  """Whether a step is what Orbax leaves when it is killed while it deletes.
+
+  It removes the files of a step one by one, in no order that one may count on;
+  the sums may go first.
+
+  Args:
+    step: its directory.
+    intact: of another step, in whose sums are the names that every step has.
+  """
+  there, listed = set(_files(step)), _listed(step)
+  if listed is not None:
+    return there < listed.keys()
+  if os.path.lexists(step / NAME):
+    return False  # the sums are damaged, and the rest may be sound
+  every = {name for name in _listed(intact) if not _OWN_NAME.search(name)}
+  return not every <= there
 
 
 def fault(step: Path, *, part: str = '') -> str | None:
@@ -110,7 +134,7 @@ def fault(step: Path, *, part: str = '') -> str | None:
     to the bit as it was written.
   """
   there = _files(step)
-  if not (step / NAME).is_file():
+  if not os.path.lexists(step / NAME):
     return f'{NAME} is missing' if there else 'it is empty'
   listed = _listed(step)
   if listed is None:
@@ -120,7 +144,10 @@ def fault(step: Path, *, part: str = '') -> str | None:
   for name in sorted(set(there) - listed.keys()):
     return f'{name} is not in {NAME}'
   names = [name for name in there if name.startswith(part)]
-  for name, found in zip(names, _sums(step, names), strict=True):
+  sums = _each(_readable_sum, step, names)
+  for name, found in zip(names, sums, strict=True):
+    if found.startswith('cannot'):
+      return f'{name} {found}'
     if found != listed[name]:
       size = (step / name).stat().st_size
       return f'{name} ({size} bytes) has another SHA-256 than when it was saved'
@@ -163,9 +190,10 @@ def steps(directory: Path) -> list[int]:
 def recover(directory: Path) -> None:
   """Makes a directory of checkpoints fit to go on with; the only writer calls.
 
-  Removes what a killed run was writing or deleting. Steps newer than the
-  newest intact one are moved to the folder `corrupt` of the run, each with a
-  warning that names the step and the file.
+  Removes what a killed run was writing or deleting. Other steps that are
+  damaged are moved to the folder `corrupt` of the run, each with a warning that
+  names the step and the file; of those older than the newest intact one the
+  scores and the names of the files are looked at.
 
   Args:
     directory: WORKDIR/checkpoints.
@@ -191,7 +219,7 @@ def recover(directory: Path) -> None:
     if what is None:
       continue
     path = directory / str(step)
-    if step < newest and _is_incomplete(path):
+    if step < newest and _is_half_deleted(path, directory / str(newest)):
       _remove(path)
     else:
       _move_aside(path, what, newest)

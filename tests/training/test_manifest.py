@@ -118,6 +118,48 @@ def test_left_overs_of_a_killed_run_are_removed(run):
   assert not (run / 'corrupt').exists()
 
 
+def unreadable(path):
+  path.unlink()
+  path.symlink_to(path.name)  # to itself: not even root can read it
+
+
+def rename_listed(path):
+  flip(path, at=path.read_bytes().index(b'METADATA') / path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+  'damage', [truncate, zero, os.remove, unreadable, rename_listed]
+)
+def test_an_older_step_whose_sums_are_damaged_is_kept_aside(
+  damage, run, caplog
+):
+  step = run / 'checkpoints/4'
+  arrays = sorted((p.name, p.read_bytes()) for p in step.rglob('d/*'))
+  damage(step / manifest.NAME)
+  with Checkpoints(run) as checkpoints:
+    assert checkpoints.steps == [3, 6]
+  [warning] = [r.message for r in caplog.records if r.levelno > logging.INFO]
+  assert 'step 4 is damaged' in warning and str(run / 'corrupt/4') in warning
+  aside = (run / 'corrupt/4').rglob('d/*')
+  assert sorted((p.name, p.read_bytes()) for p in aside) == arrays
+
+
+def test_a_half_deleted_step_without_its_sums_is_removed(run):
+  step = run / 'checkpoints/4'
+  (step / manifest.NAME).unlink()
+  shutil.rmtree(step / 'optimizer')
+  with Checkpoints(run) as checkpoints:
+    assert checkpoints.steps == [3, 6]
+  assert not step.exists() and not (run / 'corrupt').exists()
+
+
+def test_a_file_that_cannot_be_read_is_named(run):
+  unreadable(array_file(run))
+  assert 'cannot be read' in manifest.fault(run / 'checkpoints/6')
+  with Checkpoints(run) as checkpoints:
+    assert checkpoints.latest_step == 4
+
+
 def test_scores_of_an_older_step_are_checked_before_they_are_read(run, caplog):
   zero(run / 'checkpoints/3/metrics/metrics')
   with Checkpoints(run) as checkpoints:
