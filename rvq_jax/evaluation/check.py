@@ -47,8 +47,14 @@ def check_run(workdir, step: int | str | None = None) -> list[Finding]:
   Raises:
     FileNotFoundError: there is no such run or step.
   """
-  with Checkpoints(workdir, read_only=True, verify=False) as checkpoints:
-    step = checkpoints.resolve(step)
+  try:
+    # Which step is the best one, sound scores alone can say.
+    with Checkpoints(
+      workdir, read_only=True, verify=step == 'best'
+    ) as checkpoints:
+      step = checkpoints.resolve(step)
+  except ValueError as error:
+    return [Finding('manifest', False, str(error))]
   folder = Path(workdir) / 'checkpoints' / str(step)
   fault = manifest.fault(folder)
   count = f'all files of step {step} have the SHA-256 they were saved with'

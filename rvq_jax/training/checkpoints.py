@@ -78,7 +78,9 @@ class Checkpoints:
     self._read_only, self._verify = read_only, verify
     try:
       self._manager = self._open(keep)
-    except ValueError:  # Orbax reads the scores of every step
+    # Orbax reads the scores of every step; what it makes of damaged ones is an
+    # error of JSON, of Unicode, or of a name that is not there.
+    except Exception:
       self._require_scores()
       raise
 
@@ -151,7 +153,8 @@ class Checkpoints:
     if step is None:
       found = self._manager.latest_step()
     elif step == 'best':
-      self._require_scores()
+      if self._verify:
+        self._require_scores()
       found = self._manager.best_step()
     else:
       found = int(step) if int(step) in self.steps else None
@@ -160,16 +163,15 @@ class Checkpoints:
         f'expected a checkpoint of step {step or "any"} in {self._path}, found '
         f'steps {self.steps or "none"}'
       )
-    self._require_intact(found)
+    if self._verify:
+      self._refuse_damaged(found)
     return found
 
   def _require_scores(self) -> None:
     for step in manifest.steps(self._path):
-      self._require_intact(step, part='metrics/')
+      self._refuse_damaged(step, part='metrics/')
 
-  def _require_intact(self, step: int, part: str = '') -> None:
-    if not self._verify:
-      return
+  def _refuse_damaged(self, step: int, part: str = '') -> None:
     what = manifest.fault(self._path / str(step), part=part)
     if what:
       others = [s for s in reversed(manifest.steps(self._path)) if s != step]

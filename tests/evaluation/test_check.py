@@ -123,3 +123,26 @@ def test_the_launcher_prints_a_line_each_and_exits_1_on_damage(run, tmp_path):
   assert done.returncode == 1
   [line] = done.stdout.splitlines()
   assert line.startswith('FAILED  manifest: meta/metadata')
+
+
+@pytest.mark.parametrize(
+  ('step', 'old', 'new'),
+  [
+    *(
+      (step, b'{', new)
+      for step in (None, 6, 'best')
+      for new in (b'\0', b'\xff')
+    ),
+    ('best', b'"mse"', b'"msf"'),
+  ],
+)
+def test_damaged_scores_of_any_step_are_one_finding(
+  run, tmp_path, step, old, new
+):
+  run = shutil.copytree(run, tmp_path / 'run')
+  path = run / 'checkpoints/3/metrics/metrics'
+  path.write_bytes(path.read_bytes().replace(old, new))
+  [found] = check.check_run(run, step)
+  assert not found.ok and found.name == 'manifest'
+  assert 'step 3' in found.detail and 'metrics/metrics' in found.detail
+  assert '\n' not in str(found)
