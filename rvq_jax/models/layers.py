@@ -70,8 +70,8 @@ def residual_blocks(module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
   """The `num_res_blocks` blocks 'block0' ... of an encoder or a decoder.
 
   With module.remat the backward pass computes the inside of a block again, and
-  only what lies between two blocks is kept: a fifth of the memory for a third
-  more operations.
+  only what lies between two blocks is kept: less memory (docs/scale.md) for a
+  third more operations.
   """
   block = ResidualBlock
   if module.remat:
@@ -223,14 +223,51 @@ class Upsample(nn.Module):
     return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
-def _upsample_by_convolution(x, kernel):
-  return jax.lax.conv_transpose(
-    x,
+def _downsample(y, kernel):
+  """Strided convolution [B, 2H, 2W, F] -> [B, H, W, C], kernel [4, 4, F, C]."""
+  return jax.lax.conv_general_dilated(
+    y,
     kernel,
-    strides=(2, 2),
-    padding='SAME',
+    window_strides=(2, 2),
+    padding=((1, 1), (1, 1)),
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
   )
+
+
+@jax.custom_vjp
+def _upsample_by_convolution(x, kernel):
+  """The transpose of `_downsample`, and its derivatives in the same terms.
+
+  cuDNN has a kernel for each of the three. `lax.conv_transpose` and what
+  follows from it by differentiation would first write x with zeros between its
+  numbers: four times the memory and the operations.
+  """
+  batch, height, width, _ = x.shape
+  image = jax.ShapeDtypeStruct(
+    (batch, 2 * height, 2 * width, kernel.shape[-1]), x.dtype
+  )
+  turned = _turned(kernel)
+  return jax.linear_transpose(lambda y: _downsample(y, turned), image)(x)[0]
+
+
+def _turned(kernel):
+  # Transposing a convolution turns its kernel again; unless the two are kept
+  # apart, XLA cancels them and no longer sees a transposed convolution.
+  return jax.lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
+
+
+def _upsample_forward(x, kernel):
+  return _upsample_by_convolution(x, kernel), (x, kernel)
+
+
+def _upsample_backward(saved, g):
+  x, kernel = saved
+  turned = _turned(kernel)
+  (d_turned,) = jax.linear_transpose(lambda k: _downsample(g, k), turned)(x)
+  return _downsample(g, turned), d_turned.swapaxes(2, 3)[::-1, ::-1]
+
+
+_upsample_by_convolution.defvjp(_upsample_forward, _upsample_backward)
 
 
 def _upsample_by_matmul(x, kernel):

@@ -66,6 +66,21 @@ def test_upsample_has_the_gradients_of_the_convolution():
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_upsample_by_convolution_has_the_gradients_of_conv_transpose():
+  x, kernel, g = draw(0, 2, 3, 4, 5), draw(1, 4, 4, 5, 6), draw(2, 2, 6, 8, 6)
+  layer = nn.ConvTranspose(6, (4, 4), (2, 2), use_bias=False)
+
+  def theirs(x, kernel):
+    return layer.apply({'params': {'kernel': kernel}}, x)
+
+  def gradients(f):
+    return jax.jit(lambda a: jax.vjp(lambda a: f(*a), a)[1](g))((x, kernel))
+
+  got, want = gradients(_upsample_by_convolution), gradients(theirs)
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_upsample_lowers_to_a_convolution_on_cuda_and_none_on_cpu():
   layer, x = Upsample(6), jnp.zeros((2, 4, 4, 5))
   variables = jax.jit(layer.init)(jax.random.key(0), x)
