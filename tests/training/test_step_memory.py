@@ -47,7 +47,7 @@ def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
 @pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda12_plugin') is None,
-  reason='needs jax[cuda12] to compile for a GPU; no GPU',
+  reason='needs jax-cuda12-plugin and jax-cuda12-pjrt to compile for a GPU',
 )
 def test_the_imagenet_step_takes_less_than_10_gb_of_a_gpu():
   output = subprocess.run(
@@ -56,7 +56,11 @@ def test_the_imagenet_step_takes_less_than_10_gb_of_a_gpu():
     capture_output=True,
     text=True,
   ).stdout
-  lines = output.splitlines()
-  rows = [line.split('|') for line in lines if 'bfloat16' in line]
-  assert len(rows) == 4
-  assert all(float(row[4]) + float(row[5]) < 10 for row in rows)
+  rows = [line.split('|') for line in output.splitlines()[2:]]
+  rows = [row for row in rows if 'no cuDNN' not in row[4]]
+  half = [row for row in rows if 'bfloat16' in row[1]]
+  assert len(half) >= 2
+  assert all(float(row[4]) + float(row[5]) < 10 for row in half)
+  # N x K would be 8.6 GB, the input of a transposed convolution with zeros
+  # written between its numbers 1.1 GB in half precision.
+  assert all(float(row[6].split()[-2]) < 0.6 for row in rows)
