@@ -113,7 +113,13 @@ class Trainer:
       of_state,
     )
     self.state_bytes = _size(shapes)
-    memory.check_state(self.state_bytes + _size(shapes.params))
+    codebook = _size(shapes.codebook)
+    memory.check_state(
+      self.state_bytes
+      + _size(shapes.params)  # the gradients
+      - codebook
+      + codebook // config['codebook_shards']
+    )
     self.init = jax.jit(init, out_shardings=of_state)
     self._build_train_steps(optimizer, of_state)
     self.reconstruct = jax.jit(

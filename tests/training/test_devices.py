@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rvq_jax import VQVAE
-from rvq_jax.training import sharding
+from rvq_jax.training import loop, memory, sharding
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_eval_step, make_train_step
 
@@ -237,3 +237,14 @@ def test_evaluation_sums_agree_over_devices():
   assert one['images'] == 11
   for key, value in one.items():
     np.testing.assert_allclose(many[key], value, rtol=1e-4, err_msg=key)
+
+
+def test_a_split_codebook_asks_a_device_for_its_share_of_memory(
+  tiny_config, tmp_path, monkeypatch
+):
+  tiny_config.model.codebook_size = 2**16  # 2.4 MB with its averages
+  monkeypatch.setattr(memory, 'device_memory', lambda: 2_000_000)
+  with pytest.raises(ValueError, match='training state of this model takes'):
+    loop.Trainer(tiny_config, tmp_path)
+  tiny_config.codebook_shards = 2
+  loop.Trainer(tiny_config, tmp_path)
