@@ -26,7 +26,7 @@ _LOST = 75  # EX_TEMPFAIL: started again, the run goes on
 
 
 def fail(message: str, code: int = 2) -> None:
-  """Ends the program: one line on standard error, exit code 2."""
+  """Ends the program: one line on standard error, and an exit code."""
   print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
   _end(code)
 
@@ -157,8 +157,8 @@ def run(main, *, positional: int = 0) -> None:
   """Runs main() as a program.
 
   Bad flags and errors that rvq_jax raises on purpose end in one line and exit
-  code 2, the loss of another process of the run in one line and exit code 75; a
-  traceback means a fault in the program.
+  code 2, the loss of another process of the run or of a data worker in one line
+  and exit code 75; a traceback means a fault in the program.
 
   Args:
     main: function of the arguments that are no flags.
@@ -172,7 +172,8 @@ def run(main, *, positional: int = 0) -> None:
       main(*argv[1:])
     except Exception as error:
       if isinstance(error, _EXPECTED) and _is_ours(error):
-        fail(error)
+        # A process of this run that died, as one of several hosts may.
+        fail(error, _LOST if isinstance(error, ChildProcessError) else 2)
       index, count = _process()
       if count == 1:
         raise

@@ -163,19 +163,25 @@ def test_the_slurm_options_stand_before_the_first_command():
 @pytest.fixture
 def cluster(tmp_path):
   """A folder of commands that note how they were called."""
-  for name in ('scancel', 'scontrol'):
-    (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> calls\n')
-  (tmp_path / 'scancel').write_text(
-    '#!/bin/sh\necho scancel "$@" >> calls\nkill -TERM "$(cat pid)"\n'
-  )
-  # The step: leaves with $CODE, or waits for a signal and leaves with 143.
-  (tmp_path / 'srun').write_text(
-    '#!/bin/sh\necho srun "$@" >> calls\n'
-    '[ -n "$CODE" ] && exit "$CODE"\n'
-    "trap 'exit 143' TERM\necho $$ > pid\n"
-    'while :; do sleep 0.05; done\n'
-  )
-  for name in ('srun', 'scancel', 'scontrol'):
+  commands = {
+    'scontrol': '#!/bin/sh\necho scontrol "$@" >> calls\n',
+    # To the whole task: Python and the shell in front of it.
+    'scancel': '#!/bin/sh\necho scancel "$@" >> calls\n'
+    'kill -TERM $(cat pids)\n',
+    # One task after another, for each of $CODES; the highest code is its own.
+    'srun': '#!/bin/bash\necho srun "${@:1:3}" >> calls\nhighest=0\n'
+    'for code in $CODES; do\n'
+    '  CODE=$code "${@:4}"\n  status=$?\n'
+    '  if ((status > highest)); then highest=$status; fi\n'
+    'done\nexit "$highest"\n',
+    # Leaves with $CODE, or waits for a signal and leaves with 143.
+    'python': '#!/bin/sh\necho python "$@" >> calls\n'
+    '[ "$CODE" = wait ] || exit "$CODE"\n'
+    "trap 'exit 143' TERM\necho $$ $PPID > pids\n"
+    'while :; do sleep 0.05; done\n',
+  }
+  for name, text in commands.items():
+    (tmp_path / name).write_text(text)
     (tmp_path / name).chmod(0o755)
   return tmp_path
 
@@ -193,36 +199,37 @@ def submit(cluster, **variables):
 
 
 @pytest.mark.parametrize(
-  ('code', 'restarts', 'requeued'),
+  ('codes', 'restarts', 'requeued'),
   [
-    (0, 0, False),
-    (2, 0, False),
-    (1, 0, False),
-    (75, 0, True),
-    (134, 0, True),
-    (143, 99, True),
-    (143, 100, False),
+    ('0 0', 0, False),
+    ('2 2', 0, False),
+    ('1', 0, False),
+    ('75', 0, True),
+    ('0 134', 0, True),
+    ('75 2', 0, False),  # lost because another one found a mistake
+    ('143', 99, True),
+    ('143', 100, False),
   ],
 )
 def test_a_job_that_lost_a_process_goes_back_to_the_queue(
-  code, restarts, requeued, cluster
+  codes, restarts, requeued, cluster
 ):
-  process = submit(cluster, CODE=str(code), SLURM_RESTART_COUNT=str(restarts))
-  assert process.wait(20) == code
+  process = submit(cluster, CODES=codes, SLURM_RESTART_COUNT=str(restarts))
+  assert process.wait(20) == max(map(int, codes.split()))
   calls = (cluster / 'calls').read_text().splitlines()
-  assert (
-    calls[0].startswith('srun ') and '--multihost --config=a b.py' in (calls[0])
-  )
+  assert calls[0].startswith('srun --')
+  assert calls[1] == 'python launch/main.py --multihost --config=a b.py'
   assert ('scontrol requeue 7' in calls) == requeued
+  assert not list(cluster.glob('.*'))
 
 
 def test_a_job_whose_time_ends_stops_the_run_and_is_requeued(cluster):
-  process = submit(cluster, CODE='')
+  process = submit(cluster, CODES='wait')
   end = time.monotonic() + 20
-  while not (cluster / 'pid').exists() or not (cluster / 'pid').read_text():
+  while not (cluster / 'pids').exists() or not (cluster / 'pids').read_text():
     assert time.monotonic() < end
     time.sleep(0.02)
   process.send_signal(signal.SIGUSR1)
   assert process.wait(20) == 143
   calls = (cluster / 'calls').read_text().splitlines()
-  assert calls[1:] == ['scancel --signal=TERM 7', 'scontrol requeue 7']
+  assert calls[2:] == ['scancel --signal=TERM 7', 'scontrol requeue 7']
