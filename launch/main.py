@@ -37,16 +37,17 @@ def main():
   """Trains, evaluates, draws."""
   name = command_line.config_name(flags.FLAGS['config'])
   given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  if _MULTIHOST.value:
-    command_line.join(*given, lost_after=_LOST_AFTER.value)
-  elif given != (None, None, None):
+  if given != (None, None, None) and not _MULTIHOST.value:
     command_line.fail('--coordinator and the like: expected --multihost too')
   # Imported once the flags are known to be good: this takes seconds.
-  from rvq_jax.evaluation.evaluate import evaluate_run, format_table
   from rvq_jax.training import runtime
+
+  runtime.prepare()  # before `join`, which starts JAX's backend
+  if _MULTIHOST.value:
+    command_line.join(*given, lost_after=_LOST_AFTER.value)
+  from rvq_jax.evaluation.evaluate import evaluate_run, format_table
   from rvq_jax.training.loop import train
 
-  runtime.prepare()
   workdir = Path(_WORKDIR.value or Path('runs') / name)
   train(_CONFIG.value, workdir)
   result = evaluate_run(workdir)

@@ -35,8 +35,8 @@ def keep_freed_memory() -> bool:
   XLA:CPU asks for its temporaries (0.5 GiB for the paper's model at 32x32,
   batch 128) anew in each call. By default glibc takes such blocks from the
   kernel and gives them back, so that every step pays for each page again: 120
-  thousand page faults and 10 % of that step, 1.2 million and 30 % at 256x256,
-  batch 8 (docs/scale.md). The process stays as large as its greatest step.
+  thousand page faults a step there, 1.2 million at 256x256, batch 8, a third of
+  either step (docs/scale.md). The process stays as large as its greatest step.
 
   Nothing is done with another C library, where the user has set malloc up
   (MALLOC_*, GLIBC_TUNABLES), or where an accelerator computes.
