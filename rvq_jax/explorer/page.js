@@ -96,14 +96,16 @@ function countAll(level) {
       counts.set(image.ids[i], (counts.get(image.ids[i]) || 0) + 1);
     }
   }
-  return counts;
+  let most = 2;
+  for (const count of counts.values()) most = Math.max(most, count);
+  return { counts, most };
 }
 
-function tokenColour(code, level, counts) {
+function tokenColour(code, level, { counts, most }) {
   const kind = $('colours').value;
   if (kind === 'decoded' && place(code, level)) return decodedColour(code, level);
   if (kind === 'used') {
-    const share = Math.log(counts.get(code)) / Math.log(Math.max(2, ...counts.values()));
+    const share = Math.log(counts.get(code)) / Math.log(most);
     return `hsl(${220 - 190 * share} 75% ${28 + 35 * share}%)`;
   }
   const n = Math.imul(code + 1, 2654435761) >>> 0;
@@ -304,6 +306,11 @@ async function encode(file) {
   if (!file) return;
   if (!data.serves) {
     say('This page is a file and holds no model. To encode images of your own: python launch/explore.py --workdir=DIR --serve');
+    return;
+  }
+  if (file.size > data.longestUpload) {
+    const mib = (bytes) => (bytes / 2 ** 20).toLocaleString('en', { maximumFractionDigits: 1 });
+    say(`expected an image of at most ${mib(data.longestUpload)} MiB, ${file.name} has ${mib(file.size)} MiB; shrink it`);
     return;
   }
   say(`encoding ${file.name} ...`);

@@ -1,10 +1,12 @@
 """The explorer as one HTML file, or served on this machine alone."""
 
+import contextlib
 import functools
 import http.server
 import itertools
 import json
 import logging
+import socket
 import threading
 from collections.abc import Sequence
 from importlib import resources
@@ -26,6 +28,7 @@ from rvq_jax.tokens.files import write_whole
 
 HOST = '127.0.0.1'
 _LONGEST_UPLOAD = 2**25
+_PATIENCE = 10  # seconds that a client may take to send nothing
 
 
 def example_images(
@@ -131,7 +134,9 @@ def page_html(data: dict[str, Any], *, serves: bool = False) -> str:
     for kind in ('html', 'css', 'js')
   )
   # Inside <script> nothing but '</' and '<!--' ends or changes what follows.
-  text = json.dumps(data | {'serves': serves}).replace('<', '\\u003c')
+  text = json.dumps(
+    data | {'serves': serves, 'longestUpload': _LONGEST_UPLOAD}
+  ).replace('<', '\\u003c')
   parts = {'/*style*/': style, '/*script*/': script, '/*data*/': text}
   for mark, part in parts.items():
     page = page.replace(mark, part, 1)
@@ -163,10 +168,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if self.path != '/encode' or not length.isdecimal():
       self._send(404, 'text/plain', b'not found')
     elif int(length) > _LONGEST_UPLOAD:
-      text = f'expected an image of at most {_LONGEST_UPLOAD} bytes'
+      text = (
+        f'expected an image of at most {_LONGEST_UPLOAD >> 20} MiB, got '
+        f'{int(length) / 2**20:,.1f} MiB; shrink it'
+      )
       self._send(413, 'text/plain', text.encode())
+      self._hear_out(int(length))
     else:
       self._encode(self.rfile.read(int(length)))
+
+  def _hear_out(self, left):
+    """Drops the rest of a body: a client reads the answer after sending it."""
+    self.connection.settimeout(_PATIENCE)
+    with contextlib.suppress(OSError):
+      self.connection.shutdown(socket.SHUT_WR)
+      while left > 0 and (part := self.rfile.read1(min(left, 2**20))):
+        left -= len(part)
 
   def _encode(self, data):
     tokenizer = self.server.tokenizer

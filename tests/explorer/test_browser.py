@@ -151,20 +151,79 @@ def test_an_image_dropped_on_a_file_is_told_how(open_file, tmp_path):
   assert '--serve' in tab.inner_text('#message')
 
 
-def test_an_image_given_to_the_server_is_shown(open_page, make_data, tmp_path):
-  tokenizer, data = make_data()
-  server = page.make_server(tokenizer, data)
+@pytest.fixture
+def open_server(open_page, make_data):
+  """Opens the page of a server, which ends after the test."""
+  server = page.make_server(*make_data())
   thread = threading.Thread(target=server.serve_forever)
   thread.start()
-  try:
-    tab = open_page(f'http://127.0.0.1:{server.server_port}/')
-    Image.new('RGB', (32, 20), (10, 200, 30)).save(tmp_path / 'mine.png')
-    tab.locator('#file').set_input_files(tmp_path / 'mine.png')
-    tab.locator('#thumbnails button').nth(2).wait_for()
-    tab.wait_for_selector('#message', state='hidden')
-    assert 'mine.png: 32 x 20, 8 x 5 tokens' in tab.inner_text('#quality')
-    assert pixel(tab, 'original', 50, 50) == [10, 200, 30]
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
+  yield open_page(f'http://127.0.0.1:{server.server_port}/')
+  server.shutdown()
+  server.server_close()
+  thread.join()
+
+
+def drop(tab, size=None):
+  """Drops a file, as the browser does: a green image, or so many zeros."""
+  transfer = tab.evaluate_handle(
+    """async (size) => {
+      const canvas = new OffscreenCanvas(32, 20);
+      const context = canvas.getContext('2d');
+      context.fillStyle = 'rgb(10, 200, 30)';
+      context.fillRect(0, 0, 32, 20);
+      const part = size ? new Uint8Array(size) : await canvas.convertToBlob();
+      const transfer = new DataTransfer();
+      transfer.items.add(new File([part], 'mine.png', { type: 'image/png' }));
+      return transfer;
+    }""",
+    size,
+  )
+  for event in ('dragover', 'drop'):
+    tab.dispatch_event('#drop', event, {'dataTransfer': transfer})
+
+
+def test_an_image_given_to_the_server_is_shown(open_server, tmp_path):
+  tab = open_server
+  Image.new('RGB', (32, 20), (10, 200, 30)).save(tmp_path / 'mine.png')
+  tab.locator('#file').set_input_files(tmp_path / 'mine.png')
+  check_mine_is_shown(tab)
+
+
+def test_an_image_that_is_dropped_is_shown(open_server):
+  drop(open_server)
+  check_mine_is_shown(open_server)
+  assert open_server.locator('#drop.over').count() == 0
+
+
+def check_mine_is_shown(tab):
+  tab.locator('#thumbnails button').nth(2).wait_for()
+  tab.wait_for_selector('#message', state='hidden')
+  assert 'mine.png: 32 x 20, 8 x 5 tokens' in tab.inner_text('#quality')
+  assert pixel(tab, 'original', 50, 50) == [10, 200, 30]
+
+
+def test_a_file_over_the_limit_is_told_the_limit(open_server):
+  drop(open_server, 40 * 2**20)
+  open_server.wait_for_selector('#message:not([hidden])')
+  message = open_server.inner_text('#message')
+  assert 'at most 32 MiB, mine.png has 40 MiB' in message
+
+
+def test_colours_by_use_run_from_rare_to_frequent(open_file):
+  tab, images = open_file()
+  tab.locator('#colours').select_option('used')
+  ids = np.array(images[0]['ids']).reshape(4, 6)
+  counts = np.bincount(sum((i['ids'] for i in images), []))
+  # The tokens are drawn 19 x 4 pixels a side; lightness grows with the count.
+  light = {}
+  for (row, column), code in np.ndenumerate(ids):
+    red, green, blue = pixel(tab, 'tokens', 76 * column + 38, 76 * row + 38)
+    found = max(red, green, blue) + min(red, green, blue)
+    light.setdefault(int(counts[code]), found)
+    assert abs(light[int(counts[code])] - found) <= 1
+  ordered = [light[count] for count in sorted(light)]
+  assert len(ordered) > 1 and ordered == sorted(ordered)
+  # hsl(... 28% + 35% of log count / log of the largest).
+  for count, found in light.items():
+    share = np.log(count) / np.log(max(2, counts.max()))
+    assert abs(found / 510 - (0.28 + 0.35 * share)) < 0.01

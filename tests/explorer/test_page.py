@@ -3,10 +3,13 @@
 import base64
 import contextlib
 import html.parser
+import http.client
 import io
 import json
 import shutil
+import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -192,6 +195,35 @@ def test_the_server_encodes_an_image_and_refuses_the_rest(make_data, images):
         post(url, body, **headers)
       assert error.value.code == status
       error.value.close()
+
+
+def test_a_body_over_the_limit_is_answered_with_the_limit(make_data):
+  with serving(*make_data()) as url:
+    connection = http.client.HTTPConnection(url.removeprefix('http://'))
+    connection.request('POST', '/encode', bytes(40 * 2**20))
+    answer = connection.getresponse()
+    assert answer.status == 413
+    text = 'expected an image of at most 32 MiB, got 40.0 MiB; shrink it'
+    assert answer.read().decode() == text
+    connection.close()
+
+
+def test_a_client_that_sends_nothing_more_is_not_waited_for(
+  make_data, monkeypatch
+):
+  monkeypatch.setattr(page, '_PATIENCE', 0.2)
+  with serving(*make_data()) as url:
+    host = url.removeprefix('http://')
+    lines = f'POST /encode HTTP/1.0\r\nHost: {host}\r\n'
+    lines += f'Content-Length: {2**40}\r\n\r\n'
+    name, port = host.split(':')
+    with socket.create_connection((name, int(port)), timeout=20) as client:
+      client.sendall(lines.encode())
+      assert client.makefile('rb').readline().startswith(b'HTTP/1.0 413')
+      with pytest.raises(OSError):
+        for _ in range(20):
+          time.sleep(0.5)
+          client.sendall(b'x')
 
 
 def test_a_port_that_is_taken_is_one_error(make_data):
