@@ -1,10 +1,11 @@
 """Makes a page to look at a tokenizer: images, tokens, codes.
 
 python launch/explore.py --workdir=DIR [--output=explore.html] [--images=12]
-  [--input=IMAGE|FOLDER|tfds:NAME] [--step=N|best] [--data_dir=DIR]
+  [--input=IMAGE|FOLDER|tfds:NAME|photos] [--step=N|best] [--data_dir=DIR]
 python launch/explore.py --workdir=DIR --serve [--port=8000]
 
-DIR is a run, an exported model or hf:OWNER/NAME. The first writes one HTML file
+DIR is a run, an exported model or hf:OWNER/NAME; an export of a model that was
+trained on a folder needs --input. The first writes one HTML file
 that needs no server. The second serves the page on 127.0.0.1, and encodes
 images that are dropped on it.
 """
@@ -33,16 +34,25 @@ def main():
   if _IMAGES.value < 1:
     command_line.fail(f'--images: expected at least 1, got {_IMAGES.value}')
   step = command_line.parse_step(_STEP.value)
-  from rvq_jax.evaluation.loading import load
+  from rvq_jax.evaluation import safetensors_folder
+  from rvq_jax.evaluation.loading import HUB, load
   from rvq_jax.explorer import page
   from rvq_jax.training import runtime
 
   runtime.prepare()
-  tokenizer = load(_WORKDIR.value, step)
+  workdir = _WORKDIR.value
+  tokenizer = load(workdir, step)
+  exported = workdir.startswith(HUB) or safetensors_folder.is_export(workdir)
+  trained_on = tokenizer.config['data.name']
+  if exported and not _INPUT.value and trained_on.startswith('folder:'):
+    command_line.fail(
+      f'{workdir} is an export and holds no data: give --input=IMAGE, FOLDER, '
+      'tfds:NAME or photos'
+    )
   images = page.example_images(
     tokenizer, _IMAGES.value, source=_INPUT.value, data_dir=_DATA_DIR.value
   )
-  data = page.page_data(tokenizer, Path(_WORKDIR.value).name, images)
+  data = page.page_data(tokenizer, Path(workdir).resolve().name, images)
   if not _SERVE.value:
     page.write_page(_OUTPUT.value, data)
     print(f'{_OUTPUT.value}: {len(images)} images; open it in a browser')

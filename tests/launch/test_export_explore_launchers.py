@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from rvq_jax import load
-from rvq_jax.training import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(launcher, *arguments):
+def start(launcher, *arguments, cwd=ROOT):
   return subprocess.Popen(
-    [sys.executable, f'launch/{launcher}.py', *map(str, arguments)],
-    cwd=ROOT,
+    [sys.executable, ROOT / f'launch/{launcher}.py', *map(str, arguments)],
+    cwd=cwd,
     env=os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -26,8 +25,8 @@ def start(launcher, *arguments):
   )
 
 
-def run(launcher, *arguments):
-  process = start(launcher, *arguments)
+def run(launcher, *arguments, **options):
+  process = start(launcher, *arguments, **options)
   out, err = process.communicate(timeout=280)
   return process.returncode, out, err
 
@@ -55,10 +54,9 @@ def test_a_wrong_command_ends_in_one_line_and_exit_code_2(
 
 @pytest.mark.slow
 def test_a_run_is_exported_and_the_export_explored(
-  tiny_config, image_folder, tmp_path
+  tiny_run, image_folder, tmp_path
 ):
-  workdir, folder = tmp_path / 'run', tmp_path / 'export'
-  loop.train(tiny_config, workdir)
+  workdir, folder = tiny_run, tmp_path / 'export'
   code, out, err = run('export', f'--workdir={workdir}', f'--output={folder}')
   assert code == 0, err
   assert 'README.md, config.json, model.safetensors' in out
@@ -74,13 +72,24 @@ def test_a_run_is_exported_and_the_export_explored(
   )
   assert code == 0, err
   assert '3 images' in out and page.read_text().startswith('<!doctype html>')
+  # Without --input there is nothing that it could show.
+  code, out, err = run('explore', f'--workdir={folder}', cwd=tmp_path)
+  assert code == 2 and len(err.splitlines()) == 1
+  assert 'is an export and holds no data: give --input=IMAGE' in err
 
 
 @pytest.mark.slow
-def test_the_page_of_a_run_is_served_until_ctrl_c(tiny_config, tmp_path):
-  workdir = tmp_path / 'run'
-  loop.train(tiny_config, workdir)
-  process = start('explore', f'--workdir={workdir}', '--serve', '--port=0')
+def test_the_page_of_the_current_directory_bears_its_name(tiny_run, tmp_path):
+  page = tmp_path / 'page.html'
+  flags = ('--workdir=.', f'--output={page}', '--images=1')
+  code, _, err = run('explore', *flags, cwd=tiny_run)
+  assert code == 0, err
+  assert '"name": "run", "step": 6' in page.read_text()
+
+
+@pytest.mark.slow
+def test_the_page_of_a_run_is_served_until_ctrl_c(tiny_run):
+  process = start('explore', f'--workdir={tiny_run}', '--serve', '--port=0')
   try:
     line = next(line for line in process.stderr if 'http://' in line)
     address = line.split()[1].rstrip(';')
