@@ -59,14 +59,27 @@ def no_room(error: BaseException | None) -> str | None:
   return None
 
 
+def free(path) -> int:
+  """Bytes that are free where a path is, or would be."""
+  return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path) -> Path:
+  """The path, or the nearest folder above it that is there."""
+  path = Path(path).resolve()
+  while not path.exists() and path != path.parent:
+    path = path.parent
+  return path
+
+
 def is_full(path) -> bool:
   """Whether less than a megabyte is free where a path is."""
-  return shutil.disk_usage(path).free < 2**20
+  return free(path) < 2**20
 
 
 def file_system(path) -> Path:
-  """The mount point that a path is on."""
-  path = Path(path).resolve()
+  """The mount point that a path is on, or would be."""
+  path = _existing(path)
   while not os.path.ismount(path):
     path = path.parent
   return path
@@ -90,13 +103,12 @@ def room_explained(workdir, state_bytes: int) -> Iterator[None]:
     reason = no_room(error)
     if reason is None:
       raise
-    free = shutil.disk_usage(workdir).free
     needed = max(state_bytes, _largest_step(Path(workdir) / 'checkpoints'))
     raise OSError(
       f'{reason} on the file system {file_system(workdir)} while writing to '
-      f'{workdir}: {_size(free)} are free there, and a checkpoint takes about '
-      f'{_size(needed)}; make room and start the same command again, it '
-      'goes on from the last complete checkpoint'
+      f'{workdir}: {_size(free(workdir))} are free there, and a checkpoint '
+      f'takes about {_size(needed)}; make room and start the same command '
+      'again, it goes on from the last complete checkpoint'
     ) from error
 
 

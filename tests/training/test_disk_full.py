@@ -1,12 +1,13 @@
 """A full disk costs one line and no checkpoint."""
 
 import contextlib
+import errno
 import os
 import subprocess
 
 import pytest
 
-from rvq_jax.training import disk, manifest
+from rvq_jax.training import disk, loop, manifest
 
 
 @pytest.fixture
@@ -84,6 +85,23 @@ def test_the_reason_is_found_at_the_bottom_of_a_chain():
   text = 'RESOURCE_EXHAUSTED: ... [OS error 28: ENOSPC No space left on device]'
   assert disk.no_room(ValueError(text)) == 'No space left'
   assert disk.no_room(ValueError('no such file')) is None
+
+
+def test_a_workdir_that_finds_no_room_is_one_line(
+  tiny_config, tmp_path, monkeypatch
+):
+  workdir, make = tmp_path / 'new' / 'run', os.makedirs
+
+  def full(path, **options):
+    if str(path).startswith(str(tmp_path)):
+      raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+    make(path, **options)
+
+  monkeypatch.setattr(os, 'makedirs', full)
+  with pytest.raises(OSError, match='No space left on the file') as caught:
+    loop.train(tiny_config, workdir)
+  assert '\n' not in str(caught.value) and str(workdir) in str(caught.value)
+  assert f' {disk.file_system(tmp_path)} ' in str(caught.value)
 
 
 def test_other_errors_pass_as_they_are(tmp_path):
