@@ -10,7 +10,8 @@ class TrainLoader(abc.ABC):
 
   The batch of a step depends on the source, the seed and the global batch
   size only: not on what was read before, on the number of workers or on how
-  many processes share it. So a position is the number of the next step.
+  many processes share it. So a position is the number of the next step, and the
+  number of images tells whether it is one in the same set.
 
   Attributes:
     num_examples: images in one epoch's permutation, over all processes.
@@ -51,22 +52,31 @@ class TrainLoader(abc.ABC):
 
   def position(self) -> dict[str, int]:
     """Returns what `seek` needs to continue with the next batch."""
-    return {'step': self._step}
+    return {'step': self._step, 'images': self.num_examples}
 
   def seek(self, position: dict[str, int]) -> None:
     """Makes the batch at `position` the next one.
 
     Args:
       position: from `position()`, also of another run with other workers.
+        'images' may be left out; it is then not compared.
 
     Raises:
-      ValueError: if it is not a position.
+      ValueError: if it is not a position, or one in another set of images.
     """
     step = position.get('step') if isinstance(position, dict) else None
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
       raise ValueError(
         "expected a position such as {'step': 0}, as position() returns it, "
         f'got {position!r}'
+      )
+    images = position.get('images', self.num_examples)
+    if images != self.num_examples:
+      raise ValueError(
+        f'the training set has {self.num_examples} images that can be used, '
+        f'and had {images} at this position: the batches that follow would be '
+        'others; put the data set back as it was, or start anew in another '
+        '--workdir'
       )
     self._step = step
 

@@ -59,7 +59,8 @@ def test_seek_continues_with_the_identical_batches(make_source, steps):
   resumed.seek(saved)
   for _ in range(9):
     np.testing.assert_array_equal(next(resumed)['image'], next(whole)['image'])
-  assert resumed.position() == whole.position() == {'step': steps + 9}
+  assert resumed.position() == whole.position()
+  assert whole.position()['step'] == steps + 9
 
 
 def test_seeds_give_different_orders(make_source, ids):
@@ -147,6 +148,25 @@ def test_what_is_not_a_position_is_refused(make_source, position):
   loader = make_train_loader(make_source(10), **OPTIONS)
   with pytest.raises(ValueError, match='expected a position'):
     loader.seek(position)
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_a_position_in_another_set_is_refused(make_source, in_memory):
+  loader = make_train_loader(make_source(10), in_memory=in_memory, **OPTIONS)
+  other = make_train_loader(make_source(11), in_memory=in_memory, **OPTIONS)
+  next(loader)
+  with pytest.raises(ValueError, match='has 11 images .* had 10') as caught:
+    other.seek(loader.position())
+  assert '\n' not in str(caught.value)
+  other.seek({'step': 1})  # of a checkpoint that does not say
+  assert other.position()['step'] == 1
+
+
+def test_images_that_can_be_read_no_longer_change_the_set(make_source):
+  whole = make_train_loader(make_source(200), **OPTIONS)
+  one_less = make_train_loader(make_source(201, bad=[7, 8]), **OPTIONS)
+  with pytest.raises(ValueError, match='has 199 images .* had 200'):
+    one_less.seek(whole.position())
 
 
 @pytest.mark.parametrize('in_memory', [True, False])

@@ -75,7 +75,8 @@ def test_seek_continues_with_the_identical_batches(
   resumed = make(source, crop=crop)
   resumed.seek(saved)
   np.testing.assert_array_equal(_take(resumed, 6), _take(whole, 6))
-  assert resumed.position() == whole.position() == {'step': steps + 6}
+  assert resumed.position() == whole.position()
+  assert whole.position()['step'] == steps + 6
 
 
 def test_seek_works_in_a_loader_that_is_running(make, make_source):

@@ -18,7 +18,7 @@ def test_a_run_leaves_its_files_and_its_last_step(tiny_config, tmp_path):
   assert np.isfinite(result['mse'])
   with Checkpoints(tmp_path, read_only=True) as checkpoints:
     assert checkpoints.latest_step == 5
-    assert checkpoints.meta(5)['position'] == {'step': 5}
+    assert checkpoints.meta(5)['position']['step'] == 5
     best = checkpoints.resolve('best')
   records = read_jsonl(tmp_path / 'metrics.jsonl')
   scores = {
