@@ -52,6 +52,12 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
 
 def _load_run(workdir, step) -> Tokenizer:
   """Loads a checkpoint of a run."""
+  if not (Path(workdir) / 'checkpoints').is_dir():
+    raise FileNotFoundError(
+      f'expected a run with checkpoints in {workdir}, or an export, found '
+      'neither; train one with python launch/main.py '
+      f'--config=configs/NAME.py --workdir={workdir}'
+    )
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve(step)
     config = checkpoints.meta(step)['config']

@@ -116,6 +116,18 @@ def test_a_folder_with_files_is_left_alone(run, tmp_path):
     export.export_run(run, tmp_path / 'x', licence='a\nb: c')
 
 
+def test_a_missing_run_is_answered_with_a_command_that_trains_one(tmp_path):
+  with pytest.raises(FileNotFoundError) as error:
+    load(tmp_path / 'none')
+  words = str(error.value).partition('with python ')[2].split()
+  assert words[0] == 'launch/main.py'
+  # Without a config there is nothing that it could train.
+  assert words[1:] == [
+    '--config=configs/NAME.py',
+    f'--workdir={tmp_path / "none"}',
+  ]
+
+
 def test_a_header_of_two_gigabytes_is_refused_in_little_memory(exported):
   path = exported / 'model.safetensors'
   with open(path, 'r+b') as stream:
