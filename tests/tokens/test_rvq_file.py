@@ -1,13 +1,16 @@
 """The format .rvq, byte by byte."""
 
+import dataclasses
+import io
 import struct
 import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
+from PIL import Image, features
 
-from rvq_jax.tokens import files, packing, rvq_file
+from rvq_jax.tokens import codecs, files, packing, rvq_file
 from rvq_jax.tokens.grid import reconstruct_images
 
 HEADER = '<4sBBBBHHHHI8s'
@@ -51,8 +54,21 @@ def test_a_file_is_read_as_it_was_written():
   assert (got.codebook_size, got.model_hash) == (16, bytes(range(8)))
 
 
-def test_every_flipped_byte_is_detected(tmp_path):
-  whole, path = file(), tmp_path / 'x.rvq'
+def entropy_coded():
+  """A file whose ids repeat, so that LZMA is the shorter coding."""
+  ids = np.arange(1600).reshape(40, 40, 1) // 40 % 16
+  return rvq_file.to_bytes(
+    dataclasses.replace(SMALL, ids=ids, height=160, width=160)
+  )
+
+
+CODINGS = {0: file, 1: entropy_coded}
+
+
+@pytest.mark.parametrize('coding', CODINGS)
+def test_every_flipped_byte_is_detected(tmp_path, coding):
+  whole, path = CODINGS[coding](), tmp_path / 'x.rvq'
+  assert whole[5] == coding
   for i in range(len(whole)):
     for flip in (0x01, 0x80, 0xFF, 0x5A):
       damaged = bytearray(whole)
@@ -64,8 +80,9 @@ def test_every_flipped_byte_is_detected(tmp_path):
         rvq_file.read(path)
 
 
-def test_every_truncation_and_anything_behind_is_detected():
-  whole = file()
+@pytest.mark.parametrize('coding', CODINGS)
+def test_every_truncation_and_anything_behind_is_detected(coding):
+  whole = CODINGS[coding]()
   for length in range(len(whole)):
     with pytest.raises(ValueError):
       rvq_file.from_bytes(whole[:length])
@@ -184,3 +201,50 @@ def test_the_report_stands_beside_codecs_of_no_more_bytes(
     codec = line.split()[0]
     fits = sizes[codec] <= (tmp_path / 'x.rvq').stat().st_size
     assert fits or 'its smallest file' in line
+
+
+@pytest.fixture
+def compared(photograph):
+  """An image, what its tokens gave, and the rows of the table by name."""
+  image, made = photograph(48, 64), photograph(48, 64, seed=1)
+  text = codecs.format_comparison(image, made, 1500)
+  head, *rows = text.splitlines()
+  assert head.split() == ['bytes', 'bits/pixel', 'PSNR,', 'dB']
+  return image, made, {row.split()[0]: row.split()[1:] for row in rows}
+
+
+def psnr(image, other):
+  error = sum(
+    (int(a) - int(b)) ** 2
+    for a, b in zip(image.ravel(), other.ravel(), strict=True)
+  )
+  return 10 * np.log10(255**2 / (error / image.size))
+
+
+def test_the_table_has_the_bits_and_the_psnr_of_the_tokens(compared):
+  image, made, rows = compared
+  size, bits, quality = rows['.rvq']
+  assert size == '1,500' and float(bits) == round(8 * 1500 / (48 * 64), 4)
+  assert float(quality) == pytest.approx(psnr(image, made), abs=0.006)
+
+
+def test_the_table_has_the_bits_and_the_psnr_of_a_jpeg_file(compared):
+  image, _, rows = compared
+  size, bits, quality, _, setting = rows['JPEG']
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, 'JPEG', quality=int(setting))
+  length = len(buffer.getvalue())
+  assert int(size.replace(',', '')) == length <= 1500
+  assert float(bits) == pytest.approx(8 * length / (48 * 64), abs=6e-5)
+  got = np.asarray(Image.open(buffer))
+  assert float(quality) == pytest.approx(psnr(image, got), abs=0.006)
+  # One quality more would not have fitted.
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, 'JPEG', quality=int(setting) + 1)
+  assert len(buffer.getvalue()) > 1500
+
+
+def test_the_table_names_the_codecs_that_pillow_has(compared):
+  expected = {'.rvq', 'JPEG', 'WEBP'}
+  expected |= {'AVIF'} if features.check('avif') else set()
+  assert set(compared[2]) == expected
