@@ -1,6 +1,7 @@
-"""What `pip install .` puts on a machine."""
+"""What `pip install .` puts on a machine, and that it works there."""
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from rvq_jax.evaluation.export import export_run
+
 ROOT = Path(__file__).resolve().parents[1]
 # A build of the whole checkout would also pack a build folder left there.
 PARTS = ('pyproject.toml', 'README.md', 'LICENSE', 'rvq_jax', 'tests')
@@ -17,8 +20,8 @@ PARTS += ('configs', 'launch', 'benchmarks', 'notebooks', 'docs')
 
 
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-  """The names in the wheel, and its metadata."""
+def wheel_file(tmp_path_factory):
+  """The wheel that is built of the checkout."""
   if int(importlib.metadata.version('setuptools').split('.')[0]) < 77:
     pytest.skip('setuptools is too old: pip install "setuptools>=77"')
   folder = tmp_path_factory.mktemp('wheel')
@@ -36,7 +39,13 @@ def wheel(tmp_path_factory):
   )
   assert done.returncode == 0, done.stdout + done.stderr
   (path,) = (folder / 'out').glob('*.whl')
-  with zipfile.ZipFile(path) as archive:
+  return path
+
+
+@pytest.fixture(scope='module')
+def wheel(wheel_file):
+  """The names in the wheel, and its metadata."""
+  with zipfile.ZipFile(wheel_file) as archive:
     (about,) = (n for n in archive.namelist() if n.endswith('/METADATA'))
     return set(archive.namelist()), archive.read(about).decode()
 
@@ -68,3 +77,53 @@ def test_the_wheel_holds_its_licence_and_its_dependencies(wheel):
     assert f'Requires-Dist: {name}' in about
   for extra in project['optional-dependencies']:
     assert f'Provides-Extra: {extra}' in about
+
+
+# Run with what the wheel holds and without the checkout.
+USE = """
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import rvq_jax
+from rvq_jax.explorer import page
+
+home, export = Path(sys.argv[1]), sys.argv[2]
+assert home in Path(rvq_jax.__file__).parents, rvq_jax.__file__
+rvq_jax.VectorQuantizer  # the names that are imported on first use, too
+for name in rvq_jax.__all__:
+  getattr(rvq_jax, name)
+tokenizer = rvq_jax.load(export)
+image = np.zeros((16, 16, 3), np.uint8)
+assert tokenizer.encode(image[None]).shape == (1, 4, 4)
+page.write_page('page.html', page.page_data(tokenizer, 'x', [('x', image)]))
+modules = [m for n, m in sys.modules.items() if n.split('.')[0] == 'rvq_jax']
+assert all(home in Path(m.__file__).parents for m in modules)
+"""
+
+
+@pytest.mark.slow
+def test_what_the_wheel_holds_works_without_the_checkout(
+  wheel_file, tiny_run, tmp_path
+):
+  export_run(tiny_run, tmp_path / 'export')
+  home, elsewhere = tmp_path / 'home', tmp_path / 'elsewhere'
+  elsewhere.mkdir()
+  with zipfile.ZipFile(wheel_file) as archive:
+    archive.extractall(home)
+  (elsewhere / 'use.py').write_text(USE)
+  done = subprocess.run(
+    [sys.executable, 'use.py', home, tmp_path / 'export'],
+    cwd=elsewhere,
+    env=os.environ | {'PYTHONPATH': str(home), 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=280,
+  )
+  assert done.returncode == 0, done.stderr
+  page = (elsewhere / 'page.html').read_text()
+  for end, mark in (('html', '<!doctype html>'), ('js', 'function draw()')):
+    assert mark in page, end
+  style = (ROOT / 'rvq_jax/explorer/page.css').read_text()
+  assert style in page
