@@ -22,6 +22,10 @@ def _mean(tree, axis_name):
   return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
+def _all_finite(tree):
+  return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
 def prepare_images(images: jax.Array) -> jax.Array:
   """Images as the model takes them: uint8 becomes float32 in [-1, 1]."""
   return to_float(images) if images.dtype == jnp.uint8 else images
@@ -43,8 +47,9 @@ def make_train_step(
   One step minimises MSE(reconstruction, image) on [-1, 1] plus the quantizer's
   loss (paper eq. 5). Randomness depends on (seed, step) and on an image's place
   in the global batch alone, so any number of devices takes the same step. A
-  step whose loss or gradient is not finite leaves the whole state as it was,
-  to the bit, except for `step` and `nonfinite_streak`. After ten of them in a
+  step whose loss, gradient, new statistics or new codebook are not finite
+  leaves the whole state as it was, to the bit, except for `step` and
+  `nonfinite_streak`. After ten of them in a
   row so does every step, however late the host looks at the streak.
 
   Args:
@@ -122,6 +127,8 @@ def make_train_step(
       params_ema=params_ema,
     )
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    # A variance that overflows divides to zero: loss and gradient stay finite.
+    finite &= _all_finite((proposed.batch_stats, proposed.codebook))
     finite &= state.nonfinite_streak < MAX_NONFINITE_STREAK
     kept = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old), proposed, state

@@ -85,6 +85,30 @@ def test_nothing_of_a_spoilt_step_stays_and_it_is_counted(spoilt):
   assert bits(after) == bits(state)
 
 
+def test_statistics_that_overflow_are_not_kept():
+  step, state = build()
+  # The variance behind this kernel overflows; what it divides becomes zero.
+  params = jax.tree.map(lambda x: x, state.params)
+  params['encoder']['conv0']['kernel'] *= 1e19
+  state = state.replace(params=params)
+  after, metrics = step(state, batch(None))
+  assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])
+  assert metrics['skipped'] == 1
+  assert bits(after) == bits(state)
+
+
+def test_a_codebook_that_overflows_is_not_kept():
+  step, state = build()
+  state, _ = step(state, batch(None))
+  sums = state.codebook['vq']['embedding_sum']
+  book = state.codebook['vq'] | {'embedding_sum': sums.at[3, 1].set(jnp.inf)}
+  state = state.replace(codebook={'vq': book})
+  after, metrics = step(state, batch(None))
+  assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])
+  assert metrics['skipped'] == 1
+  assert bits(after) == bits(state)
+
+
 def test_nine_spoilt_steps_are_forgiven_and_ten_are_not():
   step, state = build()
   for count in (MAX_NONFINITE_STREAK - 1, MAX_NONFINITE_STREAK):
