@@ -6,6 +6,7 @@ tensorboardX, TensorBoard events.
 
 import errno
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -150,13 +151,44 @@ class MultiWriter:
 
 
 def read_jsonl(path) -> list[dict]:
-  """The lines of a metrics file; a last line cut off in writing is dropped."""
-  lines = Path(path).read_text('utf-8', 'replace').splitlines()
-  records = []
+  """The lines of a metrics file.
+
+  Lines that cannot be used are left out, and a warning says which: those that
+  are no JSON, or no object with a number 'step'. Of a last line that was cut
+  off in writing nothing is said.
+
+  Args:
+    path: of the file.
+
+  Returns:
+    An object for each line.
+  """
+  lines = Path(path).read_text('utf-8', 'replace').split('\n')
+  records, damaged = [], []
   for number, line in enumerate(lines, 1):
-    try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError as error:
-      if number < len(lines):
-        raise ValueError(f'{path}, line {number}: not JSON') from error
+    record = _parsed(line)
+    if record is not None:
+      records.append(record)
+    elif number < len(lines):
+      damaged.append(number)
+  if damaged:
+    first = ', '.join(map(str, damaged[:5])) + ', ...' * (len(damaged) > 5)
+    logging.warning(
+      '%s: left out %d damaged of %d lines (line %s)',
+      path,
+      len(damaged),
+      len(lines) - 1,
+      first,
+    )
   return records
+
+
+def _parsed(line: str) -> dict | None:
+  """A line of a metrics file, or None where it is damaged."""
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  step = record.get('step') if isinstance(record, dict) else None
+  whole = isinstance(step, int) and not isinstance(step, bool)
+  return record if whole else None

@@ -34,8 +34,22 @@ def test_a_line_cut_off_in_writing_is_dropped(tmp_path):
   assert read_jsonl(path) == [{'step': 1}]
 
 
-def test_a_broken_line_before_the_last_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+  'line',
+  ['{"st', '', '\0\0\0', '7', '{"loss": 1}', '{"step": "3"}', '{"step": null}'],
+)
+def test_a_damaged_line_is_left_out_and_counted(line, tmp_path, caplog):
   path = tmp_path / 'metrics.jsonl'
-  path.write_text('{"st\n{"step": 2}\n')
-  with pytest.raises(ValueError, match='line 1: not JSON'):
-    read_jsonl(path)
+  path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+  assert read_jsonl(path) == [{'step': 1}, {'step': 3}]
+  [record] = caplog.records
+  assert 'left out 1 damaged of 3 lines (line 2)' in record.getMessage()
+  assert str(path) in record.getMessage()
+
+
+def test_a_damaged_log_does_not_stop_a_resume(tmp_path, caplog):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 1}\n' + b'\xff\n' * 7 + b'{"step": 2}\n{"st')
+  JsonlWriter(tmp_path, start_step=2).close()
+  assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+  assert '7 damaged of 9 lines (line 2, 3, 4, 5, 6, ...)' in caplog.text
