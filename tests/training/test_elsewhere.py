@@ -21,6 +21,16 @@ def test_another_machine_is_refused_where_bits_matter(caplog):
   assert 'devices: checkpoint 3, now 8' in caplog.text
 
 
+@pytest.mark.parametrize('name', ['kind', 'cpu', 'jax', 'jaxlib'])
+def test_another_processor_or_version_is_another_machine(name):
+  here = machine.describe()
+  assert here[name]
+  with pytest.raises(ValueError, match=f'{name}: checkpoint other, now '):
+    machine.check_machine(here | {name: 'other'}, exact=True)
+  del here[name]  # as in checkpoints that were made before it was noted
+  machine.check_machine(here, exact=True)
+
+
 @pytest.mark.slow
 def test_from_one_device_to_eight_is_exact_to_the_checkpoint_or_refused(
   start_run, tiny_config, tmp_path, final_bits, log_of
