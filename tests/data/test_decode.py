@@ -114,6 +114,19 @@ def test_16_bit_grey_is_scaled_and_not_clipped():
   assert decode_image(data)[0, :, 0].tolist() == expected
 
 
+def test_16_bit_grey_with_alpha_is_composited_over_white():
+  grey = np.array([0, 300, 32768, 65535, 40000, 1000])
+  alpha = np.array([65535, 0, 32768, 65535, 20000, 60000])
+  pairs = np.stack([grey, alpha], axis=-1).reshape(-1)
+  rows = b'\x00' + struct.pack('>12H', *pairs)
+  data = _png(struct.pack('>IIBBBBB', 6, 1, 16, 4, 0, 0, 0), rows)
+  share = alpha / 65535
+  expected = grey / 257 * share + 255 * (1 - share)
+  decoded = decode_image(data)
+  assert decoded.shape == (1, 6, 3)
+  assert np.abs(decoded[0] - expected[:, None]).max() <= 2
+
+
 def test_16_bit_colour_is_scaled_to_8():
   values = [0, 300, 32768, 65535, 1000, 60000]
   rows = b'\x00' + struct.pack('>6H', *values)
@@ -150,6 +163,22 @@ def test_exif_orientation_is_applied(orientation, view):
   exif[0x0112] = orientation
   data = _encode(Image.fromarray(_rgb()), 'PNG', exif=exif)
   np.testing.assert_array_equal(decode_image(data), view(_rgb()))
+
+
+@pytest.mark.parametrize('shorter_side', [None, 16])
+def test_a_turned_jpeg_is_turned_back(shorter_side):
+  rows, columns = np.mgrid[0:64, 0:96]
+  image = np.stack([4 * rows, 2 * columns, rows + columns], -1).astype(np.uint8)
+  exif = Image.Exif()
+  exif[0x0112] = 6  # as of a camera held upright
+  data = _encode(Image.fromarray(image), 'JPEG', quality=98, exif=exif)
+  decoded = decode_image(data, shorter_side=shorter_side)
+  step = 64 // decoded.shape[1]
+  assert (decoded.shape, step) == (
+    ((96, 64, 3), 1) if shorter_side is None else ((48, 32, 3), 2)
+  )
+  shrunk = image.reshape(64 // step, step, 96 // step, step, 3).mean((1, 3))
+  assert np.abs(decoded - np.rot90(shrunk, -1)).max() <= 6
 
 
 @pytest.mark.parametrize('fmt', ['GIF', 'WEBP'])
