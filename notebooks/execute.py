@@ -3,7 +3,8 @@
 python notebooks/execute.py [OUTPUT]
 
 The default OUTPUT is notebooks/rvq_jax.ipynb. It needs jupytext, nbclient and
-ipykernel, of the extra `test`. RVQ_JAX_STEPS and RVQ_JAX_WORKDIR shorten it.
+ipykernel, of the extra `test`. RVQ_JAX_STEPS and RVQ_JAX_WORKDIR shorten it;
+RVQ_JAX_RUN, a run, an export or hf:OWNER/NAME, is shown instead of training.
 """
 
 import sys

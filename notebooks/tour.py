@@ -10,6 +10,10 @@
 # it and installs what is missing beside Colab's own jax. On your own machine,
 # open the notebook in a checkout where `pip install -r requirements.txt` was
 # run.
+#
+# **With a model of your own:** set RUN to a run, to a folder that
+# `launch/export.py` wrote, or to `hf:OWNER/NAME`. Nothing is trained then, and
+# all that follows shows that model. The text speaks of the one trained here.
 
 # %%
 import os
@@ -18,6 +22,10 @@ import sys
 from pathlib import Path
 
 REPOSITORY = ''  # https://github.com/OWNER/rvq_jax, for Colab
+RUN = os.environ.get('RVQ_JAX_RUN', '')  # as 'runs/photos'; '' trains one
+
+if RUN and Path(RUN).exists():
+  RUN = str(Path(RUN).resolve())
 
 root = Path.cwd()
 while not (root / 'configs' / 'photos.py').exists() and root != root.parent:
@@ -84,11 +92,12 @@ print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
 steps = int(os.environ.get('RVQ_JAX_STEPS', 300))
 workdir = Path(os.environ.get('RVQ_JAX_WORKDIR', 'runs/notebook'))
 
-config = photos.get_config()
-config.num_steps = steps
-config.eval_every = steps
-config.checkpoint_every = steps
-_ = train(config, workdir)
+if not RUN:
+  config = photos.get_config()
+  config.num_steps = steps
+  config.eval_every = steps
+  config.checkpoint_every = steps
+  _ = train(config, workdir)
 
 # %% [markdown]
 # ## Load it, and look
@@ -99,19 +108,35 @@ _ = train(config, workdir)
 # cup of coffee and a rocket.
 
 # %%
-tokenizer = rvq_jax.load(workdir)
+tokenizer = rvq_jax.load(RUN or workdir)
+side, K = tokenizer.config['data.image_size'], tokenizer.codebook_size
+several = tokenizer.codes or 1  # codes a position
+batch_size = max(1, 100 * 64**2 // side**2)
+
+
+def in_batches(function, arrays):
+  parts = range(0, len(arrays), batch_size)
+  return np.concatenate(
+    [np.asarray(function(arrays[i : i + batch_size])) for i in parts]
+  )
+
+
+def decode(ids):
+  return to_uint8(tokenizer.decode(ids))
+
+
+def first(ids):
+  return ids[..., 0] if tokenizer.codes else ids
+
+
 test = sources.open_dataset('photos').test
-batches = loaders.eval_batches(test, batch_size=100, image_size=64)
+batches = loaders.eval_batches(test, batch_size=batch_size, image_size=side)
 images = np.concatenate([b['image'][b['mask']] for b in batches])
-ids = np.concatenate(
-  [np.asarray(tokenizer.encode(part)) for part in np.split(images, 4)]
-)
-made = np.concatenate(
-  [np.asarray(to_uint8(tokenizer.decode(part))) for part in np.split(ids, 4)]
-)
+ids = in_batches(tokenizer.encode, images)
+made = in_batches(decode, ids)
 print(
   f'{images.shape[0]} images {images.shape[1:]} -> ids {ids.shape[1:]}, each '
-  f'one of {tokenizer.codebook_size}'
+  f'one of {K}'
 )
 
 shown = np.arange(3, 400, 50)
@@ -124,7 +149,7 @@ for column, i in enumerate(shown):
 for ax in axes.flat:
   ax.set(xticks=[], yticks=[])
 axes[0, 0].set_ylabel('original')
-axes[1, 0].set_ylabel('256 tokens')
+axes[1, 0].set_ylabel(f'{ids[0].size} tokens')
 plt.show()
 
 # %% [markdown]
@@ -135,12 +160,15 @@ plt.show()
 # mean colour of what the code looks like when it is decoded.
 
 # %%
-K = tokenizer.codebook_size
-# A code by itself: a grid of nothing else, decoded; its middle is shown.
-codes = jnp.broadcast_to(jnp.arange(K)[:, None, None], (K, 4, 4))
-patches = np.concatenate(
-  [np.asarray(to_uint8(tokenizer.decode(part))) for part in np.split(codes, 8)]
-)[:, 4:12, 4:12]
+# A code by itself: a grid of nothing else, decoded; its middle is shown. Of
+# several codes a position it is the first, or, of a product, the same in all.
+alone = jnp.arange(K)[:, None, None]
+if tokenizer.codes:
+  product = tokenizer.config['model.quantizer'] == 'product'
+  alone = alone[..., None].repeat(several if product else 1, -1)
+alone = jnp.broadcast_to(alone, (K, 4, 4, *alone.shape[3:]))
+f = tokenizer.factor
+patches = in_batches(decode, alone)[:, f : 3 * f, f : 3 * f]
 mean_colour = patches.mean((1, 2)).astype(np.uint8)
 random_colour = np.random.default_rng(0).integers(40, 255, (K, 3), np.uint8)
 
@@ -150,8 +178,8 @@ cat_made = grid.decode_ids(tokenizer, cat_ids, 256, 256)[0]
 figure, axes = plt.subplots(1, 4, figsize=(11, 3.1))
 panels = {
   'original': cat,
-  'one colour a code': random_colour[cat_ids[0]],
-  'colour of the code': mean_colour[cat_ids[0]],
+  'one colour a code': random_colour[first(cat_ids)[0]],
+  'colour of the code': mean_colour[first(cat_ids)[0]],
   'decoded': cat_made,
 }
 for ax, (title, picture) in zip(axes, panels.items(), strict=True):
@@ -167,14 +195,15 @@ plt.show()
 # mixes them.
 
 # %%
-used = np.bincount(cat_ids.ravel(), minlength=K)
+used = np.bincount(first(cat_ids).ravel(), minlength=K)
 often = np.argsort(-used)[:96]
 often = often[np.argsort(mean_colour[often].astype(int).sum(1))]
 figure, axes = plt.subplots(6, 16, figsize=(12, 4.8))
-for ax, code in zip(axes.flat, often, strict=True):
+for ax in axes.flat:
+  ax.axis('off')
+for ax, code in zip(axes.flat, often, strict=False):
   ax.imshow(patches[code])
   ax.set_title(str(code), fontsize=8, pad=2)
-  ax.axis('off')
 plt.show()
 
 # %% [markdown]
@@ -186,8 +215,9 @@ plt.show()
 # %%
 one, other = 53, 203
 swapped = np.stack([ids[one], ids[other]])
-swapped[:, :, 8:] = swapped[::-1, :, 8:]
-mixed = np.asarray(to_uint8(tokenizer.decode(swapped)))
+half = ids.shape[2] // 2
+swapped[:, :, half:] = swapped[::-1, :, half:]
+mixed = np.asarray(decode(swapped))
 figure, axes = plt.subplots(1, 4, figsize=(12, 3.3))
 panels = {
   'A': made[one],
@@ -208,17 +238,17 @@ plt.show()
 
 # %%
 train_set = sources.open_dataset('photos').train
-batches = loaders.eval_batches(train_set, batch_size=100, image_size=64)
+some = train_set.subset(np.arange(1000))
+batches = loaders.eval_batches(some, batch_size=batch_size, image_size=side)
 train_ids = [
-  np.asarray(tokenizer.encode(batch['image']))
-  for batch, _ in zip(batches, range(10), strict=False)
+  np.asarray(tokenizer.encode(b['image'][b['mask']])) for b in batches
 ]
 figure, ax = plt.subplots(figsize=(8, 3.6))
 for label, colour, found in (
   ('training photographs', BLUE, np.concatenate(train_ids)),
   ('the cat', ORANGE, ids),
 ):
-  counts = np.sort(np.bincount(found.ravel(), minlength=K))[::-1]
+  counts = np.sort(np.bincount(first(found).ravel(), minlength=K))[::-1]
   numbers = metrics.code_statistics(counts)
   label += f': {numbers["usage"]:.0%} used, '
   label += f'perplexity {numbers["perplexity"]:.0f}'
@@ -293,13 +323,16 @@ plt.show()
 
 # %%
 bound = rate_distortion.gaussian_bound(
-  loaders.eval_batches(test, batch_size=100, image_size=64),
-  image_size=64,
+  loaders.eval_batches(test, batch_size=batch_size, image_size=side),
+  image_size=side,
   max_side=16,
 )
 error = ((made / 127.5 - images / 127.5) ** 2).mean()
-numbers = metrics.code_statistics(np.bincount(ids.ravel(), minlength=K))
-bits = np.geomspace(300, 20000, 60)
+entropy_bits = sum(
+  metrics.code_statistics(np.bincount(level, minlength=K))['entropy_bits']
+  for level in ids.reshape(-1, several).T
+)
+bits = np.geomspace(300, 20000, 60) * (side / 64) ** 2
 figure = rate_figure(
   curve_bits=bits,
   curve_mse=bound.mse(bits),
@@ -310,13 +343,13 @@ figure = rate_figure(
     {
       'label': 'this run',
       'colour': ORANGE,
-      'bits': 256 * np.log2(K),
-      'entropy_bits': 256 * numbers['entropy_bits'],
+      'bits': ids[0].size * np.log2(K),
+      'entropy_bits': ids[0].size / several * entropy_bits,
       'mse': error,
       'mse_std': None,
     }
   ],
-  title='64 x 64 crops of the cat',
+  title=f'{side} x {side} crops of the cat',
 )
 display(figure)
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import jupytext
 import pytest
 
+from rvq_jax.evaluation.export import export_run
+from rvq_jax.training import loop
+
 NOTEBOOKS = Path(__file__).resolve().parents[2] / 'notebooks'
 STORED = NOTEBOOKS / 'rvq_jax.ipynb'
 
@@ -43,9 +46,8 @@ def test_the_stored_notebook_shows_its_pictures_and_no_error():
   assert STORED.stat().st_size < 1.5e6
 
 
-@pytest.mark.slow
-def test_the_notebook_runs_in_short(tmp_path):
-  output = tmp_path / 'short.ipynb'
+def execute(output, tmp_path, **variables):
+  """Runs the notebook and returns its cells."""
   subprocess.run(
     [sys.executable, NOTEBOOKS / 'execute.py', output],
     env=os.environ
@@ -55,10 +57,38 @@ def test_the_notebook_runs_in_short(tmp_path):
       'TFDS_DATA_DIR': str(tmp_path / 'data'),
       'XLA_FLAGS': '',
       'JAX_PLATFORMS': 'cpu',
-    },
+    }
+    | variables,
     check=True,
     timeout=900,
   )
-  cells = load(output)
+  return load(output)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_in_short(tmp_path):
+  cells = execute(tmp_path / 'short.ipynb', tmp_path)
   assert len(pictures(cells)) == 8
   assert 'step 24/24' in json.dumps(cells)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'fields', [{}, {'quantizer': 'residual', 'depth': 2, 'codebook_size': 200}]
+)
+def test_the_notebook_shows_an_export_without_training(
+  tiny_config, tmp_path, fields
+):
+  for name, value in fields.items():
+    tiny_config.model[name] = value
+  loop.train(tiny_config, tmp_path / 'trained')
+  export_run(tmp_path / 'trained', tmp_path / 'export')
+  run = str(tmp_path / 'export')
+  cells = execute(tmp_path / 'shown.ipynb', tmp_path, RVQ_JAX_RUN=run)
+  assert len(pictures(cells)) == 8
+  outputs = json.dumps([cell.get('outputs') for cell in cells])
+  grid = '(4, 4, 2)' if fields else '(4, 4)'
+  size = fields.get('codebook_size', 16)
+  assert f'(16, 16, 3) -> ids {grid}, each one of {size}' in outputs
+  assert 'step 24/24' not in outputs
+  assert not (tmp_path / 'run' / 'checkpoints').exists()
