@@ -81,6 +81,31 @@ def test_upsample_by_convolution_has_the_gradients_of_conv_transpose():
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_upsample_by_convolution_sums_its_kernel_gradient_over_devices():
+  x, kernel, g = draw(0, 8, 3, 4, 5), draw(1, 4, 4, 5, 6), draw(2, 8, 6, 8, 6)
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+  rows, same = PartitionSpec('data'), PartitionSpec()
+
+  def gradients(upsample):
+    def local(x, kernel, g):
+      return jax.grad(
+        lambda a: jnp.sum(upsample(*a) * g),
+      )((x, kernel))
+
+    return jax.jit(
+      jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(rows, same, rows),
+        out_specs=(rows, same),
+      )
+    )(x, kernel, g)
+
+  got, want = map(gradients, (_upsample_by_convolution, _upsample_by_matmul))
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_upsample_lowers_to_a_convolution_on_cuda_and_none_on_cpu():
   layer, x = Upsample(6), jnp.zeros((2, 4, 4, 5))
   variables = jax.jit(layer.init)(jax.random.key(0), x)
