@@ -59,9 +59,11 @@ def _stop_if_not_finite(state, step, scalars):
 
 
 def _not_finite(scalars):
-  if np.isfinite(scalars['loss']):
+  if not np.isfinite(scalars['loss']):
+    return f'the loss was {scalars["loss"]}'
+  if not np.isfinite(scalars['grad_norm']):
     return f'the norm of the gradient was {scalars["grad_norm"]}'
-  return f'the loss was {scalars["loss"]}'
+  return 'the running statistics of BatchNorm or the codebook overflowed'
 
 
 def train(config, workdir) -> dict[str, float]:
