@@ -68,7 +68,8 @@ class Checkpoints:
     if read_only and not self._path.is_dir():
       raise FileNotFoundError(
         f'expected a run with checkpoints in {workdir}, found none; train one '
-        f'with python launch/main.py --workdir={workdir}'
+        'with python launch/main.py --config=configs/photos.py '
+        f'--workdir={workdir}'
       )
     if not read_only:
       if jax.process_index() == 0:
