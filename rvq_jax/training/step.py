@@ -49,8 +49,8 @@ def make_train_step(
   in the global batch alone, so any number of devices takes the same step. A
   step whose loss, gradient, new statistics or new codebook are not finite
   leaves the whole state as it was, to the bit, except for `step` and
-  `nonfinite_streak`. After ten of them in a
-  row so does every step, however late the host looks at the streak.
+  `nonfinite_streak`. After ten of them in a row so does every step, however
+  late the host looks at the streak.
 
   Args:
     model: a `VQVAE`, made with the same axis_name.
