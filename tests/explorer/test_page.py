@@ -28,7 +28,11 @@ def picture(url):
 
 @pytest.mark.parametrize(
   'fields',
-  [{}, {'quantizer': 'residual', 'depth': 2}, {'quantizer': 'product'}],
+  [
+    {},
+    {'quantizer': 'residual', 'depth': 2},
+    pytest.param({'quantizer': 'product'}, marks=pytest.mark.slow),
+  ],
 )
 def test_the_page_shows_ids_and_reconstructions(make_data, images, fields):
   tokenizer, data = make_data(**fields)

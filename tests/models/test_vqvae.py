@@ -47,7 +47,9 @@ def test_shapes_follow_the_factor(factor, size):
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize('ema', [True, False])
+@pytest.mark.parametrize(
+  'ema', [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_decode_of_encode_is_the_reconstruction_to_the_bit(dtype, ema):
   model, x = build(dtype=dtype, ema=ema), images()
   variables = init(model, x)

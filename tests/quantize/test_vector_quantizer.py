@@ -144,7 +144,7 @@ def test_edge_inputs_give_codes_and_finite_gradients(estimator, dtype):
   assert out.ids[5] == 2  # codes 2 and 3 are equal: the lower index
 
 
-@pytest.mark.parametrize('size', [1, 3])
+@pytest.mark.parametrize('size', [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('dim', [1, 2])
 def test_smallest_shapes_train(size, dim):
   layer = VectorQuantizer(codebook_size=size, code_dim=dim)

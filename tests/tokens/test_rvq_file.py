@@ -154,7 +154,7 @@ def test_an_id_of_k_is_refused():
   'fields',
   [
     {},
-    {'quantizer': 'residual', 'depth': 1},
+    pytest.param({'quantizer': 'residual', 'depth': 1}, marks=pytest.mark.slow),
     {'quantizer': 'product', 'heads': 2, 'codebook_size': 300},
   ],
 )

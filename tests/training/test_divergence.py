@@ -74,7 +74,10 @@ def batch(spoilt):
   return {'image': images}
 
 
-@pytest.mark.parametrize('spoilt', [np.nan, np.inf, 'gradient'])
+@pytest.mark.parametrize(
+  'spoilt',
+  [np.nan, pytest.param(np.inf, marks=pytest.mark.slow), 'gradient'],
+)
 def test_nothing_of_a_spoilt_step_stays_and_it_is_counted(spoilt):
   step, state = build()
   state, _ = step(state, batch(None))
