@@ -57,7 +57,7 @@ def test_a_killed_worker_ends_the_run_and_the_rest_is_exact(
   os.kill(workers[0].pid, signal.SIGKILL)
   text = run.end()
   assert time.monotonic() - start < 30
-  assert run.returncode == 2
+  assert run.returncode == 75
   assert 'error: a data worker died' in text and 'Traceback' not in text
   [newest, *_] = manifest.steps(killed / 'checkpoints')
   assert newest >= 50
