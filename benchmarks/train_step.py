@@ -6,8 +6,8 @@
 
 The model of configs/cifar10.py (f8, D = 256, six residual blocks, K = 16384) at
 32x32 with 128 images a step and at 256x256 with 8. Forms alternate in one
-process; printed are medians, ratios, compile time, memory and, from XLA's count
-of operations, FLOPs a second. `--peer` adds the same model in PyTorch
+process; printed are medians, ratios, compile time, memory and, by the formulas
+of docs/scale.md, FLOPs a second. `--peer` adds the same model in PyTorch
 (torch_model.py) with vector-quantize-pytorch's quantizer and with one as good
 as ours (`pip install torch vector-quantize-pytorch`). `--memory=kept` has the C
 library keep freed memory, for every form, as our launchers do (runtime.py).
@@ -47,6 +47,16 @@ OURS, PEER, TUNED = (
 TARGETS = {32: (0.60, 1.0), 256: (0.50, 1.0)}
 
 
+def flops(side, batch):
+  """Operations of a step; XLA's own count takes each loop for one pass."""
+  tokens = (side // 8) ** 2
+  convolutions = 24 * 9 * 256**2 + 27_648 + 4 * 73_728 + 294_912
+  transposed = 16 * (32_768 + 4 * 8_192 + 16 * 192)
+  attention = 2 * tokens * 256
+  model = convolutions + transposed + 6 * 256**2 + attention
+  return 2 * batch * tokens * (3 * model + 16384 * 256)
+
+
 def our_step(side, batch, dtype):
   """A call that trains one step, its compile time and XLA's own counts."""
   path = ROOT / 'configs' / 'cifar10.py'
@@ -79,7 +89,7 @@ def our_step(side, batch, dtype):
   memory = step.memory_analysis()
   return call, {
     'compile_s': seconds,
-    'flops': step.cost_analysis().get('flops', float('nan')),
+    'flops': flops(side, batch),
     'xla_temp_bytes': memory.temp_size_in_bytes,
   }
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rvq_jax.models import convolutions
 from rvq_jax.models.layers import Norm, residual_blocks
 
 
@@ -70,6 +71,7 @@ class Encoder(nn.Module):
         (stride, stride),
         use_bias=False,
         dtype=self.dtype,
+        conv_general_dilated=convolutions.convolve,
         name=f'conv{i}',
       )(x)
       x = Norm(self.dtype, self.axis_name, name=f'norm{i}')(x, train=train)

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rvq_jax.models import convolutions
+
 
 class Norm(nn.Module):
   """BatchNorm with float32 parameters and statistics.
@@ -57,7 +59,12 @@ class ResidualBlock(nn.Module):
     y = x
     for i in range(2):
       y = nn.Conv(
-        x.shape[-1], (3, 3), use_bias=False, dtype=self.dtype, name=f'conv{i}'
+        x.shape[-1],
+        (3, 3),
+        use_bias=False,
+        dtype=self.dtype,
+        conv_general_dilated=convolutions.convolve,
+        name=f'conv{i}',
       )(y)
       y = Norm(self.dtype, self.axis_name, i == 1, name=f'norm{i}')(
         y, train=train
@@ -194,9 +201,7 @@ class Upsample(nn.Module):
   """Transposed convolution, kernel 4, stride 2: [B, H, W, C] to twice H, W.
 
   The parameters and the values are those of `nn.ConvTranspose(features, (4, 4),
-  (2, 2))`. XLA's CPU backend runs that operation many times slower than a
-  matrix product, so there it is one product to the 16 taps, which are then
-  added where they overlap.
+  (2, 2))`; see `convolutions.upsample`.
 
   Attributes:
     features: output channels.
@@ -217,97 +222,6 @@ class Upsample(nn.Module):
     )
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    y = jax.lax.platform_dependent(
-      x, kernel, cpu=_upsample_by_matmul, default=_upsample_by_convolution
+    return convolutions.upsample(x, kernel) + bias.astype(self.dtype).reshape(
+      1, 1, 1, -1
     )
-    return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
-
-
-def _downsample(y, kernel):
-  """Strided convolution [B, 2H, 2W, F] -> [B, H, W, C], kernel [4, 4, F, C]."""
-  return jax.lax.conv_general_dilated(
-    y,
-    kernel,
-    window_strides=(2, 2),
-    padding=((1, 1), (1, 1)),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-  )
-
-
-def _upsample_by_convolution(x, kernel):
-  # A zero that comes from x: under `shard_map` the kernel is the same on all
-  # devices and x is not, and a derivative of one's own must find them alike for
-  # the kernel's to be summed over the devices.
-  zero = jnp.logical_and(jnp.any(x[:1, :1, :1, :1] > 0), False)
-  return _transposed(x, kernel + zero.astype(kernel.dtype))
-
-
-@jax.custom_vjp
-def _transposed(x, kernel):
-  """The transpose of `_downsample`, and its derivatives in the same terms.
-
-  cuDNN has a kernel for each of the three. `lax.conv_transpose` and what
-  follows from it by differentiation would first write x with zeros between its
-  numbers: four times the memory and the operations.
-  """
-  return jax.lax.conv_transpose(
-    x,
-    _turned(kernel),
-    strides=(2, 2),
-    padding='SAME',
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    transpose_kernel=True,
-  )
-
-
-def _turned(kernel):
-  # Transposing a convolution turns its kernel again; unless the two are kept
-  # apart, XLA cancels them and no longer sees a transposed convolution.
-  return jax.lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
-
-
-def _transposed_forward(x, kernel):
-  return _transposed(x, kernel), (x, kernel)
-
-
-def _transposed_backward(saved, g):
-  x, kernel = saved
-  turned = _turned(kernel)
-  (d_turned,) = jax.vjp(lambda k: _downsample(g, k), turned)[1](x)
-  return _downsample(g, turned), d_turned.swapaxes(2, 3)[::-1, ::-1]
-
-
-_transposed.defvjp(_transposed_forward, _transposed_backward)
-
-
-def _upsample_by_matmul(x, kernel):
-  """Input i adds to outputs 2i - 1 ... 2i + 2, in each direction."""
-  batch, height, width, channels = x.shape
-  features = kernel.shape[-1]
-  taps = jnp.moveaxis(kernel[::-1, ::-1], 2, 0).reshape(channels, -1)
-  y = (x.reshape(-1, channels) @ taps).reshape(
-    batch, height, width, 4, 4, features
-  )
-  y = _overlap_add(y, 1, 3)  # [B, 2H, W, 4, features]
-  y = _overlap_add(y, 2, 3)  # [B, 2H, 2W, features]
-  return y
-
-
-def _overlap_add(y, axis, tap_axis):
-  """Adds the four taps of each input along one direction."""
-  tap = [jax.lax.index_in_dim(y, t, tap_axis, keepdims=False) for t in range(4)]
-
-  def shifted(x, by):
-    zero = jnp.zeros_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis))
-    if by > 0:
-      parts = [zero, jax.lax.slice_in_dim(x, 0, -1, axis=axis)]
-    else:
-      parts = [jax.lax.slice_in_dim(x, 1, None, axis=axis), zero]
-    return jnp.concatenate(parts, axis)
-
-  even = tap[1] + shifted(tap[3], 1)
-  odd = tap[2] + shifted(tap[0], -1)
-  y = jnp.stack([even, odd], axis + 1)
-  shape = list(even.shape)
-  shape[axis] *= 2
-  return y.reshape(shape)

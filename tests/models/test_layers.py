@@ -14,29 +14,11 @@ from rvq_jax.models.layers import (
   SelfAttention,
   Upsample,
   _attend_in_tiles,
-  _upsample_by_convolution,
-  _upsample_by_matmul,
 )
 
 
 def draw(seed, *shape):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-@pytest.mark.parametrize(
-  'upsample', [_upsample_by_matmul, _upsample_by_convolution]
-)
-@pytest.mark.parametrize('shape', [(2, 3, 5, 4), (1, 1, 1, 1), (1, 1, 4, 2)])
-def test_upsample_adds_each_input_times_the_flipped_kernel(upsample, shape):
-  x, kernel = draw(0, *shape), draw(1, 4, 4, shape[-1], 3)
-  batch, height, width, _ = shape
-  want = np.zeros((batch, 2 * height + 2, 2 * width + 2, 3))
-  for i in range(height):
-    for j in range(width):
-      patch = np.einsum('bc,uvcf->buvf', x[:, i, j], kernel[::-1, ::-1])
-      want[:, 2 * i : 2 * i + 4, 2 * j : 2 * j + 4] += patch
-  got = jax.jit(upsample)(x, kernel)
-  np.testing.assert_allclose(got, want[:, 1:-1, 1:-1], atol=1e-5)
 
 
 def test_upsample_has_the_parameters_and_values_of_conv_transpose():
@@ -53,57 +35,6 @@ def test_upsample_has_the_parameters_and_values_of_conv_transpose():
     jax.jit(theirs.apply)(variables, x),
     atol=1e-5,
   )
-
-
-def test_upsample_has_the_gradients_of_the_convolution():
-  x, kernel, g = draw(0, 2, 3, 3, 4), draw(1, 4, 4, 4, 2), draw(2, 2, 6, 6, 2)
-
-  def gradients(f):
-    return jax.jit(jax.grad(lambda a: jnp.sum(f(*a) * g)))((x, kernel))
-
-  got = gradients(_upsample_by_matmul)
-  for a, b in zip(got, gradients(_upsample_by_convolution), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_upsample_by_convolution_has_the_gradients_of_conv_transpose():
-  x, kernel, g = draw(0, 2, 3, 4, 5), draw(1, 4, 4, 5, 6), draw(2, 2, 6, 8, 6)
-  layer = nn.ConvTranspose(6, (4, 4), (2, 2), use_bias=False)
-
-  def theirs(x, kernel):
-    return layer.apply({'params': {'kernel': kernel}}, x)
-
-  def gradients(f):
-    return jax.jit(lambda a: jax.vjp(lambda a: f(*a), a)[1](g))((x, kernel))
-
-  got, want = gradients(_upsample_by_convolution), gradients(theirs)
-  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_upsample_by_convolution_sums_its_kernel_gradient_over_devices():
-  x, kernel, g = draw(0, 8, 3, 4, 5), draw(1, 4, 4, 5, 6), draw(2, 8, 6, 8, 6)
-  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
-  rows, same = PartitionSpec('data'), PartitionSpec()
-
-  def gradients(upsample):
-    def local(x, kernel, g):
-      return jax.grad(
-        lambda a: jnp.sum(upsample(*a) * g),
-      )((x, kernel))
-
-    return jax.jit(
-      jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(rows, same, rows),
-        out_specs=(rows, same),
-      )
-    )(x, kernel, g)
-
-  got, want = map(gradients, (_upsample_by_convolution, _upsample_by_matmul))
-  for a, b in zip(got, want, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_upsample_lowers_to_a_convolution_on_cuda_and_none_on_cpu():
