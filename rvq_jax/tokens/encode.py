@@ -25,7 +25,7 @@ from rvq_jax.tokens import packing, shards
 from rvq_jax.tokens.card import CARD, FORMAT, VERSION, read_card, write_card
 from rvq_jax.tokens.grid import encode_images, grid_shape
 from rvq_jax.tokens.records import TokenRecord, to_bytes
-from rvq_jax.training import disk
+from rvq_jax.training import disk, progress
 
 _BATCH_PIXELS, _MAX_BATCH = 2**21, 256
 
@@ -139,7 +139,10 @@ def encode_dataset(
     if (folder / shard['file']).exists()
   }
   started, before = time.perf_counter(), sum(made.values())
-  with tqdm(total=count, unit='image', desc='encode', disable=None) as bar:
+  with (
+    progress.logs_above_bars(),
+    tqdm(total=count, unit='image', desc='encode', disable=None) as bar,
+  ):
     done = sum(len(rows[i]) for i in made)
     bar.update(done)
     skips = _Skips(count, done - before, bar)

@@ -1,10 +1,12 @@
 """What a person sees of a run: a bar on a terminal, lines elsewhere."""
 
+import contextlib
 import logging
 import sys
 import time
 
 import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 _SHOWN = (
   ('loss', 'loss', '{:.4f}'),
@@ -24,6 +26,13 @@ def clock(seconds: float) -> str:
   return f'{seconds // 3600}h{seconds % 3600 // 60:02d}m'
 
 
+def logs_above_bars() -> contextlib.AbstractContextManager:
+  """While it is open, what is logged goes above tqdm's bars, not into them."""
+  if sys.stderr.isatty():
+    return logging_redirect_tqdm()
+  return contextlib.nullcontext()
+
+
 class Progress:
   """Reports the steps of a run.
 
@@ -38,6 +47,8 @@ class Progress:
     self._mark = (start, time.monotonic())
     self._rate = None
     self._bar = None
+    self._logs = contextlib.ExitStack()
+    self._logs.enter_context(logs_above_bars())
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         total=num_steps,
@@ -47,11 +58,16 @@ class Progress:
         bar_format='{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} '
         '[{elapsed}<{remaining}]{postfix}',
       )
+      self._bar.set_postfix_str('compiling')
+    self._compiling = True
 
   def advance(self, steps: int = 1) -> None:
     """Steps were handed to the device."""
     if self._bar is not None:
+      if self._compiling:
+        self._bar.set_postfix_str('', refresh=False)
       self._bar.update(steps)
+    self._compiling = False
 
   def pause(self) -> None:
     """Time that follows, until `resume`, is not training."""
@@ -113,3 +129,4 @@ class Progress:
     """Leaves the bar as it stands."""
     if self._bar is not None:
       self._bar.close()
+    self._logs.close()
