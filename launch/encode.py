@@ -59,6 +59,7 @@ def main(*paths):
     )
   from rvq_jax.evaluation.loading import load
   from rvq_jax.tokens import encode, files
+  from rvq_jax.tokens.inputs import open_input
   from rvq_jax.training import runtime
 
   runtime.prepare()
@@ -68,7 +69,7 @@ def main(*paths):
       files.encode_and_report(tokenizer, path, output, compare=_COMPARE.value)
     )
     return
-  splits = encode.open_input(source, _DATA_DIR.value, split=_SPLIT.value)
+  splits = open_input(source, _DATA_DIR.value, split=_SPLIT.value)
   tokenizer = load(_WORKDIR.value, step)
   for split, images in splits.items():
     to = Path(output) / ('' if list(splits) == ['all'] else split)

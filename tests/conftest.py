@@ -11,6 +11,7 @@ if not os.environ.get('OPTIMIZED'):
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_flags])
 
 import importlib.util  # noqa: E402
+import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -63,6 +64,25 @@ def image_folder(tmp_path_factory):
       coarse = rng.integers(0, 256, (4, 4, 3), np.uint8)
       Image.fromarray(coarse).resize((20, 16), Image.BICUBIC).save(path)
   return folder
+
+
+@pytest.fixture
+def make_disk(tmp_path):
+  """Returns a function of a size, as '300k': a file system of its own."""
+  place = tmp_path / 'disk'
+  place.mkdir()
+
+  def make(size):
+    mount = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(place)]
+    try:
+      subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+      pytest.skip('needs the right to mount a tmpfs')
+    return place
+
+  yield make
+  if os.path.ismount(place):
+    subprocess.run(['umount', '--lazy', str(place)], check=True)
 
 
 @pytest.fixture

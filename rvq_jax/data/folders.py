@@ -46,6 +46,10 @@ class FolderSource(Source):
     """The labels, int32 [n]."""
     return self._labels
 
+  def identity(self):
+    """The names of the files."""
+    return list(self._files)
+
   def __repr__(self):
     return f'FolderSource({printable(self._root)!r}, n={len(self)})'
 

@@ -55,6 +55,10 @@ class Source(abc.ABC):
   def labels(self) -> np.ndarray:
     """The labels, int32 [n], read once and without decoding images."""
 
+  def identity(self) -> list[str] | None:
+    """Names that differ where the records do; None where none are known."""
+    return None
+
   def __iter__(self):
     return (self[i] for i in range(len(self)))
 

@@ -137,6 +137,10 @@ class TfdsSource(Source):
     except OSError as error:
       logging.info('cannot keep the labels for next time: %s', error)
 
+  def identity(self):
+    """Name, version and split: the names of images are not known unread."""
+    return [*os.path.normpath(self._directory).split(os.sep)[-2:], self._split]
+
   def __reduce__(self):
     return (type(self), (self._directory, self._split))
 

@@ -14,6 +14,7 @@ import flax
 import numpy as np
 
 from rvq_jax.evaluation.tokenizer import Tokenizer
+from rvq_jax.training import disk
 
 FORMAT, VERSION = 'rvq_jax', 1
 WEIGHTS, CARD = 'model.safetensors', 'config.json'
@@ -75,16 +76,12 @@ def read_card(folder: Path) -> dict[str, Any]:
   """
   path = folder / CARD
   try:
-    with open(path, 'rb') as stream:
-      text = stream.read(_LONGEST_CARD + 1)
-    card = json.loads(text) if len(text) <= _LONGEST_CARD else None
+    card = disk.read_object(path, _LONGEST_CARD)
   except OSError as error:
     raise ValueError(
       f'expected {CARD} beside {WEIGHTS} in {folder}: {error.strerror}'
     ) from error
-  except (ValueError, RecursionError):
-    card = None
-  if not isinstance(card, dict) or card.get('format') != FORMAT:
+  if card is None or card.get('format') != FORMAT:
     raise ValueError(
       f'{path}: expected JSON of at most {_LONGEST_CARD} bytes with "format": '
       f'"{FORMAT}", as launch/export.py writes it'

@@ -23,8 +23,8 @@ from rvq_jax.data.transforms import (
 )
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.explorer import content
-from rvq_jax.tokens.encode import open_input
 from rvq_jax.tokens.files import write_whole
+from rvq_jax.tokens.inputs import open_input
 
 HOST = '127.0.0.1'
 _LONGEST_UPLOAD = 2**25

@@ -44,16 +44,12 @@ def read_card(folder) -> dict[str, Any]:
   """
   path = Path(folder) / CARD
   try:
-    with open(path, 'rb') as stream:
-      text = stream.read(_LONGEST_CARD + 1)
-    card = json.loads(text) if len(text) <= _LONGEST_CARD else None
+    card = disk.read_object(path, _LONGEST_CARD)
   except OSError as error:
     raise ValueError(
       f'expected a folder of tokens with {CARD}, got {folder}: {error.strerror}'
     ) from error
-  except (ValueError, RecursionError):
-    card = None
-  if not isinstance(card, dict) or card.get('format') != FORMAT:
+  if card is None or card.get('format') != FORMAT:
     raise ValueError(
       f'{path}: expected JSON of at most {_LONGEST_CARD} bytes with "format": '
       f'"{FORMAT}"; encode the images again'

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rvq_jax.data.folders import FolderSource, open_folder
 from rvq_jax.data.skips import SkipLog, try_image
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import resize_and_center_crop
@@ -28,51 +27,6 @@ from rvq_jax.tokens.records import TokenRecord, to_bytes
 from rvq_jax.training import disk, progress
 
 _BATCH_PIXELS, _MAX_BATCH = 2**21, 256
-
-
-def open_input(
-  name: str, data_dir: str | None = None, *, split: str | None = None
-) -> dict[str, Source]:
-  """Opens what shall be encoded.
-
-  Args:
-    name: 'tfds:NAME', 'photos', an image, or a folder, with or without
-      'folder:'. A folder that is called photos goes before the embedded data
-      set, which is then 'tfds:photos'.
-    data_dir: where tfds keeps prepared data.
-    split: the one to open; None for each that there is.
-
-  Returns:
-    Source by split; 'all' where there are no splits.
-
-  Raises:
-    ValueError: there is no such data set, folder or split.
-  """
-  kind, _, rest = name.partition(':')
-  is_set = kind == 'tfds' and rest or name == 'photos'
-  if name == 'photos' and Path(name).exists():
-    logging.info(
-      'photos: the folder ./photos is taken; the embedded photographs are '
-      'tfds:photos'
-    )
-    is_set = False
-  if is_set:
-    from rvq_jax.data.tfds_sources import open_tfds
-
-    splits = open_tfds(rest or name, data_dir=data_dir)
-  else:
-    path = Path(rest if kind == 'folder' else name).expanduser()
-    if path.is_file():
-      splits = {'all': FolderSource(str(path.parent), [path.name], [-1])}
-    else:
-      splits = open_folder(str(path))
-  if split is None:
-    return splits
-  if split not in splits:
-    raise ValueError(
-      f'split: expected one of {", ".join(splits)} of {name}, got {split!r}'
-    )
-  return {split: splits[split]}
 
 
 def side(tokenizer: Tokenizer, image_size: int | None) -> int | None:
@@ -179,19 +133,11 @@ def _write_unfinished(folder, card, rows) -> None:
 
 
 def _digest(source: Source) -> str | None:
-  """SHA-256 of what the images are called, None where that is not known.
-
-  Of a tfds set it is that of its version and split, since only reading the
-  images would give their names.
-  """
-  if isinstance(source, FolderSource):
-    names = source._files
-  elif hasattr(source, '_directory'):  # TfdsSource, which is slow to import
-    names = [*Path(source._directory).parts[-2:], source._split]
-  else:
+  """SHA-256 of what tells the images from others, None where nothing does."""
+  names = source.identity()
+  if names is None:
     return None
-  text = b'\0'.join(os.fsencode(name) for name in names)
-  return hashlib.sha256(text).hexdigest()
+  return hashlib.sha256(b'\0'.join(map(os.fsencode, names))).hexdigest()
 
 
 class _Skips(SkipLog):

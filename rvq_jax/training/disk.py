@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -34,6 +35,30 @@ def write_whole(path, text: str) -> None:
   finally:
     with contextlib.suppress(OSError):
       partial.unlink()
+
+
+def read_object(path, longest: int) -> dict | None:
+  """The JSON object that a file holds.
+
+  Args:
+    path: of the file.
+    longest: bytes; a longer file is not read.
+
+  Returns:
+    The object; None where the file is longer, no JSON, or no object.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+  with open(path, 'rb') as stream:
+    text = stream.read(longest + 1)
+  if len(text) > longest:
+    return None
+  try:
+    found = json.loads(text)
+  except (ValueError, RecursionError):
+    return None
+  return found if isinstance(found, dict) else None
 
 
 def no_room(error: BaseException | None) -> str | None:

@@ -14,17 +14,9 @@ from rvq_jax.tokens.shards import TokenSource
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(make_disk):
   """A file system of its own, with room for two of three shards."""
-  place = tmp_path / 'disk'
-  place.mkdir()
-  mount = ['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(place)]
-  try:
-    subprocess.run(mount, check=True, capture_output=True)
-  except (OSError, subprocess.CalledProcessError):
-    pytest.skip('needs the right to mount a tmpfs')
-  yield place
-  subprocess.run(['umount', '--lazy', str(place)], check=True)
+  return make_disk('300k')
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image
 
 from rvq_jax.data.builders import Examples, Recipe, prepare_recipe
 from rvq_jax.data.transforms import decode_image, resize_and_center_crop
-from rvq_jax.tokens import encode
+from rvq_jax.tokens import encode, inputs
 from rvq_jax.tokens.shards import TokenSource
 
 
@@ -27,7 +27,7 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', ['photos', './photos', 'folder:photos'])
 def test_a_folder_goes_before_the_data_set_of_its_name(here, name, caplog):
   with caplog.at_level(logging.INFO):
-    splits = encode.open_input(name)
+    splits = inputs.open_input(name)
   assert [r.name for r in splits['all']] == ['0.png', '1.png']
   assert ('tfds:photos' in caplog.text) == (name == 'photos')
 
@@ -42,7 +42,7 @@ def prepared(tmp_path_factory):
 def test_the_embedded_photographs_can_be_named(here, name, prepared):
   if name == 'photos':
     (here / 'photos').rename(here / 'mine')
-  splits = encode.open_input(name, prepared)
+  splits = inputs.open_input(name, prepared)
   assert len(splits['test']) == 400
 
 
@@ -76,7 +76,7 @@ def check_tokens(tokenizer, source, folder):
 def test_the_embedded_photographs_become_tokens(
   make_tokenizer, prepared, tmp_path
 ):
-  (source,) = encode.open_input('photos', prepared, split='test').values()
+  (source,) = inputs.open_input('photos', prepared, split='test').values()
   tokenizer = make_tokenizer()
   assert run(tokenizer, source, tmp_path / 'tokens')['images'] == 400
   check_tokens(tokenizer, source, tmp_path / 'tokens')
@@ -111,7 +111,7 @@ def prepare(photograph, tmp_path):
       splits=lambda _: {'test': examples()},
     )
     prepare_recipe(recipe, str(tmp_path / 'sets'))
-    return encode.open_input('tfds:toy', str(tmp_path / 'sets'))['test']
+    return inputs.open_input('tfds:toy', str(tmp_path / 'sets'))['test']
 
   return make
 

@@ -11,17 +11,9 @@ from rvq_jax.training import disk, loop, manifest
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(make_disk):
   """A file system of its own, with room for one tiny checkpoint, not two."""
-  place = tmp_path / 'disk'
-  place.mkdir()
-  mount = ['mount', '-t', 'tmpfs', '-o', 'size=600k', 'tmpfs', str(place)]
-  try:
-    subprocess.run(mount, check=True, capture_output=True)
-  except (OSError, subprocess.CalledProcessError):
-    pytest.skip('needs the right to mount a tmpfs')
-  yield place
-  subprocess.run(['umount', '--lazy', str(place)], check=True)
+  return make_disk('600k')
 
 
 @pytest.mark.slow
