@@ -34,9 +34,11 @@ from rvq_jax.data.transforms import (
 _ATTEMPTS = 4
 _NOTHING = -1
 _MAX_THREADS = 16
-# Ctrl-C in a terminal, and what a scheduler sends, reach every process of a
-# run. The first one decides whether to stop, and needs its workers until then.
-_FOR_THE_RUN = (
+# What asks a run to stop. SIGUSR1 and SIGUSR2 are what SLURM's --signal is told
+# to send before the time is up; SIGHUP comes when a terminal closes. They reach
+# every process of a run: the first one decides, and needs its workers till
+# then.
+STOPS = (
   signal.SIGTERM,
   signal.SIGINT,
   signal.SIGUSR1,
@@ -125,12 +127,12 @@ def _signals_held():
   A worker is deaf from its first moment: it takes seconds to come to
   `_obey_parent`.
   """
-  old = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_RUN)
+  old = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
   try:
     # Python's tracker of shared memory dies of the others; where it starts, it
     # lets the two that it ignores through again.
     resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_RUN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     yield
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, old)
@@ -143,7 +145,7 @@ def _obey_parent(worker: int, workers: int) -> None:
   killed would wait for it for ever.
   """
   del worker, workers
-  for number in _FOR_THE_RUN:
+  for number in STOPS:
     signal.signal(number, signal.SIG_IGN)
 
   def watch():

@@ -7,17 +7,8 @@ import threading
 
 import jax
 
+from rvq_jax.data.stream import STOPS
 from rvq_jax.training import multihost
-
-# SIGUSR1 and SIGUSR2 are what SLURM's --signal is told to send before the time
-# is up; SIGHUP comes when a terminal closes.
-_STOPS = (
-  signal.SIGTERM,
-  signal.SIGINT,
-  signal.SIGUSR1,
-  signal.SIGUSR2,
-  signal.SIGHUP,
-)
 
 
 class StopSignal:
@@ -52,7 +43,7 @@ class StopSignal:
     self._old_fd = signal.set_wakeup_fd(
       self._pipe[1], warn_on_full_buffer=False
     )
-    for number in _STOPS:
+    for number in STOPS:
       if signal.getsignal(number) != signal.SIG_IGN:
         self._old[number] = signal.signal(number, self._request)
     return self
