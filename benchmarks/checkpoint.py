@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from rvq_jax.evaluation.provenance import hardware, versions  # noqa: E402
-from rvq_jax.training import manifest, settings  # noqa: E402
+from rvq_jax.training import config as config_lib  # noqa: E402
+from rvq_jax.training import manifest  # noqa: E402
 from rvq_jax.training.checkpoints import Checkpoints  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402
@@ -32,8 +33,8 @@ def initial_state(path: str):
   spec = importlib.util.spec_from_file_location('config', ROOT / path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  flat = settings.check_config(module.get_config())
-  model = settings.build_model(flat)
+  flat = config_lib.check_config(module.get_config())
+  model = config_lib.build_model(flat)
   return jax.jit(
     lambda: create_state(
       model,

@@ -26,7 +26,8 @@ from jax.experimental import topologies  # noqa: E402
 from configs import imagenet  # noqa: E402
 from rvq_jax.models import layers  # noqa: E402
 from rvq_jax.quantize import search  # noqa: E402
-from rvq_jax.training import settings, sharding  # noqa: E402
+from rvq_jax.training import config as config_lib  # noqa: E402
+from rvq_jax.training import sharding  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402
 from rvq_jax.training.step import make_train_step  # noqa: E402
@@ -67,7 +68,7 @@ def compile_step(mesh, dtype, remat, batch_size, image_size):
   config = imagenet.get_config()
   config.model.dtype, config.model.remat = dtype, remat
   config.data.image_size = image_size
-  model = settings.build_model(settings.check_config(config))
+  model = config_lib.build_model(config_lib.check_config(config))
   optimizer = make_optimizer(2e-4, weight_decay=0.01)
   state = jax.eval_shape(
     lambda key: create_state(model, optimizer, key, image_size=image_size),

@@ -33,7 +33,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rvq_jax.data import builders, loaders, sources  # noqa: E402
+from rvq_jax.data import builders, datasets, loaders  # noqa: E402
+from rvq_jax.data.sources import Source  # noqa: E402
 from rvq_jax.data.splits import seeded_rng  # noqa: E402
 from rvq_jax.data.stream import LoadImage  # noqa: E402
 from rvq_jax.data.transforms import random_resized_crop  # noqa: E402
@@ -45,7 +46,7 @@ _SIZES = ((500, 375), (375, 500), (500, 333), (640, 480), (400, 300))
 _CROP, _SCALE = 'random_resized', (0.4, 1.0)
 
 
-def jpegs(data_dir: str) -> sources.Source:
+def jpegs(data_dir: str) -> Source:
   """Prepares the crops; returns the training split."""
   photographs = [getattr(skimage.data, name)() for name in _PHOTOGRAPHS]
 
@@ -79,10 +80,10 @@ def jpegs(data_dir: str) -> sources.Source:
     },
   )
   builders.prepare_recipe(recipe, data_dir)
-  return sources.open_dataset('tfds:jpegs', data_dir=data_dir).train
+  return datasets.open_dataset('tfds:jpegs', data_dir=data_dir).train
 
 
-def pillow_rate(source: sources.Source, size: int, count: int) -> float:
+def pillow_rate(source: Source, size: int, count: int) -> float:
   """Images/s of a loop over Pillow in one process."""
   rng = np.random.default_rng(0)
   start = time.perf_counter()
@@ -173,7 +174,7 @@ def main() -> None:
   size, batch, batches = options.size, options.batch, options.batches
   with tempfile.TemporaryDirectory() as folder:
     if options.data:
-      source = sources.open_dataset(
+      source = datasets.open_dataset(
         options.data, data_dir=options.data_dir
       ).train
     else:

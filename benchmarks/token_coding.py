@@ -17,7 +17,7 @@ import skimage.data
 
 from rvq_jax import load
 from rvq_jax.tokens import packing
-from rvq_jax.tokens.grid import encode_images
+from rvq_jax.tokens.tiling import encode_images
 
 _PHOTOGRAPHS = ('chelsea', 'astronaut', 'coffee', 'rocket')
 _PRIOR = 200

@@ -34,14 +34,14 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
+from rvq_jax import metrics  # noqa: E402
 from rvq_jax.data import loaders  # noqa: E402
+from rvq_jax.data.images import prepare_images  # noqa: E402
 from rvq_jax.data.transforms import random_flip  # noqa: E402
-from rvq_jax.evaluation import metrics  # noqa: E402
 from rvq_jax.evaluation.evaluate import evaluate_run  # noqa: E402
 from rvq_jax.training.loop import train  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
-from rvq_jax.training.step import prepare_images  # noqa: E402
-from rvq_jax.training.trainer import Trainer  # noqa: E402
+from rvq_jax.training.run import Run  # noqa: E402
 
 PEER = 'vector-quantize-pytorch'
 SHOWN = ('mse', 'psnr', 'usage', 'perplexity', 'bits_per_image')
@@ -142,15 +142,15 @@ def halves(model):
 
 def train_peer(config, workdir):
   """Trains with the peer's quantizer; returns the metrics of the test split."""
-  trainer = Trainer(config, workdir)
-  config, model = trainer.config, trainer.model
+  run = Run(config, workdir)
+  config, model = run.config, run.model
   quantizer = PeerQuantizer(config)
   optimizer = make_optimizer(
-    trainer.schedule,
+    run.schedule,
     weight_decay=config['optimizer.weight_decay'],
     clip_norm=config['optimizer.clip_norm'],
   )
-  state = trainer.init(jax.random.key(config['seed']))
+  state = run.init(jax.random.key(config['seed']))
   params, stats, opt_state = state.params, state.batch_stats, state.opt_state
   encode, decode = halves(model)
 
@@ -166,8 +166,8 @@ def train_peer(config, workdir):
     return optax.apply_updates(params, steps), opt_state
 
   start = time.time()
-  for step in range(trainer.num_steps):
-    images = prepare(step, next(trainer.loader)['image'])
+  for step in range(run.num_steps):
+    images = prepare(step, next(run.loader)['image'])
     z, pullback, encoded = encode(params, stats, images)
     q, ids, backward = quantizer(z, train=True)
     (error, decoded), (grads, dq) = decode(params, stats, q, images)
@@ -183,14 +183,14 @@ def train_peer(config, workdir):
         f'{(time.time() - start) / (step + 1):.2f} s/step',
         flush=True,
       )
-  trainer.loader.close()
+  run.loader.close()
   variables = {'params': params, 'batch_stats': stats}
-  return evaluate_peer(trainer, variables, quantizer)
+  return evaluate_peer(run, variables, quantizer)
 
 
-def evaluate_peer(trainer, variables, quantizer):
+def evaluate_peer(run, variables, quantizer):
   """The metrics of `evaluate_run` for a model with the peer's quantizer."""
-  config, model = trainer.config, trainer.model
+  config, model = run.config, run.model
   encode = jax.jit(lambda x: model.apply(variables, x, method='latents'))
   decode = jax.jit(
     lambda q: model.apply(variables, q, method=lambda m, q: m.decoder(q))
@@ -198,7 +198,7 @@ def evaluate_peer(trainer, variables, quantizer):
   sums = {'mse': 0.0, 'psnr': 0.0}
   counts, count = np.zeros(config['model.codebook_size']), 0
   for batch in loaders.eval_batches(
-    trainer.dataset.test,
+    run.dataset.test,
     batch_size=config['batch_size'],
     image_size=config['data.image_size'],
   ):

@@ -33,7 +33,8 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from rvq_jax.evaluation import provenance  # noqa: E402
-from rvq_jax.training import runtime, settings  # noqa: E402
+from rvq_jax.training import config as config_lib  # noqa: E402
+from rvq_jax.training import runtime  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402
 from rvq_jax.training.step import make_train_step  # noqa: E402
@@ -66,7 +67,7 @@ def our_step(side, batch, dtype):
   config = module.get_config('f8')
   config.data.image_size, config.batch_size = side, batch
   config.model.dtype = dtype
-  model = settings.build_model(settings.check_config(config))
+  model = config_lib.build_model(config_lib.check_config(config))
   optimizer = make_optimizer(2e-4, weight_decay=0.01)
   state = jax.jit(
     lambda key: create_state(model, optimizer, key, image_size=side)

@@ -15,7 +15,7 @@ import rvq_jax
 # The public names, and what they take or return.
 MODULES = (
   'rvq_jax',
-  'rvq_jax.quantize.interface',
+  'rvq_jax.quantize.base',
   'rvq_jax.tokens.shards',
   'rvq_jax.tokens.records',
 )

@@ -30,7 +30,7 @@ def main(*paths):
   folder = Path(source).is_dir()
   if not output and folder:
     command_line.fail('expected --output=FOLDER for the images')
-  from rvq_jax.evaluation.loading import load
+  from rvq_jax.evaluation.load import load
   from rvq_jax.tokens import decode, files
   from rvq_jax.tokens.card import token_folders
   from rvq_jax.training import runtime

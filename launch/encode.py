@@ -57,7 +57,7 @@ def main(*paths):
     command_line.fail(
       f'expected --output=FOLDER for the tokens of a data set, got {output!r}'
     )
-  from rvq_jax.evaluation.loading import load
+  from rvq_jax.evaluation.load import load
   from rvq_jax.tokens import encode, files
   from rvq_jax.tokens.inputs import open_input
   from rvq_jax.training import runtime

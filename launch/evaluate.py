@@ -41,8 +41,8 @@ def main():
     findings = check_run(_WORKDIR.value, step)
     print(*findings, sep='\n')
     sys.exit(not all(finding.ok for finding in findings))
-  from rvq_jax.evaluation.definitions import format_definitions
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
+  from rvq_jax.metrics import format_definitions
   from rvq_jax.training import runtime
 
   runtime.prepare()

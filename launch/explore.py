@@ -35,7 +35,7 @@ def main():
     command_line.fail(f'--images: expected at least 1, got {_IMAGES.value}')
   step = command_line.parse_step(_STEP.value)
   from rvq_jax.evaluation import safetensors_folder
-  from rvq_jax.evaluation.loading import HUB, load
+  from rvq_jax.evaluation.load import HUB, load
   from rvq_jax.explorer import page
   from rvq_jax.training import runtime
 

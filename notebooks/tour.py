@@ -53,11 +53,12 @@ from IPython.display import display
 
 import rvq_jax
 from configs import photos
-from rvq_jax.data import loaders, sources
-from rvq_jax.data.transforms import to_uint8
-from rvq_jax.evaluation import metrics, rate_distortion
+from rvq_jax.data import loaders, datasets
+from rvq_jax.metrics import to_uint8
+from rvq_jax import metrics
+from rvq_jax.evaluation import rate_distortion
 from rvq_jax.evaluation.rate_figure import rate_figure
-from rvq_jax.tokens import codecs, files, grid
+from rvq_jax.tokens import codecs, files, tiling
 from rvq_jax.training.loop import train
 
 logging.basicConfig(
@@ -129,7 +130,7 @@ def first(ids):
   return ids[..., 0] if tokenizer.codes else ids
 
 
-test = sources.open_dataset('photos').test
+test = datasets.open_dataset('photos').test
 batches = loaders.eval_batches(test, batch_size=batch_size, image_size=side)
 images = np.concatenate([b['image'][b['mask']] for b in batches])
 ids = in_batches(tokenizer.encode, images)
@@ -173,8 +174,8 @@ mean_colour = patches.mean((1, 2)).astype(np.uint8)
 random_colour = np.random.default_rng(0).integers(40, 255, (K, 3), np.uint8)
 
 cat = skimage.data.chelsea()[0:256, 80:336]
-cat_ids = grid.encode_images(tokenizer, cat[None])
-cat_made = grid.decode_ids(tokenizer, cat_ids, 256, 256)[0]
+cat_ids = tiling.encode_images(tokenizer, cat[None])
+cat_made = tiling.decode_ids(tokenizer, cat_ids, 256, 256)[0]
 figure, axes = plt.subplots(1, 4, figsize=(11, 3.1))
 panels = {
   'original': cat,
@@ -237,7 +238,7 @@ plt.show()
 # codes are moved next to codes that are used too much. A cat asks for fewer.
 
 # %%
-train_set = sources.open_dataset('photos').train
+train_set = datasets.open_dataset('photos').train
 some = train_set.subset(np.arange(1000))
 batches = loaders.eval_batches(some, batch_size=batch_size, image_size=side)
 train_ids = [
@@ -366,7 +367,7 @@ path = workdir / 'cat.rvq'
 files.encode_file(tokenizer, photograph, path)
 decoded = files.decode_file(tokenizer, path)
 print(codecs.format_comparison(photograph, decoded, path.stat().st_size))
-same = decoded == grid.reconstruct_images(tokenizer, photograph[None])[0]
+same = decoded == tiling.reconstruct_images(tokenizer, photograph[None])[0]
 assert same.all()
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.3))

@@ -26,7 +26,7 @@ __all__ = [
 def __getattr__(name):
   # Whoever wants the layer alone need not wait for what reads checkpoints.
   if name == 'load':
-    from rvq_jax.evaluation.loading import load
+    from rvq_jax.evaluation.load import load
 
     return load
   if name == 'Tokenizer':

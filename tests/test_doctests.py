@@ -9,14 +9,14 @@ import pytest
 
 import rvq_jax
 from rvq_jax.evaluation import safetensors_folder
-from rvq_jax.training import settings
+from rvq_jax.training import config as config_lib
 
 
 @pytest.fixture
 def beside_a_model(tiny_config, tmp_path, monkeypatch):
   """The examples load runs/photos: here an untrained one of the same factor."""
-  flat = settings.check_config(tiny_config)
-  model = settings.build_model(flat)
+  flat = config_lib.check_config(tiny_config)
+  model = config_lib.build_model(flat)
   variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, 16, 16, 3))))(
     jax.random.key(0)
   )

@@ -1,16 +1,13 @@
-"""Image transforms, on the host and on the device.
+"""Image transforms on the host: decoding, cropping, resampling.
 
-On the host an image is uint8 [h, w, 3], RGB. On the device the model's scale
-is float32 in [-1, 1]. Every crop is taken in the coordinates of the source
-image and resampled once, bicubic with antialiasing; an image that already
-has the size asked for is returned as it is, to the bit.
+An image is uint8 [h, w, 3], RGB. Every crop is taken in the coordinates of the
+source image and resampled once, bicubic with antialiasing; an image that
+already has the size asked for is returned as it is.
 """
 
 import io
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -182,43 +179,3 @@ def _resample(
     reducing_gap=3.0,
   )
   return np.asarray(resized)
-
-
-def to_float(images: jax.Array) -> jax.Array:
-  """Maps uint8 to the model's scale: x / 127.5 - 1, float32 in [-1, 1]."""
-  return jnp.asarray(images, jnp.float32) / 127.5 - 1
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-  """Maps the model's scale to uint8: clipped to [-1, 1] and rounded."""
-  scaled = (jnp.clip(images, -1, 1).astype(jnp.float32) + 1) * 127.5
-  return jnp.round(scaled).astype(jnp.uint8)
-
-
-def random_flip(
-  key: jax.Array, images: jax.Array, *, axis_name=None
-) -> jax.Array:
-  """Mirrors each image left to right with probability one half.
-
-  An image's fate depends on the key and its place in the global batch alone,
-  whatever the number of devices.
-
-  Args:
-    key: PRNG key, the same on every device.
-    images: [B, h, w, 3], any dtype; this device's share under axis_name.
-    axis_name: mapped axis of the batch under `pmap` or `shard_map`.
-
-  Returns:
-    An array like `images`.
-  """
-  rows = images.shape[0]
-  if axis_name is None:
-    flip = jax.random.bernoulli(key, shape=(rows,))
-  else:
-    total = rows * jax.lax.axis_size(axis_name)
-    flip = jax.lax.dynamic_slice_in_dim(
-      jax.random.bernoulli(key, shape=(total,)),
-      rows * jax.lax.axis_index(axis_name),
-      rows,
-    )
-  return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rvq_jax.evaluation.evaluate import evaluate_run
-from rvq_jax.training import settings
+from rvq_jax.training import config as config_lib
 from rvq_jax.training.loop import train
 
 LOG_LINES = 20  # of a short run: points of its curves
@@ -205,7 +205,7 @@ def run_grid(config, workdir, *, cells, seeds: int) -> list[dict[str, Any]]:
   configs = [cell_config(config, cell, seed) for cell, seed in plan]
   folders = [Path(workdir) / cell / f'seed_{seed}' for cell, seed in plan]
   for folder, wanted in zip(folders, configs, strict=True):
-    _check_same(folder, settings.check_config(wanted))
+    _check_same(folder, config_lib.check_config(wanted))
   records = []
   for i, (cell, seed) in enumerate(plan):
     where = f'run {i + 1} of {len(plan)}: {cell}, seed {seed}'

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from rvq_jax.evaluation.loading import load
+from rvq_jax.evaluation.load import load
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.training import manifest
 from rvq_jax.training.checkpoints import Checkpoints

@@ -11,18 +11,20 @@ import jax
 import numpy as np
 from PIL import Image
 
-from rvq_jax.data import loaders, sources
-from rvq_jax.data.transforms import to_float, to_uint8
-from rvq_jax.evaluation import figures, metrics
-from rvq_jax.evaluation.definitions import CodeDefinitions
-from rvq_jax.evaluation.loading import load
+from rvq_jax import metrics
+from rvq_jax.data import datasets, loaders
+from rvq_jax.data.images import to_float
+from rvq_jax.evaluation import figures
+from rvq_jax.evaluation.load import load
 from rvq_jax.evaluation.perceptual import (
   ImageFolders,
   import_packages,
   perceptual_metrics,
 )
 from rvq_jax.evaluation.tokenizer import Tokenizer
-from rvq_jax.training import settings, sharding
+from rvq_jax.metrics import CodeDefinitions, to_uint8
+from rvq_jax.training import config as config_lib
+from rvq_jax.training import sharding
 from rvq_jax.training.step import make_eval_step
 
 SPLITS = ('train', 'validation', 'test')
@@ -231,7 +233,7 @@ class _Seen:
 
 def _run(tokenizer, split, data_dir, seen):
   config = tokenizer.config
-  dataset = sources.open_dataset(
+  dataset = datasets.open_dataset(
     config['data.name'],
     split=config['data.split'],
     data_dir=data_dir or config['data.data_dir'],
@@ -239,7 +241,7 @@ def _run(tokenizer, split, data_dir, seen):
   if dataset.note:
     logging.info('%s', dataset.note)
   mesh = sharding.data_mesh()
-  settings.check_devices(config['batch_size'], mesh.size)
+  config_lib.check_devices(config['batch_size'], mesh.size)
   everywhere = sharding.replicated(mesh)
   eval_step = jax.jit(
     make_eval_step(tokenizer.model),
@@ -270,7 +272,7 @@ def _write(workdir, tokenizer, about, result, counts, originals):
   (folder / 'metrics.json').write_text(text + '\n')
   images = tokenizer.reconstruct(originals)
   made = np.asarray(to_uint8(images))
-  strip = figures.reconstruction_grid(originals, made)
+  strip = metrics.reconstruction_grid(originals, made)
   Image.fromarray(strip).save(folder / 'samples.png')
   figures.save_reconstructions(
     folder / 'reconstructions.png',

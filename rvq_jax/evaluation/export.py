@@ -10,7 +10,7 @@ import jax
 
 from rvq_jax.evaluation import provenance, safetensors_folder
 from rvq_jax.evaluation.evaluate import UNITS
-from rvq_jax.evaluation.loading import load
+from rvq_jax.evaluation.load import load
 from rvq_jax.evaluation.tokenizer import Tokenizer
 
 _FIGURES = {

@@ -11,20 +11,6 @@ from rvq_jax.training.writers import read_jsonl
 _BLUE, _ORANGE, _GREY = '#1f5fa8', '#d2691e', '#888888'
 
 
-def reconstruction_grid(originals, reconstructions) -> np.ndarray:
-  """Originals above reconstructions as one image.
-
-  Args:
-    originals: uint8 [n, h, w, 3].
-    reconstructions: uint8 [n, h, w, 3].
-
-  Returns:
-    uint8 [2 h, n w, 3].
-  """
-  rows = [np.concatenate(list(x), axis=1) for x in (originals, reconstructions)]
-  return np.concatenate(rows, axis=0)
-
-
 def save_reconstructions(path, originals, reconstructions, psnr) -> None:
   """Originals above reconstructions, the PSNR of each beneath.
 

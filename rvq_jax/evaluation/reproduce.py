@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rvq_jax.data import loaders, sources
+from rvq_jax.data import datasets, loaders
 from rvq_jax.evaluation import (
   ablation,
   comparison,
@@ -151,7 +151,7 @@ def _figures(config, records, summary, rates):
 def _rate_distortion(config, summary):
   """The methods among the Gaussian curve and the codecs; and that curve."""
   logging.info('rate-distortion curve of the training split')
-  dataset = sources.open_dataset(
+  dataset = datasets.open_dataset(
     config.data.name, split=config.data.split, data_dir=config.data.data_dir
   )
 

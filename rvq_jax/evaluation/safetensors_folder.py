@@ -14,7 +14,7 @@ import flax
 import numpy as np
 
 from rvq_jax.evaluation.tokenizer import Tokenizer
-from rvq_jax.training import disk
+from rvq_jax.io import read_json
 
 FORMAT, VERSION = 'rvq_jax', 1
 WEIGHTS, CARD = 'model.safetensors', 'config.json'
@@ -76,7 +76,7 @@ def read_card(folder: Path) -> dict[str, Any]:
   """
   path = folder / CARD
   try:
-    card = disk.read_object(path, _LONGEST_CARD)
+    card = read_json(path, _LONGEST_CARD)
   except OSError as error:
     raise ValueError(
       f'expected {CARD} beside {WEIGHTS} in {folder}: {error.strerror}'

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rvq_jax.data.images import prepare_images
 from rvq_jax.models.vqvae import VQVAE
-from rvq_jax.training.step import prepare_images
 
 # What decides, with the arrays, which function a model is.
 _SHAPING = (

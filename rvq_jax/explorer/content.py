@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from rvq_jax.data.transforms import to_uint8
 from rvq_jax.evaluation.tokenizer import Tokenizer
-from rvq_jax.tokens.grid import decode_ids, encode_images
+from rvq_jax.metrics import to_uint8
+from rvq_jax.tokens.tiling import decode_ids, encode_images
 
 MAX_SIDE = 512
 """Images are shrunk to this many pixels a side: the page holds them all."""

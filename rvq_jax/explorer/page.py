@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from rvq_jax.data import sources
+from rvq_jax.data import datasets
 from rvq_jax.data.skips import try_image
+from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import (
   ImageError,
   decode_image,
@@ -23,7 +24,7 @@ from rvq_jax.data.transforms import (
 )
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.explorer import content
-from rvq_jax.tokens.files import write_whole
+from rvq_jax.tokens.files import write_atomic
 from rvq_jax.tokens.inputs import open_input
 
 HOST = '127.0.0.1'
@@ -56,7 +57,7 @@ def example_images(
   """
   if source is None:
     config = tokenizer.config
-    images = sources.open_dataset(
+    images = datasets.open_dataset(
       config['data.name'],
       split=config['data.split'],
       data_dir=data_dir or config['data.data_dir'],
@@ -73,7 +74,7 @@ def example_images(
 
 
 def _readable(
-  source: sources.Source, rows: Sequence[int], transform
+  source: Source, rows: Sequence[int], transform
 ) -> list[tuple[str, np.ndarray]]:
   """The images of some rows; for one that cannot be read, the next that can."""
   found, tried, last = [], set(rows), ''
@@ -145,7 +146,7 @@ def page_html(data: dict[str, Any], *, serves: bool = False) -> str:
 
 def write_page(path, data: dict[str, Any]) -> None:
   """Writes the page to a file."""
-  write_whole(path, page_html(data).encode())
+  write_atomic(path, page_html(data).encode())
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
-from rvq_jax.quantize.interface import QuantizerOutput
+from rvq_jax.quantize.base import QuantizerOutput
 from rvq_jax.quantize.registry import make_quantizer
 
 

@@ -7,15 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize.gradients import straight_through
-from rvq_jax.quantize.interface import (
+from rvq_jax.quantize.base import (
   QuantizerOutput,
   count,
   finish,
   prepare,
   project_out,
 )
-from rvq_jax.quantize.measures import health, row_mean
+from rvq_jax.quantize.gradients import straight_through
+from rvq_jax.quantize.losses import health, row_mean
 
 FSQ_EPS = 1e-3
 

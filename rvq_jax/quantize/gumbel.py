@@ -7,14 +7,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize.interface import (
+from rvq_jax.quantize.base import (
   QuantizerOutput,
   count,
   finish,
   prepare,
   project_out,
 )
-from rvq_jax.quantize.measures import diversity, row_mean
+from rvq_jax.quantize.losses import diversity, row_mean
 
 
 def draw_codes(key, shape):

@@ -36,7 +36,7 @@ class Movement:
   eps: float
   cosine: bool
   dead_code_threshold: float
-  replacement_step: float
+  split_fraction: float
   axis_name: Any = None
   mesh: Any = None
 
@@ -114,7 +114,7 @@ class Movement:
         e,
         ids,
         expected_size=expected,
-        step=self.replacement_step,
+        step=self.split_fraction,
         mask=rows,
       )
     return book, {'replaced_codes': replaced.astype(jnp.float32)}

@@ -7,16 +7,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize import measures
-from rvq_jax.quantize.codebook import valid_rows
-from rvq_jax.quantize.gradients import ESTIMATORS
-from rvq_jax.quantize.interface import (
+from rvq_jax.quantize import losses
+from rvq_jax.quantize.base import (
   QuantizerOutput,
   arguments,
   check_input,
   project_out,
   validate,
 )
+from rvq_jax.quantize.codebook import valid_rows
+from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.movement import unit
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
@@ -117,7 +117,7 @@ class ResidualQuantizer(VectorQuantizer):
     flat, sums = e.reshape(-1, dim), total.reshape(-1, dim)
     rows = jnp.ones(flat.shape[0], bool) if mask is None else mask.reshape(-1)
     metrics = _mean([out.metrics for out in outputs])
-    metrics |= measures.directions(flat, sums, valid_rows(flat, rows))
+    metrics |= losses.directions(flat, sums, valid_rows(flat, rows))
     metrics['quantization_error'] = error
     if dim != channels:
       quantized = nn.Dense(channels, name='project_out')(quantized)

@@ -6,16 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize import measures
-from rvq_jax.quantize.gradients import ESTIMATORS
-from rvq_jax.quantize.gumbel import draw_codes
-from rvq_jax.quantize.interface import (
+from rvq_jax.quantize import losses
+from rvq_jax.quantize.base import (
   QuantizerOutput,
   count,
   finish,
   prepare,
   project_out,
 )
+from rvq_jax.quantize.gradients import ESTIMATORS
+from rvq_jax.quantize.gumbel import draw_codes
 from rvq_jax.quantize.search import nearest_codes
 
 
@@ -82,7 +82,7 @@ class SimVQ(nn.Module):
     ids = nearest_codes(e, codes)
     q = jnp.take(codes, ids, axis=0)
     quantized = ESTIMATORS[self.estimator](e, q, self.max_scale)
-    loss, metrics = measures.quantizer_loss(
+    loss, metrics = losses.quantizer_loss(
       e,
       q,
       rows,
@@ -91,7 +91,7 @@ class SimVQ(nn.Module):
       codebook_weight=self.codebook_weight,
     )
     counts = count(self, ids, e, rows)
-    metrics |= measures.health(e, q, rows, counts)
+    metrics |= losses.health(e, q, rows, counts)
     return finish(
       z,
       quantized,

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.quantize import codebook as cb
-from rvq_jax.quantize import measures, sharded
-from rvq_jax.quantize.gradients import ESTIMATORS
-from rvq_jax.quantize.interface import (
+from rvq_jax.quantize import losses, sharded
+from rvq_jax.quantize.base import (
   QuantizerOutput,
   count,
   finish,
   prepare,
   project_out,
 )
+from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.movement import (
   DEFERRED,
   Deferred,
@@ -83,7 +83,7 @@ class VectorQuantizer(nn.Module):
       = commitment_weight.
     cosine: inputs and codes are scaled to unit norm first.
     dead_code_threshold: fraction of the mean count N/K; 0 never replaces.
-    replacement_step: how far from the code that it joins a dead code is put
+    split_fraction: how far from the code that it joins a dead code is put
       towards one of that code's vectors; 1 is onto the vector.
     init_from: 'data': the first training batch fills the codebook; until then
       cluster_size is 0. 'normal': Gaussian codes of norm about 1 that expect
@@ -108,7 +108,7 @@ class VectorQuantizer(nn.Module):
   loss_form: str = 'two_weights'
   cosine: bool = False
   dead_code_threshold: float = 0.9
-  replacement_step: float = 0.2
+  split_fraction: float = 0.2
   init_from: str = 'data'
   max_scale: float = 10.0
   freeze: bool = False
@@ -167,7 +167,7 @@ class VectorQuantizer(nn.Module):
       ids, q = sharded.find(movement.mesh, e, book.embedding)
     quantized = ESTIMATORS[self.estimator](e, q, self.max_scale)
     learned = not self.ema and not self.freeze
-    loss, metrics = measures.quantizer_loss(
+    loss, metrics = losses.quantizer_loss(
       e,
       q if learned else jax.lax.stop_gradient(q),
       rows,
@@ -176,7 +176,7 @@ class VectorQuantizer(nn.Module):
       codebook_weight=self.codebook_weight if learned else 0.0,
     )
     counts = count(self, ids, e, rows)
-    metrics |= measures.health(e, q, rows, counts)
+    metrics |= losses.health(e, q, rows, counts)
     if self.ema:
       expected = movement.expected_size(e, rows, self.codebook_size)
       dead = movement.dead(book, expected)
@@ -262,7 +262,7 @@ class VectorQuantizer(nn.Module):
       eps=self.eps,
       cosine=self.cosine,
       dead_code_threshold=self.dead_code_threshold,
-      replacement_step=self.replacement_step,
+      split_fraction=self.split_fraction,
       axis_name=None if self.is_initializing() else self.axis_name,
       mesh=None if self.is_initializing() else self.mesh,
     )

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rvq_jax.io import read_json, write_atomic
 from rvq_jax.tokens import packing
-from rvq_jax.training import disk
 
 CARD, FORMAT, VERSION = 'tokens.json', 'rvq_jax tokens', 1
 _LONGEST_CARD = 2**26
@@ -27,7 +27,7 @@ _KINDS = {
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
   """Writes the card at once: whoever reads it finds the old or the new one."""
-  disk.write_whole(folder / CARD, json.dumps(card, indent=2) + '\n')
+  write_atomic(folder / CARD, json.dumps(card, indent=2) + '\n')
 
 
 def read_card(folder) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def read_card(folder) -> dict[str, Any]:
   """
   path = Path(folder) / CARD
   try:
-    card = disk.read_object(path, _LONGEST_CARD)
+    card = read_json(path, _LONGEST_CARD)
   except OSError as error:
     raise ValueError(
       f'expected a folder of tokens with {CARD}, got {folder}: {error.strerror}'

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.tokens import files
 from rvq_jax.tokens.encode import batch_size
-from rvq_jax.tokens.grid import decode_ids
 from rvq_jax.tokens.records import TokenRecord
 from rvq_jax.tokens.shards import TokenSource
+from rvq_jax.tokens.tiling import decode_ids
 from rvq_jax.training import progress
 
 ABOUT, NAMES = 'decoded.json', 'names.jsonl'
@@ -69,7 +69,7 @@ def decode_dataset(
         images = _decode(tokenizer, batch, size)
         list(pool.map(files.write_image, paths, images))
       bar.update(len(batch))
-  files.write_whole(output / NAMES, ''.join(lines).encode())
+  files.write_atomic(output / NAMES, ''.join(lines).encode())
   seconds = time.perf_counter() - started
   logging.info(
     '%s: %d images; %.1f s, %.0f images/s',
@@ -88,7 +88,7 @@ def _begin(output, source, extension):
     raise ValueError(
       f'{output} holds other files; name another --output, or remove it'
     )
-  files.write_whole(path, about.encode())
+  files.write_atomic(path, about.encode())
 
 
 def _batches(source: TokenSource, size: int) -> Iterator[list[TokenRecord]]:

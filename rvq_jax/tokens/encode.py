@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -20,11 +19,12 @@ from rvq_jax.data.skips import SkipLog, try_image
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import resize_and_center_crop
 from rvq_jax.evaluation.tokenizer import Tokenizer
+from rvq_jax.io import explain_full_disk
 from rvq_jax.tokens import packing, shards
 from rvq_jax.tokens.card import CARD, FORMAT, VERSION, read_card, write_card
-from rvq_jax.tokens.grid import encode_images, grid_shape
 from rvq_jax.tokens.records import TokenRecord, to_bytes
-from rvq_jax.training import disk, progress
+from rvq_jax.tokens.tiling import encode_images, grid_shape
+from rvq_jax.training import progress
 
 _BATCH_PIXELS, _MAX_BATCH = 2**21, 256
 
@@ -105,13 +105,19 @@ def encode_dataset(
         _encode_rows(tokenizer, source, rows[number], image_size, skips, bar)
       )
       path = folder / f'tokens-{number:05d}-of-{total:05d}.array_record'
-      with _room_explained(folder):
+      with explain_full_disk(
+        folder,
+        'give the same command again: it resumes after the last complete shard',
+      ):
         # In the place of the entry of a shard that was removed.
         entry = shards.write_shard(path, records)
         card['shards'][number : number + 1] = [entry]
         _write_unfinished(folder, card, rows)
   card['complete'] = True
-  with _room_explained(folder):
+  with explain_full_disk(
+    folder,
+    'give the same command again: it resumes after the last complete shard',
+  ):
     write_card(folder, card)
   seconds = time.perf_counter() - started
   new = card['images'] - before
@@ -221,7 +227,10 @@ def _begin(folder: Path, wanted: dict[str, Any], total: int) -> dict[str, Any]:
         shards.check_shard(folder, shard)
     return card
   try:
-    with _room_explained(folder):
+    with explain_full_disk(
+      folder,
+      'give the same command again: it resumes after the last complete shard',
+    ):
       folder.mkdir(parents=True, exist_ok=True)
       write_card(folder, wanted)
   except OSError as error:
@@ -229,22 +238,6 @@ def _begin(folder: Path, wanted: dict[str, Any], total: int) -> dict[str, Any]:
       raise
     raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
   return wanted
-
-
-@contextlib.contextmanager
-def _room_explained(folder: Path) -> Iterator[None]:
-  """Turns a write that found no room into one line."""
-  try:
-    yield
-  except (OSError, RuntimeError) as error:
-    reason = disk.no_room(error)
-    if reason is None:
-      raise
-    raise OSError(
-      f'{reason} on the file system {disk.file_system(folder)} while writing '
-      f'to {folder}; make room and give the same command again, it goes on '
-      'after the last complete shard'
-    ) from error
 
 
 def _encode_rows(

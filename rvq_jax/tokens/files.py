@@ -10,7 +10,7 @@ from PIL import Image
 from rvq_jax.data.transforms import decode_image
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.tokens import codecs, packing, rvq_file
-from rvq_jax.tokens.grid import decode_ids, encode_images
+from rvq_jax.tokens.tiling import decode_ids, encode_images
 
 # Both without loss, so that a file holds the reconstruction to the byte.
 _FORMATS = {
@@ -45,7 +45,7 @@ def encode_file(
     codebook_size=tokenizer.codebook_size,
     model_hash=bytes.fromhex(tokenizer.model_hash)[: rvq_file.HASH_BYTES],
   )
-  write_whole(path, rvq_file.to_bytes(tokens))
+  write_atomic(path, rvq_file.to_bytes(tokens))
   return tokens
 
 
@@ -136,7 +136,7 @@ def write_image(path, image: np.ndarray) -> None:
     Image.fromarray(image).save(buffer, kind, **options)
   except OSError as error:  # WebP holds 16383 pixels a side
     raise ValueError(f'cannot write {path}: {error}; use .png') from error
-  write_whole(path, buffer.getvalue())
+  write_atomic(path, buffer.getvalue())
 
 
 def read_image(path) -> np.ndarray:
@@ -151,7 +151,7 @@ def read_image(path) -> np.ndarray:
     raise ValueError(f'cannot read {path}: {error.strerror}') from error
 
 
-def write_whole(path, data: bytes) -> None:
+def write_atomic(path, data: bytes) -> None:
   """Writes a file that has its name only once it is whole.
 
   Raises:

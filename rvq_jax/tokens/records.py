@@ -10,7 +10,7 @@ import msgpack
 import numpy as np
 
 from rvq_jax.data.transforms import MAX_PIXELS
-from rvq_jax.tokens.grid import grid_shape
+from rvq_jax.tokens.tiling import grid_shape
 
 
 class TokenRecord(NamedTuple):

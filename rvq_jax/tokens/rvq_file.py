@@ -10,7 +10,7 @@ import numpy as np
 from rvq_jax.data.transforms import MAX_PIXELS
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.tokens import packing
-from rvq_jax.tokens.grid import grid_shape
+from rvq_jax.tokens.tiling import grid_shape
 
 MAGIC, VERSION = b'\x89RVQ', 1
 HASH_BYTES = 8

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from rvq_jax.quantize.codebook import Codebook
-from rvq_jax.quantize.measures import diversity
+from rvq_jax.quantize.losses import diversity
 from rvq_jax.quantize.movement import DEFERRED, Deferred
 
 _FIELDS = ('embedding', 'cluster_size', 'embedding_sum')

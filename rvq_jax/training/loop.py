@@ -8,16 +8,17 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from rvq_jax.evaluation import metrics
-from rvq_jax.training import settings, writers
+from rvq_jax import metrics
+from rvq_jax.io import explain_full_disk, write_atomic
+from rvq_jax.training import config as config_lib
+from rvq_jax.training import writers
 from rvq_jax.training.checkpoints import Checkpoints
-from rvq_jax.training.disk import room_explained, write_whole
 from rvq_jax.training.dispatch import dispatch_size
 from rvq_jax.training.lock import workdir_lock
+from rvq_jax.training.preemption import StopSignal
 from rvq_jax.training.progress import Progress
-from rvq_jax.training.signals import StopSignal
+from rvq_jax.training.run import Run
 from rvq_jax.training.step import MAX_NONFINITE_STREAK
-from rvq_jax.training.trainer import Trainer
 
 MAX_CALLS_IN_FLIGHT = 2
 
@@ -81,7 +82,7 @@ def train(config, workdir) -> dict[str, float]:
     The metrics of the last evaluation on the validation split.
 
   Raises:
-    ValueError: see `Trainer`; or another process trains in workdir; or no
+    ValueError: see `Run`; or another process trains in workdir; or no
       checkpoint in it is intact.
     OSError: there is no room for a checkpoint.
     FloatingPointError: ten steps in a row were not finite.
@@ -89,20 +90,22 @@ def train(config, workdir) -> dict[str, float]:
     jax.errors.JaxRuntimeError: another process of the run is gone.
   """
   workdir = Path(workdir)
-  trainer = Trainer(config, workdir)
+  run = Run(config, workdir)
   with (
-    room_explained(workdir, trainer.state_bytes),
+    explain_full_disk(
+      workdir,
+      'start the same command again: it resumes from the last complete '
+      'checkpoint',
+    ),
     workdir_lock(workdir),
     StopSignal() as stop,  # until the last save is complete
-    Checkpoints(
-      workdir, keep=trainer.config['keep_checkpoints']
-    ) as checkpoints,
+    Checkpoints(workdir, keep=run.config['keep_checkpoints']) as checkpoints,
   ):
-    state = trainer.start(checkpoints)
+    state = run.start(checkpoints)
     start = int(state.step)
     if jax.process_index() == 0:
-      write_whole(workdir / 'config.json', settings.to_json(trainer.config))
-    _introduce(trainer, state, start)
+      write_atomic(workdir / 'config.json', config_lib.to_json(run.config))
+    _introduce(run, state, start)
     writer = writers.MultiWriter(
       [
         writers.JsonlWriter(workdir, start_step=start),
@@ -111,20 +114,20 @@ def train(config, workdir) -> dict[str, float]:
       if jax.process_index() == 0
       else []
     )
-    progress = Progress(start, trainer.num_steps, trainer.config['batch_size'])
+    progress = Progress(start, run.num_steps, run.config['batch_size'])
     try:
-      result = _run(trainer, state, start, checkpoints, writer, progress, stop)
+      result = _run(run, state, start, checkpoints, writer, progress, stop)
     finally:
       progress.close()
       writer.close()
-      trainer.loader.close()
+      run.loader.close()
   if stop.exit_code is not None:
     logging.info('stopped by a signal; the state is saved in %s', workdir)
     sys.exit(stop.exit_code)
   return result
 
 
-def _introduce(trainer, state, start):
+def _introduce(run, state, start):
   if jax.process_index():
     return
   if start == 0:
@@ -132,30 +135,30 @@ def _introduce(trainer, state, start):
       state.params, include_stats=False
     )
     logging.info('parameters\n%s', overview)
-  train = trainer.dataset.train
+  train = run.dataset.train
   logging.info(
     '%s: %d training images, %d steps an epoch; step %d of %d; %d %s',
-    trainer.config['data.name'],
+    run.config['data.name'],
     len(train),
-    trainer.loader.steps_per_epoch,
+    run.loader.steps_per_epoch,
     start,
-    trainer.num_steps,
+    run.num_steps,
     jax.device_count(),
     jax.devices()[0].device_kind,
   )
-  if trainer.dataset.note:
-    logging.info('%s', trainer.dataset.note)
+  if run.dataset.note:
+    logging.info('%s', run.dataset.note)
 
 
-def _run(trainer, state, start, checkpoints, writer, progress, stop):
+def _run(run, state, start, checkpoints, writer, progress, stop):
   """Steps from `start` to the end of the run or a signal."""
-  config, window, result = trainer.config, [], {}
+  config, window, result = run.config, [], {}
 
   def save(scores=None):
     checkpoints.save(
       state,
       config=config,
-      position=trainer.loader.position(),
+      position=run.loader.position(),
       metrics=scores,
     )
 
@@ -167,13 +170,13 @@ def _run(trainer, state, start, checkpoints, writer, progress, stop):
     return every and step % every == 0
 
   step = start
-  while step < trainer.num_steps:
+  while step < run.num_steps:
     count = dispatch_size(
-      step, config['steps_per_dispatch'], trainer.num_steps, *intervals
+      step, config['steps_per_dispatch'], run.num_steps, *intervals
     )
     busy = window[-1]['loss'] if window else None
-    batch = trainer.feed.next(count, busy)
-    take = trainer.train_step if count == 1 else trainer.train_steps
+    batch = run.feed.next(count, busy)
+    take = run.train_step if count == 1 else run.train_steps
     state, scalars = take(state, batch)
     step += count
     window.append(scalars)
@@ -183,21 +186,21 @@ def _run(trainer, state, start, checkpoints, writer, progress, stop):
       jax.block_until_ready(window[-1 - MAX_CALLS_IN_FLIGHT])
     progress.advance(count)
     stopping = stop.agreed(ask=due(step, config['log_every']))
-    last = step == trainer.num_steps or stopping
+    last = step == run.num_steps or stopping
     if last or due(step, config['log_every']):
       scalars = _interval_scalars(
-        window, trainer.schedule, step, config['log_every']
+        window, run.schedule, step, config['log_every']
       )
       window = []
       _stop_if_not_finite(state, step, scalars)
-      scalars |= progress.report(step, scalars, waited=trainer.feed.waited())
+      scalars |= progress.report(step, scalars, waited=run.feed.waited())
       writer.write_scalars(
         step, {f'train/{name}': value for name, value in scalars.items()}
       )
     scores = None
-    if step == trainer.num_steps or due(step, config['eval_every']):
+    if step == run.num_steps or due(step, config['eval_every']):
       progress.pause()
-      result = scores = _validate(trainer, state, step, writer, progress)
+      result = scores = _validate(run, state, step, writer, progress)
       progress.resume()
     wanted = scores or due(step, config['checkpoint_every'])
     # A run that may be diverging must not crowd out its good checkpoints.
@@ -209,9 +212,9 @@ def _run(trainer, state, start, checkpoints, writer, progress, stop):
   return result
 
 
-def _validate(trainer, state, step, writer, progress):
+def _validate(run, state, step, writer, progress):
   """Evaluates on the validation split; writes scalars, grid and histogram."""
-  result, counts = trainer.validate(state)
+  result, counts = run.validate(state)
   progress.say(
     f'step {step}  validation: mse {result["mse"]:.4f}  psnr '
     f'{result["psnr"]:.2f} dB  usage {result["usage"]:.1%}  perplexity '
@@ -221,7 +224,7 @@ def _validate(trainer, state, step, writer, progress):
     step, {f'validation/{name}': value for name, value in result.items()}
   )
   writer.write_images(
-    step, {'validation/reconstructions': trainer.reconstruct_samples(state)}
+    step, {'validation/reconstructions': run.reconstruct_samples(state)}
   )
   writer.write_histograms(step, {'validation/code_counts': counts})
   return result

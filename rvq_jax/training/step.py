@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rvq_jax.data.transforms import random_flip, to_float
-from rvq_jax.evaluation import metrics
+from rvq_jax import metrics
+from rvq_jax.data.images import prepare_images, random_flip
 from rvq_jax.training.accumulate import Pass, accumulate
 from rvq_jax.training.state import TrainState
 
@@ -24,11 +24,6 @@ def _mean(tree, axis_name):
 
 def _all_finite(tree):
   return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
-
-
-def prepare_images(images: jax.Array) -> jax.Array:
-  """Images as the model takes them: uint8 becomes float32 in [-1, 1]."""
-  return to_float(images) if images.dtype == jnp.uint8 else images
 
 
 # THE TRAIN STEP

@@ -8,11 +8,12 @@ import errno
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 
-from rvq_jax.training import disk
+from rvq_jax.io import write_atomic
 
 
 class JsonlWriter:
@@ -28,7 +29,7 @@ class JsonlWriter:
     path = Path(workdir) / 'metrics.jsonl'
     if path.exists():
       kept = [line for line in read_jsonl(path) if line['step'] <= start_step]
-      disk.write_whole(path, ''.join(json.dumps(line) + '\n' for line in kept))
+      write_atomic(path, ''.join(json.dumps(line) + '\n' for line in kept))
     self._file = open(path, 'a')  # noqa: SIM115 - closed by close()
 
   def write_scalars(self, step: int, scalars) -> None:
@@ -80,7 +81,9 @@ class TensorBoardWriter:
     self._failed = True
     self._events._event_queue.cancel_join_thread()
     raise OSError(
-      errno.ENOSPC if disk.is_full(self._folder) else errno.EIO,
+      errno.ENOSPC
+      if shutil.disk_usage(self._folder).free < 2**20
+      else errno.EIO,
       'TensorBoard events could not be written',
       str(self._folder),
     )

@@ -12,7 +12,7 @@ import pytest
 import skimage.data
 
 from rvq_jax.data import builders, photos
-from rvq_jax.data.sources import open_dataset
+from rvq_jax.data.datasets import open_dataset
 from rvq_jax.data.transforms import decode_image
 
 SMALL = {'train': 12, 'test': 4}

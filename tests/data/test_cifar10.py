@@ -10,7 +10,7 @@ import pytest
 
 from rvq_jax.data import cifar10
 from rvq_jax.data.builders import prepare_recipe
-from rvq_jax.data.sources import open_dataset
+from rvq_jax.data.datasets import open_dataset
 from rvq_jax.data.transforms import decode_image
 
 FILE = 'cifar-10-binary.tar.gz'

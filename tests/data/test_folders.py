@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rvq_jax.data.sources import open_dataset
+from rvq_jax.data.datasets import open_dataset
 
 
 def _fill(root, *paths):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from rvq_jax.data import imagenet
 from rvq_jax.data.builders import prepare_recipe
-from rvq_jax.data.sources import open_dataset
+from rvq_jax.data.datasets import open_dataset
 
 # The first, second and last class in the official order.
 CLASSES = {'n01440764': 0, 'n01443537': 1, 'n15075141': 999}

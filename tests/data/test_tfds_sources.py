@@ -14,8 +14,8 @@ from PIL import Image
 
 from rvq_jax.data import tfds_sources
 from rvq_jax.data.builders import Examples, Recipe, prepare_recipe
+from rvq_jax.data.datasets import open_dataset
 from rvq_jax.data.loaders import eval_batches, make_train_loader
-from rvq_jax.data.sources import open_dataset
 
 
 def _image(i):

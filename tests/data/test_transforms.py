@@ -4,14 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from rvq_jax.data.images import random_flip, to_float
 from rvq_jax.data.transforms import (
   random_crop,
-  random_flip,
   random_resized_crop,
   resize_and_center_crop,
-  to_float,
-  to_uint8,
 )
+from rvq_jax.metrics import to_uint8
 
 
 def _noise(height, width):

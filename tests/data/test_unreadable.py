@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rvq_jax.data.sources import open_dataset
+from rvq_jax.data.datasets import open_dataset
 
 NOBODY = 65534
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rvq_jax.evaluation import ablation
-from rvq_jax.training import settings
+from rvq_jax.training import config as config_lib
 
 METRICS = {
   'mse': 0.1,
@@ -28,8 +28,8 @@ def runs(monkeypatch):
   def train(config, workdir):
     calls.append(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    flat = settings.check_config(config)
-    (workdir / 'config.json').write_text(settings.to_json(flat))
+    flat = config_lib.check_config(config)
+    (workdir / 'config.json').write_text(config_lib.to_json(flat))
 
   monkeypatch.setattr(ablation, 'train', train)
   monkeypatch.setattr(ablation, 'evaluate_run', lambda workdir: METRICS)
@@ -40,19 +40,19 @@ def test_every_row_of_a_table_is_a_cell_and_its_config_is_valid(tiny_config):
   for table in ablation.TABLES.values():
     for row in table.rows:
       config = ablation.cell_config(tiny_config, row.cell, seed=3)
-      flat = settings.check_config(config)
+      flat = config_lib.check_config(config)
       assert flat['seed'] == 3
-      settings.build_model(flat)
+      config_lib.build_model(flat)
 
 
 @pytest.mark.parametrize('cell', ablation.CELLS)
 def test_a_cell_changes_what_it_says_and_nothing_else(tiny_config, cell):
-  before = settings.flatten(tiny_config)
-  after = settings.flatten(ablation.cell_config(tiny_config, cell, seed=0))
+  before = config_lib.flatten(tiny_config)
+  after = config_lib.flatten(ablation.cell_config(tiny_config, cell, seed=0))
   differ = {name for name in before if before[name] != after[name]}
   changes = set(ablation.CELLS[cell].changes)
   assert differ - {'model.temperature_steps', 'log_every'} == changes
-  assert settings.flatten(tiny_config) == before
+  assert config_lib.flatten(tiny_config) == before
 
 
 def test_cells_of_tables_come_once():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rvq_jax.evaluation import check
-from rvq_jax.evaluation.loading import load
+from rvq_jax.evaluation.load import load
 from rvq_jax.training import loop
 
 ROOT = Path(__file__).resolve().parents[2]

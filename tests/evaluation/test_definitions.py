@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rvq_jax.evaluation.definitions import CodeDefinitions, format_definitions
+from rvq_jax.metrics import CodeDefinitions, format_definitions
 
 K = 50
 

@@ -276,7 +276,7 @@ def test_missing_runs_and_steps_are_named(run, tmp_path):
 def test_the_averaged_parameters_are_loaded(run):
   tokenizer = load(run)
   with loop.Checkpoints(run, read_only=True) as checkpoints:
-    state = loop.Trainer(_nested(tokenizer.config), run).start(checkpoints)
+    state = loop.Run(_nested(tokenizer.config), run).start(checkpoints)
   kernel = np.asarray(tokenizer.variables['params']['encoder']['out']['kernel'])
   np.testing.assert_array_equal(
     kernel, state.params_ema['encoder']['out']['kernel']

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from rvq_jax.data.transforms import to_float
-from rvq_jax.evaluation import metrics, rate_distortion
+from rvq_jax import metrics
+from rvq_jax.data.images import to_float
+from rvq_jax.evaluation import rate_distortion
 
 
 def noise(count=50, height=4, width=6, seed=0):

@@ -7,7 +7,7 @@ import pytest
 
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.explorer import page
-from rvq_jax.training import settings
+from rvq_jax.training import config as config_lib
 
 
 @pytest.fixture
@@ -17,8 +17,8 @@ def make_tokenizer(tiny_config):
   def make(**fields):
     for name, value in fields.items():
       tiny_config.model[name] = value
-    flat = settings.check_config(tiny_config)
-    model = settings.build_model(flat)
+    flat = config_lib.check_config(tiny_config)
+    model = config_lib.build_model(flat)
     variables = jax.jit(
       lambda key: model.init(key, jnp.zeros((1, 16, 16, 3)), train=True)
     )(jax.random.key(0))

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rvq_jax.data.transforms import to_uint8
 from rvq_jax.explorer import content, page
+from rvq_jax.metrics import to_uint8
 
 
 def picture(url):

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from rvq_jax import load
-from rvq_jax.tokens.grid import reconstruct_images
 from rvq_jax.tokens.shards import TokenSource
+from rvq_jax.tokens.tiling import reconstruct_images
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rvq_jax.evaluation.tokenizer import Tokenizer
-from rvq_jax.training import settings
+from rvq_jax.training import config as config_lib
 
 
 @pytest.fixture
@@ -16,8 +16,8 @@ def make_tokenizer(tiny_config):
   def make(seed=0, **fields):
     for name, value in fields.items():
       tiny_config.model[name] = value
-    flat = settings.check_config(tiny_config)
-    model = settings.build_model(flat)
+    flat = config_lib.check_config(tiny_config)
+    model = config_lib.build_model(flat)
     size = flat['data.image_size']
     images = jnp.zeros((1, size, size, 3))
     variables = jax.jit(lambda key: model.init(key, images, train=True))(

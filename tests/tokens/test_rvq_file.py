@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, features
 
 from rvq_jax.tokens import codecs, files, packing, rvq_file
-from rvq_jax.tokens.grid import reconstruct_images
+from rvq_jax.tokens.tiling import reconstruct_images
 
 HEADER = '<4sBBBBHHHHI8s'
 SMALL = rvq_file.TokenImage(

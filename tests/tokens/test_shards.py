@@ -14,8 +14,8 @@ from rvq_jax.data.folders import open_folder
 from rvq_jax.data.transforms import decode_image, resize_and_center_crop
 from rvq_jax.tokens import decode, encode, shards
 from rvq_jax.tokens.card import CARD, read_card, token_folders
-from rvq_jax.tokens.grid import decode_ids
 from rvq_jax.tokens.shards import TokenSource
+from rvq_jax.tokens.tiling import decode_ids
 
 ABOUT = {'input': 'images', 'split': 'train'}
 

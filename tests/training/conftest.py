@@ -101,7 +101,7 @@ def final_bits():
 def _final_bits(config, workdir):
   with Checkpoints(workdir, read_only=True) as checkpoints:
     checkpoints.resolve()
-    state = loop.Trainer(config, workdir).start(checkpoints)
+    state = loop.Run(config, workdir).start(checkpoints)
   return {
     jax.tree_util.keystr(path): np.asarray(x).tobytes()
     for path, x in jax.tree_util.tree_leaves_with_path(state)

@@ -245,6 +245,6 @@ def test_a_split_codebook_asks_a_device_for_its_share_of_memory(
   tiny_config.model.codebook_size = 2**16  # 2.4 MB with its averages
   monkeypatch.setattr(memory, 'device_memory', lambda: 2_000_000)
   with pytest.raises(ValueError, match='training state of this model takes'):
-    loop.Trainer(tiny_config, tmp_path)
+    loop.Run(tiny_config, tmp_path)
   tiny_config.codebook_shards = 2
-  loop.Trainer(tiny_config, tmp_path)
+  loop.Run(tiny_config, tmp_path)

@@ -76,14 +76,14 @@ def test_remat_changes_what_is_kept_and_not_the_step(tiny_config, tmp_path):
   trainers = []
   for remat in (False, True):
     tiny_config.model.remat = remat
-    trainers.append(loop.Trainer(tiny_config, tmp_path))
+    trainers.append(loop.Run(tiny_config, tmp_path))
   batch = trainers[0].feed.next(1)
   texts, losses = [], []
-  for trainer in trainers:
-    state = trainer.init(trainer.key)
-    step = jax.make_jaxpr(trainer.train_step)(state, batch)
+  for run in trainers:
+    state = run.init(run.key)
+    step = jax.make_jaxpr(run.train_step)(state, batch)
     texts.append(str(step).count('conv_general_dilated'))
-    losses.append(trainer.train_step(state, batch)[1])
+    losses.append(run.train_step(state, batch)[1])
   blocks = 2 * tiny_config.model.num_res_blocks
   assert texts[1] == texts[0] + 2 * blocks
   for name, value in losses[0].items():

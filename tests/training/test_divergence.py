@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rvq_jax import VQVAE
-from rvq_jax.data.transforms import to_float
-from rvq_jax.training import loop, manifest, trainer
+from rvq_jax.data.images import to_float
+from rvq_jax.training import loop, manifest, run
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.optimizer import make_optimizer
 from rvq_jax.training.state import create_state
@@ -141,7 +141,7 @@ def test_a_learning_rate_of_a_million_stops_the_run(tiny_config, tmp_path):
   # The step before the first that was not finite, and nothing after it.
   assert manifest.steps(tmp_path / 'checkpoints') == [1]
   with Checkpoints(tmp_path) as checkpoints:
-    state = loop.Trainer(tiny_config, tmp_path).start(checkpoints)
+    state = loop.Run(tiny_config, tmp_path).start(checkpoints)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
@@ -149,7 +149,7 @@ def test_ten_spoilt_batches_stop_the_run(tiny_config, tmp_path, monkeypatch):
   tiny_config.num_steps = 40
   tiny_config.checkpoint_every = 1
   tiny_config.eval_every = 0
-  make = trainer.make_train_step
+  make = run.make_train_step
 
   def make_spoilt(*arguments, **options):
     step = make(*arguments, **options)
@@ -160,12 +160,12 @@ def test_ten_spoilt_batches_stop_the_run(tiny_config, tmp_path, monkeypatch):
 
     return spoilt_step
 
-  monkeypatch.setattr(trainer, 'make_train_step', make_spoilt)
+  monkeypatch.setattr(run, 'make_train_step', make_spoilt)
   with pytest.raises(FloatingPointError) as caught:
     loop.train(tiny_config, tmp_path)
   message = str(caught.value)
   assert 'stopped at step 13: for 10 steps in a row, from step 4 on' in message
   assert manifest.steps(tmp_path / 'checkpoints') == [3, 2]
   with Checkpoints(tmp_path) as checkpoints:
-    state = loop.Trainer(tiny_config, tmp_path).start(checkpoints)
+    state = loop.Run(tiny_config, tmp_path).start(checkpoints)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))

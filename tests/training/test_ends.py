@@ -10,7 +10,7 @@ import pytest
 
 from rvq_jax.training import loop, manifest
 from rvq_jax.training.checkpoints import Checkpoints
-from rvq_jax.training.signals import StopSignal
+from rvq_jax.training.preemption import StopSignal
 
 CODES = {
   'SIGINT': 130,
@@ -140,21 +140,21 @@ class Fault(Exception):
 def test_any_end_leaves_the_last_saved_step_complete(
   end, tiny_config, tmp_path, monkeypatch, whole, final_bits
 ):
-  real = loop.Trainer._build_steps
+  real = loop.Run._build_steps
 
-  def build(trainer):
-    real(trainer)
-    step = trainer.train_step
+  def build(run):
+    real(run)
+    step = run.train_step
 
     def train_step(state, batch):
       if int(state.step) == 4:  # step 4 has just been handed to be saved
         raise end
       return step(state, batch)
 
-    trainer.train_step = train_step
+    run.train_step = train_step
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Trainer, '_build_steps', build)
+    patch.setattr(loop.Run, '_build_steps', build)
     with pytest.raises(type(end)):
       loop.train(tiny_config, tmp_path)
   assert newest(tmp_path) == 4

@@ -7,7 +7,8 @@ import threading
 import numpy as np
 import pytest
 
-from rvq_jax.training import loop, settings
+from rvq_jax.training import config as config_lib
+from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.writers import read_jsonl
 
@@ -28,7 +29,7 @@ def test_a_run_leaves_its_files_and_its_last_step(tiny_config, tmp_path):
   assert best == min(scores, key=scores.get)
   assert [r['step'] for r in records if 'train/loss' in r] == [2, 4, 5]
   config = json.loads((tmp_path / 'config.json').read_text())
-  assert config == settings.check_config(tiny_config)
+  assert config == config_lib.check_config(tiny_config)
   assert list((tmp_path / 'tensorboard').iterdir())
 
 

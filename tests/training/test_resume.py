@@ -20,21 +20,21 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(
   whole, parts = tmp_path / 'whole', tmp_path / 'parts'
   loop.train(tiny_config, whole)
   # Cut off at step 4 by a signal; the cosine is that of the whole run.
-  real = loop.Trainer._build_steps
+  real = loop.Run._build_steps
 
-  def interrupt(trainer):
-    real(trainer)
-    step = trainer.train_step
+  def interrupt(run):
+    real(run)
+    step = run.train_step
 
     def train_step(state, batch):
       if int(state.step) == 3:
         os.kill(os.getpid(), signal.SIGTERM)
       return step(state, batch)
 
-    trainer.train_step = train_step
+    run.train_step = train_step
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.Trainer, '_build_steps', interrupt)
+    patch.setattr(loop.Run, '_build_steps', interrupt)
     with pytest.raises(SystemExit) as caught:
       loop.train(tiny_config, parts)
   assert caught.value.code == 143

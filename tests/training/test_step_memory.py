@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rvq_jax.training import settings
+from rvq_jax.training import config as config_lib
 from rvq_jax.training.optimizer import make_optimizer
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step
@@ -25,8 +25,8 @@ def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
 ):
   config = load_config('imagenet')
   config.model.num_res_blocks = 1  # blocks are alike
-  flat = settings.check_config(config)
-  model = settings.build_model(flat)
+  flat = config_lib.check_config(config)
+  model = config_lib.build_model(flat)
   optimizer = make_optimizer(2e-4, weight_decay=0.01)
   state = jax.eval_shape(
     lambda key: create_state(model, optimizer, key, image_size=SIDE),

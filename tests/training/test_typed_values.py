@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 import rvq_jax
 from rvq_jax.training import loop
-from rvq_jax.training.settings import FIELDS, check_config, flatten
+from rvq_jax.training.config import FIELDS, check_config, flatten
 
 PACKAGE = Path(rvq_jax.__file__).parent
 EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -141,14 +141,14 @@ def test_what_is_taken_builds_and_traces(name, text, tmp_path):
     return
 
   def build():
-    trainer = loop.Trainer(parsed, tmp_path)
-    rows, size = trainer.config['batch_size'], trainer.config['data.image_size']
-    if trainer.feed.images is None:
+    run = loop.Run(parsed, tmp_path)
+    rows, size = run.config['batch_size'], run.config['data.image_size']
+    if run.feed.images is None:
       batch = {'image': jax.ShapeDtypeStruct((rows, size, size, 3), 'uint8')}
     else:
       batch = {'row': jax.ShapeDtypeStruct((rows,), 'int32')}
-    state, _ = jax.eval_shape(trainer.train_step, trainer.template, batch)
-    trainer.loader.close()
+    state, _ = jax.eval_shape(run.train_step, run.template, batch)
+    run.loader.close()
     return state
 
   state = one_line_or(build)
@@ -161,7 +161,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_made(tmp_path):
   with pytest.raises(
     ValueError, match='training state .* takes .* GB'
   ) as error:
-    loop.Trainer(config, tmp_path)
+    loop.Run(config, tmp_path)
   assert '\n' not in str(error.value)
 
 

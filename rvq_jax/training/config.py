@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.vqvae import VQVAE
+from rvq_jax.quantize.base import INITS
 from rvq_jax.quantize.gradients import ESTIMATORS
-from rvq_jax.quantize.interface import INITS
-from rvq_jax.quantize.measures import LOSS_FORMS
+from rvq_jax.quantize.losses import LOSS_FORMS
 from rvq_jax.quantize.registry import QUANTIZERS, takes
 from rvq_jax.training.optimizer import SCHEDULES
 
@@ -54,7 +54,7 @@ _QUANTIZER = {
   'loss_form': Field(str, choices=LOSS_FORMS),
   'cosine': Field(bool),
   'dead_code_threshold': Field(float, 0),
-  'replacement_step': Field(float, 1e-30, 1),
+  'split_fraction': Field(float, 1e-30, 1),
   'init_from': Field(str, choices=INITS),
   'max_scale': Field(float, 1e-30),
   'freeze': Field(bool, resumable=True),

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from rvq_jax.evaluation import safetensors_folder
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.models.vqvae import VQVAE
-from rvq_jax.training import settings, sharding
+from rvq_jax.training import config as config_lib
+from rvq_jax.training import sharding
 from rvq_jax.training.checkpoints import Checkpoints
 
 HUB = 'hf:'
@@ -100,12 +101,12 @@ def _load_export(folder: Path, step) -> Tokenizer:
 def _model(config: Mapping[str, Any], source) -> tuple[VQVAE, dict[str, Any]]:
   """The model of a flat config, and the shapes of its collections."""
   try:
-    settings.check_config(config)
+    config_lib.check_config(config)
   except ValueError as error:
     raise ValueError(
       f'{source} was made by another version of rvq_jax: {error}'
     ) from error
-  model = settings.build_model(config)
+  model = config_lib.build_model(config)
   size = config['data.image_size']
   shapes = dict(
     jax.eval_shape(

@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
+  'io': -1,
+  'metrics': -1,
   'quantize': 0,
   'models': 1,
   'data': 1,

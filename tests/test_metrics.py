@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from rvq_jax.evaluation import metrics
+from rvq_jax import metrics
 
 
 def pair(height=24, width=17, noise=40, seed=0):

@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from rvq_jax.training import settings
+from rvq_jax.training import config as config_lib
 
 
 def changed(config, name, value):
@@ -20,8 +20,8 @@ def changed(config, name, value):
   'name', [('photos',), ('cifar10',), ('cifar10', 'f4'), ('imagenet',)]
 )
 def test_shipped_configs_are_valid_and_build(load_config, name):
-  flat = settings.check_config(load_config(*name))
-  model = settings.build_model(flat)
+  flat = config_lib.check_config(load_config(*name))
+  model = config_lib.build_model(flat)
   assert model.quantizer['codebook_size'] == flat['model.codebook_size']
 
 
@@ -57,7 +57,7 @@ def test_shipped_configs_are_valid_and_build(load_config, name):
 )
 def test_impossible_values_end_in_one_line(load_config, name, value, message):
   with pytest.raises(ValueError, match=message) as caught:
-    settings.check_config(changed(load_config('cifar10'), name, value))
+    config_lib.check_config(changed(load_config('cifar10'), name, value))
   assert '\n' not in str(caught.value)
 
 
@@ -65,24 +65,24 @@ def test_a_missing_field_is_named(load_config):
   config = load_config('cifar10').to_dict()
   del config['model']['decay']
   with pytest.raises(ValueError, match='config.model.decay: missing'):
-    settings.check_config(config)
+    config_lib.check_config(config)
 
 
 def test_a_set_in_memory_cannot_be_cropped_at_random(load_config):
   config = load_config('imagenet')
   config.data.in_memory = 'yes'
   with pytest.raises(ValueError, match='in_memory'):
-    settings.check_config(config)
+    config_lib.check_config(config)
 
 
 def test_devices_must_divide_the_batch():
-  settings.check_devices(128, 8)
+  config_lib.check_devices(128, 8)
   with pytest.raises(ValueError, match='multiple of the 3 devices, got 128'):
-    settings.check_devices(128, 3)
+    config_lib.check_devices(128, 3)
   with pytest.raises(ValueError, match='8 devices x 3 accumulate_steps'):
-    settings.check_devices(128, 8, accumulate_steps=3)
+    config_lib.check_devices(128, 8, accumulate_steps=3)
   with pytest.raises(ValueError, match='divisor of the 8 devices, got 16'):
-    settings.check_devices(128, 8, codebook_shards=16)
+    config_lib.check_devices(128, 8, codebook_shards=16)
 
 
 @pytest.mark.parametrize(
@@ -98,24 +98,24 @@ def test_a_codebook_that_cannot_be_split_is_refused(
 ):
   config = load_config('cifar10')
   config.codebook_shards = 16
-  settings.check_config(config)
+  config_lib.check_config(config)
   config.model[field] = value
   with pytest.raises(ValueError, match=message):
-    settings.check_config(config)
+    config_lib.check_config(config)
 
 
 def test_resume_allows_length_and_logging_and_nothing_else(load_config):
-  old = settings.check_config(load_config('cifar10'))
+  old = config_lib.check_config(load_config('cifar10'))
   for name, value in (('num_steps', 7), ('log_every', 3), ('num_epochs', 1)):
-    settings.check_resume(old | {name: value}, old)
+    config_lib.check_resume(old | {name: value}, old)
   differs = old | {'model.codebook_size': 512, 'data.split': 'official'}
   with pytest.raises(ValueError) as caught:
-    settings.check_resume(differs, old)
+    config_lib.check_resume(differs, old)
   message = str(caught.value)
   assert 'config.model.codebook_size: checkpoint 16384, now 512' in message
   assert "config.data.split: checkpoint 'paper', now 'official'" in message
 
 
 def test_flat_config_survives_json(load_config):
-  flat = settings.check_config(ConfigDict(load_config('cifar10')))
-  assert settings.json.loads(settings.to_json(flat)) == flat
+  flat = config_lib.check_config(ConfigDict(load_config('cifar10')))
+  assert config_lib.json.loads(config_lib.to_json(flat)) == flat

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rvq_jax.quantize.codebook import count_codes, valid_rows
 from rvq_jax.quantize.gradients import ESTIMATORS
-from rvq_jax.quantize.measures import LOSS_FORMS
+from rvq_jax.quantize.losses import LOSS_FORMS
 
 INITS = ('data', 'normal')
 _CHOICES = {
@@ -28,7 +28,7 @@ _RANGES = {
   'commitment_weight': (0.0, float('inf')),
   'codebook_weight': (0.0, float('inf')),
   'dead_code_threshold': (0.0, float('inf')),
-  'replacement_step': (1e-30, 1.0),
+  'split_fraction': (1e-30, 1.0),
   'max_scale': (1e-30, float('inf')),
   'temperature_start': (1e-30, float('inf')),
   'temperature_end': (1e-30, float('inf')),

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from rvq_jax.metrics import diversity
 from rvq_jax.quantize import gradients
 from rvq_jax.quantize.codebook import valid_rows
 
@@ -78,16 +79,6 @@ def directions(
     'fallback_share': row_mean(view.no_rotation.astype(jnp.float32), valid),
     'encoder_norm': row_mean(jnp.linalg.norm(e, axis=1), valid),
     'code_norm': row_mean(jnp.linalg.norm(q, axis=1), valid),
-  }
-
-
-def diversity(counts: jax.Array) -> dict[str, jax.Array]:
-  """usage and perplexity of counts [K], float32 scalars."""
-  p = counts / jnp.maximum(jnp.sum(counts), 1.0)
-  entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0))
-  return {
-    'usage': jnp.mean((counts > 0).astype(jnp.float32)),
-    'perplexity': jnp.exp(entropy),
   }
 
 

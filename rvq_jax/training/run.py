@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rvq_jax.data import loaders, sources
-from rvq_jax.data.transforms import to_float, to_uint8
-from rvq_jax.evaluation import evaluate, figures
-from rvq_jax.training import dispatch, machine, memory, settings, sharding
+from rvq_jax import metrics
+from rvq_jax.data import datasets, loaders
+from rvq_jax.data.images import to_float
+from rvq_jax.evaluation import evaluate
+from rvq_jax.metrics import to_uint8
+from rvq_jax.training import config as config_lib
+from rvq_jax.training import dispatch, machine, memory, sharding
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.optimizer import make_optimizer, make_schedule
 from rvq_jax.training.state import create_state
@@ -23,7 +26,7 @@ def _size(tree) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-class Trainer:
+class Run:
   """One run: everything that `train` needs, built and checked once.
 
   Args:
@@ -36,15 +39,15 @@ class Trainer:
   """
 
   def __init__(self, config, workdir):
-    self.config = settings.check_config(config)
+    self.config = config_lib.check_config(config)
     self.workdir = Path(workdir)
-    settings.check_devices(
+    config_lib.check_devices(
       self.config['batch_size'],
       jax.device_count(),
       accumulate_steps=self.config['accumulate_steps'],
       codebook_shards=self.config['codebook_shards'],
     )
-    self.dataset = sources.open_dataset(
+    self.dataset = datasets.open_dataset(
       self.config['data.name'],
       split=self.config['data.split'],
       data_dir=self.config['data.data_dir'],
@@ -52,7 +55,7 @@ class Trainer:
     self.mesh = sharding.data_mesh(
       codebook_shards=self.config['codebook_shards']
     )
-    self.model = settings.build_model(self.config, mesh=self.mesh)
+    self.model = config_lib.build_model(self.config, mesh=self.mesh)
     self.loader = self._train_loader()
     self.num_steps = self.config['num_steps'] or (
       self.config['num_epochs'] * self.loader.steps_per_epoch
@@ -184,7 +187,7 @@ class Trainer:
     if step is None:
       return self.init(self.key)
     meta = checkpoints.meta(step)
-    settings.check_resume(self.config, meta['config'])
+    config_lib.check_resume(self.config, meta['config'])
     machine.check_machine(meta['machine'], exact=self.config['exact_resume'])
     self.loader.seek(meta['position'])
     return checkpoints.restore(self.template, step)
@@ -220,4 +223,4 @@ class Trainer:
       )
       self._samples = first['image'][first['mask']]
     images = self.reconstruct(state.eval_variables, self._samples)
-    return figures.reconstruction_grid(self._samples, np.asarray(images))
+    return metrics.reconstruction_grid(self._samples, np.asarray(images))

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rvq_jax.data.transforms import to_uint8
 from rvq_jax.evaluation.tokenizer import Tokenizer
+from rvq_jax.metrics import to_uint8
 
 WINDOW, HALO = 64, 8
 

@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 
-from rvq_jax.data.transforms import to_uint8
-from rvq_jax.tokens import grid
+from rvq_jax.metrics import to_uint8
+from rvq_jax.tokens import tiling
 
 
 @pytest.mark.parametrize('size', [1, 63, 64, 65, 100, 112, 113, 500])
 def test_windows_give_each_position_once_and_from_well_inside(size):
   given = []
-  for start, first, last in grid.spans(size):
-    assert 0 <= start and start + min(size, grid.WINDOW) <= size
+  for start, first, last in tiling.spans(size):
+    assert 0 <= start and start + min(size, tiling.WINDOW) <= size
     given += range(first, last)
     if start:
-      assert first - start >= grid.HALO
-    if start + grid.WINDOW < size:
-      assert start + grid.WINDOW - last >= grid.HALO
+      assert first - start >= tiling.HALO
+    if start + tiling.WINDOW < size:
+      assert start + tiling.WINDOW - last >= tiling.HALO
   assert given == list(range(size))
 
 
@@ -27,10 +27,10 @@ def test_an_image_in_one_piece_is_the_reconstruction_to_the_byte(
   tokenizer = make_tokenizer(**fields)
   images = photograph(24, 36)[None]
   np.testing.assert_array_equal(
-    grid.encode_images(tokenizer, images), tokenizer.encode(images)
+    tiling.encode_images(tokenizer, images), tokenizer.encode(images)
   )
   np.testing.assert_array_equal(
-    grid.reconstruct_images(tokenizer, images),
+    tiling.reconstruct_images(tokenizer, images),
     to_uint8(tokenizer.reconstruct(images)),
   )
 
@@ -43,7 +43,7 @@ def test_an_odd_size_is_padded_by_its_last_pixels_and_cropped_back(
   padded = image[np.minimum(np.arange(24), 20)]
   padded = padded[:, np.minimum(np.arange(36), 33)]
   np.testing.assert_array_equal(
-    grid.reconstruct_images(tokenizer, image[None])[0],
+    tiling.reconstruct_images(tokenizer, image[None])[0],
     to_uint8(tokenizer.reconstruct(padded[None]))[0, :21, :34],
   )
 
@@ -51,17 +51,17 @@ def test_an_odd_size_is_padded_by_its_last_pixels_and_cropped_back(
 def test_a_large_image_is_coded_in_windows_with_one_id_a_position(
   make_tokenizer, photograph, monkeypatch
 ):
-  monkeypatch.setattr(grid, 'WINDOW', 8)
-  monkeypatch.setattr(grid, 'HALO', 2)
+  monkeypatch.setattr(tiling, 'WINDOW', 8)
+  monkeypatch.setattr(tiling, 'HALO', 2)
   tokenizer = make_tokenizer()
   image = photograph(61, 90)
-  ids = grid.encode_images(tokenizer, image[None])
+  ids = tiling.encode_images(tokenizer, image[None])
   assert ids.shape == (1, 16, 23)
-  padded = grid.pad_to_factor(image[None], 4)
+  padded = tiling.pad_to_factor(image[None], 4)
   # The first window begins in the corner and gives all but its halo.
   corner = np.asarray(tokenizer.encode(padded[:, :32, :32]))
   np.testing.assert_array_equal(ids[:, :6, :6], corner[:, :6, :6])
-  made = grid.decode_ids(tokenizer, ids, 61, 90)
+  made = tiling.decode_ids(tokenizer, ids, 61, 90)
   assert made.shape == (1, 61, 90, 3)
   corner = to_uint8(tokenizer.decode(ids[:, :8, :8]))
   np.testing.assert_array_equal(made[:, :24, :24], corner[:, :24, :24])
@@ -72,19 +72,19 @@ def test_a_large_image_is_coded_in_windows_with_one_id_a_position(
 def test_a_large_image_shows_how_far_it_is(
   make_tokenizer, photograph, monkeypatch, caplog
 ):
-  monkeypatch.setattr(grid, 'WINDOW', 8)
-  monkeypatch.setattr(grid, 'HALO', 2)
+  monkeypatch.setattr(tiling, 'WINDOW', 8)
+  monkeypatch.setattr(tiling, 'HALO', 2)
   bars = []
 
-  class Bar(grid.tqdm):
+  class Bar(tiling.tqdm):
     def __init__(self, *arguments, **options):
       super().__init__(*arguments, **options | {'disable': False})
       bars.append(self)
 
-  monkeypatch.setattr(grid, 'tqdm', Bar)
+  monkeypatch.setattr(tiling, 'tqdm', Bar)
   tokenizer, image = make_tokenizer(), photograph(61, 90)
-  ids = grid.encode_images(tokenizer, image[None], desc='encode')
-  grid.decode_ids(tokenizer, ids, 61, 90, desc='decode')
+  ids = tiling.encode_images(tokenizer, image[None], desc='encode')
+  tiling.decode_ids(tokenizer, ids, 61, 90, desc='decode')
   # 16 and 23 positions, of which each window but the outer ones gives 4.
   assert [(bar.desc, bar.n) for bar in bars] == [('encode', 15), ('decode', 15)]
   assert caplog.text == ''
@@ -93,11 +93,11 @@ def test_a_large_image_shows_how_far_it_is(
 def test_without_a_terminal_a_line_says_how_much_there_is(
   make_tokenizer, photograph, monkeypatch, caplog
 ):
-  monkeypatch.setattr(grid, 'WINDOW', 8)
-  monkeypatch.setattr(grid, 'HALO', 2)
+  monkeypatch.setattr(tiling, 'WINDOW', 8)
+  monkeypatch.setattr(tiling, 'HALO', 2)
   tokenizer = make_tokenizer()
   with caplog.at_level('INFO'):
-    grid.encode_images(tokenizer, photograph(61, 90)[None], desc='encode')
-    grid.encode_images(tokenizer, photograph(61, 90)[None])
-    grid.encode_images(tokenizer, photograph(32, 32)[None], desc='small')
+    tiling.encode_images(tokenizer, photograph(61, 90)[None], desc='encode')
+    tiling.encode_images(tokenizer, photograph(61, 90)[None])
+    tiling.encode_images(tokenizer, photograph(32, 32)[None], desc='small')
   assert caplog.messages == ['encode: 15 windows of 8 x 8 tokens']

@@ -1,0 +1,43 @@
+"""Images on the device: the model's scale is float32 in [-1, 1]."""
+
+import jax
+import jax.numpy as jnp
+
+
+def to_float(images: jax.Array) -> jax.Array:
+  """Maps uint8 to the model's scale: x / 127.5 - 1, float32 in [-1, 1]."""
+  return jnp.asarray(images, jnp.float32) / 127.5 - 1
+
+
+def prepare_images(images: jax.Array) -> jax.Array:
+  """Images as the model takes them: uint8 becomes float32 in [-1, 1]."""
+  return to_float(images) if images.dtype == jnp.uint8 else images
+
+
+def random_flip(
+  key: jax.Array, images: jax.Array, *, axis_name=None
+) -> jax.Array:
+  """Mirrors each image left to right with probability one half.
+
+  An image's fate depends on the key and its place in the global batch alone,
+  whatever the number of devices.
+
+  Args:
+    key: PRNG key, the same on every device.
+    images: [B, h, w, 3], any dtype; this device's share under axis_name.
+    axis_name: mapped axis of the batch under `pmap` or `shard_map`.
+
+  Returns:
+    An array like `images`.
+  """
+  rows = images.shape[0]
+  if axis_name is None:
+    flip = jax.random.bernoulli(key, shape=(rows,))
+  else:
+    total = rows * jax.lax.axis_size(axis_name)
+    flip = jax.lax.dynamic_slice_in_dim(
+      jax.random.bernoulli(key, shape=(total,)),
+      rows * jax.lax.axis_index(axis_name),
+      rows,
+    )
+  return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)

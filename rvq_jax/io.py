@@ -1,0 +1,142 @@
+"""Files that are whole or absent, digests of arrays, and a full disk."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+_FULL = {
+  errno.ENOSPC: 'No space left',
+  errno.EDQUOT: 'Disk quota exceeded',
+  errno.EFBIG: 'File too large',
+}
+
+
+def write_atomic(path, content: str | bytes) -> None:
+  """Writes a file that holds the old or the new content at every moment.
+
+  Args:
+    path: of the file.
+    content: text (UTF-8) or bytes.
+
+  Raises:
+    OSError: it cannot be written; no temporary file is left.
+  """
+  path = Path(path)
+  data = content.encode() if isinstance(content, str) else content
+  partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+  try:
+    with open(partial, 'wb') as stream:
+      stream.write(data)
+      stream.flush()
+      os.fsync(stream.fileno())
+    os.replace(partial, path)
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink()
+
+
+def read_json(path, max_bytes: int = 2**20) -> dict[str, Any] | None:
+  """Reads the JSON object in a file that is not trusted.
+
+  Args:
+    path: of the file.
+    max_bytes: a longer file is not read.
+
+  Returns:
+    The object; None if the file is longer, not JSON, or not an object.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+  with open(path, 'rb') as stream:
+    text = stream.read(max_bytes + 1)
+  if len(text) > max_bytes:
+    return None
+  try:
+    found = json.loads(text)
+  except (ValueError, RecursionError):
+    return None
+  return found if isinstance(found, dict) else None
+
+
+def tree_digest(tree, *, header: str = '') -> str:
+  """SHA-256 over path, dtype, shape and bytes of every array of a tree.
+
+  Args:
+    tree: of arrays; each process must hold a full copy of each.
+    header: text that is hashed first.
+
+  Returns:
+    64 hexadecimal digits; they do not depend on the order of the leaves.
+  """
+  digest = hashlib.sha256(header.encode())
+  leaves = {
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  for name, leaf in sorted(leaves.items()):
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      leaf = leaf.addressable_data(0)
+    array = np.asarray(leaf)
+    digest.update(f'{name} {array.dtype} {array.shape}'.encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def full_disk_reason(error: BaseException | None) -> str | None:
+  """Why there was no room for a file, if that is what caused an error.
+
+  TensorStore says it in the text of a ValueError, Orbax by chaining.
+
+  Args:
+    error: as caught.
+
+  Returns:
+    'No space left', 'Disk quota exceeded', 'File too large', or None.
+  """
+  seen = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
+    if isinstance(error, OSError) and error.errno in _FULL:
+      return _FULL[error.errno]
+    for text in _FULL.values():
+      if text.lower() in str(error).lower():
+        return text
+    error = error.__cause__ or error.__context__
+  return None
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder, advice: str) -> Iterator[None]:
+  """Turns a write that found no room into one line.
+
+  Args:
+    folder: that is written to.
+    advice: what to do once there is room.
+
+  Raises:
+    OSError: names the folder, what is free there, and the advice.
+  """
+  try:
+    yield
+  except (Exception, SystemExit) as error:
+    reason = full_disk_reason(error)
+    if reason is None:
+      raise
+    where = Path(folder).resolve()
+    while not where.exists():
+      where = where.parent
+    free = shutil.disk_usage(where).free / 1e6
+    raise OSError(
+      f'{reason} while writing to {folder}, where {free:,.1f} MB are free; '
+      f'make room and {advice}'
+    ) from error
