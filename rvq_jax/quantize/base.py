@@ -195,11 +195,10 @@ def finish(
   *,
   project: bool = False,
 ) -> QuantizerOutput:
-  """The output in the shape and dtype of z; no gradient through the metrics.
+  """The output for z [..., C], in its dtype; no gradient through the metrics.
 
-  Args are z [..., C], quantized [N, D], ids [N] or [N, L], the other fields of
-  `QuantizerOutput`, and project: whether to apply a Dense 'project_out' of the
-  calling module even if D = C.
+  quantized is [N, D], ids [N] or [N, L]. A Dense 'project_out' of the calling
+  module leads from D to C where they differ, or with `project`.
   """
   quantized = quantized.reshape(z.shape[:-1] + quantized.shape[1:])
   if project or quantized.shape[-1] != z.shape[-1]:

@@ -30,9 +30,7 @@ def quantizer_class(name: str) -> type[nn.Module]:
 
 
 def make_quantizer(name: str = 'vq', **arguments) -> nn.Module:
-  """The quantizer called `name`, made with the arguments of its class.
-
-  A linen module that takes z [..., C] and returns `QuantizerOutput`.
+  """The linen module called `name`, from z [..., C] to `QuantizerOutput`.
 
   Raises:
     ValueError: there is no such quantizer.

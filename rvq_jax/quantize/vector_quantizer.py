@@ -130,7 +130,7 @@ class VectorQuantizer(nn.Module):
     update = train and self.ema and not self.freeze
     update = update and not self.is_initializing()
 
-    book, write = self._codebook(*e.shape)
+    book, write = self._codebook(batch=len(e), dim=e.shape[1])
     expected = self._expected_count(e, mask)
     if update and self.init_from == 'data':
       book = self._fill(book, e, mask, expected)
@@ -163,7 +163,7 @@ class VectorQuantizer(nn.Module):
   def _codebook(
     self, batch: int, dim: int
   ) -> tuple[Codebook, Callable[[Codebook], None] | None]:
-    """Declares the variables; the codebook, and how to write it back."""
+    """Declares the variables; the codebook, and the function to store it."""
     size = self.codebook_size
 
     def draw(key):
@@ -237,9 +237,9 @@ class VectorQuantizer(nn.Module):
 
   def _update(self, book, e, ids, mask, expected):
     """Moving average, then replacement; the codebook and how many replaced."""
-    key, axis, eps = self._key(book), self.axis_name, self.eps
+    key, axis = self._key(book), self.axis_name
     book = ema_update(
-      book, e, ids, decay=self.decay, eps=eps, axis_name=axis, mask=mask
+      book, e, ids, decay=self.decay, eps=self.eps, axis_name=axis, mask=mask
     )
     if self.cosine:
       book = book.replace(embedding=unit(book.embedding))
