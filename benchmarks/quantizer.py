@@ -1,23 +1,23 @@
 """Time and memory of the quantizer beside what else there is.
 
-  python benchmarks/quantizer.py [--peer] [--sweep] [--precision]
-    [--repeats N] [--json FILE]
+  python benchmarks/quantizer.py [--peer] [--sweep] [--repeats N] [--json FILE]
 
-The forms alternate in one process on two cores; printed are medians and ratios
+The forms alternate in one process on two cores; medians and ratios are printed
 as Markdown. A full step is forward and backward of: search, rotation,
 commitment loss, EMA update of the codebook. `--peer` adds that of
-vector-quantize-pytorch (`pip install torch vector-quantize-pytorch`), `--sweep`
-shows the cost over K = 2^10 ... 2^18, and `--precision` counts the codes that
-a matmul with bfloat16 or TF32 inputs gets wrong.
+vector-quantize-pytorch (`pip install torch vector-quantize-pytorch`), and
+`--sweep` shows the cost over K = 2^10 ... 2^18.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import platform
 import statistics
 import sys
 import time
+from importlib.metadata import version
 
 CORES = 2
 if hasattr(os, 'sched_setaffinity'):  # before JAX and torch count the cores
@@ -28,7 +28,6 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from rvq_jax.evaluation import provenance  # noqa: E402
 from rvq_jax.quantize.codebook import Codebook, ema_update  # noqa: E402
 from rvq_jax.quantize.gradients import rotate  # noqa: E402
 from rvq_jax.quantize.search import nearest_codes, tile_sizes  # noqa: E402
@@ -244,51 +243,20 @@ def verdicts(size, records):
 
 def hardware(peer):
   """One line: processor, cores, versions."""
+  info = pathlib.Path('/proc/cpuinfo')
+  lines = info.read_text().splitlines() if info.exists() else []
+  cpus = [line.split(': ')[1] for line in lines if 'model name' in line]
+  cpu = (cpus or [platform.processor()])[0]
   packages = ['jax', 'jaxlib'] + ['torch', 'vector-quantize-pytorch'] * peer
   load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else float('nan')
-  versions = provenance.versions(*packages)
-  return f'{provenance.hardware()}, load {load:.1f}, {versions}'
-
-
-def precision_table(n=8192, k=16384, dim=256):
-  """Share of wrong codes with the matmul's inputs rounded as a GPU does."""
-  rng = np.random.default_rng(0)
-  normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
-  centres = normal(512, dim)
-  near = lambda m: centres[rng.integers(0, 512, m)] + 0.1 * normal(m, dim)  # noqa: E731
-
-  def rounded(x, bits):  # to `bits` of mantissa, nearest even
-    drop = 23 - bits
-    raw = jax.lax.bitcast_convert_type(x, jnp.int32)
-    raw = raw + (1 << drop - 1) - 1 + (raw >> drop & 1)
-    return jax.lax.bitcast_convert_type(raw >> drop << drop, jnp.float32)
-
-  @jax.jit
-  def top(e, codes, bias):
-    return jax.lax.top_k(e @ codes.T + bias[None], 4)[1]
-
-  yield '| data | inputs | wrong % | true code not in the best 4 % |'
-  yield '|---|---|---|---|'
-  data = {'Gaussian': (normal(n, dim), normal(k, dim))}
-  data['512 clusters'] = near(n), near(k)
-  for name, (e, codes) in data.items():
-    half = 0.5 * np.sum(np.float64(codes) ** 2, axis=1)
-    true = [np.argmax(x @ np.float64(codes).T - half, 1) for x in e[:, None]]
-    true = np.concatenate(true)
-    for label, bits in (('float32', 23), ('TF32', 10), ('bfloat16', 7)):
-      c = rounded(jnp.asarray(codes), bits) if bits < 23 else codes
-      x = rounded(jnp.asarray(e), bits) if bits < 23 else e
-      bias = jnp.asarray(-half, jnp.float32)
-      best = np.concatenate([top(part, c, bias) for part in np.split(x, 16)])
-      wrong = 100 * np.mean(best[:, 0] != true)
-      missed = 100 * np.mean(~np.any(best == true[:, None], axis=1))
-      yield f'| {name} | {label} | {wrong:.3f} | {missed:.3f} |'
+  versions = ', '.join(f'{name} {version(name)}' for name in packages)
+  return f'{CORES} cores of {cpu}, load {load:.1f}, {versions}'
 
 
 def main():
   """Parses the command line, measures and prints."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  for flag in ('--peer', '--sweep', '--precision'):
+  for flag in ('--peer', '--sweep'):
     parser.add_argument(flag, action='store_true')
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--json', type=pathlib.Path)
@@ -298,9 +266,6 @@ def main():
   if args.sweep:
     sizes = [(1024, 2**power, 64) for power in range(10, 19)]
     names = [name for name in names if name not in (TEXTBOOK, TILES, HALF)]
-  if args.precision:
-    sizes = []
-    print('\n'.join(precision_table()))
   if args.peer:
     peer_step(1, 2, 2, np.zeros((1, 2)), np.zeros((1, 2)))  # is it there?
   print(hardware(args.peer))

@@ -1,9 +1,10 @@
 """Rotated Vector Quantization in JAX and Flax; R is rotation, not residual."""
 
+import importlib
+
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize.codebook import Codebook, ema_update
 from rvq_jax.quantize.gradients import reflect, rotate, straight_through
-from rvq_jax.quantize.multiple import ProductQuantizer, ResidualQuantizer
 from rvq_jax.quantize.search import nearest_codes
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
@@ -22,15 +23,15 @@ __all__ = [
   'straight_through',
 ]
 
+_ON_FIRST_USE = {  # what VectorQuantizer alone need not wait for
+  'ProductQuantizer': 'rvq_jax.quantize.product',
+  'ResidualQuantizer': 'rvq_jax.quantize.residual',
+  'Tokenizer': 'rvq_jax.evaluation.tokenizer',
+  'load': 'rvq_jax.evaluation.load',
+}
+
 
 def __getattr__(name):
-  # Whoever wants the layer alone need not wait for what reads checkpoints.
-  if name == 'load':
-    from rvq_jax.evaluation.load import load
-
-    return load
-  if name == 'Tokenizer':
-    from rvq_jax.evaluation.tokenizer import Tokenizer
-
-    return Tokenizer
-  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  if name not in _ON_FIRST_USE:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return getattr(importlib.import_module(_ON_FIRST_USE[name]), name)

@@ -13,9 +13,9 @@ _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 def convolve(x, kernel, strides, padding, **options) -> jax.Array:
   """`lax.conv_general_dilated`, as `nn.Conv` calls it, for 2-D and NHWC.
 
-  XLA's CPU backend takes the gradient to the kernel of a large feature map for
-  a convolution by a kernel as large as the map, three to five times slower than
-  a matrix product. There it is a product for each place of the kernel.
+  On CPU the gradient to the kernel of a large feature map is one matrix product
+  per tap of the kernel: XLA's own, a convolution by a kernel as large as the
+  map, is three to five times slower.
 
   Args:
     x: [B, h, w, C].
@@ -23,9 +23,6 @@ def convolve(x, kernel, strides, padding, **options) -> jax.Array:
     strides: of the window.
     padding: as `lax.conv_general_dilated` takes it.
     **options: the other arguments of `lax.conv_general_dilated`.
-
-  Returns:
-    [B, H, W, F].
   """
 
   def convolution(x, kernel):
@@ -50,10 +47,9 @@ def convolve(x, kernel, strides, padding, **options) -> jax.Array:
 
 
 def _alike(kernel, x):
-  """The kernel, and under `shard_map` one that differs over devices as x does.
+  """The kernel, varying over the devices of `shard_map` as x does.
 
-  A derivative of one's own must find them so, for the kernel's to be summed
-  over the devices.
+  Else a custom derivative would not be summed over the devices.
   """
   zero = jnp.logical_and(jnp.any(x[:1, :1, :1, :1] > 0), False)
   return kernel + zero.astype(kernel.dtype)
@@ -65,9 +61,6 @@ def _by_matmuls(convolution, strides, padding):
   @jax.custom_vjp
   def function(x, kernel):
     return convolution(x, kernel)
-
-  def forward(x, kernel):
-    return convolution(x, kernel), (x, kernel)
 
   def backward(saved, g):
     x, kernel = saved
@@ -82,28 +75,28 @@ def _by_matmuls(convolution, strides, padding):
     span = (strides[0] * (height - 1) + 1, strides[1] * (width - 1) + 1)
     g = g.reshape(-1, features)
 
-    def tap(place):  # one after another: each needs a copy of x
-      seen = jax.lax.dynamic_slice(
-        x, (0, *place, 0), (batch, *span, x.shape[-1])
+    def tap(start):  # one after another: each needs a copy of x
+      window = jax.lax.dynamic_slice(
+        x, (0, *start, 0), (batch, *span, x.shape[-1])
       )[:, :: strides[0], :: strides[1]]
       return jnp.matmul(
-        seen.reshape(len(g), -1).T, g, preferred_element_type=jnp.float32
+        window.reshape(len(g), -1).T, g, preferred_element_type=jnp.float32
       )
 
-    places = jnp.indices(size, jnp.int32).reshape(2, -1)
-    d_kernel = jax.lax.map(tap, tuple(places)).reshape(kernel.shape)
+    starts = jnp.indices(size, jnp.int32).reshape(2, -1)
+    d_kernel = jax.lax.map(tap, tuple(starts)).reshape(kernel.shape)
     return d_x, d_kernel.astype(kernel.dtype)
 
-  function.defvjp(forward, backward)
+  function.defvjp(lambda *args: (convolution(*args), args), backward)
   return function
 
 
 def upsample(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Transposed convolution, kernel 4, stride 2.
 
-  XLA's CPU backend runs that operation many times slower than a matrix product,
-  so there it is one product to the 16 taps, which are then added where they
-  overlap. On GPUs it is cuDNN's own.
+  On CPU, where XLA's is many times slower than a matrix product, it is one
+  product to the 16 taps, which are then added where they overlap. On GPUs it is
+  cuDNN's own.
 
   Args:
     x: [B, H, W, C].
@@ -120,11 +113,7 @@ def upsample(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _downsample(y, kernel):
   """Strided convolution [B, 2H, 2W, F] -> [B, H, W, C], kernel [4, 4, F, C]."""
   return jax.lax.conv_general_dilated(
-    y,
-    kernel,
-    window_strides=(2, 2),
-    padding=((1, 1), (1, 1)),
-    dimension_numbers=_DIMENSIONS,
+    y, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=_DIMENSIONS
   )
 
 
@@ -134,11 +123,10 @@ def _upsample_by_convolution(x, kernel):
 
 @jax.custom_vjp
 def _transposed(x, kernel):
-  """The transpose of `_downsample`, and its derivatives in the same terms.
+  """The transpose of `_downsample`; cuDNN has it and both its derivatives.
 
-  cuDNN has a kernel for each of the three. `lax.conv_transpose` and what
-  follows from it by differentiation would first write x with zeros between its
-  numbers: four times the memory and the operations.
+  The derivatives of `lax.conv_transpose` would first write x with zeros between
+  its values: four times the memory and the operations.
   """
   return jax.lax.conv_transpose(
     x,
@@ -151,13 +139,9 @@ def _transposed(x, kernel):
 
 
 def _turned(kernel):
-  # Transposing a convolution turns its kernel again; unless the two are kept
-  # apart, XLA cancels them and no longer sees a transposed convolution.
+  # Transposing a convolution turns its kernel again; without the barrier XLA
+  # cancels the two and does not see a transposed convolution.
   return jax.lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
-
-
-def _transposed_forward(x, kernel):
-  return _transposed(x, kernel), (x, kernel)
 
 
 def _transposed_backward(saved, g):
@@ -167,7 +151,9 @@ def _transposed_backward(saved, g):
   return _downsample(g, turned), d_turned.swapaxes(2, 3)[::-1, ::-1]
 
 
-_transposed.defvjp(_transposed_forward, _transposed_backward)
+_transposed.defvjp(
+  lambda x, kernel: (_transposed(x, kernel), (x, kernel)), _transposed_backward
+)
 
 
 def _upsample_by_matmul(x, kernel):
@@ -175,12 +161,10 @@ def _upsample_by_matmul(x, kernel):
   batch, height, width, channels = x.shape
   features = kernel.shape[-1]
   taps = jnp.moveaxis(kernel[::-1, ::-1], 2, 0).reshape(channels, -1)
-  y = (x.reshape(-1, channels) @ taps).reshape(
-    batch, height, width, 4, 4, features
-  )
+  y = x.reshape(-1, channels) @ taps
+  y = y.reshape(batch, height, width, 4, 4, features)
   y = _overlap_add(y, 1, 3)  # [B, 2H, W, 4, features]
-  y = _overlap_add(y, 2, 3)  # [B, 2H, 2W, features]
-  return y
+  return _overlap_add(y, 2, 3)  # [B, 2H, 2W, features]
 
 
 def _overlap_add(y, axis, tap_axis):
@@ -197,7 +181,6 @@ def _overlap_add(y, axis, tap_axis):
 
   even = tap[1] + shifted(tap[3], 1)
   odd = tap[2] + shifted(tap[0], -1)
-  y = jnp.stack([even, odd], axis + 1)
   shape = list(even.shape)
   shape[axis] *= 2
-  return y.reshape(shape)
+  return jnp.stack([even, odd], axis + 1).reshape(shape)

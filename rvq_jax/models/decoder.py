@@ -19,13 +19,7 @@ class Decoder(nn.Module):
   stride 1), and tanh.
 
   Attributes:
-    widths: the encoder's widths.
-    factor: image side over latent side.
-    num_res_blocks: residual blocks.
-    num_heads: attention heads.
-    dtype: compute dtype; parameters and statistics are float32.
-    axis_name: see `Norm`.
-    remat: see `residual_blocks`.
+    num_heads: attention heads. All others are as of `Encoder`.
   """
 
   widths: tuple[int, ...] = (64, 128, 256)

@@ -13,15 +13,12 @@ from rvq_jax.models.layers import Norm, residual_blocks
 def stage_plan(widths, factor: int) -> tuple[tuple[int, int], ...]:
   """(channels, stride) of each convolution of the encoder.
 
-  One convolution a width; the first log2(factor) of them have stride 2, the
+  One convolution per width; the first log2(factor) of them have stride 2, the
   rest stride 1. A factor above 2^len(widths) repeats the last width.
 
   Args:
     widths: channels of the convolutions, the paper's (64, 128, 256).
     factor: image side over latent side, a power of two.
-
-  Returns:
-    ((channels, stride), ...).
 
   Raises:
     ValueError: factor is not a power of two from 2 to 64, or widths is empty.
@@ -32,7 +29,7 @@ def stage_plan(widths, factor: int) -> tuple[tuple[int, int], ...]:
     )
   widths = tuple(widths)
   if not widths or any(not isinstance(w, int) or w < 1 for w in widths):
-    raise ValueError(f'widths: expected whole numbers > 0, got {widths!r}')
+    raise ValueError(f'widths: expected integers > 0, got {widths!r}')
   halvings = factor.bit_length() - 1
   widths += widths[-1:] * (halvings - len(widths))
   return tuple((w, 2 if i < halvings else 1) for i, w in enumerate(widths))

@@ -42,12 +42,10 @@ class ResidualBlock(nn.Module):
   """leaky(x + norm(conv(leaky(norm(conv(x)))))), 3x3 convolutions.
 
   The second norm starts at scale 0, so that a block starts as the identity
-  (Goyal et al. 2017, arXiv:1706.02677): twelve blocks that start with scale 1
-  take several times as many steps to the same error; see docs/results.md.
+  (Goyal et al. 2017, arXiv:1706.02677): twelve blocks that start at scale 1
+  need several times as many steps to the same error; see docs/results.md.
 
-  Attributes:
-    dtype: compute dtype.
-    axis_name: see `Norm`.
+  Attributes are those of `Norm`.
   """
 
   dtype: Any = jnp.float32
@@ -76,9 +74,8 @@ class ResidualBlock(nn.Module):
 def residual_blocks(module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
   """The `num_res_blocks` blocks 'block0' ... of an encoder or a decoder.
 
-  With module.remat the backward pass computes the inside of a block again, and
-  only what lies between two blocks is kept: less memory (docs/scale.md) for a
-  third more operations.
+  With module.remat the backward pass computes the inside of each block again:
+  less memory (docs/scale.md) for a third more operations.
   """
   block = ResidualBlock
   if module.remat:
@@ -128,13 +125,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   a tile (4 MiB on CPU, 256 MiB on other devices), a few heads at a time,
   whose scores are computed again in the backward pass.
 
-  Args:
-    query: [B, T, H, d], H heads of d channels.
-    key: [B, T, H, d].
-    value: [B, T, H, d].
-
-  Returns:
-    [B, T, H, d] of the dtype of query.
+  All are [B, T, H, d]: H heads of d channels.
   """
   return jax.lax.platform_dependent(
     query,
@@ -165,7 +156,7 @@ def _has_fused_attention() -> bool:
 
 
 def _attend_in_tiles(query, key, value, *, scores):
-  """A tile is whole heads: at most `scores` numbers, or one head.
+  """In tiles of whole heads: at most `scores` scores, or one head.
 
   Tile i holds the heads i, i + n, i + 2 n ...: the loop then runs over an axis
   that is never the sharded one, and each device works on its own images.
@@ -187,26 +178,17 @@ def _attend_in_tiles(query, key, value, *, scores):
     weights = jax.nn.softmax(logits * dim**-0.5, axis=-1)
     return jnp.einsum('nqk,nkd->nqd', weights.astype(v.dtype), v)
 
+  qkv = tuple(split(x) for x in (query, key, value))
   if tile == count:
-    y = attend_tile(tuple(split(x)[0] for x in (query, key, value)))[None]
+    y = attend_tile([x[0] for x in qkv])[None]
   else:
-    y = jax.lax.map(
-      jax.checkpoint(attend_tile), tuple(map(split, (query, key, value)))
-    )
+    y = jax.lax.map(jax.checkpoint(attend_tile), qkv)
   y = jnp.moveaxis(y, 0, 1).reshape(batch, heads, tokens, dim)
   return y.transpose(0, 2, 1, 3)
 
 
 class Upsample(nn.Module):
-  """Transposed convolution, kernel 4, stride 2: [B, H, W, C] to twice H, W.
-
-  The parameters and the values are those of `nn.ConvTranspose(features, (4, 4),
-  (2, 2))`; see `convolutions.upsample`.
-
-  Attributes:
-    features: output channels.
-    dtype: compute dtype.
-  """
+  """`nn.ConvTranspose(features, (4, 4), (2, 2))` by `convolutions.upsample`."""
 
   features: int
   dtype: Any = jnp.float32
@@ -214,14 +196,9 @@ class Upsample(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x [B, H, W, C] to [B, 2H, 2W, features]."""
-    kernel = self.param(
-      'kernel',
-      nn.initializers.lecun_normal(),
-      (4, 4, x.shape[-1], self.features),
-      jnp.float32,
-    )
+    shape = (4, 4, x.shape[-1], self.features)
+    kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    return convolutions.upsample(x, kernel) + bias.astype(self.dtype).reshape(
-      1, 1, 1, -1
-    )
+    y = convolutions.upsample(x, kernel)
+    return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)

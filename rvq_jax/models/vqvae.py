@@ -21,7 +21,7 @@ class VQVAEOutput:
   Attributes:
     reconstruction: images [B, h, w, 3], float32 in [-1, 1].
     quantizer: the quantizer's output; its ids are [B, H, W], or [B, H, W, L]
-      with several codes a position.
+      with L codes per position.
   """
 
   reconstruction: jax.Array
@@ -51,7 +51,7 @@ class VQVAE(nn.Module):
 
   Attributes:
     widths: channels of the encoder's convolutions.
-    factor: image side over latent side: 4, 8, 16.
+    factor: image side over latent side, a power of two from 2 to 64.
     num_res_blocks: residual blocks in the encoder and in the decoder.
     num_heads: attention heads of the decoder.
     code_dim: D, channels of the latents.
@@ -59,8 +59,7 @@ class VQVAE(nn.Module):
       'name' says which (`registry.QUANTIZERS`), `VectorQuantizer` if left out.
     dtype: compute dtype of encoder and decoder, float32 or bfloat16.
     axis_name: mapped axis of `pmap` or `shard_map`.
-    remat: compute the inside of residual blocks again in the backward pass
-      rather than keep it.
+    remat: see `layers.residual_blocks`.
   """
 
   widths: tuple[int, ...] = (64, 128, 256)
@@ -103,13 +102,10 @@ class VQVAE(nn.Module):
 
     Args:
       images: [B, h, w, 3], float in [-1, 1]; factor divides h and w.
-      train: batch statistics and codebook move (collections 'batch_stats' and
-        'codebook' must be mutable).
-      mask: images that count [B], bool; the others stay out of the quantizer's
+      train: update batch statistics and codebook (collections 'batch_stats'
+        and 'codebook' must be mutable).
+      mask: valid images [B], bool; the others stay out of the quantizer's
         counts, losses and metrics.
-
-    Returns:
-      `VQVAEOutput`.
 
     Raises:
       ValueError: the images have another shape.

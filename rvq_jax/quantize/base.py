@@ -1,41 +1,108 @@
-"""What every quantizer takes and returns."""
+"""What every quantizer shares: arguments, inputs, projections, outputs."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize.codebook import count_codes, valid_rows
+from rvq_jax.quantize.codebook import count_codes, unit, valid_rows
 from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.losses import LOSS_FORMS
 
 INITS = ('data', 'normal')
-_CHOICES = {
-  'estimator': tuple(ESTIMATORS),
-  'loss_form': LOSS_FORMS,
-  'init_from': INITS,
+_MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
+_KINDS = {
+  int: 'an integer',
+  float: 'a number',
+  str: 'text',
+  bool: 'True or False',
 }
-_RANGES = {
-  'codebook_size': (1, 2**31 - 1),
-  'code_dim': (1, 2**20),
-  'depth': (1, 2**10),
-  'heads': (1, 2**10),
-  'decay': (0.0, 1.0),
-  'eps': (1e-30, 1.0),
-  'commitment_weight': (0.0, float('inf')),
-  'codebook_weight': (0.0, float('inf')),
-  'dead_code_threshold': (0.0, float('inf')),
-  'split_fraction': (1e-30, 1.0),
-  'max_scale': (1e-30, float('inf')),
-  'temperature_start': (1e-30, float('inf')),
-  'temperature_end': (1e-30, float('inf')),
-  'temperature_steps': (1, 2**31 - 1),
-  'kl_weight': (0.0, float('inf')),
+
+
+class Field(NamedTuple):
+  """What an argument may hold.
+
+  Attributes:
+    kind: int, float, bool, str or tuple (of integers above 0).
+    low: least value.
+    high: greatest value.
+    choices: allowed values, or None.
+    optional: None is allowed.
+  """
+
+  kind: type
+  low: float = -float('inf')
+  high: float = float('inf')
+  choices: tuple | None = None
+  optional: bool = False
+
+
+FIELDS = {
+  'codebook_size': Field(int, 1, 2**31 - 1),
+  'code_dim': Field(int, 1, 2**20, optional=True),
+  'estimator': Field(str, choices=tuple(ESTIMATORS)),
+  'ema': Field(bool),
+  'decay': Field(float, 0, 1),
+  'eps': Field(float, 1e-30, 1),
+  'commitment_weight': Field(float, 0),
+  'codebook_weight': Field(float, 0),
+  'loss_form': Field(str, choices=LOSS_FORMS),
+  'cosine': Field(bool),
+  'dead_code_threshold': Field(float, 0),
+  'split_fraction': Field(float, 1e-30, 1),
+  'init_from': Field(str, choices=INITS),
+  'max_scale': Field(float, 1e-30),
+  'freeze': Field(bool),
+  'depth': Field(int, 1, 64),
+  'heads': Field(int, 1, 64),
+  'temperature_start': Field(float, 1e-30),
+  'temperature_end': Field(float, 1e-30),
+  'temperature_steps': Field(int, 1, 2**31 - 1),
+  'kl_weight': Field(float, 0),
 }
-_WHOLE = ('codebook_size', 'code_dim', 'depth', 'heads', 'temperature_steps')
+"""The arguments of the quantizers, by name."""
+
+
+def fault(value: Any, field: Field) -> str | None:
+  """What `field` expects instead of `value`, in words; None if it fits."""
+  if value is None:
+    return None if field.optional else 'a value'
+  if field.kind is tuple:
+    fits = isinstance(value, tuple | list) and value
+    if not fits or any(type(v) is not int or v < 1 for v in value):
+      return 'integers above 0, as (64, 128, 256)'
+    return None
+  kind = (int, float) if field.kind is float else field.kind
+  if not isinstance(value, kind) or (
+    isinstance(value, bool) and field.kind is not bool
+  ):
+    return _KINDS[field.kind]
+  if field.choices and value not in field.choices:
+    return f'one of {", ".join(map(str, field.choices))}'
+  if field.kind in (int, float) and not field.low <= value <= field.high:
+    if field.high >= 2**31 - 1:
+      return f'at least {field.low:g}'
+    return f'a value from {field.low:g} to {field.high:g}'
+  if field.kind is float and abs(value) > _MAX_FLOAT32:
+    return 'a finite number that float32 can hold'
+  return None
+
+
+def validate(**arguments: Any) -> None:
+  """Raises ValueError for an argument in `FIELDS` that is out of its range."""
+  for name, value in arguments.items():
+    expected = fault(value, FIELDS[name]) if name in FIELDS else None
+    if expected:
+      raise ValueError(f'{name}: expected {expected}, got {value!r}')
+
+
+def arguments(module: nn.Module) -> dict[str, Any]:
+  """The arguments that a linen module was made with, by name."""
+  names = [field.name for field in dataclasses.fields(module)]
+  return {n: getattr(module, n) for n in names if n not in ('parent', 'name')}
 
 
 @flax.struct.dataclass
@@ -44,10 +111,10 @@ class QuantizerOutput:
 
   Attributes:
     quantized: the codes in place of the inputs, [..., C] in the input's dtype.
-    ids: index of each code, [...] int32; [..., L] where a position has L codes.
+    ids: index of each code, [...] int32; [..., L] with L codes per position.
     loss: weighted commitment and codebook loss, float32 scalar.
     counts: how often each code was chosen in the global batch, float32 [K];
-      [L, K] where each of the L codes of a position has a codebook of its own.
+      [L, K] with L codes per position, each from a codebook of its own.
     metrics: name -> float32 scalar over this device's batch; see
       `VectorQuantizer`.
   """
@@ -59,59 +126,41 @@ class QuantizerOutput:
   metrics: dict[str, jax.Array]
 
 
-def validate(**arguments: Any) -> None:
-  """Raises ValueError for a quantizer's argument out of its range.
+def flatten(
+  module: nn.Module, z: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Checks a quantizer's arguments and inputs and flattens the inputs.
 
   Args:
-    **arguments: arguments of a quantizer by name; others are ignored.
+    module: the quantizer.
+    z: inputs [..., C].
+    mask: valid positions [...], bool, or None.
+
+  Returns:
+    z as [N, C] float32, and the mask as bool [N].
 
   Raises:
-    ValueError: one line with what was expected and what came.
+    ValueError: an argument is out of range, z is not a float array, or the
+      mask has another shape.
   """
-  for name, value in arguments.items():
-    if name in _CHOICES and value not in _CHOICES[name]:
-      raise ValueError(
-        f'{name}: expected one of {", ".join(_CHOICES[name])}; got {value!r}'
-      )
-    if name not in _RANGES or (name == 'code_dim' and value is None):
-      continue
-    low, high = _RANGES[name]
-    kind = int if name in _WHOLE else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind):
-      wanted = 'a whole number' if name in _WHOLE else 'a number'
-      raise ValueError(f'{name}: expected {wanted}, got {value!r}')
-    if not low <= value <= high:
-      raise ValueError(
-        f'{name}: expected a value from {low:g} to {high:g}, got {value!r}'
-      )
-
-
-def check_input(z: jax.Array, mask: jax.Array | None) -> None:
-  """Raises ValueError unless z is float [..., C] and mask, if any, [...]."""
+  validate(**arguments(module))
   if z.ndim < 1 or not jnp.issubdtype(z.dtype, jnp.floating):
     raise ValueError(f'expected float [..., C], got {z.dtype} {z.shape}')
   if mask is not None and mask.shape != z.shape[:-1]:
     raise ValueError(
       f'expected a mask {z.shape[:-1]} for inputs {z.shape}, got {mask.shape}'
     )
+  e = z.astype(jnp.float32).reshape(-1, z.shape[-1])
+  return e, jnp.ones(len(e), bool) if mask is None else mask.reshape(-1)
 
 
-def arguments(module: nn.Module) -> dict[str, Any]:
-  """The arguments that a linen module was made with, by name."""
-  names = [field.name for field in dataclasses.fields(module)]
-  return {n: getattr(module, n) for n in names if n not in ('parent', 'name')}
+def project_in(e: jax.Array, dim: int) -> jax.Array:
+  """e [N, C] as [N, dim], by a Dense of the calling module if dim is not C."""
+  return e if dim == e.shape[-1] else nn.Dense(dim, name='project_in')(e)
 
 
 def project_out(module: nn.Module, codes: jax.Array) -> jax.Array:
-  """What the module's Dense 'project_out', where it has one, makes of codes.
-
-  Args:
-    module: a bound quantizer.
-    codes: [..., D], float32.
-
-  Returns:
-    [..., C], float32.
-  """
+  """Codes [..., D] as [..., C], by 'project_out' of a bound module if any."""
   if not module.has_variable('params', 'project_out'):
     return codes
   dense = module.get_variable('params', 'project_out')
@@ -119,60 +168,80 @@ def project_out(module: nn.Module, codes: jax.Array) -> jax.Array:
   return codes @ dense['kernel'] + bias
 
 
-def prepare(
-  module: nn.Module, z: jax.Array, mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-  """Checks a quantizer's arguments and inputs and makes rows of them.
-
-  Args:
-    module: the quantizer.
-    z: inputs [..., C], float.
-    mask: positions that count [...], bool, or None.
-
-  Returns:
-    z as [N, C] float32, and the rows that count, bool [N].
-
-  Raises:
-    ValueError: see `validate` and `check_input`.
-  """
-  validate(**arguments(module))
-  check_input(z, mask)
-  e = z.astype(jnp.float32).reshape(-1, z.shape[-1])
-  return e, jnp.ones(len(e), bool) if mask is None else mask.reshape(-1)
+def mapped_axis(module: nn.Module):
+  """The module's axis_name; None in `init`, which runs outside of any."""
+  return None if module.is_initializing() else module.axis_name
 
 
 def count(
-  module: nn.Module, ids: jax.Array, e: jax.Array, rows: jax.Array
+  module: nn.Module, ids: jax.Array, e: jax.Array, mask: jax.Array
 ) -> jax.Array:
-  """Counts [K] of ids [N] in the global batch, of finite rows that count.
-
-  `init` runs outside of any mapped axis.
-  """
-  axis_name = None if module.is_initializing() else module.axis_name
-  valid = valid_rows(e, rows)
+  """Counts [K] of the ids [N] of valid rows e [N, D], in the global batch."""
   return count_codes(
-    ids, module.codebook_size, valid=valid, axis_name=axis_name
+    ids,
+    module.codebook_size,
+    valid=valid_rows(e, mask),
+    axis_name=mapped_axis(module),
   )
 
 
 def finish(
-  z: jax.Array, quantized: jax.Array, ids: jax.Array, *, project: bool, **rest
+  z: jax.Array,
+  quantized: jax.Array,
+  ids: jax.Array,
+  loss: jax.Array,
+  counts: jax.Array,
+  metrics: dict[str, jax.Array],
+  *,
+  project: bool = False,
 ) -> QuantizerOutput:
-  """The output in the shape and dtype of z.
+  """The output for z [..., C], in its dtype; no gradient through the metrics.
 
-  Args:
-    z: inputs [..., C].
-    quantized: [N, D].
-    ids: [N].
-    project: lead from D to C by a Dense 'project_out' of the calling module.
-    **rest: loss, counts and metrics.
-
-  Returns:
-    `QuantizerOutput`.
+  quantized is [N, D], ids [N] or [N, L]. A Dense 'project_out' of the calling
+  module leads from D to C where they differ, or with `project`.
   """
   quantized = quantized.reshape(z.shape[:-1] + quantized.shape[1:])
-  if project:
+  if project or quantized.shape[-1] != z.shape[-1]:
     quantized = nn.Dense(z.shape[-1], name='project_out')(quantized)
-  return QuantizerOutput(
-    quantized.astype(z.dtype), ids.reshape(z.shape[:-1]), **rest
-  )
+  ids = ids.reshape(z.shape[:-1] + ids.shape[1:])
+  metrics = jax.lax.stop_gradient(metrics)
+  return QuantizerOutput(quantized.astype(z.dtype), ids, loss, counts, metrics)
+
+
+def embedding(module: nn.Module, part: str | None = None) -> jax.Array:
+  """The codes [K, D] of a bound `VectorQuantizer`, or of its part."""
+  source = 'codebook' if module.ema else 'params'
+  if part is None:
+    codes = module.get_variable(source, 'embedding')
+  else:
+    codes = module.get_variable(source, part)['embedding']
+  return unit(codes) if module.cosine and not module.ema else codes
+
+
+def make_parts(
+  module: nn.Module, cls: type[nn.Module], prefix: str, number: int, dim: int
+) -> list[nn.Module]:
+  """Quantizers prefix_0, prefix_1 ... of class `cls` and code_dim `dim`.
+
+  They are parts of the quantizer `module`, whose other arguments they take.
+  """
+  own = {
+    name: value
+    for name, value in arguments(module).items()
+    if name in cls.__dataclass_fields__
+  } | {'code_dim': dim}
+  return [cls(**own, name=f'{prefix}_{i}') for i in range(number)]
+
+
+def combine(outputs: list[QuantizerOutput]) -> dict[str, Any]:
+  """ids [N, L], counts [L, K], and mean loss and metrics of L parts."""
+  number = len(outputs)
+  return {
+    'ids': jnp.stack([out.ids for out in outputs], axis=-1),
+    'loss': sum(out.loss for out in outputs) / number,
+    'counts': jnp.stack([out.counts for out in outputs]),
+    'metrics': {
+      name: sum(out.metrics[name] for out in outputs) / number
+      for name in outputs[0].metrics
+    },
+  }

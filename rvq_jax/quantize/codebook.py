@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class Codebook:
-  """K codes of D numbers with their moving averages, all float32.
+  """K codes of D dimensions with their moving averages, all float32.
 
   >>> from rvq_jax import Codebook
   >>> book = Codebook.create([[0.0, 1.0], [2.0, 2.0]], cluster_size=4)
@@ -21,7 +21,7 @@ class Codebook:
 
   Attributes:
     embedding: the codes, [K, D].
-    cluster_size: moving average of the vectors a step gives each code, [K].
+    cluster_size: moving average of the vectors per step of each code, [K].
     embedding_sum: moving average of the sum of those vectors, [K, D].
   """
 
@@ -31,15 +31,13 @@ class Codebook:
 
   @classmethod
   def create(cls, embedding, cluster_size) -> 'Codebook':
-    """A codebook whose averages already agree with its codes.
+    """A codebook with embedding_sum = cluster_size x embedding.
+
+    A code that no vector chooses then stays where it is.
 
     Args:
       embedding: [K, D].
-      cluster_size: vectors a step is expected to give each code, scalar or [K].
-
-    Returns:
-      `Codebook` with embedding_sum = cluster_size x embedding, so that a code
-      that no vector chooses stays where it is.
+      cluster_size: vectors per step that each code expects, scalar or [K].
     """
     embedding = jnp.asarray(embedding, jnp.float32)
     size = jnp.broadcast_to(
@@ -48,8 +46,20 @@ class Codebook:
     return cls(embedding, size, size[:, None] * embedding)
 
 
+def unit(x: jax.Array) -> jax.Array:
+  """x/|x| along the last axis [..., D]; 0 stays 0, also in the gradient."""
+  square = jnp.sum(x * x, axis=-1, keepdims=True)
+  safe = jnp.where(square > 0, square, 1.0)
+  return jnp.where(square > 0, x * jax.lax.rsqrt(safe), 0.0)
+
+
+def draw_codes(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """Gaussian codes [K, D] of norm about 1, float32."""
+  return jax.random.normal(key, shape, jnp.float32) * shape[1] ** -0.5
+
+
 def valid_rows(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-  """Rows of e [N, D] that count: finite, and set in mask [N]. Bool [N]."""
+  """Valid rows of e [N, D]: finite, and set in mask [N]. Bool [N]."""
   finite = jnp.all(jnp.isfinite(e), axis=-1)
   return finite if mask is None else finite & mask.astype(bool)
 
@@ -58,22 +68,23 @@ def _global_sum(x, axis_name):
   return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
+def expected_count(
+  valid: jax.Array, codebook_size: int, *, axis_name=None
+) -> jax.Array:
+  """N/K of the global batch: the vectors per step that a code expects."""
+  total = _global_sum(jnp.sum(valid.astype(jnp.float32)), axis_name)
+  return total / codebook_size
+
+
 def count_codes(
-  ids: jax.Array,
-  codebook_size: int,
-  *,
-  valid: jax.Array | None = None,
-  axis_name=None,
+  ids: jax.Array, codebook_size: int, *, valid: jax.Array, axis_name=None
 ) -> jax.Array:
   """How often each code occurs in ids [N]; float32 [K], over all devices."""
-  weight = jnp.ones(ids.shape, jnp.float32)
-  if valid is not None:
-    weight = valid.astype(jnp.float32)
+  weight = valid.astype(jnp.float32)
   counts = jnp.zeros(codebook_size, jnp.float32).at[ids].add(weight)
   return _global_sum(counts, axis_name)
 
 
-# THE EMA UPDATE
 def ema_update(
   codebook: Codebook,
   e: jax.Array,
@@ -83,7 +94,6 @@ def ema_update(
   eps: float = 1e-5,
   axis_name=None,
   mask: jax.Array | None = None,
-  codes_axis=None,
 ) -> Codebook:
   """One step of the exponential moving average (paper eq. 6, 3.4).
 
@@ -97,7 +107,7 @@ def ema_update(
   are left out: they never reach the codebook.
 
   Two vectors chose code 0, none code 1. The first code moves a tenth of the way
-  to their mean, and the average count of the second, which stays, falls:
+  to their mean; the second stays, and its average count falls:
 
   >>> import jax.numpy as jnp
   >>> import numpy as np
@@ -112,15 +122,13 @@ def ema_update(
   [2.  1.8]
 
   Args:
-    codebook: the state before the step, K codes of D numbers.
+    codebook: the state before the step.
     e: vectors [N, D]; this device's share when axis_name is given.
     ids: their codes [N], int32.
     decay: alpha in [0, 1]; the paper's is 0.99.
     eps: Laplace smoothing, > 0.
     axis_name: mapped axis or axes to sum counts and vectors over.
-    mask: rows that count [N], bool; all of them if None.
-    codes_axis: mapped axis that the codes are split over: codebook is this
-      device's share, and mask leaves out the vectors of the others.
+    mask: valid rows [N], bool; all of them if None.
 
   Returns:
     The codebook after the step.
@@ -131,17 +139,14 @@ def ema_update(
   counts = count_codes(ids, size, valid=valid, axis_name=axis_name)
   cluster_size = decay * codebook.cluster_size + (1 - decay) * counts
   # A scatter-add: the one-hot product is the same sum at 2 N K D operations.
-  kept = decay * codebook.embedding_sum
+  decayed = decay * codebook.embedding_sum
   share = jnp.where(valid[:, None], (1 - decay) * e, 0.0)
   if axis_name is None:
-    embedding_sum = kept.at[ids].add(share)  # no second [K, D] array
+    embedding_sum = decayed.at[ids].add(share)  # no second [K, D] array
   else:
-    sums = jnp.zeros_like(kept).at[ids].add(share)
-    embedding_sum = kept + jax.lax.psum(sums, axis_name)
+    sums = jnp.zeros_like(decayed).at[ids].add(share)
+    embedding_sum = decayed + jax.lax.psum(sums, axis_name)
   total = jnp.sum(cluster_size)
-  if codes_axis is not None:
-    total = jax.lax.psum(total, codes_axis)
-    size *= jax.lax.axis_size(codes_axis)
   smoothed = (cluster_size + eps) / (total + size * eps) * total
   embedding = jnp.where(
     total > 0,

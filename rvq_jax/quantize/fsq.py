@@ -7,15 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize.base import (
-  QuantizerOutput,
-  count,
-  finish,
-  prepare,
-  project_out,
-)
+from rvq_jax.metrics import diversity
+from rvq_jax.quantize import base
 from rvq_jax.quantize.gradients import straight_through
-from rvq_jax.quantize.losses import health, row_mean
+from rvq_jax.quantize.losses import direction_metrics, masked_mean
 
 FSQ_EPS = 1e-3
 
@@ -27,10 +22,7 @@ def fsq_levels(codebook_size: int) -> tuple[int, ...]:
   (8, 8, 8, 8, 4), 2^10 -> (8, 8, 4, 4); 2 -> (2,).
 
   Args:
-    codebook_size: K, a power of two, at least 2.
-
-  Returns:
-    The levels, whose product is K.
+    codebook_size: K, at least 2.
 
   Raises:
     ValueError: K is no power of two.
@@ -61,24 +53,23 @@ def _bound(x, levels):
 
 
 class FSQ(nn.Module):
-  """Rounds each of a few numbers: finite scalar quantization.
+  """Rounds each of a few dimensions: finite scalar quantization.
 
   Mentzer et al., ICLR 2024 (arXiv:2309.15505). A linear layer leads to d
-  numbers; number i is bounded by tanh, with half a step's shift where its
-  levels L_i are even, rounded to one of L_i whole numbers and divided by
+  dimensions; dimension i is bounded by tanh, with half a step's shift where its
+  levels L_i are even, rounded to one of L_i integers and divided by
   floor(L_i / 2); a second linear layer leads back. The gradient passes the
-  rounding straight through. An id is the number whose mixed-radix digits are
+  rounding straight through. An id is the integer whose mixed-radix digits are
   the d levels, the first one the least. There is no codebook and no loss;
   `train` changes nothing.
 
-  The paper recommends L_i >= 5; the sets that it gives have a product near a
-  power of two, not at it, e.g. (8, 5, 5, 5) = 1000 for 2^10. The default here
-  meets the power of two exactly, at the price of fours.
+  The paper's levels have a product near a power of two, e.g. (8, 5, 5, 5) =
+  1000 for 2^10. The default here meets it exactly, at the price of fours.
 
   `metrics` holds usage and perplexity of the batch, and quantization_error
-  (mean squared, per number), mean_angle (degrees), fallback_share,
-  encoder_norm and code_norm, all between the d bounded numbers before and
-  after rounding, divided by floor(L_i / 2).
+  (mean squared, per dimension), mean_angle (degrees), fallback_share,
+  encoder_norm and code_norm, all between the d bounded values before and after
+  rounding, divided by floor(L_i / 2).
 
   Attributes:
     codebook_size: K, number of ids.
@@ -92,65 +83,53 @@ class FSQ(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    z: jax.Array,
-    *,
-    train: bool = False,
-    mask: jax.Array | None = None,
-  ) -> QuantizerOutput:
+    self, z: jax.Array, *, train: bool = False, mask: jax.Array | None = None
+  ) -> base.QuantizerOutput:
     """Quantizes z [..., C]; see `VectorQuantizer.__call__`."""
     del train
-    e, rows = prepare(self, z, mask)
+    e, mask = base.flatten(self, z, mask)
     levels = self._levels()
     bounded = _bound(nn.Dense(len(levels), name='project_in')(e), levels)
     radix = jnp.asarray(levels, jnp.int32)[None]
     # Rounding stays inside the levels; the clip is for a row that holds NaN.
     digits = jnp.nan_to_num(jnp.round(bounded)).astype(jnp.int32) + radix // 2
     digits = jnp.clip(digits, 0, radix - 1)
-    places = [math.prod(levels[:i]) for i in range(len(levels))]
-    ids = jnp.sum(digits * jnp.asarray(places, jnp.int32)[None], axis=-1)
+    weights = [math.prod(levels[:i]) for i in range(len(levels))]
+    ids = jnp.sum(digits * jnp.asarray(weights, jnp.int32)[None], axis=-1)
 
     bounded = bounded / (radix // 2).astype(jnp.float32)
     q = _values(digits, levels)
-    quantized = straight_through(bounded, q)
-    counts = count(self, ids, e, rows)
-    metrics = health(bounded, q, rows, counts)
-    metrics['quantization_error'] = row_mean((bounded - q) ** 2, rows)
-    loss = jnp.zeros((), jnp.float32)
-    return finish(
-      z,
-      quantized,
-      ids,
-      loss=loss,
-      counts=counts,
-      metrics=jax.lax.stop_gradient(metrics),
-      project=True,
-    )
+    counts = base.count(self, ids, e, mask)
+    metrics = diversity(counts) | direction_metrics(bounded, q, mask)
+    metrics['quantization_error'] = masked_mean((bounded - q) ** 2, mask)
+    quantized, loss = straight_through(bounded, q), jnp.zeros((), jnp.float32)
+    return base.finish(z, quantized, ids, loss, counts, metrics, project=True)
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
     """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
-    digits, left = [], ids
+    digits = []
     for n in self._levels():
-      digits.append(left % n)
-      left = left // n
-    return project_out(self, _values(jnp.stack(digits, -1), self._levels()))
+      digits.append(ids % n)
+      ids = ids // n
+    values = _values(jnp.stack(digits, -1), self._levels())
+    return base.project_out(self, values)
 
   def _levels(self):
     """The levels, checked."""
     if self.levels is None:
       return fsq_levels(self.codebook_size)
     levels = tuple(self.levels)
-    whole = all(isinstance(n, int) and n >= 2 for n in levels)
-    if not whole or not levels or math.prod(levels) != self.codebook_size:
+    fit = levels and all(isinstance(n, int) and n >= 2 for n in levels)
+    if not fit or math.prod(levels) != self.codebook_size:
       raise ValueError(
-        'levels: expected whole numbers of at least 2 that multiply to '
+        'levels: expected integers of at least 2 that multiply to '
         f'codebook_size {self.codebook_size}, got {levels}'
       )
     return levels
 
 
 def _values(digits, levels):
-  """Digits [..., d], each in [0, L), as the numbers they stand for."""
+  """Digits [..., d], each in [0, L), as the values they stand for."""
   half = jnp.asarray([n // 2 for n in levels], jnp.int32)
   half = half.reshape((1,) * (digits.ndim - 1) + (-1,))
   return (digits - half).astype(jnp.float32) / half.astype(jnp.float32)

@@ -1,7 +1,7 @@
 """How the decoder's gradient reaches the encoder through the quantizer.
 
 Choosing the nearest code q of an encoder output e has no gradient. Each
-estimator here returns q itself, to the bit, and differs only in the linear map
+estimator here returns q itself, bit-exact, and differs only in the linear map
 that stands for dq/de (paper 3.2). With u = e/|e|, v = q/|q| and the scale
 lambda = |q|/|e|, all of them constants of the backward pass,
 
@@ -56,14 +56,6 @@ class Geometry(NamedTuple):
     return ~self.usable | self.antipodal
 
 
-def _check_shapes(e, q):
-  if e.shape != q.shape or e.ndim < 1:
-    raise ValueError(
-      f'expected vectors and codes of one shape [..., D], got {e.shape} and '
-      f'{q.shape}; gather the codes first: embedding[ids]'
-    )
-
-
 def _norm(x):
   return jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
 
@@ -81,19 +73,7 @@ def _direction(x):
 
 
 def geometry(e: jax.Array, q: jax.Array) -> Geometry:
-  """Directions, scale and degenerate cases of vectors e and codes q [..., D].
-
-  Args:
-    e: encoder outputs [..., D], any float dtype.
-    q: their codes, the same shape.
-
-  Returns:
-    `Geometry`, in float32, constant under differentiation.
-
-  Raises:
-    ValueError: the shapes differ.
-  """
-  _check_shapes(e, q)
+  """Directions, scale and degenerate cases of vectors and codes [..., D]."""
   e = jax.lax.stop_gradient(e).astype(jnp.float32)
   q = jax.lax.stop_gradient(q).astype(jnp.float32)
   u, e_length, e_peak = _direction(e)
@@ -118,7 +98,7 @@ def _rotation(de, e, q, max_scale):
   orthogonal to u and v is left alone, so R is the shortest rotation from u to
   v, and R -> I as q -> e. Multiplied out, R = I - 2 w w^T + 2 v u^T; as two
   reflections it stays orthogonal to rounding even near antipodes. A vector
-  without rotation has both weights zero and lambda one: a number a row
+  without rotation has both weights zero and lambda one: one number per row
   decides, so no second [..., D] array is kept for the backward pass.
   """
   g = geometry(e, q)
@@ -159,12 +139,19 @@ def _pass_through_jvp(linear_map, max_scale, primals, tangents):
   return q, tangent.astype(q.dtype)
 
 
-def _check_max_scale(max_scale):
+def _estimate(linear_map, e, q, max_scale=1.0):
+  """`_pass_through`, with its arguments checked."""
   if not max_scale > 0:
     raise ValueError(
       f'expected max_scale > 0 (a bound on |q|/|e|), got {max_scale}; the '
       'default is 10'
     )
+  if e.shape != q.shape or e.ndim < 1:
+    raise ValueError(
+      f'expected vectors and codes of one shape [..., D], got {e.shape} and '
+      f'{q.shape}; gather the codes first: embedding[ids]'
+    )
+  return _pass_through(e, q, linear_map, max_scale)
 
 
 def rotate(e: jax.Array, q: jax.Array, *, max_scale: float = 10.0) -> jax.Array:
@@ -199,14 +186,12 @@ def rotate(e: jax.Array, q: jax.Array, *, max_scale: float = 10.0) -> jax.Array:
     max_scale: upper bound of lambda, > 0.
 
   Returns:
-    q, unchanged to the bit, [..., D] in q's dtype.
+    q, unchanged, [..., D] in q's dtype.
 
   Raises:
     ValueError: the shapes differ or max_scale is not positive.
   """
-  _check_max_scale(max_scale)
-  _check_shapes(e, q)
-  return _pass_through(e, q, _rotation, max_scale)
+  return _estimate(_rotation, e, q, max_scale)
 
 
 def reflect(
@@ -218,9 +203,10 @@ def reflect(
 
       dL/de = lambda (g - 2 r (r.g)),  r = (u - v)/|u - v|
 
-  This is the paper's equation to the letter. It carries e onto q as the
+  This is the paper's literal equation. It carries e onto q as the
   rotation does, but it is a reflection (determinant -1): the gradient along
-  u - v changes sign, however near e is to q.
+  u - v changes sign, however near e is to q. Arguments and errors are those of
+  `rotate`.
 
   >>> import jax
   >>> import jax.numpy as jnp
@@ -230,28 +216,15 @@ def reflect(
   >>> de = jax.grad(lambda e: g @ reflect(e, q))(e)
   >>> print(np.asarray(de).round(3))
   [2. 6.]
-
-  Args:
-    e: encoder outputs [..., D], any float dtype.
-    q: their codes [..., D].
-    max_scale: upper bound of lambda, > 0.
-
-  Returns:
-    q, unchanged to the bit, [..., D] in q's dtype.
-
-  Raises:
-    ValueError: the shapes differ or max_scale is not positive.
   """
-  _check_max_scale(max_scale)
-  _check_shapes(e, q)
-  return _pass_through(e, q, _reflection, max_scale)
+  return _estimate(_reflection, e, q, max_scale)
 
 
 def straight_through(e: jax.Array, q: jax.Array) -> jax.Array:
   """q, whose gradient reaches e unchanged (eq. 7): dL/de = g.
 
   The usual spelling e + stop_gradient(q - e) has the same gradient, but its
-  value is q only up to rounding.
+  value is q only up to rounding. Arguments and errors are those of `rotate`.
 
   >>> import jax
   >>> import jax.numpy as jnp
@@ -259,19 +232,8 @@ def straight_through(e: jax.Array, q: jax.Array) -> jax.Array:
   >>> e, q, g = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
   >>> jax.grad(lambda e: g @ straight_through(e, q))(e).tolist()
   [3.0, 1.0]
-
-  Args:
-    e: encoder outputs [..., D], any float dtype.
-    q: their codes [..., D].
-
-  Returns:
-    q, unchanged to the bit, [..., D] in q's dtype.
-
-  Raises:
-    ValueError: the shapes differ.
   """
-  _check_shapes(e, q)
-  return _pass_through(e, q, _identity, 1.0)
+  return _estimate(_identity, e, q)
 
 
 # Estimator -> (e, q, max_scale) -> quantized.

@@ -7,19 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize.base import (
-  QuantizerOutput,
-  count,
-  finish,
-  prepare,
-  project_out,
-)
-from rvq_jax.quantize.losses import diversity, row_mean
-
-
-def draw_codes(key, shape):
-  """Gaussian codes [K, D] of norm about 1, float32."""
-  return jax.random.normal(key, shape, jnp.float32) * shape[1] ** -0.5
+from rvq_jax.metrics import diversity
+from rvq_jax.quantize import base
+from rvq_jax.quantize.codebook import draw_codes
+from rvq_jax.quantize.losses import masked_mean
 
 
 class GumbelQuantizer(nn.Module):
@@ -37,20 +28,20 @@ class GumbelQuantizer(nn.Module):
   codes, [N, K] float32, several times over in training.
 
   Training needs the rng stream 'codebook'. The noise of a position depends on
-  the key and its place in the global batch alone, whatever the number of
+  the key and its index in the global batch alone, whatever the number of
   devices. The collection 'codebook' holds `step`, the training steps so far,
   int32; call with `train=True` and `mutable=['codebook']`. Evaluation and
   `init` write nothing.
 
   `metrics` holds usage and perplexity of the batch's ids, quantization_error
-  (mean squared difference, per number, between the mixture and the one code it
-  stands for; without noise in evaluation), kl (nats) and temperature (tau).
+  (mean squared difference, per dimension, between the mixture and the one code
+  it stands for; without noise in evaluation), kl (nats) and temperature (tau).
   Inputs and codes share no space, so no angle or norm is given.
 
   Attributes:
     codebook_size: K, number of codes.
-    code_dim: D, numbers in a code. Where it differs from the input's channels
-      a linear projection leads out. None: the input's channels.
+    code_dim: D, dimensions of a code. Where it differs from the input's
+      channels a linear projection leads out. None: the channels.
     temperature_start: tau of the first training step.
     temperature_end: tau from step temperature_steps on.
     temperature_steps: training steps from the one to the other.
@@ -68,14 +59,10 @@ class GumbelQuantizer(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    z: jax.Array,
-    *,
-    train: bool = False,
-    mask: jax.Array | None = None,
-  ) -> QuantizerOutput:
+    self, z: jax.Array, *, train: bool = False, mask: jax.Array | None = None
+  ) -> base.QuantizerOutput:
     """Quantizes z [..., C]; see `VectorQuantizer.__call__`."""
-    e, rows = prepare(self, z, mask)
+    e, mask = base.flatten(self, z, mask)
     dim = self.code_dim or z.shape[-1]
     logits = nn.Dense(self.codebook_size, name='logits')(e)
     codes = self.param('embedding', draw_codes, (self.codebook_size, dim))
@@ -92,29 +79,20 @@ class GumbelQuantizer(nn.Module):
 
     log_p = jax.nn.log_softmax(logits)
     kl = math.log(self.codebook_size) + jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-    kl = row_mean(kl, rows)
-    counts = count(self, ids, e, rows)
+    kl = masked_mean(kl, mask)
+    counts = base.count(self, ids, e, mask)
     metrics = diversity(counts) | {
-      'quantization_error': row_mean((mixture - q) ** 2, rows),
+      'quantization_error': masked_mean((mixture - q) ** 2, mask),
       'kl': kl,
       'temperature': temperature,
     }
     quantized = mixture if sampling else q
-    loss, project = self.kl_weight * kl, dim != z.shape[-1]
-    return finish(
-      z,
-      quantized,
-      ids,
-      loss=loss,
-      counts=counts,
-      metrics=jax.lax.stop_gradient(metrics),
-      project=project,
-    )
+    return base.finish(z, quantized, ids, self.kl_weight * kl, counts, metrics)
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
     """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
     codes = self.get_variable('params', 'embedding')
-    return project_out(self, jnp.take(codes, ids, axis=0))
+    return base.project_out(self, jnp.take(codes, ids, axis=0))
 
   def _temperature(self, step):
     done = jnp.minimum(step.astype(jnp.float32) / self.temperature_steps, 1.0)
@@ -122,15 +100,15 @@ class GumbelQuantizer(nn.Module):
     return self.temperature_end + fall * 0.5 * (1 + jnp.cos(jnp.pi * done))
 
   def _noise(self, n):
-    """Gumbel noise [n, K], a key for each place in the global batch."""
+    """Gumbel noise [n, K], a key for each index in the global batch."""
     if not self.has_rng('codebook'):
       raise ValueError(
         "GumbelQuantizer: expected the rng stream 'codebook' in training; give "
         "apply(..., rngs={'codebook': key})"
       )
-    key, places = self.make_rng('codebook'), jnp.arange(n)
+    key, indices = self.make_rng('codebook'), jnp.arange(n)
     if self.axis_name is not None:
-      places = places + n * jax.lax.axis_index(self.axis_name)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+      indices = indices + n * jax.lax.axis_index(self.axis_name)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
     row = (self.codebook_size,)
     return jax.vmap(lambda key: jax.random.gumbel(key, row))(keys)

@@ -1,9 +1,8 @@
-"""The quantizer's loss, and the scalars that show how a codebook fares."""
+"""The quantizer's loss, and metrics of codes and their vectors."""
 
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.metrics import diversity
 from rvq_jax.quantize import gradients
 from rvq_jax.quantize.codebook import valid_rows
 
@@ -13,7 +12,7 @@ LOSS_FORMS = ('two_weights', 'paper_eq5', 'paper_eq8')
 def quantizer_loss(
   e: jax.Array,
   q: jax.Array,
-  rows: jax.Array,
+  mask: jax.Array,
   *,
   form: str,
   commitment_weight: float,
@@ -24,7 +23,7 @@ def quantizer_loss(
   Args:
     e: encoder outputs [N, D], float32.
     q: their codes [N, D], float32.
-    rows: rows that count [N], bool.
+    mask: valid rows [N], bool.
     form: 'two_weights': commitment_weight MSE(e, sg q) + codebook_weight
       MSE(sg e, q); 'paper_eq5': MSE(q, e) + commitment_weight MSE(q, sg e);
       'paper_eq8': commitment_weight/2 |e - sg q|^2, summed over D.
@@ -35,12 +34,12 @@ def quantizer_loss(
     The loss, and quantization_error, commitment_loss and codebook_loss, all
     float32 scalars.
   """
-  weight = rows.astype(jnp.float32)[:, None]
-  numbers = jnp.maximum(jnp.sum(weight), 1.0) * e.shape[1]
+  weight = mask.astype(jnp.float32)[:, None]
+  size = jnp.maximum(jnp.sum(weight), 1.0) * e.shape[1]
   stop = jax.lax.stop_gradient
 
   def mse(a, b):
-    return jnp.sum(jnp.where(weight > 0, (a - b) ** 2, 0.0)) / numbers
+    return jnp.sum(jnp.where(weight > 0, (a - b) ** 2, 0.0)) / size
 
   to_encoder, to_codes = mse(e, stop(q)), mse(stop(e), q)
   if form == 'two_weights':
@@ -52,55 +51,40 @@ def quantizer_loss(
   else:
     loss = 0.5 * commitment_weight * e.shape[1] * to_encoder
   return loss, {
-    'quantization_error': stop(to_encoder),
-    'commitment_loss': stop(commitment_weight * to_encoder),
-    'codebook_loss': stop(to_codes),
+    'quantization_error': to_encoder,
+    'commitment_loss': commitment_weight * to_encoder,
+    'codebook_loss': to_codes,
   }
 
 
-def directions(
-  e: jax.Array, q: jax.Array, valid: jax.Array
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Mean of x [N, ...] over the valid rows, mask [N]; a scalar."""
+  x = jnp.mean(x.reshape(len(x), -1), axis=1)
+  total = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
+  return jnp.sum(jnp.where(mask, x, 0.0)) / total
+
+
+def direction_metrics(
+  e: jax.Array, q: jax.Array, mask: jax.Array
 ) -> dict[str, jax.Array]:
   """Where codes lie as seen from their vectors, as means over a batch.
+
+  docs/codebook_health.md says how to read them.
 
   Args:
     e: encoder outputs [N, D], float32.
     q: their codes [N, D], float32.
-    valid: rows that count [N], bool.
+    mask: rows to average [N], bool; rows that are not finite are left out.
 
   Returns:
     mean_angle (degrees), fallback_share, encoder_norm and code_norm, float32
     scalars.
   """
-  e, q = jax.lax.stop_gradient((e, q))
+  valid = valid_rows(e, mask)
   view = gradients.geometry(e, q)
   return {
-    'mean_angle': jnp.rad2deg(row_mean(view.angle, valid)),
-    'fallback_share': row_mean(view.no_rotation.astype(jnp.float32), valid),
-    'encoder_norm': row_mean(jnp.linalg.norm(e, axis=1), valid),
-    'code_norm': row_mean(jnp.linalg.norm(q, axis=1), valid),
+    'mean_angle': jnp.rad2deg(masked_mean(view.angle, valid)),
+    'fallback_share': masked_mean(view.no_rotation.astype(jnp.float32), valid),
+    'encoder_norm': masked_mean(jnp.linalg.norm(e, axis=1), valid),
+    'code_norm': masked_mean(jnp.linalg.norm(q, axis=1), valid),
   }
-
-
-def row_mean(x: jax.Array, rows: jax.Array) -> jax.Array:
-  """Mean of x [N, ...] over the rows that count, bool [N]; a scalar."""
-  x = jnp.mean(x.reshape(len(x), -1), axis=1)
-  total = jnp.maximum(jnp.sum(rows.astype(jnp.float32)), 1.0)
-  return jnp.sum(jnp.where(rows, x, 0.0)) / total
-
-
-def health(
-  e: jax.Array, q: jax.Array, rows: jax.Array, counts: jax.Array
-) -> dict[str, jax.Array]:
-  """Scalars of one batch; docs/codebook_health.md says how to read them.
-
-  Args:
-    e: encoder outputs [N, D], float32.
-    q: their codes [N, D], float32.
-    rows: rows that count [N], bool.
-    counts: how often each code was chosen, [K].
-
-  Returns:
-    usage, perplexity and those of `directions`, float32 scalars.
-  """
-  return diversity(counts) | directions(e, q, valid_rows(e, rows))

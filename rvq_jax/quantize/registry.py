@@ -1,44 +1,44 @@
-"""The quantizers by name, as a config asks for them."""
+"""The quantizers by name, as a config asks for them; each imported on use."""
+
+import importlib
 
 import flax.linen as nn
 
-from rvq_jax.quantize.fsq import FSQ
-from rvq_jax.quantize.gumbel import GumbelQuantizer
-from rvq_jax.quantize.multiple import ProductQuantizer, ResidualQuantizer
-from rvq_jax.quantize.simvq import SimVQ
-from rvq_jax.quantize.vector_quantizer import VectorQuantizer
-
 QUANTIZERS = {
-  'vq': VectorQuantizer,
-  'residual': ResidualQuantizer,
-  'product': ProductQuantizer,
-  'gumbel': GumbelQuantizer,
-  'fsq': FSQ,
-  'simvq': SimVQ,
+  'vq': 'rvq_jax.quantize.vector_quantizer.VectorQuantizer',
+  'residual': 'rvq_jax.quantize.residual.ResidualQuantizer',
+  'product': 'rvq_jax.quantize.product.ProductQuantizer',
+  'gumbel': 'rvq_jax.quantize.gumbel.GumbelQuantizer',
+  'fsq': 'rvq_jax.quantize.fsq.FSQ',
+  'simvq': 'rvq_jax.quantize.simvq.SimVQ',
 }
+"""Name -> class."""
 
 
-def make_quantizer(name: str = 'vq', **arguments) -> nn.Module:
-  """The quantizer of that name.
-
-  Args:
-    name: one of `QUANTIZERS`.
-    **arguments: of its class.
-
-  Returns:
-    A linen module that takes z [..., C] and returns `QuantizerOutput`.
+def quantizer_class(name: str) -> type[nn.Module]:
+  """The class of the quantizer called `name`.
 
   Raises:
     ValueError: there is no such quantizer.
-    TypeError: its class has no such argument.
   """
   if name not in QUANTIZERS:
     raise ValueError(
       f'quantizer: expected one of {", ".join(QUANTIZERS)}; got {name!r}'
     )
-  return QUANTIZERS[name](**arguments)
+  module, _, cls = QUANTIZERS[name].rpartition('.')
+  return getattr(importlib.import_module(module), cls)
+
+
+def make_quantizer(name: str = 'vq', **arguments) -> nn.Module:
+  """The linen module called `name`, from z [..., C] to `QuantizerOutput`.
+
+  Raises:
+    ValueError: there is no such quantizer.
+    TypeError: its class has no such argument.
+  """
+  return quantizer_class(name)(**arguments)
 
 
 def takes(name: str, argument: str) -> bool:
   """Whether the quantizer called `name` has an argument of that name."""
-  return argument in QUANTIZERS[name].__dataclass_fields__
+  return argument in quantizer_class(name).__dataclass_fields__

@@ -6,22 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize import losses
-from rvq_jax.quantize.base import (
-  QuantizerOutput,
-  count,
-  finish,
-  prepare,
-  project_out,
-)
+from rvq_jax.metrics import diversity
+from rvq_jax.quantize import base, losses
+from rvq_jax.quantize.codebook import draw_codes
 from rvq_jax.quantize.gradients import ESTIMATORS
-from rvq_jax.quantize.gumbel import draw_codes
 from rvq_jax.quantize.search import nearest_codes
-
-
-def _identity(key, shape, dtype):
-  del key
-  return jnp.eye(*shape, dtype=dtype)
 
 
 class SimVQ(nn.Module):
@@ -31,19 +20,19 @@ class SimVQ(nn.Module):
   standard deviation D^-1/2, drawn by `init` and never written again (variable
   `embedding` of the collection 'codebook'); W [D, D] is learned (parameter
   `map/kernel`, no bias) and starts as the identity. The gradient of any chosen
-  code moves W and with it every code, so none is left behind. The loss is
+  code changes W and with it every code, so none is left behind. The loss is
   commitment_weight MSE(e, sg(q)) + codebook_weight MSE(sg(e), q).
 
-  C W is computed anew each call, K D^2 multiplications, in evaluation too.
+  C W is computed anew in each call, K D^2 multiplications, in evaluation too.
   `train` changes nothing. `metrics` are those of `VectorQuantizer` other than
   dead_codes and replaced_codes.
 
   Attributes:
     codebook_size: K, number of codes.
-    code_dim: D, numbers in a code. Where it differs from the input's channels
-      a linear projection leads in and another out. None: the input's channels.
-    commitment_weight: weight of MSE(e, sg(q)), which moves the encoder.
-    codebook_weight: weight of MSE(sg(e), q), which moves W.
+    code_dim: D, dimensions of a code. Where it differs from the input's
+      channels a linear projection leads in and another out. None: the channels.
+    commitment_weight: weight of MSE(e, sg(q)), which trains the encoder.
+    codebook_weight: weight of MSE(sg(e), q), which trains W.
     estimator: 'ste', 'rotation' or 'reflection', as of `VectorQuantizer`.
     max_scale: upper bound of |q|/|e| in the gradient.
     axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
@@ -59,25 +48,20 @@ class SimVQ(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    z: jax.Array,
-    *,
-    train: bool = False,
-    mask: jax.Array | None = None,
-  ) -> QuantizerOutput:
+    self, z: jax.Array, *, train: bool = False, mask: jax.Array | None = None
+  ) -> base.QuantizerOutput:
     """Quantizes z [..., C]; see `VectorQuantizer.__call__`."""
     del train
-    e, rows = prepare(self, z, mask)
+    e, mask = base.flatten(self, z, mask)
     dim = self.code_dim or z.shape[-1]
-    project = dim != z.shape[-1]
-    if project:
-      e = nn.Dense(dim, name='project_in')(e)
+    e = base.project_in(e, dim)
     frozen = self.variable(
       'codebook',
       'embedding',
       lambda: draw_codes(self.make_rng('params'), (self.codebook_size, dim)),
     )
-    linear = nn.Dense(dim, use_bias=False, kernel_init=_identity, name='map')
+    eye = lambda _, shape, dtype: jnp.eye(*shape, dtype=dtype)  # noqa: E731
+    linear = nn.Dense(dim, use_bias=False, kernel_init=eye, name='map')
     codes = linear(jax.lax.stop_gradient(frozen.value))
     ids = nearest_codes(e, codes)
     q = jnp.take(codes, ids, axis=0)
@@ -85,25 +69,17 @@ class SimVQ(nn.Module):
     loss, metrics = losses.quantizer_loss(
       e,
       q,
-      rows,
+      mask,
       form='two_weights',
       commitment_weight=self.commitment_weight,
       codebook_weight=self.codebook_weight,
     )
-    counts = count(self, ids, e, rows)
-    metrics |= losses.health(e, q, rows, counts)
-    return finish(
-      z,
-      quantized,
-      ids,
-      loss=loss,
-      counts=counts,
-      metrics=jax.lax.stop_gradient(metrics),
-      project=project,
-    )
+    counts = base.count(self, ids, e, mask)
+    metrics |= diversity(counts) | losses.direction_metrics(e, q, mask)
+    return base.finish(z, quantized, ids, loss, counts, metrics)
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
     """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
     kernel = self.get_variable('params', 'map')['kernel']
     codes = self.get_variable('codebook', 'embedding') @ kernel
-    return project_out(self, jnp.take(codes, ids, axis=0))
+    return base.project_out(self, jnp.take(codes, ids, axis=0))

@@ -1,28 +1,24 @@
 """`VectorQuantizer`: the linen layer that owns the collection 'codebook'."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize import codebook as cb
-from rvq_jax.quantize import losses, sharded
-from rvq_jax.quantize.base import (
-  QuantizerOutput,
-  count,
-  finish,
-  prepare,
-  project_out,
+from rvq_jax.metrics import diversity
+from rvq_jax.quantize import base, losses
+from rvq_jax.quantize.codebook import (
+  Codebook,
+  draw_codes,
+  ema_update,
+  expected_count,
+  unit,
+  valid_rows,
 )
 from rvq_jax.quantize.gradients import ESTIMATORS
-from rvq_jax.quantize.movement import (
-  DEFERRED,
-  Deferred,
-  Movement,
-  defers,
-  unit,
-)
+from rvq_jax.quantize.replacement import fill_codebook, replace_codes
 from rvq_jax.quantize.search import nearest_codes
 
 
@@ -30,26 +26,25 @@ class VectorQuantizer(nn.Module):
   """Replaces each input vector by the nearest of K codes (paper 3.2, 3.4).
 
   Everything inside is float32, whatever the dtype of the input. The value of
-  `quantized` is the codes to the bit for every estimator.
+  `quantized` is the codes, bit-exact, for every estimator.
 
   With `ema=True` the codes live in the collection 'codebook' (`embedding`
-  [K, D], `cluster_size` [K], `embedding_sum` [K, D]) and move by
+  [K, D], `cluster_size` [K], `embedding_sum` [K, D]) and are updated by
   `codebook.ema_update`; call with `train=True` and `mutable=['codebook']`. With
   `ema=False` the codes are the parameter `embedding`, trained by the codebook
   loss. Evaluation (`train=False`) and `init` write nothing.
 
   Codes whose `cluster_size` falls under `dead_code_threshold` times the mean
   count N/K move next to codes that are used too much, whose clusters they then
-  share (`replacement.replace_codes`). The draw uses the rng stream
-  'codebook' where one is given (the same key on every device), else a key
-  derived from the codebook itself.
+  share (`replacement.replace_codes`). The draw uses the rng stream 'codebook'
+  if given (the same key on every device), else a key derived from the codebook.
 
-  `metrics` holds: quantization_error (mean squared, per number),
+  `metrics` holds: quantization_error (mean squared, per dimension),
   commitment_loss, codebook_loss, usage and perplexity (of this batch alone: N
   vectors cannot use more than N codes), dead_codes (share of codes under the
-  threshold), replaced_codes (number), mean_angle (degrees between e and q),
-  fallback_share (vectors without a rotation), encoder_norm and code_norm (mean
-  |e| and |q|).
+  threshold), replaced_codes (how many), mean_angle (degrees between e and q),
+  fallback_share (of vectors without a rotation), encoder_norm and code_norm
+  (mean |e| and |q|).
 
   >>> import jax
   >>> from rvq_jax import VectorQuantizer
@@ -63,38 +58,33 @@ class VectorQuantizer(nn.Module):
   ((2, 4, 4, 8), (2, 4, 4))
   >>> updates['codebook']['embedding'].shape
   (16, 8)
-  >>> codes = layer.apply(updates, out.ids, method='codes_from_ids')
-  >>> codes.shape
+  >>> layer.apply(updates, out.ids, method='codes_from_ids').shape
   (2, 4, 4, 8)
 
   Attributes:
     codebook_size: K, number of codes.
-    code_dim: D, numbers in a code. Where it differs from the input's channels
-      a linear projection leads in and another out. None: the input's channels.
+    code_dim: D, dimensions of a code. Where it differs from the input's
+      channels a linear projection leads in and another out. None: the channels.
     estimator: 'rotation', 'reflection' (eq. 4) or 'ste' (eq. 7).
-    ema: codes move by moving average rather than by gradient.
+    ema: update the codes by moving average rather than by gradient.
     decay: alpha of the moving average (eq. 6), in [0, 1].
     eps: Laplace smoothing of the cluster sizes.
-    commitment_weight: weight of MSE(e, sg(q)), which moves the encoder.
-    codebook_weight: weight of MSE(sg(e), q), which moves the codes; used only
+    commitment_weight: weight of MSE(e, sg(q)), which trains the encoder.
+    codebook_weight: weight of MSE(sg(e), q), which trains the codes; used only
       when ema is False.
     loss_form: 'two_weights' as above; 'paper_eq5' MSE(q, e) + beta
       MSE(q, sg(e)); 'paper_eq8' beta/2 |e - sg(q)|^2 summed over D, with beta
       = commitment_weight.
-    cosine: inputs and codes are scaled to unit norm first.
+    cosine: scale inputs and codes to unit norm first.
     dead_code_threshold: fraction of the mean count N/K; 0 never replaces.
-    split_fraction: how far from the code that it joins a dead code is put
-      towards one of that code's vectors; 1 is onto the vector.
+    split_fraction: a dead code is put this fraction of the way from the code
+      that it joins to one of that code's vectors; 1 is onto the vector.
     init_from: 'data': the first training batch fills the codebook; until then
       cluster_size is 0. 'normal': Gaussian codes of norm about 1 that expect
       the count N/K of the batch given to `init`. Without ema always 'normal'.
     max_scale: upper bound of |q|/|e| in the gradient.
-    freeze: the codes stay as they are, in training too; the encoder and the
-      decoder learn around them.
+    freeze: never update the codes, in training either.
     axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
-    mesh: a mesh with the axes 'data' and 'codes' whose size divides K: under
-      `jit` the codebook is split over 'codes'; see `sharded`. None: every
-      device holds all codes.
   """
 
   codebook_size: int
@@ -113,23 +103,18 @@ class VectorQuantizer(nn.Module):
   max_scale: float = 10.0
   freeze: bool = False
   axis_name: Any = None
-  mesh: Any = None
 
   @nn.compact
   def __call__(
-    self,
-    z: jax.Array,
-    *,
-    train: bool = False,
-    mask: jax.Array | None = None,
-  ) -> QuantizerOutput:
+    self, z: jax.Array, *, train: bool = False, mask: jax.Array | None = None
+  ) -> base.QuantizerOutput:
     """Quantizes z.
 
     Args:
       z: inputs [..., C], float.
-      train: move the codebook (writes the collection 'codebook').
-      mask: positions that count [...], bool. The others are quantized too, but
-        stay out of counts, losses, metrics and the codebook.
+      train: update the codebook (writes the collection 'codebook').
+      mask: valid positions [...], bool. The others are quantized too, but stay
+        out of counts, losses, metrics and the codebook.
 
     Returns:
       `QuantizerOutput`.
@@ -138,68 +123,31 @@ class VectorQuantizer(nn.Module):
       ValueError: an argument is out of range, z is not a float array, or the
         mask does not fit.
     """
-    if self.mesh is not None and not self.ema:
-      raise ValueError(
-        'VectorQuantizer: expected ema=True with a mesh: learned codes are not '
-        'split over devices'
-      )
-    e, rows = prepare(self, z, mask)
-    dim = self.code_dim or z.shape[-1]
-    project = dim != z.shape[-1]
-    if project:
-      e = nn.Dense(dim, name='project_in')(e)
+    e, mask = base.flatten(self, z, mask)
+    e = base.project_in(e, self.code_dim or z.shape[-1])
     if self.cosine:
       e = unit(e)
+    update = train and self.ema and not self.freeze
+    update = update and not self.is_initializing()
 
-    book, write = self._codebook(dim, e.shape[0])
-    movement = self._movement()
-    moving = train and self.ema and not self.freeze
-    moving = moving and not self.is_initializing()
-    fill_key = None
-    if moving and self.init_from == 'data':
-      fill_key = jax.random.fold_in(self._key(book), 1)
-      if not defers(self):
-        book = movement.fill(book, fill_key, e, rows)
-    if movement.mesh is None:
-      ids = nearest_codes(e, book.embedding)
-      q = jnp.take(book.embedding, ids, axis=0)
-    else:
-      ids, q = sharded.find(movement.mesh, e, book.embedding)
+    book, write = self._codebook(batch=len(e), dim=e.shape[1])
+    expected = self._expected_count(e, mask)
+    if update and self.init_from == 'data':
+      book = self._fill(book, e, mask, expected)
+    ids = nearest_codes(e, book.embedding)
+    q = jnp.take(book.embedding, ids, axis=0)
     quantized = ESTIMATORS[self.estimator](e, q, self.max_scale)
-    learned = not self.ema and not self.freeze
-    loss, metrics = losses.quantizer_loss(
-      e,
-      q if learned else jax.lax.stop_gradient(q),
-      rows,
-      form=self.loss_form,
-      commitment_weight=self.commitment_weight,
-      codebook_weight=self.codebook_weight if learned else 0.0,
-    )
-    counts = count(self, ids, e, rows)
-    metrics |= losses.health(e, q, rows, counts)
+    loss, metrics = self._loss(e, q, mask)
+    counts = base.count(self, ids, e, mask)
+    metrics |= diversity(counts) | losses.direction_metrics(e, q, mask)
     if self.ema:
-      expected = movement.expected_size(e, rows, self.codebook_size)
-      dead = movement.dead(book, expected)
+      dead = self._dead(book, expected)
       metrics['dead_codes'] = jnp.mean(dead.astype(jnp.float32))
-    if moving:
-      key = self._key(book)
-      if defers(self):
-        vectors = jax.lax.stop_gradient(e)
-        later = Deferred(movement, fill_key, key, vectors, ids, rows)
-        self.sow(DEFERRED, 'moves', later)
-      else:
-        book, moved = movement.move(book, key, e, ids, rows)
-        metrics |= moved
-        write(book)
-    return finish(
-      z,
-      quantized,
-      ids,
-      loss=loss,
-      counts=counts,
-      metrics=metrics,
-      project=project,
-    )
+    if update:
+      book, replaced = self._update(book, e, ids, mask, expected)
+      metrics['replaced_codes'] = replaced.astype(jnp.float32)
+      write(book)
+    return base.finish(z, quantized, ids, loss, counts, metrics)
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
     """The quantized vectors that ids stand for: `quantized` of the forward.
@@ -210,63 +158,101 @@ class VectorQuantizer(nn.Module):
     Returns:
       [..., C], float32.
     """
-    source = 'codebook' if self.ema else 'params'
-    embedding = self.get_variable(source, 'embedding')
-    if not self.ema and self.cosine:
-      embedding = unit(embedding)
-    return project_out(self, jnp.take(embedding, ids, axis=0))
+    return base.project_out(self, jnp.take(base.embedding(self), ids, axis=0))
 
-  def _codebook(self, dim, batch):
-    """The codebook, and how to write it back. Declares its variables."""
+  def _codebook(
+    self, batch: int, dim: int
+  ) -> tuple[Codebook, Callable[[Codebook], None] | None]:
+    """Declares the variables; the codebook, and the function to store it."""
     size = self.codebook_size
 
-    def draw(key, shape):
-      codes = jax.random.normal(key, shape, jnp.float32) * shape[1] ** -0.5
+    def draw(key):
+      codes = draw_codes(key, (size, dim))
       return unit(codes) if self.cosine else codes
 
     if not self.ema:
-      embedding = self.param('embedding', draw, (size, dim))
+      embedding = self.param('embedding', draw)
       if self.cosine:
         embedding = unit(embedding)
       empty = jnp.zeros(size, jnp.float32)
-      return cb.Codebook(embedding, empty, empty[:, None]), None
-    variable = self.variable(
-      'codebook',
-      'embedding',
-      lambda: draw(self.make_rng('params'), (size, dim)),
+      return Codebook(embedding, empty, empty[:, None]), None
+
+    embedding = self.variable(
+      'codebook', 'embedding', lambda: draw(self.make_rng('params'))
     )
     expected = 0.0 if self.init_from == 'data' else batch / size
-    start = lambda: cb.Codebook.create(variable.value, expected)  # noqa: E731
-    variables = cb.Codebook(
-      variable,
-      self.variable('codebook', 'cluster_size', lambda: start().cluster_size),
-      self.variable('codebook', 'embedding_sum', lambda: start().embedding_sum),
-    )
+
+    def start(name):
+      return getattr(Codebook.create(embedding.value, expected), name)
+
+    variables = {'embedding': embedding}
+    for name in ('cluster_size', 'embedding_sum'):
+      variables[name] = self.variable('codebook', name, start, name)
 
     def write(book):
-      variables.embedding.value = book.embedding
-      variables.cluster_size.value = book.cluster_size
-      variables.embedding_sum.value = book.embedding_sum
+      for name, variable in variables.items():
+        variable.value = getattr(book, name)
 
-    return cb.Codebook(*(v.value for v in _fields(variables))), write
+    return Codebook(**{n: v.value for n, v in variables.items()}), write
 
   def _key(self, book):
+    """Key of a random draw, the same on every device."""
     if self.has_rng('codebook'):
       return self.make_rng('codebook')
     bits = jax.lax.bitcast_convert_type(jnp.sum(book.embedding_sum), jnp.uint32)
     return jax.random.fold_in(jax.random.key(0), bits)
 
-  def _movement(self):
-    return Movement(
-      decay=self.decay,
-      eps=self.eps,
-      cosine=self.cosine,
-      dead_code_threshold=self.dead_code_threshold,
-      split_fraction=self.split_fraction,
-      axis_name=None if self.is_initializing() else self.axis_name,
-      mesh=None if self.is_initializing() else self.mesh,
+  def _expected_count(self, e, mask):
+    """N/K: the vectors per step that a code expects."""
+    return expected_count(
+      valid_rows(e, mask), self.codebook_size, axis_name=base.mapped_axis(self)
     )
 
+  def _dead(self, book, expected):
+    """Codes under the threshold, bool [K]."""
+    return book.cluster_size < self.dead_code_threshold * expected
 
-def _fields(book):
-  return book.embedding, book.cluster_size, book.embedding_sum
+  def _fill(self, book, e, mask, expected):
+    """The codebook before its first search, filled from the batch if empty."""
+    return fill_codebook(
+      book,
+      jax.random.fold_in(self._key(book), 1),
+      e,
+      expected_size=expected,
+      axis_name=self.axis_name,
+      mask=mask,
+    )
+
+  def _loss(self, e, q, mask):
+    """The loss and its metrics; only learned codes get a gradient."""
+    learned = not self.ema and not self.freeze
+    return losses.quantizer_loss(
+      e,
+      q if learned else jax.lax.stop_gradient(q),
+      mask,
+      form=self.loss_form,
+      commitment_weight=self.commitment_weight,
+      codebook_weight=self.codebook_weight if learned else 0.0,
+    )
+
+  def _update(self, book, e, ids, mask, expected):
+    """Moving average, then replacement; the codebook and how many replaced."""
+    key, axis = self._key(book), self.axis_name
+    book = ema_update(
+      book, e, ids, decay=self.decay, eps=self.eps, axis_name=axis, mask=mask
+    )
+    if self.cosine:
+      book = book.replace(embedding=unit(book.embedding))
+    if not self.dead_code_threshold:
+      return book, jnp.zeros((), jnp.int32)
+    return replace_codes(
+      book,
+      self._dead(book, expected),
+      key,
+      e,
+      ids,
+      expected_size=expected,
+      split_fraction=self.split_fraction,
+      axis_name=axis,
+      mask=mask,
+    )

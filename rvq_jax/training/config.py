@@ -261,13 +261,12 @@ def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
     )
 
 
-def build_model(flat: Mapping[str, Any], *, axis_name=None, mesh=None) -> VQVAE:
+def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
   """The model that a checked flat config describes.
 
   Args:
     flat: the config.
     axis_name: mapped axis of `pmap` or `shard_map`.
-    mesh: from `sharding.data_mesh`; with an axis 'codes' the codebook is split.
 
   Returns:
     The model.
@@ -281,8 +280,6 @@ def build_model(flat: Mapping[str, Any], *, axis_name=None, mesh=None) -> VQVAE:
   quantizer = {field: model.pop(field) for field in _QUANTIZER}
   quantizer = {n: value for n, value in quantizer.items() if takes(name, n)}
   quantizer['name'] = name
-  if mesh is not None and 'codes' in mesh.axis_names:
-    quantizer['mesh'] = mesh
   model['widths'] = tuple(model['widths'])
   model['dtype'] = jnp.dtype(model['dtype']).type
   return VQVAE(quantizer=quantizer, axis_name=axis_name, **model)

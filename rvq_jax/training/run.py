@@ -55,7 +55,7 @@ class Run:
     self.mesh = sharding.data_mesh(
       codebook_shards=self.config['codebook_shards']
     )
-    self.model = config_lib.build_model(self.config, mesh=self.mesh)
+    self.model = config_lib.build_model(self.config)
     self.loader = self._train_loader()
     self.num_steps = self.config['num_steps'] or (
       self.config['num_epochs'] * self.loader.steps_per_epoch

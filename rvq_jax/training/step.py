@@ -5,17 +5,28 @@ global), and under `pmap` and `shard_map` (axis_name given to the step and to
 the model: each device holds its share of the batch).
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from rvq_jax import metrics
 from rvq_jax.data.images import prepare_images, random_flip
-from rvq_jax.training.accumulate import Pass, accumulate
 from rvq_jax.training.state import TrainState
 
 MAX_NONFINITE_STREAK = 10
 """Steps in a row that are not finite after which no further step is taken."""
+
+
+class Pass(NamedTuple):
+  """A forward and backward pass over a batch."""
+
+  loss: jax.Array
+  grads: Any
+  metrics: dict[str, jax.Array]
+  counts: jax.Array
+  updates: dict[str, Any]
 
 
 def _mean(tree, axis_name):
@@ -96,13 +107,8 @@ def make_train_step(
       mutable = ('batch_stats', 'codebook')
       done = run(state.params, state.variables, images, codebook_key, mutable)
     else:
-      done = accumulate(
-        run,
-        state.params,
-        state.variables,
-        images,
-        codebook_key,
-        steps=accumulate_steps,
+      raise ValueError(
+        f'accumulate_steps: expected 1, got {accumulate_steps!r}'
       )
     loss, grads, scalars, counts, updates = done
     grads = _mean(grads, axis_name)

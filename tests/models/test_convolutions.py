@@ -155,16 +155,11 @@ def test_the_kernel_gradient_is_summed_over_devices(ours, plain):
 
   def gradients(function):
     def local(x, kernel, g):
-      return jax.grad(
-        lambda a: jnp.sum(function(*a) * g),
-      )((x, kernel))
+      return jax.grad(lambda a: jnp.sum(function(*a) * g))((x, kernel))
 
     return jax.jit(
       jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(rows, same, rows),
-        out_specs=(rows, same),
+        local, mesh=mesh, in_specs=(rows, same, rows), out_specs=(rows, same)
       )
     )(x, kernel, g)
 

@@ -10,11 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rvq_jax.models.encoder import Encoder, stage_plan
-from rvq_jax.models.layers import (
-  SelfAttention,
-  Upsample,
-  _attend_in_tiles,
-)
+from rvq_jax.models.layers import SelfAttention, Upsample, _attend_in_tiles
 
 
 def draw(seed, *shape):

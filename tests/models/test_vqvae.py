@@ -50,7 +50,7 @@ def test_shapes_follow_the_factor(factor, size):
 @pytest.mark.parametrize(
   'ema', [True, pytest.param(False, marks=pytest.mark.slow)]
 )
-def test_decode_of_encode_is_the_reconstruction_to_the_bit(dtype, ema):
+def test_decode_of_encode_is_the_reconstruction_bit_exact(dtype, ema):
   model, x = build(dtype=dtype, ema=ema), images()
   variables = init(model, x)
   ids = apply(model, variables, x, method='encode')

@@ -152,8 +152,7 @@ def test_masked_positions_count_nowhere(name):
   )
   assert np.sum(one.counts) == mask.sum()
   np.testing.assert_array_equal(
-    one.counts,
-    np.bincount(np.asarray(one.ids)[mask], minlength=K),
+    one.counts, np.bincount(np.asarray(one.ids)[mask], minlength=K)
   )
 
 
@@ -445,16 +444,19 @@ def test_simvq_one_step_moves_every_code_by_the_map_alone():
 @pytest.mark.parametrize(
   ('layer', 'message'),
   [
-    (GumbelQuantizer(0), 'codebook_size: expected a value from 1'),
-    (GumbelQuantizer(K, temperature_end=0.0), 'temperature_end: expected a v'),
-    (GumbelQuantizer(K, temperature_start=None), 'start: expected a number'),
-    (GumbelQuantizer(K, temperature_steps=2.5), 'steps: expected a whole numb'),
-    (GumbelQuantizer(K, kl_weight=-1.0), 'kl_weight: expected a value from 0'),
+    (GumbelQuantizer(0), 'codebook_size: expected at least 1'),
+    (
+      GumbelQuantizer(K, temperature_end=0.0),
+      'temperature_end: expected at least',
+    ),
+    (GumbelQuantizer(K, temperature_start=None), 'start: expected a value'),
+    (GumbelQuantizer(K, temperature_steps=2.5), 'steps: expected an integer'),
+    (GumbelQuantizer(K, kl_weight=-1.0), 'kl_weight: expected at least 0'),
     (FSQ(1000), 'nearest is 1024, or give `levels`'),
     (FSQ(K, levels=(8, 4)), 'multiply to codebook_size 16, got'),
-    (FSQ(K, levels=(16, 1)), 'whole numbers of at least 2'),
+    (FSQ(K, levels=(16, 1)), 'integers of at least 2'),
     (SimVQ(K, estimator='soft'), 'estimator: expected one of'),
-    (SimVQ(K, commitment_weight=-1), 'commitment_weight: expected a value'),
+    (SimVQ(K, commitment_weight=-1), 'commitment_weight: expected at least'),
   ],
 )
 def test_impossible_arguments_are_refused(layer, message):

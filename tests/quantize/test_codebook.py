@@ -11,11 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from rvq_jax import Codebook, ema_update
-from rvq_jax.quantize.replacement import (
-  draw_rows,
-  fill_codebook,
-  replace_codes,
-)
+from rvq_jax.quantize.replacement import draw_rows, fill_codebook, replace_codes
 
 update = jax.jit(ema_update, static_argnames=('decay', 'eps', 'axis_name'))
 
@@ -146,10 +142,10 @@ def replace(book, dead, e, ids, expected=0.5, **kwargs):
   )
 
 
-def splits(book, e, ids, step=0.2):
+def splits(book, e, ids, split_fraction=0.2):
   """Where a code may go: next to the code of each vector."""
   parent = np.asarray(book.embedding)[ids]
-  return parent + np.float32(step) * (e - parent)
+  return parent + np.float32(split_fraction) * (e - parent)
 
 
 def origin(codes, candidates):
@@ -201,7 +197,7 @@ def test_with_few_vectors_the_least_used_codes_go_first():
   np.testing.assert_array_equal(np.flatnonzero(changed), np.sort(least))
 
 
-def test_rows_that_do_not_count_are_never_drawn():
+def test_invalid_rows_are_never_drawn():
   book, (e, ids) = make(), batch()
   e[:20] = np.nan
   mask = np.arange(40) < 25

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rvq_jax import reflect, rotate, straight_through
 from rvq_jax.quantize.gradients import geometry
@@ -105,7 +103,7 @@ def test_rotation_tends_to_straight_through_and_reflection_does_not():
 
 @pytest.mark.parametrize('name', ESTIMATORS)
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_forward_is_the_code_to_the_bit(name, dtype):
+def test_forward_is_the_code_bit_exact(name, dtype):
   e, q = draw(5, 2, 50, 7)
   e = jnp.asarray(e, dtype) * 1e3
   got = jax.jit(ESTIMATORS[name])(e, jnp.asarray(q))
@@ -202,38 +200,11 @@ def test_scale_is_clipped_at_max_scale():
   )
 
 
-def test_nan_in_a_row_spoils_that_row_only():
-  e, q, g = draw(14, 3, 6, 4)
-  spoilt = e.copy()
-  spoilt[2, 1] = np.nan
-  clean, got = (pull_back('rotate', x, q, g) for x in (e, spoilt))
-  others = np.arange(6) != 2
-  np.testing.assert_array_equal(got[others], clean[others])
-
-
 def test_angle_is_that_between_vector_and_code():
   e = np.array([[1, 0], [1, 0], [1, 0], [1, 0]], np.float32)
   q = np.array([[2, 0], [3, 3], [0, 1], [-1, 0]], np.float32)
   angle = geometry(jnp.asarray(e), jnp.asarray(q)).angle[:, 0]
   np.testing.assert_allclose(np.rad2deg(angle), [0, 45, 90, 180], atol=1e-4)
-
-
-finite = st.floats(-1e6, 1e6, width=32)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data(), st.sampled_from(sorted(ESTIMATORS)), st.integers(1, 5))
-def test_any_vectors_give_the_code_and_a_bounded_gradient(data, name, dim):
-  e, q, g = (
-    np.array(data.draw(st.lists(finite, min_size=dim, max_size=dim)), 'f')
-    for _ in range(3)
-  )
-  out, vjp = jax.vjp(lambda e: ESTIMATORS[name](e, q), jnp.asarray(e))
-  gradient = np.asarray(vjp(jnp.asarray(g))[0], np.float64)
-  assert np.asarray(out).tobytes() == q.tobytes()
-  assert np.isfinite(gradient).all()
-  length = np.linalg.norm(np.float64(g))  # its square underflows in float32
-  assert np.linalg.norm(gradient) <= 10.001 * length + 1e-30
 
 
 @pytest.mark.parametrize('name', ESTIMATORS)

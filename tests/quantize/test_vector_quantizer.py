@@ -105,7 +105,7 @@ def test_a_first_batch_smaller_than_the_codebook_leaves_the_rest_to_later():
   assert sizes[-1] == 50
 
 
-def test_ids_are_nearest_and_quantized_is_the_code_to_the_bit():
+def test_ids_are_nearest_and_quantized_is_the_code_bit_exact():
   layer, variables = make(init_from='normal')
   out = evaluate(layer, variables)
   codes = np.asarray(variables['codebook']['embedding'])
@@ -329,8 +329,8 @@ def test_works_inside_another_module_under_scan():
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ({'codebook_size': -5}, 'codebook_size: expected a value from 1'),
-    ({'codebook_size': 8.0}, 'codebook_size: expected a whole number'),
+    ({'codebook_size': -5}, 'codebook_size: expected at least 1, got -5'),
+    ({'codebook_size': 8.0}, 'codebook_size: expected an integer'),
     ({'estimator': 'gumbel'}, 'rotation, reflection, ste'),
     ({'decay': 1.5}, 'decay'),
     ({'eps': 0.0}, 'eps'),

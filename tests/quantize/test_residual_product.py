@@ -1,4 +1,4 @@
-"""Residual depth and heads: several codes a position."""
+"""Residual depth and heads: several codes per position."""
 
 import functools
 
@@ -66,18 +66,14 @@ def test_residual_codes_are_the_greedy_ones():
     )
 
 
-@pytest.mark.parametrize(
-  'shared', [False, pytest.param(True, marks=pytest.mark.slow)]
-)
-def test_residual_decodes_a_prefix_of_its_codes(shared):
-  layer = ResidualQuantizer(codebook_size=K, depth=3, shared=shared)
+def test_residual_decodes_a_prefix_of_its_codes():
+  layer = ResidualQuantizer(codebook_size=K, depth=3)
   variables = trained(layer)
   out = evaluate(layer, variables)
   for d in (1, 2, 3):
     expected = np.zeros_like(Z)
     for i in range(d):
-      name = f'level_{0 if shared else i}'
-      codes = np.asarray(variables['codebook'][name]['embedding'])
+      codes = np.asarray(variables['codebook'][f'level_{i}']['embedding'])
       expected = expected + codes[np.asarray(out.ids[..., i])]
     got = decode(layer, variables, out.ids[..., :d])
     np.testing.assert_array_equal(got, expected)
@@ -157,12 +153,7 @@ def test_product_codes_are_the_nearest_of_each_piece():
 
 
 @pytest.mark.parametrize(
-  ('shared', 'ema'),
-  [
-    (False, True),
-    pytest.param(True, True, marks=pytest.mark.slow),
-    pytest.param(False, False, marks=pytest.mark.slow),
-  ],
+  'ema', [True, pytest.param(False, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(
   'make',
@@ -172,8 +163,8 @@ def test_product_codes_are_the_nearest_of_each_piece():
   ],
   ids=['residual', 'product'],
 )
-def test_ids_give_back_what_the_forward_pass_gave(make, shared, ema):
-  layer = make(codebook_size=K, code_dim=4, shared=shared, ema=ema)
+def test_ids_give_back_what_the_forward_pass_gave(make, ema):
+  layer = make(codebook_size=K, code_dim=4, ema=ema)
   variables = init(layer)
   if ema:
     _, variables = step(layer, variables)
@@ -181,7 +172,7 @@ def test_ids_give_back_what_the_forward_pass_gave(make, shared, ema):
   assert out.quantized.shape == Z.shape
   got = decode(layer, variables, out.ids)
   np.testing.assert_array_equal(got, out.quantized)
-  assert out.counts.shape == ((K,) if shared else (2, K))
+  assert out.counts.shape == (2, K)
   assert np.sum(out.counts) == 2 * 48
 
 
@@ -201,12 +192,9 @@ def test_training_moves_every_codebook_and_evaluation_none(cls):
   )
 
 
-@pytest.mark.parametrize(
-  'shared', [False, pytest.param(True, marks=pytest.mark.slow)]
-)
 @pytest.mark.parametrize('cls', [ResidualQuantizer, ProductQuantizer])
-def test_masked_positions_count_nowhere(cls, shared):
-  layer = cls(codebook_size=K, shared=shared)
+def test_masked_positions_count_nowhere(cls):
+  layer = cls(codebook_size=K)
   variables = trained(layer)
   mask = np.arange(48).reshape(2, 24) % 3 > 0
   wild = np.where(mask[..., None], Z, 1e4).astype(np.float32)
@@ -226,7 +214,7 @@ def test_masked_positions_count_nowhere(cls, shared):
     (ResidualQuantizer(codebook_size=K, cosine=True), 'cosine=False'),
     (ResidualQuantizer(codebook_size=K, depth=0), 'depth: expected'),
     (ProductQuantizer(codebook_size=K, heads=4), 'heads divide, got 6'),
-    (ProductQuantizer(codebook_size=K, heads=1.5), 'a whole number'),
+    (ProductQuantizer(codebook_size=K, heads=1.5), 'an integer'),
   ],
 )
 def test_impossible_arguments_are_refused(layer, message):
