@@ -95,9 +95,7 @@ def test_averaged_parameters_follow_at_the_configs_decay(affine_steps):
     np.testing.assert_allclose(state.params_ema['bias'], average, rtol=1e-5)
 
 
-def test_a_step_mirrors_half_of_the_images_and_others_each_time(
-  make_step_config,
-):
+def test_a_step_mirrors_half_of_the_images(make_step_config, make_step):
   flat = check_config(make_step_config({'optimizer.learning_rate': 0.0}))
   # White on the left, black on the right; mirrored, an image is its negative.
   images = np.ones((400, 8, 8, 3), np.float32)
