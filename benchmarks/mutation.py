@@ -129,6 +129,19 @@ def _faults(path: Path):
       yield Fault(where, old.lineno, kind, *short, source)
 
 
+def _nearest(module: Path, folder: str) -> list[str]:
+  """The tests of a folder, those that name most of the module first."""
+  tree = ast.parse(module.read_text())
+  names = [node.name for node in tree.body if hasattr(node, 'name')]
+  texts = {
+    str(test.relative_to(ROOT)): test.read_text()
+    for test in sorted((ROOT / folder).glob('test_*.py'))
+  }
+  hits = {t: sum(name in text for name in names) for t, text in texts.items()}
+  own = f'test_{module.stem}.py'
+  return sorted(texts, key=lambda t: (not t.endswith(own), -hits[t], t))
+
+
 def draw(count: int, seed: int) -> list[tuple[Fault, list[str]]]:
   """Faults drawn uniformly, each with its tests."""
   found = []
@@ -136,9 +149,7 @@ def draw(count: int, seed: int) -> list[tuple[Fault, list[str]]]:
     path = ROOT / target
     for module in sorted(path.glob('*.py')) if path.is_dir() else [path]:
       if module.name not in SKIPPED:
-        near = sorted(ROOT.glob(f'tests/*/test_{module.stem}.py'))
-        near = [str(test.relative_to(ROOT)) for test in near]
-        order = list(dict.fromkeys([*near, *tests]))
+        order = list(dict.fromkeys([*_nearest(module, tests[0]), *tests]))
         found += [(fault, order) for fault in _faults(module)]
   return random.Random(seed).sample(found, min(count, len(found)))
 
