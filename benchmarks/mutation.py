@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +156,7 @@ def draw(count: int, seed: int) -> list[tuple[Fault, list[str]]]:
 
 
 def notice(fault: Fault, tests: list[str], limit: float) -> str | None:
-  """The test that fails on a fault, or None."""
+  """The test that fails on a fault within the limit, or None."""
   with tempfile.TemporaryDirectory() as folder:
     hidden = shutil.ignore_patterns('.git', '__pycache__', '.*_cache')
     copy = shutil.copytree(ROOT, Path(folder) / 'copy', ignore=hidden)
@@ -202,9 +203,11 @@ def main():
     fault, tests = drawn
     name = fault[:5]
     if name not in done:
+      start = time.monotonic()
       done[name] = notice(fault, tests, args.limit)
+      seconds = round(time.monotonic() - start)
       with args.output.open('a') as file:
-        record = {'fault': name, 'noticed': done[name]}
+        record = {'fault': name, 'noticed': done[name], 'seconds': seconds}
         file.write(json.dumps(record) + '\n')
     by = done[name]
     result = f'noticed by {by}' if by else 'survived'

@@ -165,6 +165,26 @@ def test_the_name_chooses_the_quantizer(name, model_of):
   assert class_of.__name__.lower().startswith({'vq': 'vector'}.get(name, name))
 
 
+@pytest.mark.parametrize('name', QUANTIZERS)
+def test_a_quantizers_defaults_are_those_of_the_config(name, load_config):
+  config = load_config('cifar10').model
+  model = VQVAE(quantizer={'name': name, 'codebook_size': 16384})
+  want = {field: config[field] for field in quantizer_fields(name)}
+  if name == 'simvq':
+    want['estimator'] = 'ste'  # the published method
+  layer = model.bind({}).vq
+  assert {field: getattr(layer, field) for field in want} == want
+
+
+def test_a_models_defaults_are_those_of_the_config(load_config):
+  config = load_config('cifar10').model
+  names = set(OF_MODEL) & fields_of(VQVAE) - {'quantizer', 'dtype'}
+  want = {field: config[field] for field in names}
+  assert {field: getattr(VQVAE(), field) for field in names} == want
+  assert VQVAE().dtype == jnp.float32
+  assert VQVAE().quantizer['codebook_size'] == config.codebook_size
+
+
 def test_every_field_of_a_model_belongs_to_some_part():
   known = fields_of(VQVAE).union(*map(quantizer_fields, QUANTIZERS))
   assert set(OF_MODEL) == set(OTHER)
