@@ -12,6 +12,7 @@ import argparse
 import ast
 import collections
 import concurrent.futures
+import contextlib
 import json
 import os
 import random
@@ -55,7 +56,7 @@ SWAPS = {
   **{ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.In: ast.NotIn},
   **{ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is},
 }
-Fault = collections.namedtuple('Fault', 'file line kind before after source')
+Fault = collections.namedtuple('Fault', 'file place kind before after source')
 
 
 def _expressions(node):
@@ -76,7 +77,7 @@ def _expressions(node):
   if isinstance(node, ast.Call):
     for keyword in node.keywords:
       rest = [k for k in node.keywords if k is not keyword]
-      yield 'argument', {'keywords': rest}
+      yield f'argument {keyword.arg}', {'keywords': rest}
   if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
     if len(node.value.elts) > 1:
       first, second, *rest = node.value.elts
@@ -127,7 +128,8 @@ def _faults(path: Path):
       source = text[:first] + code.encode() + text[last:]
       before = text[first:last].decode()
       short = [' '.join(x.split())[:60] for x in (before, after)]
-      yield Fault(where, old.lineno, kind, *short, source)
+      place = f'{old.lineno}:{old.col_offset}'
+      yield Fault(where, place, kind, *short, source)
 
 
 def _nearest(module: Path, folder: str) -> list[str]:
@@ -176,10 +178,8 @@ def notice(fault: Fault, tests: list[str], limit: float) -> str | None:
     except subprocess.TimeoutExpired:
       return None
     finally:
-      try:
+      with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-      except ProcessLookupError:
-        pass
       process.wait()
   failed = re.search(r'^(?:FAILED|ERROR) (\S+)', output, re.MULTILINE)
   if process.returncode:
@@ -211,8 +211,8 @@ def main():
         file.write(json.dumps(record) + '\n')
     by = done[name]
     result = f'noticed by {by}' if by else 'survived'
-    file, line, kind, before, after = name
-    print(f'{file}:{line} {kind} {before} -> {after}: {result}', flush=True)
+    file, place, kind, before, after = name
+    print(f'{file}:{place} {kind} {before} -> {after}: {result}', flush=True)
     return by is not None
 
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
