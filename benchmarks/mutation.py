@@ -132,17 +132,22 @@ def _faults(path: Path):
       yield Fault(where, place, kind, *short, source)
 
 
-def _nearest(module: Path, folder: str) -> list[str]:
-  """The tests of a folder, those that name most of the module first."""
+def _ordered(module: Path, tests: list[str]) -> list[str]:
+  """Test files; in a folder, those that name most of the module first."""
   tree = ast.parse(module.read_text())
   names = [node.name for node in tree.body if hasattr(node, 'name')]
-  texts = {
-    str(test.relative_to(ROOT)): test.read_text()
-    for test in sorted((ROOT / folder).glob('test_*.py'))
-  }
-  hits = {t: sum(name in text for name in names) for t, text in texts.items()}
-  own = f'test_{module.stem}.py'
-  return sorted(texts, key=lambda t: (not t.endswith(own), -hits[t], t))
+
+  def strangeness(path):
+    text = path.read_text()
+    own = path.name == f'test_{module.stem}.py'
+    return not own, -sum(name in text for name in names), path
+
+  files = []
+  for test in tests:
+    path = ROOT / test
+    inside = path.glob('test_*.py') if path.is_dir() else [path]
+    files += sorted(inside, key=strangeness)
+  return list(dict.fromkeys(str(file.relative_to(ROOT)) for file in files))
 
 
 def draw(count: int, seed: int) -> list[tuple[Fault, list[str]]]:
@@ -152,8 +157,8 @@ def draw(count: int, seed: int) -> list[tuple[Fault, list[str]]]:
     path = ROOT / target
     for module in sorted(path.glob('*.py')) if path.is_dir() else [path]:
       if module.name not in SKIPPED:
-        order = list(dict.fromkeys([*_nearest(module, tests[0]), *tests]))
-        found += [(fault, order) for fault in _faults(module)]
+        files = _ordered(module, tests)
+        found += [(fault, files) for fault in _faults(module)]
   return random.Random(seed).sample(found, min(count, len(found)))
 
 

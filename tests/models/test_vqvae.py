@@ -41,7 +41,8 @@ def images(height=16, width=16, seed=0):
 @pytest.mark.parametrize('size', [(16, 16), (48, 32)])
 def test_shapes_follow_the_factor(factor, size):
   model, x = build(factor), images(*size)
-  out = apply(model, init(model, x[:, :16, :16]), x)
+  variables = jax.eval_shape(lambda: init(model, x[:, :16, :16]))
+  out = jax.eval_shape(lambda variables: apply(model, variables, x), variables)
   assert out.reconstruction.shape == x.shape
   assert out.quantizer.ids.shape == (2, size[0] // factor, size[1] // factor)
 
