@@ -34,7 +34,7 @@ def run_command(command: str, cwd, *more: str) -> str:
   done = subprocess.run(
     [sys.executable, *arguments, *more],
     cwd=cwd,
-    env=os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'},
+    env=os.environ | {'XLA_FLAGS': ''},
     capture_output=True,
     text=True,
     timeout=280,

@@ -18,7 +18,7 @@ def start(launcher, *arguments, cwd=ROOT):
   return subprocess.Popen(
     [sys.executable, ROOT / f'launch/{launcher}.py', *map(str, arguments)],
     cwd=cwd,
-    env=os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'},
+    env=os.environ | {'XLA_FLAGS': ''},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

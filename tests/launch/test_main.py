@@ -24,7 +24,7 @@ TINY = (
 
 
 def run(launcher, *flags):
-  environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  environment = os.environ | {'XLA_FLAGS': ''}
   return subprocess.run(
     [sys.executable, f'launch/{launcher}.py', *flags],
     cwd=ROOT,

@@ -50,8 +50,7 @@ def start(folder, workdir, *flags, devices, **variables):
   environment = os.environ | {
     **variables,
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
-    '--xla_backend_optimization_level=0',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
   }
   return subprocess.Popen(
     [

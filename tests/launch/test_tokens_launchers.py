@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(launcher, *arguments, **variables):
-  env = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  env = os.environ | {'XLA_FLAGS': ''}
   return subprocess.run(
     [sys.executable, f'launch/{launcher}.py', *map(str, arguments)],
     cwd=ROOT,

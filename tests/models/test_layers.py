@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder, stage_plan
-from rvq_jax.models.layers import SelfAttention, Upsample, _attend_in_tiles
+from rvq_jax.models.layers import (
+  ResidualBlock,
+  SelfAttention,
+  Upsample,
+  _attend_in_tiles,
+)
 
 
 def draw(seed, *shape):
@@ -141,3 +147,85 @@ def test_encoder_keeps_parameters_and_statistics_in_float32():
   z = jax.jit(encoder.apply)(variables, x)
   assert z.dtype == jnp.bfloat16
   assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_a_residual_block_starts_as_the_identity(train):
+  x = np.abs(draw(0, 2, 4, 4, 6))  # the leaky ReLU leaves it alone
+  block = ResidualBlock()
+  variables = jax.jit(lambda x: block.init(jax.random.key(0), x, False))(x)
+  y, _ = jax.jit(
+    lambda v, x: block.apply(v, x, train, mutable=['batch_stats'])
+  )(variables, x)
+  np.testing.assert_array_equal(y, x)
+
+
+@pytest.mark.parametrize('part', [Encoder, Decoder])
+def test_only_the_last_norm_of_a_block_starts_at_zero(part):
+  module = part(widths=(4, 6), factor=4, num_res_blocks=3)
+  if part is Decoder:
+    module = module.clone(num_heads=2)
+  x = jnp.zeros((1, 8, 8, 3))
+  params = jax.jit(lambda x: module.init(jax.random.key(0), x))(x)['params']
+  scales = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): set(np.ravel(leaf))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    if path[-1].key == 'scale'
+  }
+  zero = {f'block{i}/norm1/bn/scale' for i in range(3)}
+  assert {name for name, values in scales.items() if values == {0.0}} == zero
+  assert all(scales[name] == {1.0} for name in scales.keys() - zero)
+
+
+def leaky(x):
+  return np.where(x > 0, x, 0.01 * x)
+
+
+def test_a_residual_block_equals_its_formula():
+  x = draw(0, 2, 3, 3, 4)
+  block = ResidualBlock()
+  variables = jax.jit(lambda x: block.init(jax.random.key(0), x, False))(x)
+  rng = np.random.default_rng(1)
+  variables = jax.tree.map(
+    lambda a: rng.uniform(0.5, 1.5, a.shape).astype(np.float32), variables
+  )
+
+  def norm(y, i):
+    stats = variables['batch_stats'][f'norm{i}']['bn']
+    affine = variables['params'][f'norm{i}']['bn']
+    y = (y - stats['mean']) / np.sqrt(np.float64(stats['var']) + 1e-5)
+    return y * affine['scale'] + affine['bias']
+
+  def convolution(y, i):
+    kernel = np.float64(variables['params'][f'conv{i}']['kernel'])
+    padded = np.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return sum(
+      padded[:, a : a + 3, b : b + 3] @ kernel[a, b]
+      for a in range(3)
+      for b in range(3)
+    )
+
+  y = leaky(norm(convolution(np.float64(x), 0), 0))
+  want = leaky(x + norm(convolution(y, 1), 1))
+  got = jax.jit(lambda v, x: block.apply(v, x, False))(variables, x)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_running_statistics_move_a_tenth_of_the_way():
+  x = 3 + 2 * draw(0, 4, 8, 8, 3)
+  encoder = Encoder((5,), 2, 0, 6)
+  variables = jax.jit(encoder.init)(jax.random.key(0), x)
+  _, after = jax.jit(
+    lambda v: encoder.apply(v, x, train=True, mutable=['batch_stats'])
+  )(variables)
+  y = jax.lax.conv_general_dilated(
+    x,
+    variables['params']['conv0']['kernel'],
+    (2, 2),
+    'SAME',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+  got = after['batch_stats']['norm0']['bn']
+  mean, var = np.mean(y, (0, 1, 2)), np.var(y, (0, 1, 2))
+  np.testing.assert_allclose(got['mean'], 0.1 * mean, rtol=1e-3, atol=1e-5)
+  np.testing.assert_allclose(got['var'], 0.9 + 0.1 * var, rtol=1e-3)

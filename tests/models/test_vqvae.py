@@ -41,7 +41,8 @@ def images(height=16, width=16, seed=0):
 @pytest.mark.parametrize('size', [(16, 16), (48, 32)])
 def test_shapes_follow_the_factor(factor, size):
   model, x = build(factor), images(*size)
-  out = apply(model, init(model, x[:, :16, :16]), x)
+  variables = jax.eval_shape(lambda: init(model, x[:, :16, :16]))
+  out = jax.eval_shape(lambda variables: apply(model, variables, x), variables)
   assert out.reconstruction.shape == x.shape
   assert out.quantizer.ids.shape == (2, size[0] // factor, size[1] // factor)
 
@@ -150,3 +151,38 @@ def test_the_papers_model_has_the_parameters_of_its_description():
   )
   assert sum(x.size for x in jax.tree.leaves(shapes['params'])) == want
   assert shapes['codebook']['vq']['embedding'].shape == (16384, 256)
+
+
+def test_the_variables_have_the_names_that_checkpoints_hold():
+  norms = ('bias', 'scale'), ('mean', 'var')
+  block = {'conv0': ['kernel'], 'conv1': ['kernel']}
+  block |= {f'norm{i}/bn': norms[0] for i in (0, 1)}
+  both = ('bias', 'kernel')
+  encoder = {f'norm{i}/bn': norms[0] for i in (0, 1)} | {'out': both}
+  encoder |= {'conv0': ['kernel'], 'conv1': ['kernel']}
+  decoder = {'in': both, 'up0': both, 'up1': both, 'norm1/bn': norms[0]}
+  decoder |= {f'attention/{n}': both for n in ('query', 'key', 'value', 'out')}
+  decoder |= {'attention/norm': norms[0]}
+  want = {
+    f'params/{part}/{layer}/{leaf}'
+    for part, layers in (('encoder', encoder), ('decoder', decoder))
+    for layer, leaves in (
+      layers | {f'block0/{n}': leaves for n, leaves in block.items()}
+    ).items()
+    for leaf in leaves
+  }
+  want |= {
+    name.replace('params', 'batch_stats').replace(affine, moment)
+    for affine, moment in zip(*norms, strict=True)
+    for name in want
+    if name.endswith(f'bn/{affine}')
+  }
+  want |= {
+    f'codebook/vq/{name}'
+    for name in ('embedding', 'cluster_size', 'embedding_sum')
+  }
+  variables = jax.eval_shape(lambda: init(build(), images()))
+  assert want == {
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree_util.tree_leaves_with_path(variables)
+  }

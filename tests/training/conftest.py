@@ -15,6 +15,9 @@ import pytest
 
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
+from rvq_jax.training.optimizer import make_optimizer, make_schedule
+from rvq_jax.training.state import create_state
+from rvq_jax.training.step import make_train_step
 from rvq_jax.training.writers import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +83,60 @@ def start_run(tiny_config, tmp_path):
       os.killpg(run.pid, signal.SIGKILL)
     run.stderr.close()
     run.wait()
+
+
+@pytest.fixture(scope='session')
+def make_step_config(load_config, image_folder):
+  """Returns a function of fields that gives a small config with them."""
+
+  def make(fields):
+    config = load_config('cifar10')
+    config.batch_size, config.num_steps = 8, 4
+    config.data.image_size = 8
+    config.data.name = f'folder:{image_folder}'
+    config.data.split = 'official'
+    small = {'widths': (8,), 'factor': 2, 'num_res_blocks': 0}
+    small |= {'num_heads': 2, 'code_dim': 8, 'codebook_size': 8}
+    for name, value in small.items():
+      config.model[name] = value
+    for name, value in fields.items():
+      parent, _, leaf = name.rpartition('.')
+      (config[parent] if parent else config)[leaf] = value
+    return config
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def make_step():
+  """Returns a function: checked config, model -> a state and a train step."""
+  return _make_step
+
+
+def _make_step(flat, model, **options):
+  schedule = make_schedule(
+    flat['optimizer.learning_rate'],
+    num_steps=flat['num_steps'],
+    warmup_steps=flat['optimizer.warmup_steps'],
+    schedule=flat['optimizer.schedule'],
+  )
+  optimizer = make_optimizer(
+    schedule,
+    weight_decay=flat['optimizer.weight_decay'],
+    clip_norm=flat['optimizer.clip_norm'],
+  )
+  average = flat['optimizer.params_ema']
+  state = jax.jit(
+    lambda: create_state(
+      model,
+      optimizer,
+      jax.random.key(flat['seed']),
+      image_size=8,
+      params_ema=average > 0,
+    )
+  )()
+  options = {'flip': False, 'params_ema_decay': average} | options
+  return state, jax.jit(make_train_step(model, optimizer, **options))
 
 
 def process_environment() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Every value that a user can type is checked before anything is built."""
 
+import re
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -59,6 +61,55 @@ def test_impossible_values_end_in_one_line(load_config, name, value, message):
   with pytest.raises(ValueError, match=message) as caught:
     config_lib.check_config(changed(load_config('cifar10'), name, value))
   assert '\n' not in str(caught.value)
+
+
+# (least, greatest) value -> fields; None: no bound but float32's.
+LIMITS = {
+  (1, 2**31 - 1): 'batch_size accumulate_steps num_steps log_every '
+  'model.codebook_size model.num_heads model.temperature_steps',
+  (0, 2**31 - 1): 'seed eval_every checkpoint_every optimizer.warmup_steps',
+  (1, 10**7): 'num_epochs',
+  (1, 10**6): 'keep_checkpoints',
+  (0, 1024): 'data.num_workers',
+  (1, 2**14): 'data.image_size',
+  (1e-3, 1.0): 'data.crop_scale',
+  (0, 1000): 'model.num_res_blocks',
+  (1, 2**20): 'model.code_dim',
+  (1, 64): 'model.depth model.heads',
+  (0.0, 1.0): 'model.decay',
+  (1e-30, 1.0): 'model.eps model.replacement_step',
+  (1e-30, None): 'model.max_scale',
+  (0.0, None): 'model.commitment_weight model.codebook_weight model.kl_weight '
+  'model.dead_code_threshold optimizer.learning_rate optimizer.weight_decay '
+  'optimizer.clip_norm',
+  (0.0, 0.9999999): 'optimizer.params_ema',
+}
+
+
+@pytest.mark.parametrize(
+  ('name', 'low', 'high'),
+  [
+    (name, *limits)
+    for limits, names in LIMITS.items()
+    for name in names.split()
+  ],
+)
+def test_a_number_is_taken_up_to_its_limits(load_config, name, low, high):
+  limits = f'{name}: expected (at least|a value from|a finite number)'
+
+  def refused(value):
+    try:
+      settings.check_config(changed(load_config('cifar10'), name, value))
+    except ValueError as error:  # another field may not fit to this one
+      return re.search(limits, str(error)) is not None
+    return False
+
+  high = 3e38 if high is None else high
+  whole = isinstance(high, int)
+  assert not refused(low)
+  assert not refused(high)
+  assert refused(low - 1 if whole else 0.5 * low - 1e-36)
+  assert refused(high + 1 if whole else 1.2 * high)
 
 
 def test_a_missing_field_is_named(load_config):

@@ -1,0 +1,196 @@
+"""What one train step of a model and an optimizer from a config computes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rvq_jax.training.settings import build_model, check_config
+
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype('f')
+
+
+# Each is one program; what several tests ask is in one of them.
+STEPS = {
+  'rotation': {},
+  'reflection': {'model.estimator': 'reflection'},
+  'ste': {'model.estimator': 'ste', 'model.dead_code_threshold': 100.0},
+  'learned': {
+    'model.ema': False,
+    'model.commitment_weight': 0.75,
+    'model.codebook_weight': 3.0,
+    'optimizer.weight_decay': 0.0,
+  },
+  'averaged': {
+    'model.decay': 0.75,
+    'model.eps': 0.5,
+    'model.dead_code_threshold': 0.0,
+    'model.loss_form': 'paper_eq8',
+    'model.commitment_weight': 0.5,
+  },
+}
+STEPS['decayed'] = STEPS['learned'] | {'optimizer.weight_decay': 0.5}
+
+
+@pytest.fixture(scope='module')
+def first_step(make_step_config, make_step):
+  """Returns a function of a name in STEPS: model, two states, metrics."""
+
+  @functools.cache
+  def take(name):
+    fields = {'model.init_from': 'normal'} | STEPS[name]
+    flat = check_config(make_step_config(fields))
+    model = build_model(flat)
+    state, step = make_step(flat, model)
+    return model, state, *step(state, {'image': IMAGES})
+
+  return take
+
+
+def first_moment(state):
+  """AdamW's first moment; after one step a tenth of the gradient."""
+  return optax.tree.get(state.opt_state, 'mu')
+
+
+def dense_maps(estimator, e, q):
+  """dq/de of each row as the paper writes it, [N, D, D], in float64."""
+  e, q = np.float64(e), np.float64(q)
+  lengths = [np.linalg.norm(x, axis=1)[:, None] for x in (e, q)]
+  scale = np.minimum(lengths[1] / lengths[0], 10.0)[:, :, None]
+  u, v = e / lengths[0], q / lengths[1]
+  eye = np.eye(e.shape[1])[None]
+
+  def outer(a, b):
+    return a[:, :, None] * b[:, None, :]
+
+  if estimator == 'ste':
+    return np.broadcast_to(eye, scale.shape[:1] + eye.shape[1:])
+  if estimator == 'reflection':
+    r = (u - v) / np.linalg.norm(u - v, axis=1)[:, None]
+    return scale * (eye - 2 * outer(r, r))
+  w = (u + v) / np.linalg.norm(u + v, axis=1)[:, None]
+  return scale * (eye - 2 * outer(w, w) + 2 * outer(v, u))
+
+
+def encode(model, state):
+  """z [N, D] of a training batch, its pull-back and the nearest codes."""
+
+  @jax.jit
+  def latents(encoder):
+    z, _ = model.apply(
+      state.variables | {'params': state.params | {'encoder': encoder}},
+      IMAGES,
+      train=True,
+      method='latents',
+      mutable=['batch_stats'],
+    )
+    return z.reshape(-1, z.shape[-1])
+
+  encoder = state.params['encoder']
+  z = np.asarray(latents(encoder))
+  collection = state.codebook or state.params
+  codes = np.asarray(collection['vq']['embedding'])
+  ids = np.array([int(np.argmin(((codes - e) ** 2).sum(1))) for e in z])
+
+  @jax.jit
+  def pull(arrives):
+    return jax.grad(lambda p: jnp.sum(latents(p) * arrives))(encoder)
+
+  return z, pull, codes, ids
+
+
+def decoders_gradient(model, state, q):
+  """Of the mean squared error by the codes q [N, D]."""
+
+  @jax.jit
+  @jax.grad
+  def gradient(q):
+    x, _ = model.apply(
+      state.variables,
+      q.reshape(8, 4, 4, 8),
+      method=lambda model, q: model.decoder(q, train=True),
+      mutable=['batch_stats'],
+    )
+    return jnp.mean((x - IMAGES) ** 2)
+
+  return np.asarray(gradient(q))
+
+
+@pytest.mark.parametrize('estimator', ['rotation', 'reflection', 'ste'])
+def test_the_encoders_gradient_is_that_of_the_estimators_matrix(
+  estimator, first_step
+):
+  model, state, after, _ = first_step(estimator)
+  z, pull, codes, ids = encode(model, state)
+  q = codes[ids]
+  g = decoders_gradient(model, state, q)
+  arrives = np.einsum('nij,ni->nj', dense_maps(estimator, z, q), g)
+  arrives += 0.25 * 2 * (z - q) / z.size
+  want = pull(jnp.asarray(arrives, jnp.float32))
+  got = jax.tree.map(lambda m: 10 * m, first_moment(after)['encoder'])
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-3 * float(np.abs(b).max()) + 1e-7)
+
+
+def test_estimators_differ_in_the_encoders_gradient_alone(first_step):
+  moments = [
+    first_moment(first_step(name)[2])
+    for name in ('rotation', 'reflection', 'ste')
+  ]
+  for i, j in ((0, 1), (0, 2), (1, 2)):
+    a, b = moments[i], moments[j]
+    apart = optax.tree.norm(optax.tree.sub(a['encoder'], b['encoder']))
+    assert apart > 0.05 * optax.tree.norm(a['encoder'])
+    decoders = map(jax.tree.leaves, (a['decoder'], b['decoder']))
+    for x, y in zip(*decoders, strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+  ('name', 'weight'),
+  [('rotation', 0.25), ('learned', 3.75), ('averaged', 0.5 * 0.5 * 8)],
+)
+def test_the_steps_loss_has_the_configs_weights(name, weight, first_step):
+  model, state, _, metrics = first_step(name)
+  z, _, codes, ids = encode(model, state)
+  want = weight * np.mean((z - codes[ids]) ** 2)
+  got = metrics['loss'] - metrics['mse']
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_the_steps_codebook_moves_at_the_configs_decay_and_eps(first_step):
+  model, state, after, _ = first_step('averaged')
+  z, _, _, ids = encode(model, state)
+  before = state.codebook['vq']
+  size = 0.75 * np.asarray(before['cluster_size'])
+  total = 0.75 * np.asarray(before['embedding_sum'])
+  for e, code in zip(z, ids, strict=True):
+    size[code] += 0.25
+    total[code] += 0.25 * e
+  smooth = (size + 0.5) / (size.sum() + 8 * 0.5) * size.sum()
+  got = after.codebook['vq']
+  np.testing.assert_allclose(got['cluster_size'], size, rtol=1e-5)
+  want = total / smooth[:, None]
+  np.testing.assert_allclose(got['embedding'], want, rtol=1e-4, atol=1e-5)
+
+
+def test_codes_under_the_configs_threshold_are_replaced(first_step):
+  # That of 'ste' is above every count, that of 'averaged' is zero.
+  assert first_step('ste')[3]['replaced_codes'] == 8
+  assert first_step('averaged')[3].get('replaced_codes', 0) == 0
+
+
+def test_weight_decay_reaches_the_kernels_alone(first_step):
+  plain, decayed = first_step('learned'), first_step('decayed')
+  moved = jax.tree.map(lambda a, b: a - b, decayed[2].params, plain[2].params)
+  before = jax.tree_util.tree_leaves_with_path(plain[1].params)
+  kernels = 0
+  for (path, p), change in zip(before, jax.tree.leaves(moved), strict=True):
+    is_kernel = path[-1].key == 'kernel'
+    want = -2e-4 * 0.5 * p if is_kernel else np.zeros(p.shape)
+    kernels += is_kernel
+    np.testing.assert_allclose(change, want, rtol=2e-2, atol=1e-7)
+  assert 0 < kernels < len(before)

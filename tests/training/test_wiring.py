@@ -1,0 +1,243 @@
+"""Every field of a config reaches what it is for."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rvq_jax import VQVAE
+from rvq_jax.training.settings import FIELDS, build_model, check_config
+from rvq_jax.training.trainer import Trainer
+
+QUANTIZERS = FIELDS['model.quantizer'].choices
+# A value of each field of a model that is no default of any class.
+OTHER = {
+  'widths': (6, 8),
+  'factor': 4,
+  'num_res_blocks': 2,
+  'num_heads': 4,
+  'code_dim': 12,
+  'quantizer': 'simvq',
+  'dtype': 'bfloat16',
+  'remat': True,
+  'codebook_size': 32,
+  'estimator': 'reflection',
+  'ema': False,
+  'decay': 0.75,
+  'eps': 1e-3,
+  'commitment_weight': 0.5,
+  'codebook_weight': 3.0,
+  'loss_form': 'paper_eq5',
+  'cosine': True,
+  'dead_code_threshold': 0.25,
+  'replacement_step': 0.7,
+  'init_from': 'normal',
+  'max_scale': 1.5,
+  'freeze': True,
+  'depth': 3,
+  'heads': 4,
+  'temperature_steps': 77,
+  'kl_weight': 0.125,
+}
+# Fields that act only together with another one.
+NEEDS = {'codebook_weight': {'ema': False}}
+CANNOT = {('residual', 'cosine')}
+OF_MODEL = [f[6:] for f in FIELDS if f.startswith('model.')]
+
+
+def fields_of(module):
+  return {field.name for field in dataclasses.fields(module)}
+
+
+def quantizer_fields(name):
+  model = VQVAE(quantizer={'name': name, 'codebook_size': 16})
+  # The latents have code_dim channels; the quantizer takes them as they come.
+  taken = fields_of(model.bind({}).vq) - {'code_dim'}
+  return [f for f in OF_MODEL if f in taken and (name, f) not in CANNOT]
+
+
+@pytest.fixture(scope='module')
+def model_of(make_step_config):
+  """Returns a function of fields of model that builds the model."""
+
+  def build(**fields):
+    named = {f'model.{name}': value for name, value in fields.items()}
+    return build_model(check_config(make_step_config(named)))
+
+  return build
+
+
+def called_modules(model, part):
+  """The modules of a part of the model that a forward pass calls."""
+  modules = []
+
+  def record(call, arguments, keywords, context):
+    modules.append(context.module)
+    return call(*arguments, **keywords)
+
+  images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+  with nn.intercept_methods(record):
+    jax.eval_shape(model.init, jax.random.key(0), images)
+  return [module for module in modules if module.path[:1] == (part,)]
+
+
+def program(model, call, shape):
+  """The program of the gradient of a call of the model, as text."""
+  images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+  def total(x, variables):
+    y, loss = model.apply(
+      variables,
+      x,
+      method=call,
+      mutable=['batch_stats', 'codebook'],
+      rngs={'codebook': jax.random.key(0)},
+    )[0]
+    return jnp.mean(y) + loss
+
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
+  gradient = jax.value_and_grad(total, argnums=(0, 1), allow_int=True)
+  return str(jax.make_jaxpr(gradient)(x, variables))
+
+
+def quantize(model, z):
+  out = model.vq(z, train=True)
+  return out.quantized, out.loss
+
+
+def reconstruct(model, images):
+  out = model(images, train=True)
+  return out.reconstruction, out.quantizer.loss
+
+
+@pytest.fixture(scope='module')
+def quantizer_program(model_of):
+  """Returns a function of fields of model: the program of its quantizer."""
+  cached = functools.cache(
+    lambda items: program(model_of(**dict(items)), quantize, (2, 4, 4, 8))
+  )
+  return lambda **fields: cached(tuple(fields.items()))
+
+
+@pytest.mark.parametrize(
+  ('name', 'field'),
+  [(name, field) for name in QUANTIZERS for field in quantizer_fields(name)],
+)
+def test_a_field_reaches_the_quantizer_of_the_forward_pass(
+  name, field, model_of, quantizer_program
+):
+  base = {'quantizer': name}
+  base |= {} if name == 'simvq' else NEEDS.get(field, {})
+  changed = base | {field: OTHER[field]}
+  modules = called_modules(model_of(**changed), 'vq')
+  found = {getattr(m, field) for m in modules if field in fields_of(m)}
+  assert found == {OTHER[field]}
+  assert quantizer_program(**changed) != quantizer_program(**base)
+
+
+@pytest.mark.parametrize(
+  'field', [f for f in OF_MODEL if f in fields_of(VQVAE) - {'quantizer'}]
+)
+def test_a_field_reaches_the_encoder_and_the_decoder(field, model_of):
+  base = {'num_res_blocks': 1}
+  model, changed = model_of(**base), model_of(**base | {field: OTHER[field]})
+  want = jnp.bfloat16 if field == 'dtype' else OTHER[field]
+  parts = {'code_dim': ['encoder'], 'num_heads': ['decoder']}
+  for part in parts.get(field, ['encoder', 'decoder']):
+    modules = called_modules(changed, part)
+    found = {getattr(m, field) for m in modules if field in fields_of(m)}
+    assert found == {want}
+  images = (2, 8, 8, 3)
+  one, other = (program(m, reconstruct, images) for m in (model, changed))
+  assert one != other
+
+
+@pytest.mark.parametrize('name', QUANTIZERS)
+def test_the_name_chooses_the_quantizer(name, model_of):
+  class_of = type(model_of(quantizer=name).bind({}).vq)
+  others = {type(model_of(quantizer=n).bind({}).vq) for n in QUANTIZERS}
+  assert len(others) == len(QUANTIZERS)
+  assert class_of.__name__.lower().startswith({'vq': 'vector'}.get(name, name))
+
+
+@pytest.mark.parametrize('name', QUANTIZERS)
+def test_a_quantizers_defaults_are_those_of_the_config(name, load_config):
+  config = load_config('cifar10').model
+  model = VQVAE(quantizer={'name': name, 'codebook_size': 16384})
+  want = {field: config[field] for field in quantizer_fields(name)}
+  if name == 'simvq':
+    want['estimator'] = 'ste'  # the published method
+  layer = model.bind({}).vq
+  assert {field: getattr(layer, field) for field in want} == want
+
+
+def test_a_models_defaults_are_those_of_the_config(load_config):
+  config = load_config('cifar10').model
+  names = set(OF_MODEL) & fields_of(VQVAE) - {'quantizer', 'dtype'}
+  want = {field: config[field] for field in names}
+  assert {field: getattr(VQVAE(), field) for field in names} == want
+  assert VQVAE().dtype == jnp.float32
+  assert VQVAE().quantizer['codebook_size'] == config.codebook_size
+
+
+def test_every_field_of_a_model_belongs_to_some_part():
+  known = fields_of(VQVAE).union(*map(quantizer_fields, QUANTIZERS))
+  assert set(OF_MODEL) == set(OTHER)
+  assert set(OF_MODEL) <= known
+
+
+# The object that a run is made of.
+
+
+@pytest.fixture(scope='module')
+def run_program(make_step_config, tmp_path_factory):
+  """Returns a function of fields: the program of a run's train step."""
+
+  @functools.cache
+  def program(items):
+    run = Trainer(make_step_config(dict(items)), tmp_path_factory.mktemp('run'))
+    images = jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.uint8)
+    state = jax.eval_shape(run.init, run.key)
+    return str(jax.make_jaxpr(run.train_step)(state, {'image': images}))
+
+  return lambda **fields: program(tuple(fields['fields'].items()))
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('optimizer.learning_rate', 1e-3),
+    ('optimizer.weight_decay', 0.5),
+    ('optimizer.schedule', 'constant'),
+    ('optimizer.warmup_steps', 2),
+    ('optimizer.clip_norm', 0.5),
+    ('optimizer.params_ema', 0.5),
+    ('data.flip', False),
+    ('seed', 1),
+    ('model.estimator', 'ste'),
+  ],
+)
+def test_a_field_changes_the_train_step_of_a_run(field, value, run_program):
+  assert run_program(fields={field: value}) != run_program(fields={})
+
+
+def test_every_field_of_the_optimizer_has_a_case():
+  mark = test_a_field_changes_the_train_step_of_a_run.pytestmark[0]
+  tried = {field for field, _ in mark.args[1]}
+  assert {f for f in FIELDS if f.startswith('optimizer.')} <= tried
+
+
+def test_the_seed_chooses_parameters_and_order(make_step_config, tmp_path):
+  runs = [Trainer(make_step_config({'seed': s}), tmp_path) for s in (0, 1)]
+  kernels, orders = [], []
+  for run in runs:
+    params = run.init(run.key).params
+    kernels.append(np.asarray(params['encoder']['conv0']['kernel']).tobytes())
+    orders.append(next(run.loader)['image'].tobytes())
+  assert kernels[0] != kernels[1]
+  assert orders[0] != orders[1]
