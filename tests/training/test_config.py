@@ -77,7 +77,7 @@ LIMITS = {
   (1, 2**20): 'model.code_dim',
   (1, 64): 'model.depth model.heads',
   (0.0, 1.0): 'model.decay',
-  (1e-30, 1.0): 'model.eps model.replacement_step',
+  (1e-30, 1.0): 'model.eps model.split_fraction',
   (1e-30, None): 'model.max_scale',
   (0.0, None): 'model.commitment_weight model.codebook_weight model.kl_weight '
   'model.dead_code_threshold optimizer.learning_rate optimizer.weight_decay '
@@ -99,7 +99,7 @@ def test_a_number_is_taken_up_to_its_limits(load_config, name, low, high):
 
   def refused(value):
     try:
-      settings.check_config(changed(load_config('cifar10'), name, value))
+      config_lib.check_config(changed(load_config('cifar10'), name, value))
     except ValueError as error:  # another field may not fit to this one
       return re.search(limits, str(error)) is not None
     return False

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from rvq_jax.training.settings import build_model, check_config
+from rvq_jax.training.config import build_model, check_config
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype('f')
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rvq_jax import VQVAE
-from rvq_jax.training.settings import FIELDS, build_model, check_config
-from rvq_jax.training.trainer import Trainer
+from rvq_jax.training.config import FIELDS, build_model, check_config
+from rvq_jax.training.run import Run
 
 QUANTIZERS = FIELDS['model.quantizer'].choices
 # A value of each field of a model that is no default of any class.
@@ -34,7 +34,7 @@ OTHER = {
   'loss_form': 'paper_eq5',
   'cosine': True,
   'dead_code_threshold': 0.25,
-  'replacement_step': 0.7,
+  'split_fraction': 0.7,
   'init_from': 'normal',
   'max_scale': 1.5,
   'freeze': True,
@@ -200,7 +200,7 @@ def run_program(make_step_config, tmp_path_factory):
 
   @functools.cache
   def program(items):
-    run = Trainer(make_step_config(dict(items)), tmp_path_factory.mktemp('run'))
+    run = Run(make_step_config(dict(items)), tmp_path_factory.mktemp('run'))
     images = jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.uint8)
     state = jax.eval_shape(run.init, run.key)
     return str(jax.make_jaxpr(run.train_step)(state, {'image': images}))
@@ -233,7 +233,7 @@ def test_every_field_of_the_optimizer_has_a_case():
 
 
 def test_the_seed_chooses_parameters_and_order(make_step_config, tmp_path):
-  runs = [Trainer(make_step_config({'seed': s}), tmp_path) for s in (0, 1)]
+  runs = [Run(make_step_config({'seed': s}), tmp_path) for s in (0, 1)]
   kernels, orders = [], []
   for run in runs:
     params = run.init(run.key).params
