@@ -33,7 +33,6 @@ from rvq_jax.models.layers import (  # noqa: E402
 )
 from rvq_jax.quantize.codebook import Codebook, ema_update  # noqa: E402
 from rvq_jax.quantize.search import nearest_codes  # noqa: E402
-from rvq_jax.training import runtime  # noqa: E402
 
 _DIM, _FACTOR, _BLOCKS, _CODES = 256, 8, 12, 16384
 
@@ -167,7 +166,7 @@ def main():
   parser.add_argument('--memory', choices=('kept', 'default'), default='kept')
   args = parser.parse_args()
   if args.memory == 'kept':
-    runtime.keep_freed_memory()
+    command_line.keep_freed_memory()
   print(f'{provenance.hardware()}, {provenance.versions("jax", "jaxlib")}')
   print('| | part | multiply-adds forward, 10^9 | ms a step | GFLOP/s |')
   print('|---|---|---|---|---|')

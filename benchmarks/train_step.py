@@ -10,7 +10,7 @@ process; printed are medians, ratios, compile time, memory and, by the formulas
 of docs/scale.md, FLOPs a second. `--peer` adds the same model in PyTorch
 (torch_model.py) with vector-quantize-pytorch's quantizer and with one as good
 as ours (`pip install torch vector-quantize-pytorch`). `--memory=kept` has the C
-library keep freed memory, for every form, as our launchers do (runtime.py).
+library keep freed memory, for every form, as our launchers do.
 `--profile` writes a trace of our step for TensorBoard or Perfetto.
 """
 
@@ -34,7 +34,6 @@ import numpy as np  # noqa: E402
 
 from rvq_jax.evaluation import provenance  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
-from rvq_jax.training import runtime  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402
 from rvq_jax.training.step import make_train_step  # noqa: E402
@@ -192,7 +191,7 @@ def main():
   )
   parser.add_argument('--size', nargs='+', default=['32:128', '256:8'])
   args = parser.parse_args()
-  if args.memory == 'kept' and not runtime.keep_freed_memory():
+  if args.memory == 'kept' and not command_line.keep_freed_memory():
     sys.exit('--memory=kept needs glibc, the CPU backend and no MALLOC_* set')
   packages = ['jax', 'jaxlib'] + [
     'torch',

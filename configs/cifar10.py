@@ -19,16 +19,13 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # initial parameters, data order, flips, code replacement
   config.batch_size = 128  # over all devices
-  config.accumulate_steps = 1  # microbatches a batch; less memory, same update
-  config.codebook_shards = 1  # devices that share a codebook, split over them
+  config.accumulate_steps = 1  # microbatches per step, each updates the codes
   config.num_epochs = 300
   config.num_steps = placeholder(int)  # if set, counts instead of num_epochs
-  config.steps_per_dispatch = 1  # steps that one call to the device takes
   config.log_every = 50  # steps between two log lines
   config.eval_every = 1640  # steps between evaluations; 0: at the end only
   config.checkpoint_every = 1640  # steps; 0: with each evaluation
   config.keep_checkpoints = 2  # newest ones to keep, besides the best
-  config.exact_resume = False  # refuse to go on on another machine
 
   config.data = data = ConfigDict()
   data.name = 'tfds:cifar10'  # tfds:NAME, folder:PATH or photos
@@ -39,7 +36,6 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   data.crop_scale = 0.08  # least share of the area, for random_resized
   data.flip = True  # mirror half of the training images
   data.in_memory = 'auto'  # 'yes', 'no'; auto: when decoded it fits in 4 GiB
-  data.on_device = False  # keep a set in memory on the devices instead
   data.num_workers = 0  # decoding processes where the set is streamed
 
   config.model = model = ConfigDict()

@@ -36,9 +36,8 @@ def main():
     command_line.fail(f'--seeds: expected at least 1, got {_SEEDS.value}')
   # Imported once the flags are known to be good: this takes seconds.
   from rvq_jax.evaluation import reproduce
-  from rvq_jax.training import runtime
 
-  runtime.prepare()
+  command_line.prepare_backend()
   config = _CONFIG.value
   if _NUM_STEPS.value is not None:
     config.num_steps = _NUM_STEPS.value

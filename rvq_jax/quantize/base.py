@@ -1,7 +1,7 @@
 """What every quantizer takes and returns."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -13,29 +13,73 @@ from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.losses import LOSS_FORMS
 
 INITS = ('data', 'normal')
-_CHOICES = {
-  'estimator': tuple(ESTIMATORS),
-  'loss_form': LOSS_FORMS,
-  'init_from': INITS,
+_COUNT = 2**31 - 1
+_MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
+
+
+class Field(NamedTuple):
+  """What an argument or a config field may hold.
+
+  Attributes:
+    kind: int, float, bool or str.
+    low: least value.
+    high: greatest value.
+    choices: allowed values, or None.
+    optional: None is allowed.
+  """
+
+  kind: type
+  low: float = -float('inf')
+  high: float = float('inf')
+  choices: tuple | None = None
+  optional: bool = False
+
+
+FIELDS = {
+  'codebook_size': Field(int, 1, _COUNT),
+  'code_dim': Field(int, 1, 2**20, optional=True),
+  'estimator': Field(str, choices=tuple(ESTIMATORS)),
+  'ema': Field(bool),
+  'decay': Field(float, 0, 1),
+  'eps': Field(float, 1e-30, 1),
+  'commitment_weight': Field(float, 0),
+  'codebook_weight': Field(float, 0),
+  'loss_form': Field(str, choices=LOSS_FORMS),
+  'cosine': Field(bool),
+  'dead_code_threshold': Field(float, 0),
+  'split_fraction': Field(float, 1e-30, 1),
+  'init_from': Field(str, choices=INITS),
+  'max_scale': Field(float, 1e-30),
+  'freeze': Field(bool),
+  'depth': Field(int, 1, 2**10),
+  'heads': Field(int, 1, 2**10),
+  'temperature_start': Field(float, 1e-30),
+  'temperature_end': Field(float, 1e-30),
+  'temperature_steps': Field(int, 1, _COUNT),
+  'kl_weight': Field(float, 0),
 }
-_RANGES = {
-  'codebook_size': (1, 2**31 - 1),
-  'code_dim': (1, 2**20),
-  'depth': (1, 2**10),
-  'heads': (1, 2**10),
-  'decay': (0.0, 1.0),
-  'eps': (1e-30, 1.0),
-  'commitment_weight': (0.0, float('inf')),
-  'codebook_weight': (0.0, float('inf')),
-  'dead_code_threshold': (0.0, float('inf')),
-  'split_fraction': (1e-30, 1.0),
-  'max_scale': (1e-30, float('inf')),
-  'temperature_start': (1e-30, float('inf')),
-  'temperature_end': (1e-30, float('inf')),
-  'temperature_steps': (1, 2**31 - 1),
-  'kl_weight': (0.0, float('inf')),
-}
-_WHOLE = ('codebook_size', 'code_dim', 'depth', 'heads', 'temperature_steps')
+"""Every argument that users set, of all quantizers."""
+
+
+def fault(value: Any, field: Field) -> str | None:
+  """What was expected of a value, or None if it is valid."""
+  if value is None:
+    return None if field.optional else 'a value'
+  kind = (int, float) if field.kind is float else field.kind
+  if not isinstance(value, kind) or (
+    isinstance(value, bool) and field.kind is not bool
+  ):
+    names = {int: 'an integer', float: 'a number', str: 'text'}
+    return names.get(field.kind, 'True or False')
+  if field.choices and value not in field.choices:
+    return f'one of {", ".join(map(str, field.choices))}'
+  if field.kind in (int, float) and not field.low <= value <= field.high:
+    if field.high >= _COUNT:
+      return f'at least {field.low:g}'
+    return f'a value from {field.low:g} to {field.high:g}'
+  if field.kind is float and abs(value) > _MAX_FLOAT32:
+    return 'a finite number that float32 can hold'
+  return None
 
 
 @flax.struct.dataclass
@@ -69,21 +113,9 @@ def validate(**arguments: Any) -> None:
     ValueError: one line with what was expected and what came.
   """
   for name, value in arguments.items():
-    if name in _CHOICES and value not in _CHOICES[name]:
-      raise ValueError(
-        f'{name}: expected one of {", ".join(_CHOICES[name])}; got {value!r}'
-      )
-    if name not in _RANGES or (name == 'code_dim' and value is None):
-      continue
-    low, high = _RANGES[name]
-    kind = int if name in _WHOLE else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind):
-      wanted = 'a whole number' if name in _WHOLE else 'a number'
-      raise ValueError(f'{name}: expected {wanted}, got {value!r}')
-    if not low <= value <= high:
-      raise ValueError(
-        f'{name}: expected a value from {low:g} to {high:g}, got {value!r}'
-      )
+    expected = fault(value, FIELDS[name]) if name in FIELDS else None
+    if expected:
+      raise ValueError(f'{name}: expected {expected}, got {value!r}')
 
 
 def check_input(z: jax.Array, mask: jax.Array | None) -> None:

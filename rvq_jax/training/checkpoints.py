@@ -1,6 +1,13 @@
 """Orbax checkpoints of the state, with the data position and the config."""
 
+import functools
+import hashlib
+import json
+import logging
 import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +16,15 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from rvq_jax.training import machine, manifest
+from rvq_jax.io import tree_digest
 from rvq_jax.training.state import TrainState
 
+QUARANTINE = 'corrupt'
+"""Folder beside `checkpoints` that damaged steps are moved to."""
 
-def _mse(metrics):
-  return metrics['mse']
+
+class DamagedError(ValueError):
+  """A checkpoint cannot be read, or is not what was saved."""
 
 
 def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -30,40 +40,35 @@ def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
   return {'model': model, 'optimizer': optimizer}
 
 
+def _json_digest(meta: dict[str, Any]) -> str:
+  """SHA-256 of the JSON of `meta`, its own digest left out."""
+  rest = {name: x for name, x in meta.items() if name != 'digest'}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 class Checkpoints:
   """The checkpoints of one run, in WORKDIR/checkpoints/STEP.
 
   Each holds three items: `model` (params, batch_stats, codebook, params_ema),
-  `optimizer` (the rest of the state) and `meta` (JSON: config, data position
-  and machine). Saves are asynchronous. The newest `keep` stay, and the best by
-  the metric 'mse'. Use as a context manager: leaving it waits until the last
-  save is complete on disk, except after a KeyboardInterrupt. Of several
-  processes each writes its share, into a directory that all of them see; a save
-  is complete when all have written.
-
-  Each step holds the SHA-256 of its files (manifest.py). Opening a run to write
-  removes what a killed one left, and moves damaged newest steps out of the way;
-  read_only, a damaged step is refused.
+  `optimizer` (the rest of the state) and `meta` (JSON: config, data position,
+  validation score, a digest of each of the other items and of itself). Every
+  reader checks the digests of what it reads. Saves are asynchronous. The newest
+  `keep` stay, and the best: the one with the lowest score. Use as a context
+  manager: leaving it waits until the last save is complete, except after a
+  KeyboardInterrupt. Of several processes each writes its share, into a
+  directory that all of them see.
 
   Args:
     workdir: directory of the run.
     keep: newest checkpoints to keep.
-    read_only: never create or delete anything.
-    verify: read_only, refuse a step whose files are not as they were saved.
+    read_only: never create or delete anything; otherwise what a killed save
+      left is removed.
 
   Raises:
-    FileNotFoundError: read_only, and the directory holds no checkpoint.
-    ValueError: there are checkpoints, and none is intact.
+    FileNotFoundError: read_only, and there are no checkpoints.
   """
 
-  def __init__(
-    self,
-    workdir,
-    *,
-    keep: int = 2,
-    read_only: bool = False,
-    verify: bool = True,
-  ):
+  def __init__(self, workdir, *, keep: int = 2, read_only: bool = False):
     self._path = Path(workdir).resolve() / 'checkpoints'
     if read_only and not self._path.is_dir():
       raise FileNotFoundError(
@@ -71,39 +76,15 @@ class Checkpoints:
         'with python launch/main.py --config=configs/photos.py '
         f'--workdir={workdir}'
       )
-    if not read_only:
-      if jax.process_index() == 0:
-        manifest.recover(self._path)
-      if jax.process_count() > 1:
-        multihost_utils.sync_global_devices('rvq_jax: checkpoints recovered')
-    self._read_only, self._verify = read_only, verify
-    try:
-      self._manager = self._open(keep)
-    # Orbax reads the scores of every step; what it makes of damaged ones is an
-    # error of JSON, of Unicode, or of a name that is not there.
-    except Exception:
-      self._require_scores()
-      raise
-
-  def _open(self, keep: int) -> ocp.CheckpointManager:
-    policy = ocp.checkpoint_managers
-    best = policy.BestN(
-      get_metric_fn=_mse,
-      reverse=True,
-      n=1,
-      keep_checkpoints_without_metrics=False,
-    )
-    return ocp.CheckpointManager(
+    self._read_only, self._keep = read_only, keep
+    self._on_first_process(self._remove_unfinished)
+    self._manager = ocp.CheckpointManager(
       self._path,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy.AnyPreservationPolicy(
-          [policy.LatestN(keep), best]
-        ),
-        best_fn=_mse,
-        best_mode='min',
-        create=not self._read_only,
-        read_only=self._read_only,
-        temporary_path_class=manifest.SealedPath,
+        preservation_policy=self,
+        create=not read_only,
+        read_only=read_only,
+        lightweight_initialize=True,
       ),
       item_handlers={
         'model': ocp.StandardCheckpointHandler(),
@@ -126,37 +107,34 @@ class Checkpoints:
     finally:
       # What a full disk left unfinished only makes it fuller.
       if not self._read_only and jax.process_index() == 0:
-        manifest.remove_unfinished(self._path)
+        self._remove_unfinished()
 
   @property
   def latest_step(self) -> int | None:
-    """The newest complete step, or None."""
+    """The newest step, or None."""
     return self._manager.latest_step()
 
   @property
   def steps(self) -> list[int]:
-    """All complete steps, oldest first."""
+    """All steps, oldest first."""
     return sorted(self._manager.all_steps())
 
   def resolve(self, step: int | str | None = None) -> int:
     """The step that `step` means.
 
     Args:
-      step: a step, 'best' (lowest mse), or None for the newest.
+      step: a step, 'best' (lowest score), or None for the newest.
 
     Returns:
       A step that exists.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint; lists those there are.
-      ValueError: it is damaged, by the SHA-256 of its files.
+      FileNotFoundError: there is no such checkpoint; lists the steps.
     """
     if step is None:
-      found = self._manager.latest_step()
+      found = self.latest_step
     elif step == 'best':
-      if self._verify:
-        self._require_scores()
-      found = self._manager.best_step()
+      found = self._best(self.steps)
     else:
       found = int(step) if int(step) in self.steps else None
     if found is None:
@@ -164,24 +142,7 @@ class Checkpoints:
         f'expected a checkpoint of step {step or "any"} in {self._path}, found '
         f'steps {self.steps or "none"}'
       )
-    if self._verify:
-      self._refuse_damaged(found)
     return found
-
-  def _require_scores(self) -> None:
-    for step in manifest.steps(self._path):
-      self._refuse_damaged(step, part='metrics/')
-
-  def _refuse_damaged(self, step: int, part: str = '') -> None:
-    what = manifest.fault(self._path / str(step), part=part)
-    if what:
-      others = [s for s in reversed(manifest.steps(self._path)) if s != step]
-      raise ValueError(
-        f'the checkpoint of step {step} in {self._path} is damaged: {what}; '
-        'training goes on from the one before it, and to load another one '
-        f'give its step (there are {", ".join(map(str, others)) or "no others"}'
-        ')'
-      )
 
   def save(
     self,
@@ -189,46 +150,47 @@ class Checkpoints:
     *,
     config: dict[str, Any],
     position: dict[str, Any],
-    metrics: dict[str, float] | None = None,
+    score: float | None = None,
   ) -> None:
-    """Starts saving the state; a step that is there already is left alone.
+    """Starts saving the state; a step that exists already is left alone.
 
     Args:
       state: the state to save.
       config: the run's config as plain JSON values.
       position: where the data loader stands.
-      metrics: of an evaluation of this state; 'mse' ranks the checkpoint.
+      score: validation mse of this state, if it was evaluated.
     """
     step = int(state.step)
-    if step in self._manager.all_steps():
+    if step in self.steps:
       return
-    if metrics and not math.isfinite(_mse(metrics)):
-      metrics = None  # NaN is neither better nor worse than a number
+    if score is not None and not math.isfinite(score):
+      score = None  # NaN is neither better nor worse than a number
     parts = _parts(state)
+    meta = {'config': config, 'position': position, 'score': score}
+    meta['digests'] = {name: tree_digest(part) for name, part in parts.items()}
+    meta['digest'] = _json_digest(meta)
+    self._scores[step] = score
     saved = self._manager.save(
       step,
       args=ocp.args.Composite(
-        model=ocp.args.StandardSave(parts['model']),
-        optimizer=ocp.args.StandardSave(parts['optimizer']),
-        meta=ocp.args.JsonSave(
-          {
-            'config': config,
-            'position': position,
-            'machine': machine.describe(),
-          }
-        ),
+        meta=ocp.args.JsonSave(meta),
+        **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
       ),
-      metrics=metrics,
       force=True,
     )
     if not saved:
       raise RuntimeError(f'the checkpoint of step {step} was not saved')
 
   def meta(self, step: int) -> dict[str, Any]:
-    """What is stored with a step: 'config', 'position' and 'machine'."""
-    return self._manager.restore(
-      step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-    )['meta']
+    """The item `meta`: 'config', 'position', 'score' and 'digests'.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    meta = self._read(step, 'meta', ocp.args.JsonRestore())
+    if not isinstance(meta, dict) or meta.get('digest') != _json_digest(meta):
+      raise self._damage(step, 'meta', 'is not what was saved')
+    return meta
 
   def restore(self, state: TrainState, step: int) -> TrainState:
     """The saved state.
@@ -240,24 +202,24 @@ class Checkpoints:
 
     Returns:
       The state of that step.
+
+    Raises:
+      ValueError: an item is damaged.
     """
+    digests = self.meta(step)['digests']
     parts = {
-      name: jax.tree.map(_abstract, part)
+      name: self._read_arrays(
+        step, name, jax.tree.map(_abstract, part), digests[name]
+      )
       for name, part in _parts(state).items()
     }
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        **{n: ocp.args.StandardRestore(part) for n, part in parts.items()}
-      ),
-    )
-    model, optimizer = restored['model'], restored['optimizer']
+    model = parts['model']
     return TrainState(
       params=model['params'],
       batch_stats=model['batch_stats'],
       codebook=model['codebook'],
       params_ema=model.get('params_ema'),
-      **optimizer,
+      **parts['optimizer'],
     )
 
   def restore_model(self, abstract: dict[str, Any], step: int):
@@ -269,10 +231,122 @@ class Checkpoints:
 
     Returns:
       The tree of arrays.
+
+    Raises:
+      ValueError: it is damaged.
     """
-    return self._manager.restore(
-      step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
-    )['model']
+    digest = self.meta(step)['digests']['model']
+    return self._read_arrays(step, 'model', abstract, digest)
+
+  def restore_newest(
+    self, state: TrainState, check: Callable[[dict], None]
+  ) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest sound checkpoint; damaged newer ones go to the quarantine.
+
+    Args:
+      state: see `restore`.
+      check: called with the meta of a step before its state is read.
+
+    Returns:
+      The state and its meta; None if there are no checkpoints.
+
+    Raises:
+      ValueError: there are checkpoints, and none is sound; or what `check`
+        raises. Nothing is changed then.
+    """
+    faults = {}
+    for step in reversed(self.steps):
+      try:
+        meta = self.meta(step)
+        check(meta)
+        state = self.restore(state, step)
+      except DamagedError as error:
+        faults[step] = error
+        continue
+      self._on_first_process(lambda: self._clean(faults, step))  # noqa: B023
+      self._manager.reload()
+      return state, meta
+    if faults:
+      raise ValueError(
+        f'no checkpoint in {self._path} is sound; put back a copy of one, or '
+        'start in another --workdir: ' + '; '.join(map(str, faults.values()))
+      )
+    return None
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """Answers Orbax which steps stay: the newest and the best."""
+    del context
+    steps = [info.step for info in checkpoints]
+    keep = {*steps[-self._keep :], self._best(steps)}
+    return [step in keep for step in steps]
+
+  @functools.cached_property
+  def _scores(self) -> dict[int, float | None]:
+    """Step -> its score, of the steps whose meta is sound."""
+    scores = {}
+    for step in self.steps:
+      try:
+        scores[step] = self.meta(step)['score']
+      except DamagedError as error:
+        logging.warning('%s', error)
+    return scores
+
+  def _best(self, steps) -> int | None:
+    scored = [s for s in steps if self._scores.get(s) is not None]
+    return min(scored, key=self._scores.get, default=None)
+
+  def _read(self, step, item, args):
+    """An item as Orbax reads it. Whatever goes wrong counts as damage."""
+    try:
+      return self._manager.restore(
+        step, args=ocp.args.Composite(**{item: args})
+      )[item]
+    except Exception as error:
+      reason = ' '.join(str(error).split())[:200] or type(error).__name__
+      raise self._damage(step, item, f'cannot be read ({reason})') from error
+
+  def _read_arrays(self, step, item, abstract, digest):
+    tree = self._read(step, item, ocp.args.StandardRestore(abstract))
+    if tree_digest(tree) != digest:
+      raise self._damage(step, item, 'is not what was saved')
+    return tree
+
+  def _damage(self, step, item, what) -> DamagedError:
+    others = ', '.join(str(s) for s in self.steps if s != step)
+    return DamagedError(
+      f'the checkpoint of step {step} in {self._path} is damaged: {item} '
+      f'{what}; training resumes from the newest sound step; to load another '
+      f'step give --step (there are {others or "no others"})'
+    )
+
+  def _on_first_process(self, change: Callable[[], None]) -> None:
+    """Changes the directory once; the other processes wait for it."""
+    if self._read_only:
+      return
+    if jax.process_index() == 0:
+      change()
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices('rvq_jax: checkpoints changed')
+
+  def _remove_unfinished(self) -> None:
+    """Removes what a killed save left: Orbax's temporary names."""
+    for path in self._path.glob(f'*{ocp.path.atomicity.TMP_DIR_SUFFIX}*'):
+      shutil.rmtree(path, ignore_errors=True)
+
+  def _clean(self, faults: dict[int, DamagedError], resumed: int) -> None:
+    """Moves damaged steps away, removes half-deleted ones before `resumed`."""
+    for step, error in faults.items():
+      target = self._path.parent / QUARANTINE / str(step)
+      shutil.rmtree(target, ignore_errors=True)
+      target.parent.mkdir(exist_ok=True)
+      os.rename(self._path / str(step), target)
+      logging.warning(
+        '%s; it was moved to %s, resuming from step %d', error, target, resumed
+      )
+    for step in self.steps:
+      path = self._path / str(step)
+      if step < resumed and not (path / 'meta' / 'metadata').exists():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _abstract(x):

@@ -1,8 +1,4 @@
-"""One run of several processes, on one host or on many.
-
-The runtime is JAX's own: `jax.distributed` brings the processes together, and
-XLA's collectives (gloo on CPU, NCCL on CUDA) carry what they share.
-"""
+"""One run of several processes: `jax.distributed` and XLA's collectives."""
 
 import re
 
@@ -25,15 +21,15 @@ def initialize(
 ) -> None:
   """Joins the other processes of the run; call before any device is used.
 
-  Without arguments JAX finds them under SLURM, Open MPI and Kubernetes (there
-  with `pip install "jax[k8s]"`). Returns when all of them are there.
+  Without arguments JAX asks the scheduler, SLURM for one. Returns when all
+  processes have joined.
 
   Args:
     coordinator: HOST:PORT of process 0, as all processes can reach it.
-    num_processes: how many there are.
-    process_id: which of them this is, from 0.
-    lost_after: seconds of silence after which a process is given up, and with
-      it the run.
+    num_processes: of the run.
+    process_id: of this process, from 0.
+    lost_after: seconds of silence after which a process, and with it the run,
+      counts as lost.
 
   Raises:
     ValueError: only some of the three are given, one is out of range, or
@@ -68,9 +64,8 @@ def initialize(
     if explicit:
       raise
     raise ValueError(
-      '--multihost: expected SLURM, Open MPI or Kubernetes (with jax[k8s]) '
-      'around this process, found none; give --coordinator=HOST:PORT '
-      '--num_processes=N --process_id=I'
+      '--multihost: expected a scheduler such as SLURM, found none; give '
+      '--coordinator=HOST:PORT --num_processes=N --process_id=I'
     ) from error
 
 

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-SCHEDULES = ('cosine', 'constant')
+from rvq_jax.training.config import SCHEDULES
 
 
 def make_schedule(

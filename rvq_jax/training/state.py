@@ -5,7 +5,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
 
 @flax.struct.dataclass
@@ -49,7 +48,7 @@ class TrainState:
 
 def create_state(
   model,
-  optimizer: optax.GradientTransformation,
+  optimizer,
   key: jax.Array,
   *,
   image_size: int,
@@ -61,7 +60,7 @@ def create_state(
 
   Args:
     model: a `VQVAE` or a model with its call signature and collections.
-    optimizer: from `make_optimizer`.
+    optimizer: an optax transformation, from `make_optimizer`.
     key: random key of the initial parameters.
     image_size: side of the training images in pixels.
     params_ema: keep a moving average of the parameters.
