@@ -27,8 +27,9 @@ CORES = 2
 if hasattr(os, 'sched_setaffinity'):  # before JAX and torch count the cores
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+sys.path[:0] = [str(ROOT / part) for part in ('', 'benchmarks', 'launch')]
 
+import command_line  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 

@@ -74,7 +74,9 @@ def prepare_backend() -> None:
   keep_freed_memory()
   if not jax.config.jax_compilation_cache_dir:
     info = Path('/proc/cpuinfo')
-    cpu = re.findall('^flags.*', info.read_text() if info.exists() else '', re.M)
+    cpu = re.findall(
+      '^flags.*', info.read_text() if info.exists() else '', re.M
+    )
     kind = hashlib.sha256(''.join(cpu[:1]).encode()).hexdigest()[:8]
     home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     folder = home / f'rvq_jax/compiled/{platform.machine()}-{kind}'

@@ -269,7 +269,8 @@ class Checkpoints:
     if faults:
       raise ValueError(
         f'no checkpoint in {self._path} is sound; put back a copy of one, or '
-        'start in another --workdir: ' + '; '.join(map(str, faults.values()))
+        'start in another --workdir: '
+        + '; '.join(str(x).partition(';')[0] for x in faults.values())
       )
     return None
 
@@ -315,8 +316,8 @@ class Checkpoints:
     others = ', '.join(str(s) for s in self.steps if s != step)
     return DamagedError(
       f'the checkpoint of step {step} in {self._path} is damaged: {item} '
-      f'{what}; training resumes from the newest sound step; to load another '
-      f'step give --step (there are {others or "no others"})'
+      f'{what}; load another --step (there are {others or "no others"}), or '
+      'train on: the run resumes from the newest sound one'
     )
 
   def _on_first_process(self, change: Callable[[], None]) -> None:
@@ -341,7 +342,10 @@ class Checkpoints:
       target.parent.mkdir(exist_ok=True)
       os.rename(self._path / str(step), target)
       logging.warning(
-        '%s; it was moved to %s, resuming from step %d', error, target, resumed
+        '%s; it was moved to %s, resuming from step %d',
+        str(error).partition(';')[0],
+        target,
+        resumed,
       )
     for step in self.steps:
       path = self._path / str(step)

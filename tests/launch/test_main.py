@@ -55,7 +55,7 @@ def run(launcher, *flags):
     ),
     (
       ['--config=configs/photos.py', '--multihost'],
-      'expected SLURM, Open MPI or Kubernetes',
+      'expected a scheduler such as SLURM, found none',
     ),
     (
       ['--config=configs/photos.py', '--multihost', '--process_id=0'],

@@ -1,8 +1,6 @@
-"""launch/slurm.sh and launch/kubernetes.yaml, without a cluster."""
+"""launch/slurm.sh, without a cluster."""
 
 import os
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -11,129 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 LAUNCH = Path(__file__).resolve().parents[2] / 'launch'
-# The fields of these objects (Kubernetes 1.34) that a file like ours may use.
-SCHEMA = {
-  'ServiceSpec': {
-    'clusterIP',
-    'publishNotReadyAddresses',
-    'selector',
-    'ports',
-    'type',
-  },
-  'JobSpec': {
-    'activeDeadlineSeconds',
-    'backoffLimit',
-    'backoffLimitPerIndex',
-    'completionMode',
-    'completions',
-    'maxFailedIndexes',
-    'parallelism',
-    'podFailurePolicy',
-    'podReplacementPolicy',
-    'suspend',
-    'template',
-    'ttlSecondsAfterFinished',
-  },
-  'PodSpec': {
-    'containers',
-    'nodeSelector',
-    'priorityClassName',
-    'restartPolicy',
-    'schedulerName',
-    'serviceAccountName',
-    'subdomain',
-    'terminationGracePeriodSeconds',
-    'tolerations',
-    'volumes',
-  },
-  'Container': {
-    'args',
-    'command',
-    'env',
-    'image',
-    'name',
-    'ports',
-    'resources',
-    'volumeMounts',
-    'workingDir',
-  },
-  'PodFailurePolicyRule': {'action', 'onExitCodes', 'onPodConditions'},
-  'Volume': {'name', 'emptyDir', 'persistentVolumeClaim'},
-  'VolumeMount': {'mountPath', 'name', 'readOnly', 'subPath'},
-}
-
-
-@pytest.fixture(scope='module')
-def objects():
-  text = (LAUNCH / 'kubernetes.yaml').read_text()
-  service, job = yaml.safe_load_all(text)
-  return service, job
-
-
-def check(kind, fields):
-  assert set(fields) <= SCHEMA[kind], kind
-
-
-def test_the_kubernetes_file_has_fields_that_exist(objects):
-  service, job = objects
-  assert (service['apiVersion'], service['kind']) == ('v1', 'Service')
-  assert (job['apiVersion'], job['kind']) == ('batch/v1', 'Job')
-  check('ServiceSpec', service['spec'])
-  check('JobSpec', job['spec'])
-  assert set(job['spec']['template']) == {'metadata', 'spec'}
-  pod = job['spec']['template']['spec']
-  check('PodSpec', pod)
-  for container in pod['containers']:
-    check('Container', container)
-    for mount in container['volumeMounts']:
-      check('VolumeMount', mount)
-  for volume in pod['volumes']:
-    check('Volume', volume)
-  for rule in job['spec']['podFailurePolicy']['rules']:
-    check('PodFailurePolicyRule', rule)
-
-
-def test_the_pods_find_each_other(objects):
-  service, job = objects
-  spec, pod = job['spec'], job['spec']['template']['spec']
-  name, host = job['metadata']['name'], service['metadata']['name']
-  assert service['spec']['clusterIP'] == 'None'
-  assert service['spec']['selector'] == {'job-name': name}
-  assert pod['subdomain'] == host
-  assert spec['completionMode'] == 'Indexed'  # sets JOB_COMPLETION_INDEX
-  (container,) = pod['containers']
-  shell, option, line = container['command']
-  assert (shell, option) == ('sh', '-c')
-  command = shlex.split(line)
-  assert command[:3] == ['exec', 'python', 'launch/main.py']
-  flags = dict(flag.partition('=')[::2] for flag in command[3:])
-  port = container['ports'][0]['containerPort']
-  assert flags['--coordinator'] == f'{name}-0.{host}:{port}'
-  assert int(flags['--num_processes']) == spec['completions']
-  assert spec['parallelism'] == spec['completions']
-  assert flags['--process_id'] == '$JOB_COMPLETION_INDEX'
-  defined = re.findall(
-    r"DEFINE_\w+\(\s*'(\w+)'", (LAUNCH / 'main.py').read_text()
-  )
-  assert {f[2:].partition('.')[0] for f in flags} <= set(defined)
-
-
-def test_failed_pods_are_replaced_unless_the_command_is_wrong(objects):
-  spec = objects[1]['spec']
-  pod = spec['template']['spec']
-  # podFailurePolicy needs Never; volumes and mounts must match.
-  assert pod['restartPolicy'] == 'Never'
-  assert spec['backoffLimit'] >= 10 * spec['completions']
-  failing, ignored = spec['podFailurePolicy']['rules']
-  assert failing['action'] == 'FailJob'
-  assert failing['onExitCodes']['values'] == [2]
-  assert failing['onExitCodes']['containerName'] == pod['containers'][0]['name']
-  assert ignored['action'] == 'Ignore'
-  mounts = pod['containers'][0]['volumeMounts']
-  assert {m['name'] for m in mounts} == {v['name'] for v in pod['volumes']}
 
 
 def test_the_slurm_script_is_clean():

@@ -99,13 +99,24 @@ def final_bits():
 
 
 def _final_bits(config, workdir):
+  template = loop.Run(config).template
   with Checkpoints(workdir, read_only=True) as checkpoints:
-    checkpoints.resolve()
-    state = loop.Run(config, workdir).start(checkpoints)
+    state = checkpoints.restore(template, checkpoints.resolve())
   return {
     jax.tree_util.keystr(path): np.asarray(x).tobytes()
     for path, x in jax.tree_util.tree_leaves_with_path(state)
   }
+
+
+@pytest.fixture(scope='session')
+def steps_of():
+  """Returns a function: workdir -> its saved steps, oldest first."""
+
+  def steps(workdir):
+    names = [p.name for p in (workdir / 'checkpoints').glob('*')]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+  return steps
 
 
 @pytest.fixture(scope='session')

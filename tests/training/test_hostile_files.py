@@ -56,7 +56,6 @@ def test_the_bomb_goes_off_where_somebody_unpickles_it(tmp_path):
         '.lock',
         'checkpoints/7/model/checkpoint',
         'checkpoints/6/meta/metadata',
-        'checkpoints/6/SHA256SUMS',
         'checkpoints/6/model/x.pkl',
       )
     ),
