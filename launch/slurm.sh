@@ -28,6 +28,6 @@ code=$?
 # mistake (2) would only happen again.
 case $code in
   75 | 134 | 137 | 138 | 143)
-    ((${SLURM_RESTART_COUNT:-0} < 100)) && scontrol requeue "$SLURM_JOB_ID" ;;
+    ((${SLURM_RESTART_COUNT:-0} < 20)) && scontrol requeue "$SLURM_JOB_ID" ;;
 esac
 exit "$code"
