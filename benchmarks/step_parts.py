@@ -168,7 +168,7 @@ def main():
   parser.add_argument('--memory', choices=('kept', 'default'), default='kept')
   args = parser.parse_args()
   if args.memory == 'kept':
-    command_line.keep_freed_memory()
+    command_line.prepare_backend()
   print(f'{provenance.hardware()}, {provenance.versions("jax", "jaxlib")}')
   print('| | part | multiply-adds forward, 10^9 | ms a step | GFLOP/s |')
   print('|---|---|---|---|---|')

@@ -192,8 +192,9 @@ def main():
   )
   parser.add_argument('--size', nargs='+', default=['32:128', '256:8'])
   args = parser.parse_args()
-  if args.memory == 'kept' and not command_line.keep_freed_memory():
-    sys.exit('--memory=kept needs glibc, the CPU backend and no MALLOC_* set')
+  if args.memory == 'kept':
+    command_line.prepare_backend()
+    jax.config.update('jax_enable_compilation_cache', False)
   packages = ['jax', 'jaxlib'] + [
     'torch',
     'vector-quantize-pytorch',

@@ -1,7 +1,6 @@
 """What the launchers share: flags, logging, the backend, one-line errors."""
 
 import ctypes
-import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -23,26 +22,27 @@ _EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
 _LOST = 75  # EX_TEMPFAIL: the same command resumes the run
 
 
-def fail(message, code: int = 2, details: str = '') -> None:
-  """Ends the program: one line on standard error, and an exit code."""
-  print(details or f'error: {" ".join(str(message).split())}', file=sys.stderr)
-  if not _distributed():
-    sys.exit(code)
-  if is_first():
-    time.sleep(5)  # the others abort when the first one ends: let them print
-  logging.shutdown()
-  sys.stderr.flush()
-  os._exit(code)  # an orderly exit waits for the other processes
-
-
-def _distributed() -> bool:
+def _process() -> int | None:
+  """This process of several, from 0; None for a single one."""
   jax = sys.modules.get('jax')
-  return jax is not None and jax.distributed.is_initialized()
+  several = jax is not None and jax.distributed.is_initialized()
+  return jax.process_index() if several else None
 
 
 def is_first() -> bool:
   """Whether this process prints for the run."""
-  return not _distributed() or sys.modules['jax'].process_index() == 0
+  return not _process()
+
+
+def fail(message, code: int = 2) -> None:
+  """Ends the program: one line on standard error, and an exit code."""
+  print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
+  if _process() is None:
+    sys.exit(code)
+  if is_first():
+    time.sleep(5)  # the others abort when the first one ends: let them print
+  sys.stderr.flush()
+  os._exit(code)  # an orderly exit waits for the other processes
 
 
 def config_name(flag) -> str:
@@ -64,46 +64,34 @@ def parse_step(step: str | None) -> int | str | None:
 
 
 def prepare_backend() -> None:
-  """Keeps compiled programs on disk, and freed memory in the process.
+  """Keeps compiled programs on disk and freed memory; what users set wins.
 
-  Programs are kept per kind of CPU: home directories are shared, and XLA
-  compiles for the CPU at hand. JAX_COMPILATION_CACHE_DIR wins.
+  Programs are kept per kind of CPU, since home directories are shared. XLA:CPU
+  allocates its temporaries in each call: glibc would return them to the kernel,
+  and page faults would be a third of a step (docs/scale.md).
   """
   import jax
 
-  keep_freed_memory()
   if not jax.config.jax_compilation_cache_dir:
     info = Path('/proc/cpuinfo')
-    cpu = re.findall(
-      '^flags.*', info.read_text() if info.exists() else '', re.M
+    cpu = re.search(
+      '^flags.*|$', info.read_text() if info.exists() else '', re.M
     )
-    kind = hashlib.sha256(''.join(cpu[:1]).encode()).hexdigest()[:8]
+    kind = hashlib.sha256(cpu[0].encode()).hexdigest()[:8]
     home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     folder = home / f'rvq_jax/compiled/{platform.machine()}-{kind}'
     jax.config.update('jax_compilation_cache_dir', str(folder))
-
-
-def keep_freed_memory() -> bool:
-  """Whether glibc now keeps the memory that a step frees for the next one.
-
-  Otherwise XLA:CPU's temporaries go back to the kernel in each call, and page
-  faults are a third of a step (docs/scale.md). Left alone: accelerators, other
-  C libraries, and what the user has set.
-  """
-  import jax
-
   plugins = importlib.metadata.entry_points(group='jax_plugins')
-  cpu = (jax.config.jax_platforms or ('' if plugins else 'cpu')) == 'cpu'
-  chosen = [n for n in os.environ if re.match('MALLOC_|GLIBC_TUNABLES', n)]
-  if chosen or not cpu or platform.libc_ver()[0] != 'glibc':
-    return False
-  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of malloc.h; one arena, because
-  # those of threads cannot grow beyond 64 MiB.
-  options = ((-4, 0), (-1, -1), (-8, 1))
-  return all(ctypes.CDLL(None).mallopt(*option) for option in options)
+  on_cpu = (jax.config.jax_platforms or ('' if plugins else 'cpu')) == 'cpu'
+  chosen = re.search('MALLOC_|GLIBC_TUNABLES', ' '.join(os.environ))
+  if on_cpu and not chosen and platform.libc_ver()[0] == 'glibc':
+    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of malloc.h; one arena,
+    # because those of threads cannot grow beyond 64 MiB.
+    for option in ((-4, 0), (-1, -1), (-8, 1)):
+      ctypes.CDLL(None).mallopt(*option)
 
 
-def _parse(argv, positional=0):
+def _parse(argv, positional):
   try:
     rest = flags.FLAGS(argv)
   except Exception as error:  # config_flags lets any exception through
@@ -118,17 +106,18 @@ def _parse(argv, positional=0):
 
 def _set_up_logging():
   """Our lines alone, without what libraries log of each file and error."""
-  form = logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
-  logging.basicConfig(level=logging.INFO, force=True)
-  logging.root.handlers[0].setFormatter(form)
+  logging.basicConfig(
+    format='%(asctime)s %(message)s',
+    datefmt='%H:%M:%S',
+    level=logging.INFO,
+    force=True,
+  )
   for name in ('jax', 'orbax', 'tensorboardX', 'absl', 'asyncio'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
-
-  def excepthook(args):  # of a thread that writes: `main` fails with the cause
-    if not isinstance(args.exc_value, OSError):
-      threading.__excepthook__(args)
-
-  threading.excepthook = excepthook
+  # Of a thread that writes: `main` fails with the cause.
+  threading.excepthook = lambda args: (
+    isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
+  )
 
 
 def run(main, *, positional: int = 0) -> None:
@@ -148,23 +137,22 @@ def run(main, *, positional: int = 0) -> None:
       ours = ROOT / 'rvq_jax' in Path(frame.filename).resolve().parents
       if isinstance(error, _EXPECTED) and ours:
         fail(error, _LOST if isinstance(error, ChildProcessError) else 2)
-      if not _distributed():
+      if _process() is None:
         raise
       from rvq_jax.training.multihost import peer_is_lost
 
-      if not peer_is_lost(error):
-        fail(error, 1, traceback.format_exc())
-      fail(
-        'another process of the run is gone or out of reach, see its log; the '
-        'same command resumes from the last checkpoint ('
-        f'{str(error).splitlines()[0]})',
-        _LOST,
-      )
+      if peer_is_lost(error):
+        fail(
+          'another process of the run is gone or out of reach, see its log; '
+          'the same command resumes from the last checkpoint '
+          f'({str(error).splitlines()[0]})',
+          _LOST,
+        )
+      traceback.print_exc()
+      fail(error, 1)
     except KeyboardInterrupt:
       print('interrupted; what was finished is kept', file=sys.stderr)
       sys.stdout.flush()
       os._exit(130)  # at once: without waiting for threads that still save
 
-  app.run(
-    guarded, flags_parser=functools.partial(_parse, positional=positional)
-  )
+  app.run(guarded, flags_parser=lambda argv: _parse(argv, positional))

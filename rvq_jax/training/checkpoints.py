@@ -19,31 +19,9 @@ from jax.experimental import multihost_utils
 from rvq_jax.io import tree_digest
 from rvq_jax.training.state import TrainState
 
-QUARANTINE = 'corrupt'
-"""Folder beside `checkpoints` that damaged steps are moved to."""
-
 
 class DamagedError(ValueError):
   """A checkpoint cannot be read, or is not what was saved."""
-
-
-def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
-  """The state as Orbax items: what evaluation needs, and the rest."""
-  model = dict(state.variables)
-  if state.params_ema is not None:
-    model['params_ema'] = state.params_ema
-  optimizer = {
-    'step': state.step,
-    'nonfinite_streak': state.nonfinite_streak,
-    'opt_state': state.opt_state,
-  }
-  return {'model': model, 'optimizer': optimizer}
-
-
-def _json_digest(meta: dict[str, Any]) -> str:
-  """SHA-256 of the JSON of `meta`, its own digest left out."""
-  rest = {name: x for name, x in meta.items() if name != 'digest'}
-  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 class Checkpoints:
@@ -51,31 +29,19 @@ class Checkpoints:
 
   Each holds three items: `model` (params, batch_stats, codebook, params_ema),
   `optimizer` (the rest of the state) and `meta` (JSON: config, data position,
-  validation score, a digest of each of the other items and of itself). Every
-  reader checks the digests of what it reads. Saves are asynchronous. The newest
-  `keep` stay, and the best: the one with the lowest score. Use as a context
-  manager: leaving it waits until the last save is complete, except after a
-  KeyboardInterrupt. Of several processes each writes its share, into a
-  directory that all of them see.
+  score, and the digests of the other items and of itself). Readers check what
+  they read. The newest `keep` steps stay, and the one with the lowest score.
+  Saves are asynchronous; leaving the context manager waits for the last one,
+  except after a KeyboardInterrupt. All processes must see the directory.
 
   Args:
     workdir: directory of the run.
     keep: newest checkpoints to keep.
-    read_only: never create or delete anything; otherwise what a killed save
-      left is removed.
-
-  Raises:
-    FileNotFoundError: read_only, and there are no checkpoints.
+    read_only: never create or delete anything.
   """
 
   def __init__(self, workdir, *, keep: int = 2, read_only: bool = False):
     self._path = Path(workdir).resolve() / 'checkpoints'
-    if read_only and not self._path.is_dir():
-      raise FileNotFoundError(
-        f'expected a run with checkpoints in {workdir}, found none; train one '
-        'with python launch/main.py --config=configs/photos.py '
-        f'--workdir={workdir}'
-      )
     self._read_only, self._keep = read_only, keep
     self._on_first_process(self._remove_unfinished)
     self._manager = ocp.CheckpointManager(
@@ -97,10 +63,10 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, *_):
-    if kind is KeyboardInterrupt:
-      return  # whoever interrupts twice does not want to wait
-    if kind is not None and jax.process_count() > 1:
-      return  # a save would wait for a process that is gone
+    # Whoever interrupts twice does not want to wait, and the save of several
+    # processes would wait for one that is gone.
+    if kind is KeyboardInterrupt or (kind and jax.process_count() > 1):
+      return
     try:
       self._manager.wait_until_finished()
       self._manager.close()
@@ -110,37 +76,25 @@ class Checkpoints:
         self._remove_unfinished()
 
   @property
-  def latest_step(self) -> int | None:
-    """The newest step, or None."""
-    return self._manager.latest_step()
-
-  @property
   def steps(self) -> list[int]:
     """All steps, oldest first."""
     return sorted(self._manager.all_steps())
 
   def resolve(self, step: int | str | None = None) -> int:
-    """The step that `step` means.
-
-    Args:
-      step: a step, 'best' (lowest score), or None for the newest.
-
-    Returns:
-      A step that exists.
+    """The step that a number, 'best' or None (the newest) means.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint; lists the steps.
+      FileNotFoundError: it does not exist; lists those that do.
     """
+    steps = self.steps
     if step is None:
-      found = self.latest_step
-    elif step == 'best':
-      found = self._best(self.steps)
+      found = max(steps, default=None)
     else:
-      found = int(step) if int(step) in self.steps else None
-    if found is None:
+      found = self._best(steps) if step == 'best' else int(step)
+    if found not in steps:
       raise FileNotFoundError(
         f'expected a checkpoint of step {step or "any"} in {self._path}, found '
-        f'steps {self.steps or "none"}'
+        f'{steps or "none"}'
       )
     return found
 
@@ -152,12 +106,12 @@ class Checkpoints:
     position: dict[str, Any],
     score: float | None = None,
   ) -> None:
-    """Starts saving the state; a step that exists already is left alone.
+    """Starts saving a state; a step that exists already is left alone.
 
     Args:
-      state: the state to save.
-      config: the run's config as plain JSON values.
-      position: where the data loader stands.
+      state: with its step.
+      config: as plain JSON values.
+      position: of the data loader.
       score: validation mse of this state, if it was evaluated.
     """
     step = int(state.step)
@@ -165,16 +119,16 @@ class Checkpoints:
       return
     if score is not None and not math.isfinite(score):
       score = None  # NaN is neither better nor worse than a number
-    parts = _parts(state)
+    items = _items(state)
     meta = {'config': config, 'position': position, 'score': score}
-    meta['digests'] = {name: tree_digest(part) for name, part in parts.items()}
+    meta['digests'] = {name: tree_digest(item) for name, item in items.items()}
     meta['digest'] = _json_digest(meta)
     self._scores[step] = score
     saved = self._manager.save(
       step,
       args=ocp.args.Composite(
         meta=ocp.args.JsonSave(meta),
-        **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
+        **{name: ocp.args.StandardSave(item) for name, item in items.items()},
       ),
       force=True,
     )
@@ -182,100 +136,75 @@ class Checkpoints:
       raise RuntimeError(f'the checkpoint of step {step} was not saved')
 
   def meta(self, step: int) -> dict[str, Any]:
-    """The item `meta`: 'config', 'position', 'score' and 'digests'.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-    meta = self._read(step, 'meta', ocp.args.JsonRestore())
-    if not isinstance(meta, dict) or meta.get('digest') != _json_digest(meta):
-      raise self._damage(step, 'meta', 'is not what was saved')
-    return meta
-
-  def restore(self, state: TrainState, step: int) -> TrainState:
-    """The saved state.
-
-    Args:
-      state: a state, or its `jax.eval_shape` with shardings, of the same
-        structure; gives shapes, dtypes and placement.
-      step: a step that exists.
-
-    Returns:
-      The state of that step.
-
-    Raises:
-      ValueError: an item is damaged.
-    """
-    digests = self.meta(step)['digests']
-    parts = {
-      name: self._read_arrays(
-        step, name, jax.tree.map(_abstract, part), digests[name]
-      )
-      for name, part in _parts(state).items()
-    }
-    model = parts['model']
-    return TrainState(
-      params=model['params'],
-      batch_stats=model['batch_stats'],
-      codebook=model['codebook'],
-      params_ema=model.get('params_ema'),
-      **parts['optimizer'],
+    """Config, position, score and digests; ValueError if damaged."""
+    return self._read(
+      step,
+      'meta',
+      ocp.args.JsonRestore(),
+      lambda meta: meta['digest'] == _json_digest(meta),
     )
 
+  def restore(self, state: TrainState, step: int) -> TrainState:
+    """The state of a step that exists; ValueError if damaged.
+
+    Args:
+      state: a state, or its `jax.eval_shape` with shardings: the structure,
+        shapes, dtypes and placement.
+      step: the step.
+    """
+    digests = self.meta(step)['digests']
+    model, optimizer = (
+      self._read_arrays(step, name, jax.tree.map(_abstract, item), digests)
+      for name, item in _items(state).items()
+    )
+    return TrainState(**{'params_ema': None} | model | optimizer)
+
   def restore_model(self, abstract: dict[str, Any], step: int):
-    """The item `model` alone: what evaluation needs.
+    """The item `model` alone; ValueError if damaged.
 
     Args:
       abstract: tree of `jax.ShapeDtypeStruct` with shardings.
-      step: a step that exists.
-
-    Returns:
-      The tree of arrays.
-
-    Raises:
-      ValueError: it is damaged.
+      step: the step.
     """
-    digest = self.meta(step)['digests']['model']
-    return self._read_arrays(step, 'model', abstract, digest)
+    digests = self.meta(step)['digests']
+    return self._read_arrays(step, 'model', abstract, digests)
 
   def restore_newest(
     self, state: TrainState, check: Callable[[dict], None]
   ) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest sound checkpoint; damaged newer ones go to the quarantine.
+    """The newest sound state and its meta; None without checkpoints.
+
+    Damaged newer steps are moved to WORKDIR/corrupt.
 
     Args:
       state: see `restore`.
       check: called with the meta of a step before its state is read.
 
-    Returns:
-      The state and its meta; None if there are no checkpoints.
-
     Raises:
-      ValueError: there are checkpoints, and none is sound; or what `check`
-        raises. Nothing is changed then.
+      ValueError: no checkpoint is sound, or what `check` raises; nothing is
+        changed then.
     """
-    faults = {}
+    damaged = {}
     for step in reversed(self.steps):
       try:
         meta = self.meta(step)
         check(meta)
         state = self.restore(state, step)
       except DamagedError as error:
-        faults[step] = error
+        damaged[step] = str(error).partition(';')[0]
         continue
-      self._on_first_process(lambda: self._clean(faults, step))  # noqa: B023
+      self._on_first_process(functools.partial(self._quarantine, damaged, step))
       self._manager.reload()
       return state, meta
-    if faults:
+    if damaged:
       raise ValueError(
-        f'no checkpoint in {self._path} is sound; put back a copy of one, or '
-        'start in another --workdir: '
-        + '; '.join(str(x).partition(';')[0] for x in faults.values())
+        'no checkpoint is sound; put back a copy of one, or start in another '
+        f'--workdir: {"; ".join(damaged.values())}'
       )
     return None
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
-    """Answers Orbax which steps stay: the newest and the best."""
+    """Tells Orbax which steps stay: the newest and the best."""
     del context
     steps = [info.step for info in checkpoints]
     keep = {*steps[-self._keep :], self._best(steps)}
@@ -296,61 +225,75 @@ class Checkpoints:
     scored = [s for s in steps if self._scores.get(s) is not None]
     return min(scored, key=self._scores.get, default=None)
 
-  def _read(self, step, item, args):
-    """An item as Orbax reads it. Whatever goes wrong counts as damage."""
-    try:
-      return self._manager.restore(
-        step, args=ocp.args.Composite(**{item: args})
-      )[item]
-    except Exception as error:
-      reason = ' '.join(str(error).split())[:200] or type(error).__name__
-      raise self._damage(step, item, f'cannot be read ({reason})') from error
-
-  def _read_arrays(self, step, item, abstract, digest):
-    tree = self._read(step, item, ocp.args.StandardRestore(abstract))
-    if tree_digest(tree) != digest:
-      raise self._damage(step, item, 'is not what was saved')
-    return tree
-
-  def _damage(self, step, item, what) -> DamagedError:
-    others = ', '.join(str(s) for s in self.steps if s != step)
-    return DamagedError(
-      f'the checkpoint of step {step} in {self._path} is damaged: {item} '
-      f'{what}; load another --step (there are {others or "no others"}), or '
-      'train on: the run resumes from the newest sound one'
+  def _read_arrays(self, step, item, abstract, digests):
+    return self._read(
+      step,
+      item,
+      ocp.args.StandardRestore(abstract),
+      lambda tree: tree_digest(tree) == digests[item],
     )
+
+  def _read(self, step, item, args, is_sound):
+    """An item as Orbax reads it; whatever goes wrong counts as damage."""
+    try:
+      args = ocp.args.Composite(**{item: args})
+      found = self._manager.restore(step, args=args)[item]
+      fault = None if is_sound(found) else 'is not what was saved'
+    except Exception as error:
+      reason = ' '.join(str(error).split())[:200].replace(';', ',')
+      fault = f'cannot be read ({reason or type(error).__name__})'
+    if fault:
+      others = ', '.join(str(s) for s in self.steps if s != step) or 'none'
+      raise DamagedError(
+        f'the checkpoint of step {step} in {self._path} is damaged: {item} '
+        f'{fault}; load another step (there are: {others}), or resume the run, '
+        'which starts from the newest sound one'
+      )
+    return found
 
   def _on_first_process(self, change: Callable[[], None]) -> None:
     """Changes the directory once; the other processes wait for it."""
-    if self._read_only:
-      return
-    if jax.process_index() == 0:
+    if not self._read_only and jax.process_index() == 0:
       change()
-    if jax.process_count() > 1:
+    if not self._read_only and jax.process_count() > 1:
       multihost_utils.sync_global_devices('rvq_jax: checkpoints changed')
 
   def _remove_unfinished(self) -> None:
-    """Removes what a killed save left: Orbax's temporary names."""
-    for path in self._path.glob(f'*{ocp.path.atomicity.TMP_DIR_SUFFIX}*'):
+    """Removes what a killed process left half written or half deleted."""
+    gone = [*self._path.glob(f'*{ocp.path.atomicity.TMP_DIR_SUFFIX}*')]
+    steps = sorted(
+      int(p.name) for p in self._path.glob('*') if p.name.isdecimal()
+    )
+    for step in steps[:-1]:  # the newest is never deleted
+      if not (self._path / f'{step}/meta/metadata').exists():
+        gone.append(self._path / str(step))
+    for path in gone:
       shutil.rmtree(path, ignore_errors=True)
 
-  def _clean(self, faults: dict[int, DamagedError], resumed: int) -> None:
-    """Moves damaged steps away, removes half-deleted ones before `resumed`."""
-    for step, error in faults.items():
-      target = self._path.parent / QUARANTINE / str(step)
+  def _quarantine(self, damaged: dict[int, str], resumed: int) -> None:
+    for step, message in damaged.items():
+      target = self._path.parent / 'corrupt' / str(step)
       shutil.rmtree(target, ignore_errors=True)
       target.parent.mkdir(exist_ok=True)
       os.rename(self._path / str(step), target)
       logging.warning(
-        '%s; it was moved to %s, resuming from step %d',
-        str(error).partition(';')[0],
-        target,
-        resumed,
+        '%s; moved to %s, resuming from step %d', message, target, resumed
       )
-    for step in self.steps:
-      path = self._path / str(step)
-      if step < resumed and not (path / 'meta' / 'metadata').exists():
-        shutil.rmtree(path, ignore_errors=True)
+
+
+def _items(state: TrainState) -> dict[str, dict[str, Any]]:
+  """The state as Orbax items: what evaluation needs, and the rest."""
+  model = dict(state.variables)
+  if state.params_ema is not None:
+    model['params_ema'] = state.params_ema
+  names = ('step', 'nonfinite_streak', 'opt_state')
+  return {'model': model, 'optimizer': {n: getattr(state, n) for n in names}}
+
+
+def _json_digest(meta: dict[str, Any]) -> str:
+  """SHA-256 of the JSON of `meta`, its own digest left out."""
+  rest = {name: x for name, x in meta.items() if name != 'digest'}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _abstract(x):

@@ -162,7 +162,7 @@ def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
 
   Args:
     new: the flat config of this run.
-    old: the flat config that the checkpoint was made with.
+    old: that of the checkpoint.
 
   Raises:
     ValueError: lists each field that differs and must not.
@@ -182,15 +182,7 @@ def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
 
 
 def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
-  """The model that a checked flat config describes.
-
-  Args:
-    flat: the config.
-    axis_name: mapped axis of `pmap` or `shard_map`.
-
-  Returns:
-    The model.
-  """
+  """The model of a checked flat config; axis_name as of `VQVAE`."""
   model = {
     name.removeprefix('model.'): value
     for name, value in flat.items()

@@ -28,9 +28,8 @@ MAX_STEPS_IN_FLIGHT = 2
 def train(config, workdir) -> dict[str, float]:
   """Trains a model, or resumes the run in workdir.
 
-  Writes to workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/. An
-  interrupted run, started again, ends in the same bits as one that was not.
-  The last step is always saved.
+  Writes config.json, metrics.jsonl, tensorboard/ and checkpoints/. A run that
+  was interrupted ends in the same bits as one that was not.
 
   Args:
     config: ConfigDict or nested mapping; see configs/cifar10.py.
@@ -40,31 +39,34 @@ def train(config, workdir) -> dict[str, float]:
     The metrics of the last evaluation on the validation split.
 
   Raises:
-    ValueError: see `Run`; or another process trains in workdir; or a
-      checkpoint in it was made with another config; or none is sound.
-    OSError: there is no room for a checkpoint.
+    ValueError: the config is not valid or not that of the checkpoint, workdir
+      is in use, or no checkpoint in it is sound.
+    OSError: the disk is full.
     FloatingPointError: ten steps in a row were not finite.
     SystemExit: a signal asked to stop; the state is saved.
     jax.errors.JaxRuntimeError: another process of the run is lost.
   """
   workdir, run = Path(workdir), Run(config)
-  first, num_steps = jax.process_index() == 0, run.num_steps
+  config = run.config
   advice = 'start the same command again: it resumes from the last checkpoint'
   with (
     explain_full_disk(workdir, advice),
     lock(workdir),
     StopSignal() as stop,  # until the last save is complete
-    Checkpoints(workdir, keep=run.config['keep_checkpoints']) as checkpoints,
+    Checkpoints(workdir, keep=config['keep_checkpoints']) as checkpoints,
     contextlib.closing(run.loader),
   ):
     state = run.start(checkpoints)
     start = int(state.step)
-    if first:
-      write_atomic(workdir / 'config.json', config_lib.to_json(run.config))
+    kinds = ()
+    if jax.process_index() == 0:
+      kinds = (writers.JsonlWriter, writers.TensorBoardWriter)
+      write_atomic(workdir / 'config.json', config_lib.to_json(config))
       _log_overview(run, state, start)
+    writer = writers.MultiWriter(w(workdir, start_step=start) for w in kinds)
     with (
-      contextlib.closing(_make_writer(workdir, start)) as writer,
-      writers.Progress(start, num_steps, run.config['batch_size']) as progress,
+      contextlib.closing(writer),
+      writers.Progress(start, run.num_steps, config['batch_size']) as progress,
     ):
       result = _steps(run, state, start, checkpoints, writer, progress, stop)
   if stop.exit_code is not None:
@@ -93,9 +95,7 @@ def _steps(run, state, start, checkpoints, writer, progress, stop):
       window = []
       _stop_if_not_finite(state, step, scalars)
       scalars |= progress.report(step, scalars, waited=prefetch.waited())
-      writer.write_scalars(
-        step, {f'train/{name}': value for name, value in scalars.items()}
-      )
+      writer.write_scalars(step, {f'train/{n}': x for n, x in scalars.items()})
     score = None
     if step == run.num_steps or due['eval']:
       with progress.paused():
@@ -113,27 +113,11 @@ def _steps(run, state, start, checkpoints, writer, progress, stop):
   return result
 
 
-def _make_writer(workdir, start):
-  """Writes on the first process alone."""
-  if jax.process_index():
-    return writers.MultiWriter([])
-  return writers.MultiWriter(
-    [
-      writers.JsonlWriter(workdir, start_step=start),
-      writers.TensorBoardWriter(workdir, start_step=start),
-    ]
-  )
-
-
 class Prefetch:
   """Batches on the devices, made while the devices work on earlier steps.
 
-  At most two steps are in flight: batches wait in device memory, and a signal
-  waits for the steps.
-
-  Args:
-    loader: the training loader.
-    mesh: from `data_mesh`.
+  At most two steps are in flight: their batches take device memory, and a
+  signal waits for them.
   """
 
   def __init__(self, loader, mesh):
@@ -163,10 +147,7 @@ class Prefetch:
 
 @contextlib.contextmanager
 def lock(workdir) -> Iterator[None]:
-  """Holds the lock of a workdir; the system frees it however we end.
-
-  Args:
-    workdir: directory of a run; made if it does not exist.
+  """Makes a workdir and holds its lock, which the system frees at any end.
 
   Raises:
     ValueError: another process trains there, or it cannot be made.
@@ -257,11 +238,8 @@ def _validate(run, state, step, writer, progress):
     f'{result["psnr"]:.2f} dB  usage {result["usage"]:.1%}  perplexity '
     f'{result["perplexity"]:.0f}'
   )
-  writer.write_scalars(
-    step, {f'validation/{name}': value for name, value in result.items()}
-  )
-  writer.write_images(
-    step, {'validation/reconstructions': run.reconstruct_samples(state)}
-  )
+  writer.write_scalars(step, {f'validation/{n}': x for n, x in result.items()})
+  samples = run.reconstruct_samples(state)
+  writer.write_images(step, {'validation/reconstructions': samples})
   writer.write_histograms(step, {'validation/code_counts': counts})
   return result

@@ -21,19 +21,16 @@ def initialize(
 ) -> None:
   """Joins the other processes of the run; call before any device is used.
 
-  Without arguments JAX asks the scheduler, SLURM for one. Returns when all
-  processes have joined.
-
   Args:
-    coordinator: HOST:PORT of process 0, as all processes can reach it.
+    coordinator: HOST:PORT of process 0. Without it and the next two JAX asks
+      the scheduler, SLURM for one.
     num_processes: of the run.
     process_id: of this process, from 0.
-    lost_after: seconds of silence after which a process, and with it the run,
-      counts as lost.
+    lost_after: seconds of silence after which a process is lost, and the run.
 
   Raises:
-    ValueError: only some of the three are given, one is out of range, or
-      nothing is given and no scheduler is found.
+    ValueError: an argument is missing or out of range, or there is no
+      scheduler.
   """
   given = (coordinator, num_processes, process_id)
   explicit = coordinator is not None

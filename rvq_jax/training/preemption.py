@@ -12,12 +12,10 @@ from rvq_jax.training import multihost
 class StopSignal:
   """Turns SIGTERM, SIGUSR1, SIGUSR2, SIGHUP and SIGINT into a request to stop.
 
-  The loop finishes its step, saves and exits with 128 + the signal's number:
-  143, 138, 140, 129, 130. A second SIGINT interrupts at once. A signal that is
-  ignored already, as SIGHUP under nohup, stays ignored. Outside the main
-  thread, where Python sets no handlers, nothing changes.
-
-  One process of several is enough: they agree to stop at the same step.
+  The loop finishes its step, saves and exits with 128 + the signal's number; a
+  second SIGINT interrupts at once. A signal that is ignored already, as SIGHUP
+  under nohup, stays ignored. Outside the main thread nothing changes. If one of
+  several processes is signalled, all stop at the same step.
 
   Attributes:
     exit_code: exit code of the program once the run is to stop, or None.
@@ -44,11 +42,7 @@ class StopSignal:
     """Whether to stop after this step, the same answer in every process.
 
     Args:
-      ask: ask the other processes, which costs a collective; all processes
-        must do so at the same steps. A single process needs no asking.
-
-    Returns:
-      True from the step on at which the processes agreed.
+      ask: ask the other processes, by a collective, at the same step in each.
     """
     if ask and not self._alone:
       self.exit_code = multihost.largest(self._received) or None

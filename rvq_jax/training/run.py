@@ -18,20 +18,17 @@ GRID_IMAGES = 8
 
 
 class Run:
-  """Everything that `train` needs, built and checked once from a config.
+  """Everything that `train` needs, built and checked once.
 
   Args:
     config: ConfigDict or nested mapping; see configs/cifar10.py.
 
   Attributes:
     config: the checked flat config.
-    train_step: (state, {'image': ...}) -> (state, metrics), jitted; donates
-      the state.
     init: key -> the first state, jitted.
     template: shapes and shardings of the state.
-
-  Raises:
-    ValueError: the config is not valid, or the data is not there.
+    train_step: (state, {'image': ...}) -> (state, metrics), jitted; donates
+      the state.
   """
 
   def __init__(self, config):
@@ -132,7 +129,7 @@ class Run:
     self.reconstruct = jax.jit(reconstruct, out_shardings=everywhere)
 
   def start(self, checkpoints: Checkpoints):
-    """The state to resume from, the loader set to the batch that follows it."""
+    """The state to start from; the loader is set to the batch after it."""
     found = checkpoints.restore_newest(
       self.template,
       lambda meta: config_lib.check_resume(self.config, meta['config']),

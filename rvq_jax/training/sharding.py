@@ -22,15 +22,7 @@ def by_rows(mesh: Mesh) -> NamedSharding:
 
 
 def shard_batch(batch, mesh: Mesh):
-  """Puts this process's share of a batch onto its devices.
-
-  Args:
-    batch: tree of arrays [B / processes, ...] on the host.
-    mesh: from `data_mesh`.
-
-  Returns:
-    The tree of global arrays [B, ...].
-  """
+  """This process's [B / processes, ...] as shares of global arrays [B, ...]."""
   return _place(batch, by_rows(mesh))
 
 

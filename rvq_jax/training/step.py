@@ -21,21 +21,13 @@ MAX_NONFINITE_STREAK = 10
 
 
 class Pass(NamedTuple):
-  """A forward and backward pass over a batch.
+  """What a forward and backward pass over a batch gives."""
 
-  Attributes:
-    loss: float32 scalar of the global batch.
-    grads: of `loss` with respect to the parameters.
-    metrics: float32 scalars over this device's batch.
-    counts: of the codes in the global batch, [K] or [L, K].
-    updates: the collections batch_stats and codebook after the pass.
-  """
-
-  loss: jax.Array
-  grads: Any
-  metrics: dict[str, jax.Array]
-  counts: jax.Array
-  updates: dict[str, Any]
+  loss: jax.Array  # float32 scalar of the global batch
+  grads: Any  # of `loss` with respect to the parameters
+  metrics: dict[str, jax.Array]  # float32 scalars of this device's batch
+  counts: jax.Array  # of the codes in the global batch, [K] or [L, K]
+  updates: dict[str, Any]  # batch_stats and codebook after the pass
 
 
 def make_train_step(
@@ -52,11 +44,10 @@ def make_train_step(
 
   One step minimises MSE(reconstruction, image) on [-1, 1] plus the quantizer's
   loss (paper eq. 5). Randomness depends on (seed, step) and on an image's index
-  in the global batch alone, so any number of devices takes the same step. A
-  step whose loss, gradient, new statistics or new codebook are not finite
-  leaves the whole state bit-exact, except for `step` and `nonfinite_streak`.
-  After ten of them in a row so does every step, however late the host looks at
-  the streak.
+  in the global batch alone, so any number of devices takes the same step. If
+  the loss, the gradient, the new statistics or the new codebook are not finite,
+  the whole state stays as it was but for `step` and `nonfinite_streak`; after
+  ten such steps in a row so it does in every step.
 
   Args:
     model: a `VQVAE`, made with the same axis_name.

@@ -30,7 +30,7 @@ UNITS = {
 
 
 def make_eval_step(model, *, axis_name=None):
-  """Builds `eval_step(variables, batch) -> sums`.
+  """Builds `eval_step(variables, batch) -> sums` over the valid images.
 
   Args:
     model: a `VQVAE`.
@@ -38,9 +38,8 @@ def make_eval_step(model, *, axis_name=None):
 
   Returns:
     A function of the model's variables and {'image': [B, h, w, 3] uint8 or
-    float in [-1, 1], 'mask': bool [B]} that returns float32 sums over the
-    valid images: images, tokens, mse, psnr, ssim, quantization_error, and
-    counts [K].
+    float in [-1, 1], 'mask': bool [B]} that returns float32 sums: images,
+    tokens, mse, psnr, ssim, quantization_error, and counts [K].
   """
 
   def eval_step(variables, batch):

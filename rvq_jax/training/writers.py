@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -37,28 +36,13 @@ class JsonlWriter:
       kept = [line for line in read_jsonl(path) if line['step'] <= start_step]
       write_atomic(path, ''.join(json.dumps(line) + '\n' for line in kept))
     self._file = open(path, 'a')  # noqa: SIM115 - closed by close()
+    self.flush, self.close = self._file.flush, self._file.close
 
   def write_scalars(self, step: int, scalars) -> None:
     """Writes {name: number}; a number that is not finite becomes null."""
-    line = {'step': int(step)}
-    for name, value in scalars.items():
-      value = float(value)
-      line[name] = value if math.isfinite(value) else None
-    self._file.write(json.dumps(line) + '\n')
-
-  def write_images(self, step: int, images) -> None:
-    """JSON lines hold no images."""
-
-  def write_histograms(self, step: int, arrays) -> None:
-    """JSON lines hold no histograms."""
-
-  def flush(self) -> None:
-    """Hands what was written to the operating system."""
-    self._file.flush()
-
-  def close(self) -> None:
-    """Flushes and closes the file."""
-    self._file.close()
+    values = {name: float(value) for name, value in scalars.items()}
+    values = {n: x if math.isfinite(x) else None for n, x in values.items()}
+    self._file.write(json.dumps({'step': int(step)} | values) + '\n')
 
 
 class TensorBoardWriter:
@@ -78,35 +62,17 @@ class TensorBoardWriter:
     )
     self._events = self._writer.file_writer.event_writer
 
-  def _check(self):
-    # tensorboardX's thread ends at its first error; what is handed to it
-    # afterwards would wait forever.
-    if not self._events._worker.is_alive():
-      self._events._event_queue.cancel_join_thread()
-      full = shutil.disk_usage(self._folder).free < 2**20
-      raise OSError(
-        errno.ENOSPC if full else errno.EIO,
-        'TensorBoard events could not be written',
-        str(self._folder),
-      )
-
   def write_scalars(self, step: int, scalars) -> None:
     """Writes {name: number}."""
-    for name, value in scalars.items():
-      self._check()
-      self._writer.add_scalar(name, float(value), step)
+    self._add(self._writer.add_scalar, step, scalars)
 
   def write_images(self, step: int, images) -> None:
     """Writes {name: uint8 [h, w, 3]}."""
-    for name, image in images.items():
-      self._check()
-      self._writer.add_image(name, image, step, dataformats='HWC')
+    self._add(self._writer.add_image, step, images, dataformats='HWC')
 
   def write_histograms(self, step: int, arrays) -> None:
     """Writes {name: array [n]}."""
-    for name, values in arrays.items():
-      self._check()
-      self._writer.add_histogram(name, np.asarray(values), step)
+    self._add(self._writer.add_histogram, step, arrays)
 
   def flush(self) -> None:
     """Hands what was written to the operating system."""
@@ -118,49 +84,56 @@ class TensorBoardWriter:
     if self._events._worker.is_alive():
       self._writer.close()
 
+  def _add(self, add, step, values, **options):
+    self._check()
+    for name, value in values.items():
+      add(name, value, step, **options)
+
+  def _check(self):
+    # tensorboardX's thread ends at its first error; whoever hands it more
+    # events then waits forever.
+    if not self._events._worker.is_alive():
+      self._events._event_queue.cancel_join_thread()
+      full = shutil.disk_usage(self._folder).free < 2**20
+      raise OSError(
+        errno.ENOSPC if full else errno.EIO,
+        'TensorBoard events could not be written',
+        str(self._folder),
+      )
+
 
 class MultiWriter:
-  """Sends every call to each of several writers.
-
-  Args:
-    writers: the writers.
-  """
+  """Sends every call to each of several writers that know it."""
 
   def __init__(self, writers):
     self._writers = tuple(writers)
 
   def __getattr__(self, method):
-    def each(*arguments):
+    def call_each(*arguments):
       for writer in self._writers:
-        getattr(writer, method)(*arguments)
+        if hasattr(writer, method):
+          getattr(writer, method)(*arguments)
 
-    return each
+    return call_each
 
 
 def read_jsonl(path) -> list[dict]:
   """The lines of a metrics file.
 
   A line that is no JSON object with an integer 'step' is left out, with one
-  warning for all; without one for a last line that was cut off.
+  warning for all of them, but for a last line that was cut off.
   """
-  lines = Path(path).read_text('utf-8', 'replace').split('\n')
-  records, damaged = [], []
-  for number, line in enumerate(lines, 1):
-    record = _parsed(line)
-    if record is not None:
-      records.append(record)
-    elif number < len(lines):
-      damaged.append(number)
-  if damaged:
+  *lines, last = Path(path).read_text('utf-8', 'replace').split('\n')
+  records = [_parsed(line) for line in lines]
+  if damaged := records.count(None):
+    first = records.index(None) + 1
     logging.warning(
-      '%s: left out %d damaged of %d lines (line %s%s)',
+      '%s: left out %d damaged lines, the first is line %d',
       path,
-      len(damaged),
-      len(lines) - 1,
-      ', '.join(map(str, damaged[:5])),
-      ', ...' * (len(damaged) > 5),
+      damaged,
+      first,
     )
-  return records
+  return [record for record in [*records, _parsed(last)] if record is not None]
 
 
 def _parsed(line: str) -> dict | None:
@@ -183,17 +156,11 @@ class Progress:
   """Reports the steps of a run: a bar on a terminal, lines elsewhere.
 
   Use as a context manager.
-
-  Args:
-    start: step that the run starts from.
-    num_steps: step at which it ends.
-    batch_size: images per step.
   """
 
   def __init__(self, start: int, num_steps: int, batch_size: int):
     self._num_steps, self._batch_size = num_steps, batch_size
     self._step, self._since = start, time.monotonic()
-    self._rate = None
     self._logs = logs_above_bars()
     self._bar = tqdm.tqdm(
       total=num_steps,
@@ -201,7 +168,6 @@ class Progress:
       unit='step',
       dynamic_ncols=True,
       disable=not sys.stderr.isatty(),
-      postfix='compiling',
       bar_format='{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} '
       '[{elapsed}<{remaining}]{postfix}',
     )
@@ -216,8 +182,6 @@ class Progress:
 
   def advance(self) -> None:
     """A step was handed to the devices."""
-    if not self._bar.disable and self._bar.postfix == 'compiling':
-      self._bar.set_postfix_str('', refresh=False)
     self._bar.update()
 
   @contextlib.contextmanager
@@ -230,22 +194,19 @@ class Progress:
   def report(
     self, step: int, scalars: dict[str, float], *, waited: float = 0.0
   ) -> dict[str, float]:
-    """Shows the scalars of the steps since the last report.
+    """Shows the means of scalars over the steps since the last report.
 
     Args:
       step: steps taken.
-      scalars: means over those steps.
-      waited: seconds of them in which the devices had no data.
+      scalars: name -> mean.
+      waited: seconds in which the devices had no data.
 
     Returns:
-      {'images_per_second': ..., 'data_wait': share of the time in which the
-      devices waited for data} over those steps.
+      images_per_second, and data_wait: the share of the time that was waited.
     """
     now = time.monotonic()
     seconds = max(now - self._since, 1e-9)
     per_step = seconds / max(step - self._step, 1)
-    # The first report holds the compilation; let it fade from the estimate.
-    self._rate = per_step if self._rate is None else (self._rate + per_step) / 2
     self._step, self._since = step, now
     speed, wait = self._batch_size / per_step, min(waited / seconds, 1.0)
     parts = [f'{n} {scalars[n]:.4f}' for n in ('loss', 'mse') if n in scalars]
@@ -257,7 +218,7 @@ class Progress:
       parts[-1] += f' ({wait:.0%} waiting for data)'
     self._bar.set_postfix_str('  '.join(parts))
     if self._bar.disable:
-      left = tqdm.tqdm.format_interval((self._num_steps - step) * self._rate)
+      left = tqdm.tqdm.format_interval((self._num_steps - step) * per_step)
       text = '  '.join([*parts, f'{left} left'])
       logging.info('step %d/%d  %s', step, self._num_steps, text)
     return {'images_per_second': speed, 'data_wait': wait}

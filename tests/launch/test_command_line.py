@@ -15,7 +15,8 @@ import command_line
 import jax
 import jax.numpy as jnp
 
-print(command_line.keep_freed_memory())
+command_line.prepare_backend()
+jax.config.update('jax_enable_compilation_cache', False)
 step = jax.jit(lambda x: jnp.sort(jnp.sin(x))[::-1] * 2)
 x = jnp.ones(2**24)
 for _ in range(3):
@@ -52,16 +53,10 @@ def run(code, **variables):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='glibc is of Linux')
 def test_kept_memory_is_not_faulted_in_again():
-  kept, few = run(FAULTS)
-  default, many = run(FAULTS, MALLOC_ARENA_MAX='8')  # what users set wins
-  assert (kept, default) == ('True', 'False')
+  [few] = run(FAULTS)
+  [many] = run(FAULTS, MALLOC_ARENA_MAX='8')  # what users set wins
   assert int(many) > 10_000  # 64 MiB of 4 KiB pages in each call
   assert int(few) < int(many) / 2
-
-
-def test_an_accelerator_leaves_the_allocator_alone():
-  [kept] = run(FAULTS.split('step =')[0], JAX_PLATFORMS='cuda')
-  assert kept == 'False'
 
 
 def test_programs_are_kept_per_cpu_unless_the_user_says_where(tmp_path):

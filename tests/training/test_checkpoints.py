@@ -177,7 +177,7 @@ def test_a_run_without_a_sound_step_is_refused_and_left_alone(run, template):
   before = sorted(run.rglob('*'))
   with (
     Checkpoints(run) as checkpoints,
-    pytest.raises(ValueError, match='no checkpoint in .* is sound') as error,
+    pytest.raises(ValueError, match='no checkpoint is sound') as error,
   ):
     checkpoints.restore_newest(template, lambda meta: None)
   assert '\n' not in str(error.value) and 'step 4' in str(error.value)
@@ -192,7 +192,8 @@ def test_load_refuses_a_damaged_step_and_names_the_item(damage, run):
       ValueError, match='step 6 .* is damaged: model'
     ) as error:
       load(run, step)
-    assert '--step' in str(error.value) and '\n' not in str(error.value)
+    assert 'there are: 3, 4' in str(error.value)
+    assert '\n' not in str(error.value)
   assert load(run, 4).step == 4
 
 

@@ -20,7 +20,7 @@ def test_a_run_leaves_its_files_and_its_last_step(tiny_config, tmp_path):
   result = loop.train(tiny_config, tmp_path)
   assert np.isfinite(result['mse'])
   with Checkpoints(tmp_path, read_only=True) as checkpoints:
-    assert checkpoints.latest_step == 5
+    assert checkpoints.resolve() == 5
     assert checkpoints.meta(5)['position']['step'] == 5
     best = checkpoints.resolve('best')
   records = read_jsonl(tmp_path / 'metrics.jsonl')
@@ -59,7 +59,7 @@ def test_a_longer_run_resumes(tiny_config, tmp_path):
   tiny_config.num_steps = 4
   loop.train(tiny_config, tmp_path)
   with Checkpoints(tmp_path, read_only=True) as checkpoints:
-    assert checkpoints.latest_step == 4
+    assert checkpoints.resolve() == 4
 
 
 def test_a_second_interrupt_stops_at_once():
