@@ -4,10 +4,10 @@ python benchmarks/soak.py [--minutes=30] [--every=20] [--workdir=DIR]
   [--config=configs/photos.py] [--config-flags...]
 
 A run is started, killed with SIGKILL at a random moment, started again, and so
-on; then it is left to end. A second run with the same seed is left in peace for
+on; then it is left to end. A second run with the same seed is undisturbed for
 as many steps. Prints kills, resumes, steps that had to be taken again, items of
 the last checkpoint whose digests differ between the two runs, and memory: of
-the processes that were killed, at their end, and of the one left in peace as it
+the processes that were killed, at their end, and of the one undisturbed as it
 went. Exit code 1 unless no bit differs and every start has succeeded.
 """
 
@@ -127,7 +127,7 @@ def soak(options, flags, workdir: Path) -> dict:
         [*command, f'--workdir={folder}', f'--config.num_steps={last}'], log
       )
       if folder == killed:
-        print(f'left in peace up to step {last}')
+        print(f'undisturbed up to step {last}')
       run.finish()
       if run.returncode:
         failures.append(''.join(run.lines[-3:]))
@@ -144,7 +144,7 @@ def soak(options, flags, workdir: Path) -> dict:
     'lost_steps_mean': sum(lost) / max(len(lost), 1),
     'differing_items': sum(one.get(n) != s for n, s in other.items()),
     'megabytes_at_kills': _halves(memory),
-    'megabytes_in_peace': _halves(run.megabytes),
+    'megabytes_undisturbed': _halves(run.megabytes),
     'damaged_steps': len(list((killed / 'corrupt').glob('*'))),
   }
 

@@ -113,7 +113,8 @@ def _set_up_logging():
     force=True,
   )
   for name in ('jax', 'orbax', 'tensorboardX', 'absl', 'asyncio'):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
+    noisy = name in ('absl', 'asyncio')
+    logging.getLogger(name).setLevel('CRITICAL' if noisy else 'ERROR')
   # Of a thread that writes: `main` fails with the cause.
   threading.excepthook = lambda args: (
     isinstance(args.exc_value, OSError) or threading.__excepthook__(args)

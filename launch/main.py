@@ -25,7 +25,7 @@ _MULTIHOST = flags.DEFINE_bool(
   'multihost', False, 'Several processes, found through the scheduler.'
 )
 _COORDINATOR = flags.DEFINE_string(
-  'coordinator', None, 'HOST:PORT of process 0, where there is no scheduler.'
+  'coordinator', None, 'HOST:PORT of process 0, without a scheduler.'
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With the above.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This one, from 0.')

@@ -86,15 +86,15 @@ class Checkpoints:
     Raises:
       FileNotFoundError: it does not exist; lists those that do.
     """
-    steps = self.steps
+    steps, found = self.steps, step
     if step is None:
       found = max(steps, default=None)
-    else:
-      found = self._best(steps) if step == 'best' else int(step)
+    elif step == 'best':
+      found = self._best(steps)
     if found not in steps:
       raise FileNotFoundError(
         f'expected a checkpoint of step {step or "any"} in {self._path}, found '
-        f'{steps or "none"}'
+        f'steps {steps or "none"}'
       )
     return found
 
@@ -109,10 +109,10 @@ class Checkpoints:
     """Starts saving a state; a step that exists already is left alone.
 
     Args:
-      state: with its step.
-      config: as plain JSON values.
+      state: the state, with its step.
+      config: JSON values.
       position: of the data loader.
-      score: validation mse of this state, if it was evaluated.
+      score: validation mse, if the state was evaluated.
     """
     step = int(state.step)
     if step in self.steps:
@@ -137,12 +137,8 @@ class Checkpoints:
 
   def meta(self, step: int) -> dict[str, Any]:
     """Config, position, score and digests; ValueError if damaged."""
-    return self._read(
-      step,
-      'meta',
-      ocp.args.JsonRestore(),
-      lambda meta: meta['digest'] == _json_digest(meta),
-    )
+    is_sound = lambda meta: meta['digest'] == _json_digest(meta)  # noqa: E731
+    return self._read(step, 'meta', ocp.args.JsonRestore(), is_sound)
 
   def restore(self, state: TrainState, step: int) -> TrainState:
     """The state of a step that exists; ValueError if damaged.
@@ -226,12 +222,9 @@ class Checkpoints:
     return min(scored, key=self._scores.get, default=None)
 
   def _read_arrays(self, step, item, abstract, digests):
-    return self._read(
-      step,
-      item,
-      ocp.args.StandardRestore(abstract),
-      lambda tree: tree_digest(tree) == digests[item],
-    )
+    is_sound = lambda tree: tree_digest(tree) == digests[item]  # noqa: E731
+    args = ocp.args.StandardRestore(abstract)
+    return self._read(step, item, args, is_sound)
 
   def _read(self, step, item, args, is_sound):
     """An item as Orbax reads it; whatever goes wrong counts as damage."""
@@ -261,12 +254,9 @@ class Checkpoints:
   def _remove_unfinished(self) -> None:
     """Removes what a killed process left half written or half deleted."""
     gone = [*self._path.glob(f'*{ocp.path.atomicity.TMP_DIR_SUFFIX}*')]
-    steps = sorted(
-      int(p.name) for p in self._path.glob('*') if p.name.isdecimal()
-    )
-    for step in steps[:-1]:  # the newest is never deleted
-      if not (self._path / f'{step}/meta/metadata').exists():
-        gone.append(self._path / str(step))
+    steps = [p for p in self._path.glob('*') if p.name.isdecimal()]
+    steps.sort(key=lambda path: int(path.name))  # the newest is never deleted
+    gone += [p for p in steps[:-1] if not (p / 'meta/metadata').exists()]
     for path in gone:
       shutil.rmtree(path, ignore_errors=True)
 

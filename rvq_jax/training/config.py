@@ -91,13 +91,7 @@ def _fault(value, field):
 
 
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Checks every field of a config.
-
-  Args:
-    config: nested mapping or ConfigDict.
-
-  Returns:
-    The config as flat JSON values.
+  """Checks every field of a nested mapping; gives it as flat JSON values.
 
   Raises:
     ValueError: one line that names the field, what was expected and what came.
@@ -120,6 +114,8 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_together(flat):
   size, factor = flat['data.image_size'], flat['model.factor']
+  channels = stage_plan(flat['model.widths'], factor)[-1][0]
+  heads = flat['model.num_heads']
   if size % factor:
     raise ValueError(
       f'config.data.image_size: expected a multiple of model.factor, {factor}, '
@@ -132,11 +128,10 @@ def _check_together(flat):
       'config.model.heads: expected a divisor of model.code_dim, '
       f'{flat["model.code_dim"]}, got {flat["model.heads"]}'
     )
-  channels = stage_plan(flat['model.widths'], factor)[-1][0]
-  if channels % flat['model.num_heads']:
+  if channels % heads:
     raise ValueError(
       'config.model.num_heads: expected a divisor of the last width '
-      f'{channels}, got {flat["model.num_heads"]}'
+      f'{channels}, got {heads}'
     )
   if flat['data.in_memory'] == 'yes' and flat['data.crop'] != 'none':
     raise ValueError(
@@ -158,11 +153,7 @@ def check_devices(
 
 
 def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
-  """Refuses to resume with another model, optimizer or data.
-
-  Args:
-    new: the flat config of this run.
-    old: that of the checkpoint.
+  """Refuses to resume `old` with another model, optimizer or data.
 
   Raises:
     ValueError: lists each field that differs and must not.

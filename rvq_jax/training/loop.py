@@ -196,8 +196,8 @@ def _log_overview(run, state, start):
 def _window_scalars(window, schedule, step, log_every):
   """Means over the steps since the last report; codes from summed counts.
 
-  The last steps of a run, or the first after a resume, may be fewer: their
-  usage and perplexity do not compare with the others', and are left out.
+  Usage and perplexity of fewer steps than `log_every`, as at the end of a run,
+  do not compare with the others' and are left out.
   """
   window = jax.device_get(window)
   counts = np.sum([w.pop('counts') for w in window], axis=0, dtype=np.float64)
@@ -217,10 +217,9 @@ def _stop_if_not_finite(state, step, scalars):
   if streak < MAX_NONFINITE_STREAK:
     return
   what = 'the running statistics of BatchNorm or the codebook overflowed'
-  if not np.isfinite(scalars['loss']):
-    what = f'the loss was {scalars["loss"]}'
-  elif not np.isfinite(scalars['grad_norm']):
-    what = f'the norm of the gradient was {scalars["grad_norm"]}'
+  for name in ('grad_norm', 'loss'):
+    if not np.isfinite(scalars[name]):
+      what = f'the {name} was {scalars[name]}'
   first = step - streak + 1
   raise FloatingPointError(
     f'stopped at step {first + MAX_NONFINITE_STREAK - 1}: for '

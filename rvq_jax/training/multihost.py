@@ -37,8 +37,7 @@ def initialize(
   if any((x is None) is explicit for x in given):
     raise ValueError(
       'expected --coordinator=HOST:PORT, --num_processes=N and --process_id=I '
-      f'together or none of them, got {coordinator}, {num_processes} and '
-      f'{process_id}'
+      f'together or none of them, got {", ".join(map(str, given))}'
     )
   if explicit and not re.fullmatch(r'.+:\d+', coordinator):
     raise ValueError(f'--coordinator: expected HOST:PORT, got {coordinator!r}')

@@ -53,8 +53,7 @@ class Run:
     self._build_steps()
 
   def _train_loader(self):
-    config = self.config
-    in_memory = {'auto': 'auto', 'yes': True, 'no': False}
+    config, in_memory = self.config, {'auto': 'auto', 'yes': True, 'no': False}
     return loaders.make_train_loader(
       self.dataset.train,
       batch_size=config['batch_size'],

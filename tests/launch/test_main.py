@@ -59,7 +59,7 @@ def run(launcher, *flags):
     ),
     (
       ['--config=configs/photos.py', '--multihost', '--process_id=0'],
-      'together or none of them, got None, None and 0',
+      'together or none of them, got None, None, 0',
     ),
     (
       ['--config=configs/photos.py', '--process_id=0'],

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, to be stopped in earnest."""
+"""Runs in processes of their own, to be stopped by signals."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Run(subprocess.Popen):
-  """`launch/main.py` on its way; its lines are read by `wait_for`."""
+  """A running `launch/main.py`; its lines are read by `wait_for`."""
 
   def wait_for(self, pattern: str) -> re.Match:
     """Reads lines until one matches; fails when the run ends before."""
