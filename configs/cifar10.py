@@ -19,7 +19,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # initial parameters, data order, flips, code replacement
   config.batch_size = 128  # over all devices
-  # Microbatches per step: less memory. Each of them updates the codebook, so the
+  # Microbatches per step: less memory. Each one updates the codebook, so the
   # decay acts as often, and a run cannot resume with another value.
   config.accumulate_steps = 1
   config.num_epochs = 300
