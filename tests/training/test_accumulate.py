@@ -134,16 +134,6 @@ def test_microbatches_differ_from_the_whole_batch_in_the_codebook_alone():
   assert np.max(np.abs(sizes[0] - sizes[1])) > 0.1
 
 
-def test_the_gradient_of_frozen_codes_is_that_of_the_whole_batch(monkeypatch):
-  monkeypatch.setitem(QUANTIZERS, 'frozen', QUANTIZERS['vq'] | {'freeze': True})
-  start.cache_clear()
-  (one, _), (four, metrics) = (
-    run('frozen', accumulate_steps=s) for s in (1, 4)
-  )
-  assert_close(four.params, one.params)
-  assert metrics['grad_norm'] > 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('quantizer', ['vq', 'replaced'])
 @pytest.mark.parametrize('axis_name', [None, 'data'])
@@ -171,25 +161,6 @@ def test_microbatches_over_devices_give_the_same_update(quantizer, axis_name):
 
 
 @pytest.mark.slow
-def test_running_statistics_take_one_step_per_microbatch():
-  # Microbatches of the same images have the same statistics.
-  four = np.repeat(IMAGES[:4], 4, axis=0)
-  one = jax.jit(build('vq')[2])
-  many = jax.jit(build('vq', accumulate_steps=4)[2])
-  want = start('vq')
-  for _ in range(4):
-    want = one(want, {'image': four})[0].replace(params=start('vq').params)
-  got, _ = many(start('vq'), {'image': four})
-  # Of the first convolution, which sees neither codes nor other norms.
-  names = ('encoder', 'norm0', 'bn')
-  x, y = (
-    functools.reduce(lambda tree, name: tree[name], names, s.batch_stats)
-    for s in (got, want)
-  )
-  assert_close(x, y)
-
-
-@pytest.mark.slow
 def test_a_microbatch_that_is_not_finite_leaves_the_state_bit_exact():
   images = IMAGES.copy()
   images[5, 2, 3, 0] = np.nan
@@ -201,17 +172,3 @@ def test_a_microbatch_that_is_not_finite_leaves_the_state_bit_exact():
       strict=True,
     ):
       np.testing.assert_array_equal(x, y)
-
-
-@pytest.mark.slow
-def test_the_memory_is_that_of_a_microbatch():
-  def temporary_bytes(batch, steps):
-    images = jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.uint8)
-    step = jax.jit(build('vq', accumulate_steps=steps)[2])
-    compiled = step.lower(start('vq'), {'image': images}).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-  small, large = temporary_bytes(16, 1), temporary_bytes(128, 1)
-  assert large > 5 * small
-  images = 128 * 32 * 32 * 3
-  assert temporary_bytes(128, 8) < 1.5 * small + 4 * images

@@ -1,13 +1,11 @@
 """A full disk costs one line and no checkpoint."""
 
-import contextlib
 import errno
 import os
 import subprocess
 
 import pytest
 
-from rvq_jax.io import explain_full_disk, full_disk_reason, write_atomic
 from rvq_jax.training import loop
 
 
@@ -65,19 +63,6 @@ def test_a_limit_on_files_is_named(start_run, tmp_path, steps_of):
   assert steps_of(tmp_path / 'run') == []
 
 
-def test_the_reason_is_found_at_the_bottom_of_a_chain():
-  try:
-    try:
-      raise OSError(28, 'No space left on device')
-    except OSError as error:
-      raise RuntimeError('the save failed') from error
-  except RuntimeError as error:
-    assert full_disk_reason(error) == 'No space left'
-  text = 'RESOURCE_EXHAUSTED: ... [OS error 28: ENOSPC No space left on device]'
-  assert full_disk_reason(ValueError(text)) == 'No space left'
-  assert full_disk_reason(ValueError('no such file')) is None
-
-
 def test_a_workdir_that_finds_no_room_is_one_line(
   tiny_config, tmp_path, monkeypatch
 ):
@@ -92,23 +77,3 @@ def test_a_workdir_that_finds_no_room_is_one_line(
   with pytest.raises(OSError, match='No space left while writing') as caught:
     loop.train(tiny_config, workdir)
   assert '\n' not in str(caught.value) and str(workdir) in str(caught.value)
-
-
-def test_other_errors_pass_as_they_are(tmp_path):
-  with pytest.raises(KeyError), explain_full_disk(tmp_path, 'try again'):
-    raise KeyError('x')
-
-
-def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
-  path = tmp_path / 'config.json'
-  write_atomic(path, 'old')
-
-  def fail(descriptor):
-    raise OSError(28, 'No space left on device')
-
-  with monkeypatch.context() as patch:
-    patch.setattr(os, 'fsync', fail)
-    with contextlib.suppress(OSError):
-      write_atomic(path, 'new')
-  assert path.read_text() == 'old'
-  assert [p.name for p in tmp_path.iterdir()] == ['config.json']

@@ -44,24 +44,6 @@ def test_a_finished_run_is_left_as_it_is(tiny_config, tmp_path):
   assert (tmp_path / 'metrics.jsonl').read_text() == before
 
 
-def test_a_changed_config_is_refused_with_the_difference(tiny_config, tmp_path):
-  tiny_config.num_steps = 2
-  loop.train(tiny_config, tmp_path)
-  tiny_config.optimizer.learning_rate = 1e-3
-  with pytest.raises(ValueError, match=r'learning_rate: checkpoint 0.0002'):
-    loop.train(tiny_config, tmp_path)
-
-
-@pytest.mark.slow
-def test_a_longer_run_resumes(tiny_config, tmp_path):
-  tiny_config.num_steps = 2
-  loop.train(tiny_config, tmp_path)
-  tiny_config.num_steps = 4
-  loop.train(tiny_config, tmp_path)
-  with Checkpoints(tmp_path, read_only=True) as checkpoints:
-    assert checkpoints.resolve() == 4
-
-
 def test_a_second_interrupt_stops_at_once():
   with loop.StopSignal() as stop, pytest.raises(KeyboardInterrupt):
     signal.raise_signal(signal.SIGINT)

@@ -26,30 +26,13 @@ NUMBERS = st.one_of(
   st.floats(),
   st.sampled_from(['1e3', '1e-400', '1e400', '-0.0', '0x10', '1_000', '٣']),
 )
+WORDS = (
+  ' |None|True|yes|nan|()|(4,)|(4,8,|[4, 8]|(4,-8)|(4,8.5)|vq|residual|fsq|'
+  'folder:|folder:/|folder:\0|tfds:../x|photos|../..|~|rotation|bfloat16|'
+  'random|paper|constant|two_weights|(99999999999999999999,)|'
+).split('|')
 TEXTS = st.one_of(
-  st.sampled_from(
-    [
-      *('', ' ', 'None', 'True', 'yes', 'nan', '()', '(4,)', '(4,8,', '[4, 8]'),
-      *(
-        '(4,-8)',
-        '(4,8.5)',
-        '(99999999999999999999,)',
-        'vq',
-        'residual',
-        'fsq',
-      ),
-      *(
-        'folder:',
-        'folder:/',
-        'folder:\0',
-        'tfds:../x',
-        'photos',
-        '../..',
-        '~',
-      ),
-      *('rotation', 'bfloat16', 'random', 'paper', 'constant', 'two_weights'),
-    ]
-  ),
+  st.sampled_from(WORDS),
   st.text(max_size=8),
   st.integers(1, 70).map(lambda n: f'({n},{n})'),
 )
