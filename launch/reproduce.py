@@ -8,6 +8,8 @@ goes on with a grid that was interrupted; finished runs are not run again. The
 report is DIR/report/report.html. Default DIR: runs/reproduce_NAME.
 """
 
+import shlex
+import sys
 from pathlib import Path
 
 import command_line
@@ -47,7 +49,7 @@ def main():
     workdir,
     tables=(3, 4, 5, 6, 7) if _TABLE.value == 'all' else (int(_TABLE.value),),
     seeds=_SEEDS.value,
-    command=command_line.command(),
+    command=shlex.join(['python', *sys.argv]),
   )
   print(text)
   print(f'the report is {workdir / "report" / "report.html"}')

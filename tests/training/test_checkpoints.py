@@ -58,11 +58,6 @@ def zero(path):
   path.write_bytes(bytes(path.stat().st_size))
 
 
-def make_unreadable(path):
-  path.unlink()
-  path.symlink_to(path.name)  # to itself: not even root can read it
-
-
 def files_of(step):
   return sorted(p for p in step.rglob('*') if p.is_file() and p.stat().st_size)
 
@@ -131,24 +126,6 @@ def test_damage_to_any_file_is_named_or_changes_no_bit(
       found[name, j] = assert_sound_or_named(run, template, saved, item, caplog)
   arrays = [x for (name, _), x in found.items() if name.parts[1:2] == ('d',)]
   assert len(arrays) >= 2 and all(arrays)  # what holds the values
-
-
-def test_a_file_that_cannot_be_read_counts_as_damage(
-  run, template, saved, caplog
-):
-  make_unreadable(array_file(run, 'optimizer'))
-  assert assert_sound_or_named(run, template, saved, 'optimizer', caplog)
-
-
-def test_an_empty_newest_step_gives_way_to_the_one_before(
-  run, template, caplog
-):
-  (run / 'checkpoints/9').mkdir()
-  with Checkpoints(run) as checkpoints:
-    state, _ = checkpoints.restore_newest(template, lambda meta: None)
-  assert state.step == 6
-  [warning] = warnings_of(caplog)
-  assert 'step 9' in warning and 'is damaged: meta' in warning
 
 
 def test_a_run_resumes_from_the_step_before_and_saves_the_bad_one_anew(

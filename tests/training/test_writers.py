@@ -80,13 +80,6 @@ def terminal():
       logging.getLogger().removeHandler(handler)
 
 
-def test_the_bar_shows_the_last_report():
-  with terminal() as stream, Progress(0, 4, 8) as progress:
-    progress.advance()
-    progress.report(1, {'loss': 0.5})
-    assert 'loss 0.5000' in stream.getvalue()
-
-
 def test_what_is_logged_has_a_line_of_its_own_above_the_bar():
   with terminal() as stream:
     with Progress(0, 4, 8) as progress:
