@@ -4,15 +4,14 @@ python benchmarks/soak.py [--minutes=30] [--every=20] [--workdir=DIR]
   [--config=configs/photos.py] [--config-flags...]
 
 A run is started, killed with SIGKILL at a random moment, started again, and so
-on; then it is left to end. A second run with the same seed is left in peace for
-as many steps. Prints kills, resumes, steps that had to be taken again, bits
-that differ between the two runs, and memory: of the processes that were killed,
-at their end, and of the one left in peace as it went. Exit code 1 unless no bit
-differs and every start has succeeded.
+on; then it is left to end. A second run with the same seed is undisturbed for
+as many steps. Prints kills, resumes, steps that had to be taken again, items of
+the last checkpoint whose digests differ between the two runs, and memory: of
+the processes that were killed, at their end, and of the one undisturbed as it
+went. Exit code 1 unless no bit differs and every start has succeeded.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -76,25 +75,19 @@ def _resident(pid: int) -> float:
 
 
 def digest(workdir: Path) -> dict[str, str]:
-  """SHA-256 of each array of the newest checkpoint, by its path."""
-  import jax
-  import numpy as np
-  import orbax.checkpoint as ocp
+  """The digests of the newest checkpoint, which is read to check them."""
+  from rvq_jax.training.checkpoints import Checkpoints
+  from rvq_jax.training.run import Run
 
-  from rvq_jax.training import manifest
-
-  [step, *_] = manifest.steps(workdir / 'checkpoints')
-  folder = workdir / 'checkpoints' / str(step)
-  if fault := manifest.fault(folder):
-    raise ValueError(f'step {step}: {fault}')
-  sums = {'step': str(step)}
-  for item in ('model', 'optimizer'):
-    with ocp.StandardCheckpointer() as checkpointer:
-      tree = checkpointer.restore(folder / item)
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-      name = item + jax.tree_util.keystr(path)
-      sums[name] = hashlib.sha256(np.asarray(x).tobytes()).hexdigest()
-  return sums
+  config = json.loads((workdir / 'config.json').read_text())
+  nested = {}
+  for name, value in config.items():
+    group, _, leaf = name.rpartition('.')
+    (nested.setdefault(group, {}) if group else nested)[leaf] = value
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    step = checkpoints.resolve()
+    checkpoints.restore(Run(nested).template, step)
+    return {'step': str(step)} | checkpoints.meta(step)['digests']
 
 
 def _halves(values: list[float]) -> list[float]:
@@ -134,7 +127,7 @@ def soak(options, flags, workdir: Path) -> dict:
         [*command, f'--workdir={folder}', f'--config.num_steps={last}'], log
       )
       if folder == killed:
-        print(f'left in peace up to step {last}')
+        print(f'undisturbed up to step {last}')
       run.finish()
       if run.returncode:
         failures.append(''.join(run.lines[-3:]))
@@ -149,10 +142,9 @@ def soak(options, flags, workdir: Path) -> dict:
     'steps': last,
     'lost_steps_at_most': max(lost, default=0),
     'lost_steps_mean': sum(lost) / max(len(lost), 1),
-    'differing_arrays': sum(one.get(n) != s for n, s in other.items()),
-    'arrays': len(other) - 1,
+    'differing_items': sum(one.get(n) != s for n, s in other.items()),
     'megabytes_at_kills': _halves(memory),
-    'megabytes_in_peace': _halves(run.megabytes),
+    'megabytes_undisturbed': _halves(run.megabytes),
     'damaged_steps': len(list((killed / 'corrupt').glob('*'))),
   }
 
@@ -181,7 +173,7 @@ def main() -> None:
     ]
     result = soak(options, flags, workdir)
   print(json.dumps(result, indent=2))
-  sys.exit(bool(result['differing_arrays']))
+  sys.exit(bool(result['differing_items']))
 
 
 if __name__ == '__main__':

@@ -17,8 +17,10 @@ import statistics
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'launch')]
 
+import command_line  # noqa: E402
 import flax.linen as nn  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -33,7 +35,6 @@ from rvq_jax.models.layers import (  # noqa: E402
 )
 from rvq_jax.quantize.codebook import Codebook, ema_update  # noqa: E402
 from rvq_jax.quantize.search import nearest_codes  # noqa: E402
-from rvq_jax.training import runtime  # noqa: E402
 
 _DIM, _FACTOR, _BLOCKS, _CODES = 256, 8, 12, 16384
 
@@ -167,7 +168,7 @@ def main():
   parser.add_argument('--memory', choices=('kept', 'default'), default='kept')
   args = parser.parse_args()
   if args.memory == 'kept':
-    runtime.keep_freed_memory()
+    command_line.prepare_backend()
   print(f'{provenance.hardware()}, {provenance.versions("jax", "jaxlib")}')
   print('| | part | multiply-adds forward, 10^9 | ms a step | GFLOP/s |')
   print('|---|---|---|---|---|')

@@ -142,7 +142,7 @@ def halves(model):
 
 def train_peer(config, workdir):
   """Trains with the peer's quantizer; returns the metrics of the test split."""
-  run = Run(config, workdir)
+  run = Run(config)
   config, model = run.config, run.model
   quantizer = PeerQuantizer(config)
   optimizer = make_optimizer(

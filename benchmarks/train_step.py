@@ -10,7 +10,7 @@ process; printed are medians, ratios, compile time, memory and, by the formulas
 of docs/scale.md, FLOPs a second. `--peer` adds the same model in PyTorch
 (torch_model.py) with vector-quantize-pytorch's quantizer and with one as good
 as ours (`pip install torch vector-quantize-pytorch`). `--memory=kept` has the C
-library keep freed memory, for every form, as our launchers do (runtime.py).
+library keep freed memory, for every form, as our launchers do.
 `--profile` writes a trace of our step for TensorBoard or Perfetto.
 """
 
@@ -27,14 +27,14 @@ CORES = 2
 if hasattr(os, 'sched_setaffinity'):  # before JAX and torch count the cores
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+sys.path[:0] = [str(ROOT / part) for part in ('', 'benchmarks', 'launch')]
 
+import command_line  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from rvq_jax.evaluation import provenance  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
-from rvq_jax.training import runtime  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402
 from rvq_jax.training.step import make_train_step  # noqa: E402
@@ -192,8 +192,9 @@ def main():
   )
   parser.add_argument('--size', nargs='+', default=['32:128', '256:8'])
   args = parser.parse_args()
-  if args.memory == 'kept' and not runtime.keep_freed_memory():
-    sys.exit('--memory=kept needs glibc, the CPU backend and no MALLOC_* set')
+  if args.memory == 'kept':
+    command_line.prepare_backend()
+    jax.config.update('jax_enable_compilation_cache', False)
   packages = ['jax', 'jaxlib'] + [
     'torch',
     'vector-quantize-pytorch',

@@ -1,7 +1,7 @@
 """The paper's CIFAR-10 model.
 
 Command: python launch/main.py --config=configs/cifar10.py[:f8|:f4]
-Variants: f8 (default) is the paper's text, 4x4 tokens an image, 224 bits; f4
+Variants: f8 (default) is the paper's text, 4x4 tokens per image, 224 bits; f4
 has 8x8 tokens, 896 bits.
 Hardware, time and numbers of 300 epochs: not run. 328 steps of f8 on 2 CPU
 cores: MSE 0.0455 on [-1, 1], usage 99.4 %, perplexity 14,202; see
@@ -19,27 +19,25 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # initial parameters, data order, flips, code replacement
   config.batch_size = 128  # over all devices
-  config.accumulate_steps = 1  # microbatches a batch; less memory, same update
-  config.codebook_shards = 1  # devices that share a codebook, split over them
+  # Microbatches per step: less memory. Each one updates the codebook, so the
+  # decay acts as often, and a run cannot resume with another value.
+  config.accumulate_steps = 1
   config.num_epochs = 300
   config.num_steps = placeholder(int)  # if set, counts instead of num_epochs
-  config.steps_per_dispatch = 1  # steps that one call to the device takes
   config.log_every = 50  # steps between two log lines
   config.eval_every = 1640  # steps between evaluations; 0: at the end only
   config.checkpoint_every = 1640  # steps; 0: with each evaluation
   config.keep_checkpoints = 2  # newest ones to keep, besides the best
-  config.exact_resume = False  # refuse to go on on another machine
 
   config.data = data = ConfigDict()
   data.name = 'tfds:cifar10'  # tfds:NAME, folder:PATH or photos
   data.data_dir = placeholder(str)  # of tfds; default ~/tensorflow_datasets
   data.split = 'paper'  # 70-20-10 of all images; 'official': the set's own
-  data.image_size = 32  # pixels a side
+  data.image_size = 32  # pixels per side
   data.crop = 'none'  # 'random' or 'random_resized' crops in training
   data.crop_scale = 0.08  # least share of the area, for random_resized
   data.flip = True  # mirror half of the training images
   data.in_memory = 'auto'  # 'yes', 'no'; auto: when decoded it fits in 4 GiB
-  data.on_device = False  # keep a set in memory on the devices instead
   data.num_workers = 0  # decoding processes where the set is streamed
 
   config.model = model = ConfigDict()
@@ -47,7 +45,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.factor = int(variant[1:])  # image side over token grid side
   model.num_res_blocks = 6  # in the encoder and in the decoder
   model.num_heads = 8  # of the decoder's attention
-  model.code_dim = 256  # numbers in a code
+  model.code_dim = 256  # D, dimensions of a code
   model.dtype = 'float32'  # compute dtype; 'bfloat16'
   model.remat = False  # less memory for a third more operations
   model.quantizer = 'vq'  # residual, product, gumbel, fsq, simvq
@@ -64,9 +62,9 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.split_fraction = 0.2  # from a code towards its vector; 1: onto it
   model.init_from = 'data'  # 'normal': random codes
   model.max_scale = 10.0  # bound on |q|/|e| in the gradient
-  model.freeze = False  # codes stay as they are; the rest goes on learning
-  model.depth = 4  # codes a position of 'residual'
-  model.heads = 2  # codes a position of 'product'
+  model.freeze = False  # codes stay as they are; the rest learns
+  model.depth = 4  # codes per position of 'residual'
+  model.heads = 2  # codes per position of 'product'
   model.temperature_steps = 10_000  # over which that of 'gumbel' falls
   model.kl_weight = 5e-4  # of 'gumbel': KL from the uniform distribution
 

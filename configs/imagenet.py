@@ -1,4 +1,4 @@
-"""The paper's ImageNet model at 256x256: 32x32 tokens, 14,336 bits an image.
+"""The paper's ImageNet model at 256x256: 32x32 tokens, 14,336 bits per image.
 
 Command: python launch/main.py --config=configs/imagenet.py
 The data set comes from the ILSVRC2012 archives in DATA_DIR/downloads/manual, or

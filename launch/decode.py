@@ -33,9 +33,8 @@ def main(*paths):
   from rvq_jax.evaluation.load import load
   from rvq_jax.tokens import decode, files
   from rvq_jax.tokens.card import token_folders
-  from rvq_jax.training import runtime
 
-  runtime.prepare()
+  command_line.prepare_backend()
   if folder:
     found = token_folders(source)
     tokenizer = load(_WORKDIR.value, step)

@@ -60,9 +60,8 @@ def main(*paths):
   from rvq_jax.evaluation.load import load
   from rvq_jax.tokens import encode, files
   from rvq_jax.tokens.inputs import open_input
-  from rvq_jax.training import runtime
 
-  runtime.prepare()
+  command_line.prepare_backend()
   if one and not _is_folder(output):
     tokenizer = load(_WORKDIR.value, step)
     print(

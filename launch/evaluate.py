@@ -43,9 +43,8 @@ def main():
     sys.exit(not all(finding.ok for finding in findings))
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
   from rvq_jax.metrics import format_definitions
-  from rvq_jax.training import runtime
 
-  runtime.prepare()
+  command_line.prepare_backend()
   result = evaluate_run(
     _WORKDIR.value,
     split=_SPLIT.value,

@@ -37,9 +37,8 @@ def main():
   from rvq_jax.evaluation import safetensors_folder
   from rvq_jax.evaluation.load import HUB, load
   from rvq_jax.explorer import page
-  from rvq_jax.training import runtime
 
-  runtime.prepare()
+  command_line.prepare_backend()
   workdir = _WORKDIR.value
   tokenizer = load(workdir, step)
   exported = workdir.startswith(HUB) or safetensors_folder.is_export(workdir)

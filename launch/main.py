@@ -3,11 +3,12 @@
 python launch/main.py --config=configs/photos.py [--workdir=DIR]
   [--config.model.codebook_size=8192 ...]
 
-The run lives in DIR (default: runs/NAME). The same command goes on with a run
-that was interrupted. --multihost makes the processes that were started with
-this command one run (docs/scale.md); all must see DIR.
+The run lives in DIR (default: runs/NAME). The same command resumes a run that
+was interrupted. --multihost makes one run of all processes that were started
+with this command (docs/scale.md); all must see DIR.
 """
 
+import logging
 from pathlib import Path
 
 import command_line
@@ -24,12 +25,12 @@ _MULTIHOST = flags.DEFINE_bool(
   'multihost', False, 'Several processes, found through the scheduler.'
 )
 _COORDINATOR = flags.DEFINE_string(
-  'coordinator', None, 'HOST:PORT of process 0, where there is no scheduler.'
+  'coordinator', None, 'HOST:PORT of process 0, without a scheduler.'
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With the above.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This one, from 0.')
 _LOST_AFTER = flags.DEFINE_integer(
-  'lost_after', 100, 'Seconds of silence after which a process is given up.'
+  'lost_after', 100, 'Seconds of silence after which a process is lost.'
 )
 
 
@@ -40,11 +41,13 @@ def main():
   if given != (None, None, None) and not _MULTIHOST.value:
     command_line.fail('--coordinator and the like: expected --multihost too')
   # Imported once the flags are known to be good: this takes seconds.
-  from rvq_jax.training import runtime
-
-  runtime.prepare()  # before `join`, which starts JAX's backend
+  command_line.prepare_backend()
   if _MULTIHOST.value:
-    command_line.join(*given, lost_after=_LOST_AFTER.value)
+    from rvq_jax.training import multihost
+
+    multihost.initialize(*given, lost_after=_LOST_AFTER.value)
+    if not command_line.is_first():
+      logging.getLogger().setLevel(logging.WARNING)
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
   from rvq_jax.training.loop import train
 

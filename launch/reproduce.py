@@ -8,6 +8,8 @@ goes on with a grid that was interrupted; finished runs are not run again. The
 report is DIR/report/report.html. Default DIR: runs/reproduce_NAME.
 """
 
+import shlex
+import sys
 from pathlib import Path
 
 import command_line
@@ -36,9 +38,8 @@ def main():
     command_line.fail(f'--seeds: expected at least 1, got {_SEEDS.value}')
   # Imported once the flags are known to be good: this takes seconds.
   from rvq_jax.evaluation import reproduce
-  from rvq_jax.training import runtime
 
-  runtime.prepare()
+  command_line.prepare_backend()
   config = _CONFIG.value
   if _NUM_STEPS.value is not None:
     config.num_steps = _NUM_STEPS.value
@@ -48,7 +49,7 @@ def main():
     workdir,
     tables=(3, 4, 5, 6, 7) if _TABLE.value == 'all' else (int(_TABLE.value),),
     seeds=_SEEDS.value,
-    command=command_line.command(),
+    command=shlex.join(['python', *sys.argv]),
   )
   print(text)
   print(f'the report is {workdir / "report" / "report.html"}')

@@ -15,7 +15,6 @@ from rvq_jax.evaluation import (
   report,
 )
 from rvq_jax.evaluation.rate_figure import rate_figure
-from rvq_jax.training import runtime
 
 CODEC_IMAGES = 256
 CURVE_POINTS = 60
@@ -42,7 +41,6 @@ def reproduce(
   """
   workdir = Path(workdir)
   # The seeds of a method share their programs: compile each once.
-  runtime.cache_programs()
   records = ablation.run_grid(
     config, workdir, cells=ablation.cells_of(tables), seeds=seeds
   )

@@ -16,7 +16,7 @@ from rvq_jax.tokens.encode import batch_size
 from rvq_jax.tokens.records import TokenRecord
 from rvq_jax.tokens.shards import TokenSource
 from rvq_jax.tokens.tiling import decode_ids
-from rvq_jax.training import progress
+from rvq_jax.training import writers
 
 ABOUT, NAMES = 'decoded.json', 'names.jsonl'
 
@@ -57,7 +57,7 @@ def decode_dataset(
   started = time.perf_counter()
   size = batch_size(card['image_size']) if card.get('image_size') else 1
   with (
-    progress.logs_above_bars(),
+    writers.logs_above_bars(),
     tqdm(total=len(source), unit='image', desc='decode', disable=None) as bar,
     concurrent.futures.ThreadPoolExecutor() as pool,
   ):

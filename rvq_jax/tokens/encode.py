@@ -24,7 +24,7 @@ from rvq_jax.tokens import packing, shards
 from rvq_jax.tokens.card import CARD, FORMAT, VERSION, read_card, write_card
 from rvq_jax.tokens.records import TokenRecord, to_bytes
 from rvq_jax.tokens.tiling import encode_images, grid_shape
-from rvq_jax.training import progress
+from rvq_jax.training import writers
 
 _BATCH_PIXELS, _MAX_BATCH = 2**21, 256
 
@@ -94,7 +94,7 @@ def encode_dataset(
   }
   started, before = time.perf_counter(), sum(made.values())
   with (
-    progress.logs_above_bars(),
+    writers.logs_above_bars(),
     tqdm(total=count, unit='image', desc='encode', disable=None) as bar,
   ):
     done = sum(len(rows[i]) for i in made)

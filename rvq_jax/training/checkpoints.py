@@ -1,6 +1,13 @@
 """Orbax checkpoints of the state, with the data position and the config."""
 
+import functools
+import hashlib
+import json
+import logging
 import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,101 +16,41 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from rvq_jax.training import machine, manifest
+from rvq_jax.io import tree_digest
 from rvq_jax.training.state import TrainState
 
 
-def _mse(metrics):
-  return metrics['mse']
-
-
-def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
-  """The state as Orbax items: what evaluation needs, and the rest."""
-  model = dict(state.variables)
-  if state.params_ema is not None:
-    model['params_ema'] = state.params_ema
-  optimizer = {
-    'step': state.step,
-    'nonfinite_streak': state.nonfinite_streak,
-    'opt_state': state.opt_state,
-  }
-  return {'model': model, 'optimizer': optimizer}
+class DamagedError(ValueError):
+  """A checkpoint cannot be read, or is not what was saved."""
 
 
 class Checkpoints:
   """The checkpoints of one run, in WORKDIR/checkpoints/STEP.
 
   Each holds three items: `model` (params, batch_stats, codebook, params_ema),
-  `optimizer` (the rest of the state) and `meta` (JSON: config, data position
-  and machine). Saves are asynchronous. The newest `keep` stay, and the best by
-  the metric 'mse'. Use as a context manager: leaving it waits until the last
-  save is complete on disk, except after a KeyboardInterrupt. Of several
-  processes each writes its share, into a directory that all of them see; a save
-  is complete when all have written.
-
-  Each step holds the SHA-256 of its files (manifest.py). Opening a run to write
-  removes what a killed one left, and moves damaged newest steps out of the way;
-  read_only, a damaged step is refused.
+  `optimizer` (the rest of the state) and `meta` (JSON: config, data position,
+  score, and the digests of the other items and of itself). Readers check what
+  they read. The newest `keep` steps stay, and the one with the lowest score.
+  Saves are asynchronous; leaving the context manager waits for the last one,
+  except after a KeyboardInterrupt. All processes must see the directory.
 
   Args:
     workdir: directory of the run.
     keep: newest checkpoints to keep.
     read_only: never create or delete anything.
-    verify: read_only, refuse a step whose files are not as they were saved.
-
-  Raises:
-    FileNotFoundError: read_only, and the directory holds no checkpoint.
-    ValueError: there are checkpoints, and none is intact.
   """
 
-  def __init__(
-    self,
-    workdir,
-    *,
-    keep: int = 2,
-    read_only: bool = False,
-    verify: bool = True,
-  ):
+  def __init__(self, workdir, *, keep: int = 2, read_only: bool = False):
     self._path = Path(workdir).resolve() / 'checkpoints'
-    if read_only and not self._path.is_dir():
-      raise FileNotFoundError(
-        f'expected a run with checkpoints in {workdir}, found none; train one '
-        'with python launch/main.py --config=configs/photos.py '
-        f'--workdir={workdir}'
-      )
-    if not read_only:
-      if jax.process_index() == 0:
-        manifest.recover(self._path)
-      if jax.process_count() > 1:
-        multihost_utils.sync_global_devices('rvq_jax: checkpoints recovered')
-    self._read_only, self._verify = read_only, verify
-    try:
-      self._manager = self._open(keep)
-    # Orbax reads the scores of every step; what it makes of damaged ones is an
-    # error of JSON, of Unicode, or of a name that is not there.
-    except Exception:
-      self._require_scores()
-      raise
-
-  def _open(self, keep: int) -> ocp.CheckpointManager:
-    policy = ocp.checkpoint_managers
-    best = policy.BestN(
-      get_metric_fn=_mse,
-      reverse=True,
-      n=1,
-      keep_checkpoints_without_metrics=False,
-    )
-    return ocp.CheckpointManager(
+    self._read_only, self._keep = read_only, keep
+    self._on_first_process(self._remove_unfinished)
+    self._manager = ocp.CheckpointManager(
       self._path,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy.AnyPreservationPolicy(
-          [policy.LatestN(keep), best]
-        ),
-        best_fn=_mse,
-        best_mode='min',
-        create=not self._read_only,
-        read_only=self._read_only,
-        temporary_path_class=manifest.SealedPath,
+        preservation_policy=self,
+        create=not read_only,
+        read_only=read_only,
+        lightweight_initialize=True,
       ),
       item_handlers={
         'model': ocp.StandardCheckpointHandler(),
@@ -116,72 +63,40 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, *_):
-    if kind is KeyboardInterrupt:
-      return  # whoever interrupts twice does not want to wait
-    if kind is not None and jax.process_count() > 1:
-      return  # a save would wait for a process that is gone
+    # Whoever interrupts twice does not want to wait, and the save of several
+    # processes would wait for one that is gone.
+    if kind is KeyboardInterrupt or (kind and jax.process_count() > 1):
+      return
     try:
       self._manager.wait_until_finished()
       self._manager.close()
     finally:
       # What a full disk left unfinished only makes it fuller.
       if not self._read_only and jax.process_index() == 0:
-        manifest.remove_unfinished(self._path)
-
-  @property
-  def latest_step(self) -> int | None:
-    """The newest complete step, or None."""
-    return self._manager.latest_step()
+        self._remove_unfinished()
 
   @property
   def steps(self) -> list[int]:
-    """All complete steps, oldest first."""
+    """All steps, oldest first."""
     return sorted(self._manager.all_steps())
 
   def resolve(self, step: int | str | None = None) -> int:
-    """The step that `step` means.
-
-    Args:
-      step: a step, 'best' (lowest mse), or None for the newest.
-
-    Returns:
-      A step that exists.
+    """The step that a number, 'best' or None (the newest) means.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint; lists those there are.
-      ValueError: it is damaged, by the SHA-256 of its files.
+      FileNotFoundError: it does not exist; lists those that do.
     """
+    steps, found = self.steps, step
     if step is None:
-      found = self._manager.latest_step()
+      found = max(steps, default=None)
     elif step == 'best':
-      if self._verify:
-        self._require_scores()
-      found = self._manager.best_step()
-    else:
-      found = int(step) if int(step) in self.steps else None
-    if found is None:
+      found = self._best(steps)
+    if found not in steps:
       raise FileNotFoundError(
         f'expected a checkpoint of step {step or "any"} in {self._path}, found '
-        f'steps {self.steps or "none"}'
+        f'steps {steps or "none"}'
       )
-    if self._verify:
-      self._refuse_damaged(found)
     return found
-
-  def _require_scores(self) -> None:
-    for step in manifest.steps(self._path):
-      self._refuse_damaged(step, part='metrics/')
-
-  def _refuse_damaged(self, step: int, part: str = '') -> None:
-    what = manifest.fault(self._path / str(step), part=part)
-    if what:
-      others = [s for s in reversed(manifest.steps(self._path)) if s != step]
-      raise ValueError(
-        f'the checkpoint of step {step} in {self._path} is damaged: {what}; '
-        'training goes on from the one before it, and to load another one '
-        f'give its step (there are {", ".join(map(str, others)) or "no others"}'
-        ')'
-      )
 
   def save(
     self,
@@ -189,90 +104,186 @@ class Checkpoints:
     *,
     config: dict[str, Any],
     position: dict[str, Any],
-    metrics: dict[str, float] | None = None,
+    score: float | None = None,
   ) -> None:
-    """Starts saving the state; a step that is there already is left alone.
+    """Starts saving a state; a step that exists already is left alone.
 
     Args:
-      state: the state to save.
-      config: the run's config as plain JSON values.
-      position: where the data loader stands.
-      metrics: of an evaluation of this state; 'mse' ranks the checkpoint.
+      state: the state, with its step.
+      config: JSON values.
+      position: of the data loader.
+      score: validation mse, if the state was evaluated.
     """
     step = int(state.step)
-    if step in self._manager.all_steps():
+    if step in self.steps:
       return
-    if metrics and not math.isfinite(_mse(metrics)):
-      metrics = None  # NaN is neither better nor worse than a number
-    parts = _parts(state)
+    if score is not None and not math.isfinite(score):
+      score = None  # NaN is neither better nor worse than a number
+    items = _items(state)
+    meta = {'config': config, 'position': position, 'score': score}
+    meta['digests'] = {name: tree_digest(item) for name, item in items.items()}
+    meta['digest'] = _json_digest(meta)
+    self._scores[step] = score
     saved = self._manager.save(
       step,
       args=ocp.args.Composite(
-        model=ocp.args.StandardSave(parts['model']),
-        optimizer=ocp.args.StandardSave(parts['optimizer']),
-        meta=ocp.args.JsonSave(
-          {
-            'config': config,
-            'position': position,
-            'machine': machine.describe(),
-          }
-        ),
+        meta=ocp.args.JsonSave(meta),
+        **{name: ocp.args.StandardSave(item) for name, item in items.items()},
       ),
-      metrics=metrics,
       force=True,
     )
     if not saved:
       raise RuntimeError(f'the checkpoint of step {step} was not saved')
 
   def meta(self, step: int) -> dict[str, Any]:
-    """What is stored with a step: 'config', 'position' and 'machine'."""
-    return self._manager.restore(
-      step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-    )['meta']
+    """Config, position, score and digests; ValueError if damaged."""
+    is_sound = lambda meta: meta['digest'] == _json_digest(meta)  # noqa: E731
+    return self._read(step, 'meta', ocp.args.JsonRestore(), is_sound)
 
   def restore(self, state: TrainState, step: int) -> TrainState:
-    """The saved state.
+    """The state of a step that exists; ValueError if damaged.
 
     Args:
-      state: a state, or its `jax.eval_shape` with shardings, of the same
-        structure; gives shapes, dtypes and placement.
-      step: a step that exists.
-
-    Returns:
-      The state of that step.
+      state: a state, or its `jax.eval_shape` with shardings: the structure,
+        shapes, dtypes and placement.
+      step: the step.
     """
-    parts = {
-      name: jax.tree.map(_abstract, part)
-      for name, part in _parts(state).items()
-    }
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        **{n: ocp.args.StandardRestore(part) for n, part in parts.items()}
-      ),
+    digests = self.meta(step)['digests']
+    model, optimizer = (
+      self._read_arrays(step, name, jax.tree.map(_abstract, item), digests)
+      for name, item in _items(state).items()
     )
-    model, optimizer = restored['model'], restored['optimizer']
-    return TrainState(
-      params=model['params'],
-      batch_stats=model['batch_stats'],
-      codebook=model['codebook'],
-      params_ema=model.get('params_ema'),
-      **optimizer,
-    )
+    return TrainState(**{'params_ema': None} | model | optimizer)
 
   def restore_model(self, abstract: dict[str, Any], step: int):
-    """The item `model` alone: what evaluation needs.
+    """The item `model` alone; ValueError if damaged.
 
     Args:
       abstract: tree of `jax.ShapeDtypeStruct` with shardings.
-      step: a step that exists.
-
-    Returns:
-      The tree of arrays.
+      step: the step.
     """
-    return self._manager.restore(
-      step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
-    )['model']
+    digests = self.meta(step)['digests']
+    return self._read_arrays(step, 'model', abstract, digests)
+
+  def restore_newest(
+    self, state: TrainState, check: Callable[[dict], None]
+  ) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest sound state and its meta; None without checkpoints.
+
+    Damaged newer steps are moved to WORKDIR/corrupt.
+
+    Args:
+      state: see `restore`.
+      check: called with the meta of a step before its state is read.
+
+    Raises:
+      ValueError: no checkpoint is sound, or what `check` raises; nothing is
+        changed then.
+    """
+    damaged = {}
+    for step in reversed(self.steps):
+      try:
+        meta = self.meta(step)
+        check(meta)
+        state = self.restore(state, step)
+      except DamagedError as error:
+        damaged[step] = str(error).partition(';')[0]
+        continue
+      self._on_first_process(functools.partial(self._quarantine, damaged, step))
+      self._manager.reload()
+      return state, meta
+    if damaged:
+      raise ValueError(
+        'no checkpoint is sound; put back a copy of one, or start in another '
+        f'--workdir: {"; ".join(damaged.values())}'
+      )
+    return None
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """Tells Orbax which steps stay: the newest and the best."""
+    del context
+    steps = [info.step for info in checkpoints]
+    keep = {*steps[-self._keep :], self._best(steps)}
+    return [step in keep for step in steps]
+
+  @functools.cached_property
+  def _scores(self) -> dict[int, float | None]:
+    """Step -> its score, of the steps whose meta is sound."""
+    scores = {}
+    for step in self.steps:
+      try:
+        scores[step] = self.meta(step)['score']
+      except DamagedError as error:
+        logging.warning('%s', error)
+    return scores
+
+  def _best(self, steps) -> int | None:
+    scored = [s for s in steps if self._scores.get(s) is not None]
+    return min(scored, key=self._scores.get, default=None)
+
+  def _read_arrays(self, step, item, abstract, digests):
+    is_sound = lambda tree: tree_digest(tree) == digests[item]  # noqa: E731
+    args = ocp.args.StandardRestore(abstract)
+    return self._read(step, item, args, is_sound)
+
+  def _read(self, step, item, args, is_sound):
+    """An item as Orbax reads it; whatever goes wrong counts as damage."""
+    try:
+      args = ocp.args.Composite(**{item: args})
+      found = self._manager.restore(step, args=args)[item]
+      fault = None if is_sound(found) else 'is not what was saved'
+    except Exception as error:
+      reason = ' '.join(str(error).split())[:200].replace(';', ',')
+      fault = f'cannot be read ({reason or type(error).__name__})'
+    if fault:
+      others = ', '.join(str(s) for s in self.steps if s != step) or 'none'
+      raise DamagedError(
+        f'the checkpoint of step {step} in {self._path} is damaged: {item} '
+        f'{fault}; load another step (there are: {others}), or resume the run, '
+        'which starts from the newest sound one'
+      )
+    return found
+
+  def _on_first_process(self, change: Callable[[], None]) -> None:
+    """Changes the directory once; the other processes wait for it."""
+    if not self._read_only and jax.process_index() == 0:
+      change()
+    if not self._read_only and jax.process_count() > 1:
+      multihost_utils.sync_global_devices('rvq_jax: checkpoints changed')
+
+  def _remove_unfinished(self) -> None:
+    """Removes what a killed process left half written or half deleted."""
+    gone = [*self._path.glob(f'*{ocp.path.atomicity.TMP_DIR_SUFFIX}*')]
+    steps = [p for p in self._path.glob('*') if p.name.isdecimal()]
+    steps.sort(key=lambda path: int(path.name))  # the newest is never deleted
+    gone += [p for p in steps[:-1] if not (p / 'meta/metadata').exists()]
+    for path in gone:
+      shutil.rmtree(path, ignore_errors=True)
+
+  def _quarantine(self, damaged: dict[int, str], resumed: int) -> None:
+    for step, message in damaged.items():
+      target = self._path.parent / 'corrupt' / str(step)
+      shutil.rmtree(target, ignore_errors=True)
+      target.parent.mkdir(exist_ok=True)
+      os.rename(self._path / str(step), target)
+      logging.warning(
+        '%s; moved to %s, resuming from step %d', message, target, resumed
+      )
+
+
+def _items(state: TrainState) -> dict[str, dict[str, Any]]:
+  """The state as Orbax items: what evaluation needs, and the rest."""
+  model = dict(state.variables)
+  if state.params_ema is not None:
+    model['params_ema'] = state.params_ema
+  names = ('step', 'nonfinite_streak', 'opt_state')
+  return {'model': model, 'optimizer': {n: getattr(state, n) for n in names}}
+
+
+def _json_digest(meta: dict[str, Any]) -> str:
+  """SHA-256 of the JSON of `meta`, its own digest left out."""
+  rest = {name: x for name, x in meta.items() if name != 'digest'}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _abstract(x):

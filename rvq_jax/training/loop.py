@@ -1,7 +1,12 @@
 """The training loop: data, step, evaluation, checkpoints, log."""
 
+import collections
+import contextlib
+import fcntl
 import logging
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,68 +16,20 @@ from clu import parameter_overview
 from rvq_jax import metrics
 from rvq_jax.io import explain_full_disk, write_atomic
 from rvq_jax.training import config as config_lib
-from rvq_jax.training import writers
+from rvq_jax.training import sharding, writers
 from rvq_jax.training.checkpoints import Checkpoints
-from rvq_jax.training.dispatch import dispatch_size
-from rvq_jax.training.lock import workdir_lock
 from rvq_jax.training.preemption import StopSignal
-from rvq_jax.training.progress import Progress
 from rvq_jax.training.run import Run
 from rvq_jax.training.step import MAX_NONFINITE_STREAK
 
-MAX_CALLS_IN_FLIGHT = 2
-
-
-def _interval_scalars(window, schedule, step, log_every):
-  """Means over the steps since the last report; codes from summed counts.
-
-  The last steps of a run, or the first after a resume, may be fewer: their
-  codes do not compare with the other reports', and are left out.
-  """
-  window = jax.device_get(window)
-  counts = np.sum([w.pop('counts') for w in window], axis=0, dtype=np.float64)
-  scalars = {
-    name: np.concatenate([np.atleast_1d(w[name]) for w in window])
-    for name in window[0]
-  }
-  steps = len(scalars['loss'])
-  scalars = {name: float(np.mean(x)) for name, x in scalars.items()}
-  codes = metrics.code_statistics(counts)
-  for name in ('usage', 'perplexity'):
-    del scalars[name]
-    if steps == log_every:
-      scalars[name] = codes[name]
-  scalars['learning_rate'] = float(schedule(step - 1))
-  return scalars
-
-
-def _stop_if_not_finite(state, step, scalars):
-  streak = int(state.nonfinite_streak)
-  if streak >= MAX_NONFINITE_STREAK:
-    first = step - streak + 1
-    raise FloatingPointError(
-      f'stopped at step {first + MAX_NONFINITE_STREAK - 1}: for '
-      f'{MAX_NONFINITE_STREAK} steps in a row, from step {first} on, '
-      f'{_not_finite(scalars)}; the state is as it was before them, and so is '
-      'the last checkpoint. Lower config.optimizer.learning_rate or set '
-      'config.optimizer.clip_norm'
-    )
-
-
-def _not_finite(scalars):
-  if not np.isfinite(scalars['loss']):
-    return f'the loss was {scalars["loss"]}'
-  if not np.isfinite(scalars['grad_norm']):
-    return f'the norm of the gradient was {scalars["grad_norm"]}'
-  return 'the running statistics of BatchNorm or the codebook overflowed'
+MAX_STEPS_IN_FLIGHT = 2
 
 
 def train(config, workdir) -> dict[str, float]:
-  """Trains a model, or goes on with the run that workdir holds.
+  """Trains a model, or resumes the run in workdir.
 
-  Writes to workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/. An
-  interrupted run, started again, ends in the same bits as one that was not.
-  The last step is always saved.
+  Writes config.json, metrics.jsonl, tensorboard/ and checkpoints/. A run that
+  was interrupted ends in the same bits as one that was not.
 
   Args:
     config: ConfigDict or nested mapping; see configs/cifar10.py.
@@ -82,64 +39,150 @@ def train(config, workdir) -> dict[str, float]:
     The metrics of the last evaluation on the validation split.
 
   Raises:
-    ValueError: see `Run`; or another process trains in workdir; or no
-      checkpoint in it is intact.
-    OSError: there is no room for a checkpoint.
+    ValueError: the config is not valid or not that of the checkpoint, workdir
+      is in use, or no checkpoint in it is sound.
+    OSError: the disk is full.
     FloatingPointError: ten steps in a row were not finite.
     SystemExit: a signal asked to stop; the state is saved.
-    jax.errors.JaxRuntimeError: another process of the run is gone.
+    jax.errors.JaxRuntimeError: another process of the run is lost.
   """
-  workdir = Path(workdir)
-  run = Run(config, workdir)
+  workdir, run = Path(workdir), Run(config)
+  config = run.config
+  advice = 'start the same command again: it resumes from the last checkpoint'
   with (
-    explain_full_disk(
-      workdir,
-      'start the same command again: it resumes from the last complete '
-      'checkpoint',
-    ),
-    workdir_lock(workdir),
+    explain_full_disk(workdir, advice),
+    lock(workdir),
     StopSignal() as stop,  # until the last save is complete
-    Checkpoints(workdir, keep=run.config['keep_checkpoints']) as checkpoints,
+    Checkpoints(workdir, keep=config['keep_checkpoints']) as checkpoints,
+    contextlib.closing(run.loader),
   ):
     state = run.start(checkpoints)
     start = int(state.step)
+    kinds = ()
     if jax.process_index() == 0:
-      write_atomic(workdir / 'config.json', config_lib.to_json(run.config))
-    _introduce(run, state, start)
-    writer = writers.MultiWriter(
-      [
-        writers.JsonlWriter(workdir, start_step=start),
-        writers.TensorBoardWriter(workdir, start_step=start),
-      ]
-      if jax.process_index() == 0
-      else []
-    )
-    progress = Progress(start, run.num_steps, run.config['batch_size'])
-    try:
-      result = _run(run, state, start, checkpoints, writer, progress, stop)
-    finally:
-      progress.close()
-      writer.close()
-      run.loader.close()
+      kinds = (writers.JsonlWriter, writers.TensorBoardWriter)
+      write_atomic(workdir / 'config.json', config_lib.to_json(config))
+      _log_overview(run, state, start)
+    writer = writers.MultiWriter(w(workdir, start_step=start) for w in kinds)
+    with (
+      contextlib.closing(writer),
+      writers.Progress(start, run.num_steps, config['batch_size']) as progress,
+    ):
+      result = _steps(run, state, start, checkpoints, writer, progress, stop)
   if stop.exit_code is not None:
     logging.info('stopped by a signal; the state is saved in %s', workdir)
     sys.exit(stop.exit_code)
   return result
 
 
-def _introduce(run, state, start):
-  if jax.process_index():
-    return
+def _steps(run, state, start, checkpoints, writer, progress, stop):
+  """Steps from `start` to the end of the run or a signal."""
+  config, window, result = run.config, [], {}
+  prefetch = Prefetch(run.loader, run.mesh)
+  for step in range(start + 1, run.num_steps + 1):
+    due = {
+      name: config[f'{name}_every'] and step % config[f'{name}_every'] == 0
+      for name in ('log', 'eval', 'checkpoint')
+    }
+    state, scalars = run.train_step(state, prefetch.next_batch())
+    prefetch.dispatched(scalars['loss'])
+    window.append(scalars)
+    progress.advance()
+    stopping = stop.agreed(ask=due['log'])
+    last = step == run.num_steps or stopping
+    if last or due['log']:
+      scalars = _window_scalars(window, run.schedule, step, config['log_every'])
+      window = []
+      _stop_if_not_finite(state, step, scalars)
+      scalars |= progress.report(step, scalars, waited=prefetch.waited())
+      writer.write_scalars(step, {f'train/{n}': x for n, x in scalars.items()})
+    score = None
+    if step == run.num_steps or due['eval']:
+      with progress.paused():
+        result = _validate(run, state, step, writer, progress)
+      score = result['mse']
+    wanted = score is not None or due['checkpoint']
+    # A run that may be diverging must not crowd out its good checkpoints.
+    if last or (wanted and not int(state.nonfinite_streak)):
+      writer.flush()  # first, so that no checkpoint is ahead of the log
+      checkpoints.save(
+        state, config=config, position=run.loader.position(), score=score
+      )
+    if last:  # not stop.exit_code: a signal may have come since it was read
+      break
+  return result
+
+
+class Prefetch:
+  """Batches on the devices, made while the devices work on earlier steps.
+
+  At most two steps are in flight: their batches take device memory, and a
+  signal waits for them.
+  """
+
+  def __init__(self, loader, mesh):
+    self._loader, self._mesh = loader, mesh
+    self._in_flight = collections.deque()
+    self._waited = 0.0
+
+  def next_batch(self):
+    """The batch of the next step, a tree of global arrays."""
+    start = time.monotonic()
+    batch = sharding.shard_batch(next(self._loader), self._mesh)
+    if not self._in_flight or self._in_flight[-1].is_ready():
+      self._waited += time.monotonic() - start  # the devices were idle
+    return batch
+
+  def dispatched(self, result: jax.Array) -> None:
+    """Waits until at most two steps are in flight, one of them this one's."""
+    self._in_flight.append(result)
+    if len(self._in_flight) > MAX_STEPS_IN_FLIGHT:
+      jax.block_until_ready(self._in_flight.popleft())
+
+  def waited(self) -> float:
+    """Seconds without a batch for an idle device since the last call."""
+    waited, self._waited = self._waited, 0.0
+    return waited
+
+
+@contextlib.contextmanager
+def lock(workdir) -> Iterator[None]:
+  """Makes a workdir and holds its lock, which the system frees at any end.
+
+  Raises:
+    ValueError: another process trains there, or it cannot be made.
+  """
+  try:
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f'cannot make the folder {workdir}: {error.strerror}; give another '
+      '--workdir'
+    ) from error
+  with open(Path(workdir) / '.lock', 'a') as stream:
+    if jax.process_index() == 0:
+      try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        raise ValueError(
+          f'{workdir} is in use by another process; wait for it, stop it, or '
+          'give another --workdir'
+        ) from error
+      except OSError as error:  # some network file systems have no locks
+        logging.warning('%s cannot be locked: %s', workdir, error.strerror)
+    yield
+
+
+def _log_overview(run, state, start):
   if start == 0:
     overview = parameter_overview.get_parameter_overview(
       state.params, include_stats=False
     )
     logging.info('parameters\n%s', overview)
-  train = run.dataset.train
   logging.info(
-    '%s: %d training images, %d steps an epoch; step %d of %d; %d %s',
+    '%s: %d training images, %d steps per epoch; step %d of %d; %d %s',
     run.config['data.name'],
-    len(train),
+    len(run.dataset.train),
     run.loader.steps_per_epoch,
     start,
     run.num_steps,
@@ -150,66 +193,40 @@ def _introduce(run, state, start):
     logging.info('%s', run.dataset.note)
 
 
-def _run(run, state, start, checkpoints, writer, progress, stop):
-  """Steps from `start` to the end of the run or a signal."""
-  config, window, result = run.config, [], {}
+def _window_scalars(window, schedule, step, log_every):
+  """Means over the steps since the last report; codes from summed counts.
 
-  def save(scores=None):
-    checkpoints.save(
-      state,
-      config=config,
-      position=run.loader.position(),
-      metrics=scores,
-    )
+  Usage and perplexity of fewer steps than `log_every`, as at the end of a run,
+  do not compare with the others' and are left out.
+  """
+  window = jax.device_get(window)
+  counts = np.sum([w.pop('counts') for w in window], axis=0, dtype=np.float64)
+  codes = metrics.code_statistics(counts)
+  scalars = {
+    name: float(np.mean([w[name] for w in window])) for name in window[0]
+  }
+  for name in ('usage', 'perplexity'):
+    del scalars[name]
+    if len(window) == log_every:
+      scalars[name] = codes[name]
+  return scalars | {'learning_rate': float(schedule(step - 1))}
 
-  intervals = [
-    config[f'{name}_every'] for name in ('log', 'eval', 'checkpoint')
-  ]
 
-  def due(step, every):
-    return every and step % every == 0
-
-  step = start
-  while step < run.num_steps:
-    count = dispatch_size(
-      step, config['steps_per_dispatch'], run.num_steps, *intervals
-    )
-    busy = window[-1]['loss'] if window else None
-    batch = run.feed.next(count, busy)
-    take = run.train_step if count == 1 else run.train_steps
-    state, scalars = take(state, batch)
-    step += count
-    window.append(scalars)
-    # The host prepares the next steps while the device works, but not without
-    # end: batches wait on the device, and a signal waits for the steps.
-    if len(window) > MAX_CALLS_IN_FLIGHT:
-      jax.block_until_ready(window[-1 - MAX_CALLS_IN_FLIGHT])
-    progress.advance(count)
-    stopping = stop.agreed(ask=due(step, config['log_every']))
-    last = step == run.num_steps or stopping
-    if last or due(step, config['log_every']):
-      scalars = _interval_scalars(
-        window, run.schedule, step, config['log_every']
-      )
-      window = []
-      _stop_if_not_finite(state, step, scalars)
-      scalars |= progress.report(step, scalars, waited=run.feed.waited())
-      writer.write_scalars(
-        step, {f'train/{name}': value for name, value in scalars.items()}
-      )
-    scores = None
-    if step == run.num_steps or due(step, config['eval_every']):
-      progress.pause()
-      result = scores = _validate(run, state, step, writer, progress)
-      progress.resume()
-    wanted = scores or due(step, config['checkpoint_every'])
-    # A run that may be diverging must not crowd out its good checkpoints.
-    if last or (wanted and not int(state.nonfinite_streak)):
-      writer.flush()  # first, so that no checkpoint is ahead of the log
-      save(scores)
-    if last:  # not stop.exit_code: a signal may have come since it was read
-      break
-  return result
+def _stop_if_not_finite(state, step, scalars):
+  streak = int(state.nonfinite_streak)
+  if streak < MAX_NONFINITE_STREAK:
+    return
+  what = 'the running statistics of BatchNorm or the codebook overflowed'
+  for name in ('grad_norm', 'loss'):
+    if not np.isfinite(scalars[name]):
+      what = f'the {name} was {scalars[name]}'
+  first = step - streak + 1
+  raise FloatingPointError(
+    f'stopped at step {first + MAX_NONFINITE_STREAK - 1}: for '
+    f'{MAX_NONFINITE_STREAK} steps in a row, from step {first} on, {what}; the '
+    'state is as it was before them, and so is the last checkpoint. Lower '
+    'config.optimizer.learning_rate or set config.optimizer.clip_norm'
+  )
 
 
 def _validate(run, state, step, writer, progress):
@@ -220,11 +237,8 @@ def _validate(run, state, step, writer, progress):
     f'{result["psnr"]:.2f} dB  usage {result["usage"]:.1%}  perplexity '
     f'{result["perplexity"]:.0f}'
   )
-  writer.write_scalars(
-    step, {f'validation/{name}': value for name, value in result.items()}
-  )
-  writer.write_images(
-    step, {'validation/reconstructions': run.reconstruct_samples(state)}
-  )
+  writer.write_scalars(step, {f'validation/{n}': x for n, x in result.items()})
+  samples = run.reconstruct_samples(state)
+  writer.write_images(step, {'validation/reconstructions': samples})
   writer.write_histograms(step, {'validation/code_counts': counts})
   return result

@@ -1,8 +1,4 @@
-"""One run of several processes, on one host or on many.
-
-The runtime is JAX's own: `jax.distributed` brings the processes together, and
-XLA's collectives (gloo on CPU, NCCL on CUDA) carry what they share.
-"""
+"""One run of several processes: `jax.distributed` and XLA's collectives."""
 
 import re
 
@@ -25,27 +21,23 @@ def initialize(
 ) -> None:
   """Joins the other processes of the run; call before any device is used.
 
-  Without arguments JAX finds them under SLURM, Open MPI and Kubernetes (there
-  with `pip install "jax[k8s]"`). Returns when all of them are there.
-
   Args:
-    coordinator: HOST:PORT of process 0, as all processes can reach it.
-    num_processes: how many there are.
-    process_id: which of them this is, from 0.
-    lost_after: seconds of silence after which a process is given up, and with
-      it the run.
+    coordinator: HOST:PORT of process 0. Without it and the next two JAX asks
+      the scheduler, SLURM for one.
+    num_processes: of the run.
+    process_id: of this process, from 0.
+    lost_after: seconds of silence after which a process is lost, and the run.
 
   Raises:
-    ValueError: only some of the three are given, one is out of range, or
-      nothing is given and no scheduler is found.
+    ValueError: an argument is missing or out of range, or there is no
+      scheduler.
   """
   given = (coordinator, num_processes, process_id)
   explicit = coordinator is not None
   if any((x is None) is explicit for x in given):
     raise ValueError(
       'expected --coordinator=HOST:PORT, --num_processes=N and --process_id=I '
-      f'together or none of them, got {coordinator}, {num_processes} and '
-      f'{process_id}'
+      f'together or none of them, got {", ".join(map(str, given))}'
     )
   if explicit and not re.fullmatch(r'.+:\d+', coordinator):
     raise ValueError(f'--coordinator: expected HOST:PORT, got {coordinator!r}')
@@ -68,9 +60,8 @@ def initialize(
     if explicit:
       raise
     raise ValueError(
-      '--multihost: expected SLURM, Open MPI or Kubernetes (with jax[k8s]) '
-      'around this process, found none; give --coordinator=HOST:PORT '
-      '--num_processes=N --process_id=I'
+      '--multihost: expected a scheduler such as SLURM, found none; give '
+      '--coordinator=HOST:PORT --num_processes=N --process_id=I'
     ) from error
 
 

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-SCHEDULES = ('cosine', 'constant')
+from rvq_jax.training.config import SCHEDULES
 
 
 def make_schedule(
@@ -13,16 +13,13 @@ def make_schedule(
   warmup_steps: int = 0,
   schedule: str = 'cosine',
 ) -> optax.Schedule:
-  """Learning rate by step: linear warm-up, then cosine to 0 or constant.
+  """Step -> learning rate: linear warm-up, then cosine to 0 or constant.
 
   Args:
     learning_rate: its highest value.
     num_steps: steps of the run, warm-up included.
     warmup_steps: steps of linear warm-up from 0.
     schedule: 'cosine' or 'constant'.
-
-  Returns:
-    step -> learning rate.
 
   Raises:
     ValueError: the schedule is unknown, or the warm-up longer than the run.
@@ -48,12 +45,9 @@ def make_schedule(
 
 def decay_mask(params):
   """True for the kernels, which decay; BatchNorm, biases and codes do not."""
-
-  def is_kernel(path, leaf):
-    del leaf
-    return path[-1].key == 'kernel'
-
-  return jax.tree_util.tree_map_with_path(is_kernel, params)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path[-1].key == 'kernel', params
+  )
 
 
 def make_optimizer(
@@ -68,9 +62,6 @@ def make_optimizer(
     schedule: step -> learning rate.
     weight_decay: decoupled weight decay.
     clip_norm: upper bound of the global gradient norm; 0 does not clip.
-
-  Returns:
-    An optax transformation.
   """
   adamw = optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask)
   if clip_norm > 0:

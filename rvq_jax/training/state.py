@@ -5,7 +5,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
 
 @flax.struct.dataclass
@@ -49,25 +48,22 @@ class TrainState:
 
 def create_state(
   model,
-  optimizer: optax.GradientTransformation,
+  optimizer,
   key: jax.Array,
   *,
   image_size: int,
   params_ema: bool = False,
 ) -> TrainState:
-  """The state before the first step; call under `jax.jit`.
+  """The state before the first step.
 
-  Under `jit` every leaf gets a buffer of its own, which donation needs.
+  Call under `jax.jit`: every leaf gets its own buffer, which donation needs.
 
   Args:
-    model: a `VQVAE` or a model with its call signature and collections.
-    optimizer: from `make_optimizer`.
+    model: a `VQVAE`.
+    optimizer: an optax transformation, from `make_optimizer`.
     key: random key of the initial parameters.
     image_size: side of the training images in pixels.
     params_ema: keep a moving average of the parameters.
-
-  Returns:
-    `TrainState` at step 0.
   """
   images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
   variables = model.init(key, images, train=True)

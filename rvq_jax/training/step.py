@@ -1,18 +1,19 @@
-"""The train step and the evaluation step: pure functions of state and batch.
+"""The train step: a pure function of state and batch.
 
-The same functions run under `jit` with shardings (no axis name: the batch is
+The same function runs under `jit` with shardings (no axis name: the batch is
 global), and under `pmap` and `shard_map` (axis_name given to the step and to
 the model: each device holds its share of the batch).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rvq_jax import metrics
 from rvq_jax.data.images import prepare_images, random_flip
+from rvq_jax.metrics import diversity
 from rvq_jax.training.state import TrainState
 
 MAX_NONFINITE_STREAK = 10
@@ -20,24 +21,15 @@ MAX_NONFINITE_STREAK = 10
 
 
 class Pass(NamedTuple):
-  """A forward and backward pass over a batch."""
+  """What a forward and backward pass over a batch gives."""
 
-  loss: jax.Array
-  grads: Any
-  metrics: dict[str, jax.Array]
-  counts: jax.Array
-  updates: dict[str, Any]
-
-
-def _mean(tree, axis_name):
-  return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+  loss: jax.Array  # float32 scalar of the global batch
+  grads: Any  # of `loss` with respect to the parameters
+  metrics: dict[str, jax.Array]  # float32 scalars of this device's batch
+  counts: jax.Array  # of the codes in the global batch, [K] or [L, K]
+  updates: dict[str, Any]  # batch_stats and codebook after the pass
 
 
-def _all_finite(tree):
-  return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
-
-
-# THE TRAIN STEP
 def make_train_step(
   model,
   optimizer: optax.GradientTransformation,
@@ -51,12 +43,11 @@ def make_train_step(
   """Builds `train_step(state, batch) -> (state, metrics)`.
 
   One step minimises MSE(reconstruction, image) on [-1, 1] plus the quantizer's
-  loss (paper eq. 5). Randomness depends on (seed, step) and on an image's place
-  in the global batch alone, so any number of devices takes the same step. A
-  step whose loss, gradient, new statistics or new codebook are not finite
-  leaves the whole state as it was, to the bit, except for `step` and
-  `nonfinite_streak`. After ten of them in a row so does every step, however
-  late the host looks at the streak.
+  loss (paper eq. 5). Randomness depends on (seed, step) and on an image's index
+  in the global batch alone, so any number of devices takes the same step. If
+  the loss, the gradient, the new statistics or the new codebook are not finite,
+  the whole state stays as it was but for `step` and `nonfinite_streak`; after
+  ten such steps in a row so it does in every step.
 
   Args:
     model: a `VQVAE`, made with the same axis_name.
@@ -64,8 +55,7 @@ def make_train_step(
     seed: of flips and of the replacement of codes.
     flip: mirror each image with probability 1/2.
     params_ema_decay: of the averaged parameters, where the state has them.
-    accumulate_steps: microbatches that a batch is passed through the model in;
-      see `accumulate`.
+    accumulate_steps: microbatches per step; see `_accumulate`.
     axis_name: mapped axis under `pmap` or `shard_map`; None under `jit`.
 
   Returns:
@@ -74,7 +64,56 @@ def make_train_step(
     global batch, and 'counts' [K].
   """
 
-  def run(params, variables, images, key, mutable) -> Pass:
+  def train_step(state: TrainState, batch):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    flip_key, codebook_key = jax.random.split(key)
+    images = batch['image']
+    if flip:
+      images = random_flip(flip_key, images, axis_name=axis_name)
+    forward_backward = _forward_backward(model, state.params, axis_name)
+    if accumulate_steps > 1:
+      forward_backward = _accumulate(forward_backward, accumulate_steps)
+    result = forward_backward(state.variables, images, codebook_key)
+
+    grads = _mean(result.grads, axis_name)
+    grad_norm = optax.tree.norm(grads)
+    steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, steps)
+    params_ema = state.params_ema
+    if params_ema is not None:
+      params_ema = optax.incremental_update(
+        params, params_ema, 1 - params_ema_decay
+      )
+    proposed = state.replace(
+      params=params,
+      batch_stats=result.updates.get('batch_stats', {}),
+      codebook=result.updates.get('codebook', {}),
+      opt_state=opt_state,
+      params_ema=params_ema,
+    )
+    finite = jnp.isfinite(result.loss) & jnp.isfinite(grad_norm)
+    # A variance that overflows divides to zero: loss and gradient stay finite.
+    finite &= _all_finite((proposed.batch_stats, proposed.codebook))
+    finite &= state.nonfinite_streak < MAX_NONFINITE_STREAK
+    new = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), proposed, state
+    )
+    streak = jnp.where(finite, 0, state.nonfinite_streak + 1)
+    new = new.replace(step=state.step + 1, nonfinite_streak=streak)
+    return new, _mean(result.metrics, axis_name) | {
+      'loss': result.loss,
+      'grad_norm': grad_norm,
+      'skipped': 1.0 - finite.astype(jnp.float32),
+      'counts': result.counts,
+    }
+
+  return train_step
+
+
+def _forward_backward(model, params, axis_name) -> Callable[..., Pass]:
+  """A function (variables, images, key) -> `Pass`."""
+
+  def forward_backward(variables, images, key):
     images = prepare_images(images)
 
     def loss_fn(params):
@@ -82,7 +121,7 @@ def make_train_step(
         variables | {'params': params},
         images,
         train=True,
-        mutable=list(mutable),
+        mutable=['batch_stats', 'codebook'],
         rngs={'codebook': key},
       )
       error = jnp.mean((out.reconstruction - images) ** 2)
@@ -94,94 +133,53 @@ def make_train_step(
     (loss, (error, quantizer, updates)), grads = jax.value_and_grad(
       loss_fn, has_aux=True
     )(params)
-    scalars = quantizer.metrics | {'mse': error}
-    return Pass(loss, grads, scalars, quantizer.counts, updates)
+    metrics = quantizer.metrics | {'mse': error}
+    return Pass(loss, grads, metrics, quantizer.counts, updates)
 
-  def train_step(state: TrainState, batch):
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    flip_key, codebook_key = jax.random.split(key)
-    images = batch['image']
-    if flip:
-      images = random_flip(flip_key, images, axis_name=axis_name)
-    if accumulate_steps == 1:
-      mutable = ('batch_stats', 'codebook')
-      done = run(state.params, state.variables, images, codebook_key, mutable)
-    else:
-      raise ValueError(
-        f'accumulate_steps: expected 1, got {accumulate_steps!r}'
-      )
-    loss, grads, scalars, counts, updates = done
-    grads = _mean(grads, axis_name)
-    grad_norm = optax.tree.norm(grads)
-    steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, steps)
-    params_ema = state.params_ema
-    if params_ema is not None:
-      params_ema = optax.incremental_update(
-        params, params_ema, 1 - params_ema_decay
-      )
-    proposed = state.replace(
-      params=params,
-      batch_stats=updates.get('batch_stats', {}),
-      codebook=updates.get('codebook', {}),
-      opt_state=opt_state,
-      params_ema=params_ema,
-    )
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    # A variance that overflows divides to zero: loss and gradient stay finite.
-    finite &= _all_finite((proposed.batch_stats, proposed.codebook))
-    finite &= state.nonfinite_streak < MAX_NONFINITE_STREAK
-    kept = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), proposed, state
-    )
-    streak = jnp.where(finite, 0, state.nonfinite_streak + 1)
-    kept = kept.replace(step=state.step + 1, nonfinite_streak=streak)
-    scalars = _mean(scalars, axis_name) | {
-      'loss': loss,
-      'grad_norm': grad_norm,
-      'skipped': 1.0 - finite.astype(jnp.float32),
-      'counts': counts,
-    }
-    return kept, scalars
-
-  return train_step
+  return forward_backward
 
 
-def make_eval_step(model, *, axis_name=None):
-  """Builds `eval_step(variables, batch) -> sums`.
+def _accumulate(forward_backward, steps: int) -> Callable[..., Pass]:
+  """The pass of a batch as S passes of microbatches, at the memory of one.
 
-  Args:
-    model: a `VQVAE`.
-    axis_name: mapped axis under `pmap` or `shard_map`, to sum over.
-
-  Returns:
-    A function of the model's variables and {'image': [B, h, w, 3] uint8 or
-    float in [-1, 1], 'mask': bool [B]} that returns float32 sums over the
-    images that count: images, tokens, mse, psnr, ssim, quantization_error, and
-    counts [K].
+  Gradients, loss and metrics are averaged, counts are summed. Each microbatch
+  starts from the batch_stats and the codebook that the one before it left: the
+  codebook is updated S times per step (decay acts S times, and N/K is the
+  microbatch's), so S changes the run and a run cannot resume with another S.
+  Microbatch s holds the images s, s + S, s + 2S, ..., so that where rows are
+  sharded each device works on its own rows.
   """
 
-  def eval_step(variables, batch):
-    images = prepare_images(batch['image'])
-    mask = batch['mask']
-    out = model.apply(variables, images, mask=mask)
-    weight = mask.astype(jnp.float32)
-    tokens = out.quantizer.ids[0].size * jnp.sum(weight)
-    sums = {
-      'images': jnp.sum(weight),
-      'tokens': tokens,
-      'quantization_error': tokens
-      * out.quantizer.metrics['quantization_error'],
-    }
-    for name, measure in (
-      ('mse', metrics.squared_error),
-      ('psnr', metrics.psnr),
-      ('ssim', metrics.ssim),
-    ):
-      values = measure(out.reconstruction, images)
-      sums[name] = jnp.sum(jnp.where(mask, values, 0.0))
-    if axis_name is not None:
-      sums = jax.lax.psum(sums, axis_name)
-    return sums | {'counts': out.quantizer.counts}
+  def accumulated(variables, images, key):
+    def body(carry, microbatch):
+      variables, grads = carry
+      result = forward_backward(variables, *microbatch)
+      grads = jax.tree.map(jnp.add, grads, result.grads)
+      carry = variables | result.updates, grads
+      return carry, result._replace(grads=None, updates=None)
 
-  return eval_step
+    parts = images.reshape(-1, steps, *images.shape[1:]).swapaxes(0, 1)
+    zeros = jax.tree.map(jnp.zeros_like, variables['params'])
+    (variables, grads), results = jax.lax.scan(
+      body, (variables, zeros), (parts, jax.random.split(key, steps))
+    )
+    counts = jnp.sum(results.counts, axis=0)
+    per_codebook = jax.vmap(diversity)(counts.reshape(-1, counts.shape[-1]))
+    mean = lambda x: jnp.mean(x, axis=0)  # noqa: E731
+    return Pass(
+      mean(results.loss),
+      jax.tree.map(lambda g: g / steps, grads),
+      jax.tree.map(mean, results.metrics | per_codebook),
+      counts,
+      variables,
+    )
+
+  return accumulated
+
+
+def _mean(tree, axis_name):
+  return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def _all_finite(tree):
+  return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()

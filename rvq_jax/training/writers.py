@@ -1,23 +1,28 @@
-"""Metric writers with the method names of `clu.metric_writers`.
+"""What a run reports: metric files, TensorBoard events, progress.
 
-clu's own writers import TensorFlow; these write JSON lines and, through
-tensorboardX, TensorBoard events.
+The writers have the method names of `clu.metric_writers`, whose own writers
+import TensorFlow.
 """
 
+import contextlib
 import errno
 import json
 import logging
 import math
 import shutil
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from rvq_jax.io import write_atomic
 
 
 class JsonlWriter:
-  """Appends one JSON object a call to WORKDIR/metrics.jsonl.
+  """Appends one JSON object per call to WORKDIR/metrics.jsonl.
 
   Args:
     workdir: directory of the run.
@@ -31,28 +36,13 @@ class JsonlWriter:
       kept = [line for line in read_jsonl(path) if line['step'] <= start_step]
       write_atomic(path, ''.join(json.dumps(line) + '\n' for line in kept))
     self._file = open(path, 'a')  # noqa: SIM115 - closed by close()
+    self.flush, self.close = self._file.flush, self._file.close
 
   def write_scalars(self, step: int, scalars) -> None:
     """Writes {name: number}; a number that is not finite becomes null."""
-    line = {'step': int(step)}
-    for name, value in scalars.items():
-      value = float(value)
-      line[name] = value if math.isfinite(value) else None
-    self._file.write(json.dumps(line) + '\n')
-
-  def write_images(self, step: int, images) -> None:
-    """JSON lines hold no images."""
-
-  def write_histograms(self, step: int, arrays) -> None:
-    """JSON lines hold no histograms."""
-
-  def flush(self) -> None:
-    """Hands what was written to the operating system."""
-    self._file.flush()
-
-  def close(self) -> None:
-    """Flushes and closes the file."""
-    self._file.close()
+    values = {name: float(value) for name, value in scalars.items()}
+    values = {n: x if math.isfinite(x) else None for n, x in values.items()}
+    self._file.write(json.dumps({'step': int(step)} | values) + '\n')
 
 
 class TensorBoardWriter:
@@ -71,127 +61,171 @@ class TensorBoardWriter:
       str(self._folder), purge_step=start_step + 1
     )
     self._events = self._writer.file_writer.event_writer
-    self._failed = False
-
-  def _check_thread(self):
-    # The thread that writes ends at its first error, and whoever hands it more
-    # then waits for ever.
-    if self._failed or self._events._worker.is_alive():
-      return
-    self._failed = True
-    self._events._event_queue.cancel_join_thread()
-    raise OSError(
-      errno.ENOSPC
-      if shutil.disk_usage(self._folder).free < 2**20
-      else errno.EIO,
-      'TensorBoard events could not be written',
-      str(self._folder),
-    )
 
   def write_scalars(self, step: int, scalars) -> None:
     """Writes {name: number}."""
-    for name, value in scalars.items():
-      self._check_thread()
-      self._writer.add_scalar(name, float(value), step)
+    self._add(self._writer.add_scalar, step, scalars)
 
   def write_images(self, step: int, images) -> None:
     """Writes {name: uint8 [h, w, 3]}."""
-    for name, image in images.items():
-      self._check_thread()
-      self._writer.add_image(name, image, step, dataformats='HWC')
+    self._add(self._writer.add_image, step, images, dataformats='HWC')
 
   def write_histograms(self, step: int, arrays) -> None:
-    """Writes {name: numbers [n]}."""
-    for name, values in arrays.items():
-      self._check_thread()
-      self._writer.add_histogram(name, np.asarray(values), step)
+    """Writes {name: array [n]}."""
+    self._add(self._writer.add_histogram, step, arrays)
 
   def flush(self) -> None:
     """Hands what was written to the operating system."""
-    self._check_thread()
+    self._check()
     self._writer.flush()
 
   def close(self) -> None:
-    """Flushes and closes the file; nothing where it could not be written."""
-    if not self._failed and self._events._worker.is_alive():
+    """Flushes and closes the file, unless it could not be written."""
+    if self._events._worker.is_alive():
       self._writer.close()
+
+  def _add(self, add, step, values, **options):
+    self._check()
+    for name, value in values.items():
+      add(name, value, step, **options)
+
+  def _check(self):
+    # tensorboardX's thread ends at its first error; whoever hands it more
+    # events then waits forever.
+    if not self._events._worker.is_alive():
+      self._events._event_queue.cancel_join_thread()
+      full = shutil.disk_usage(self._folder).free < 2**20
+      raise OSError(
+        errno.ENOSPC if full else errno.EIO,
+        'TensorBoard events could not be written',
+        str(self._folder),
+      )
 
 
 class MultiWriter:
-  """Sends every call to each of several writers.
-
-  Args:
-    writers: the writers.
-  """
+  """Sends every call to each of several writers that know it."""
 
   def __init__(self, writers):
     self._writers = tuple(writers)
 
-  def write_scalars(self, step: int, scalars) -> None:
-    """Writes {name: number} to each."""
-    for writer in self._writers:
-      writer.write_scalars(step, scalars)
+  def __getattr__(self, method):
+    def call_each(*arguments):
+      for writer in self._writers:
+        if hasattr(writer, method):
+          getattr(writer, method)(*arguments)
 
-  def write_images(self, step: int, images) -> None:
-    """Writes {name: uint8 [h, w, 3]} to each."""
-    for writer in self._writers:
-      writer.write_images(step, images)
-
-  def write_histograms(self, step: int, arrays) -> None:
-    """Writes {name: numbers [n]} to each."""
-    for writer in self._writers:
-      writer.write_histograms(step, arrays)
-
-  def flush(self) -> None:
-    """Flushes each."""
-    for writer in self._writers:
-      writer.flush()
-
-  def close(self) -> None:
-    """Closes each."""
-    for writer in self._writers:
-      writer.close()
+    return call_each
 
 
 def read_jsonl(path) -> list[dict]:
   """The lines of a metrics file.
 
-  Lines that cannot be used are left out, and a warning says which: those that
-  are no JSON, or no object with a number 'step'. Of a last line that was cut
-  off in writing nothing is said.
-
-  Args:
-    path: of the file.
-
-  Returns:
-    An object for each line.
+  A line that is no JSON object with an integer 'step' is left out, with one
+  warning for all of them, but for a last line that was cut off.
   """
-  lines = Path(path).read_text('utf-8', 'replace').split('\n')
-  records, damaged = [], []
-  for number, line in enumerate(lines, 1):
-    record = _parsed(line)
-    if record is not None:
-      records.append(record)
-    elif number < len(lines):
-      damaged.append(number)
-  if damaged:
-    first = ', '.join(map(str, damaged[:5])) + ', ...' * (len(damaged) > 5)
+  *lines, last = Path(path).read_text('utf-8', 'replace').split('\n')
+  records = [_parsed(line) for line in lines]
+  if damaged := records.count(None):
+    first = records.index(None) + 1
     logging.warning(
-      '%s: left out %d damaged of %d lines (line %s)',
+      '%s: left out %d damaged lines, the first is line %d',
       path,
-      len(damaged),
-      len(lines) - 1,
+      damaged,
       first,
     )
-  return records
+  return [record for record in [*records, _parsed(last)] if record is not None]
 
 
 def _parsed(line: str) -> dict | None:
-  """A line of a metrics file, or None where it is damaged."""
   try:
     record = json.loads(line)
   except (ValueError, RecursionError):
     return None
   step = record.get('step') if isinstance(record, dict) else None
-  whole = isinstance(step, int) and not isinstance(step, bool)
-  return record if whole else None
+  return record if type(step) is int else None
+
+
+def logs_above_bars() -> contextlib.AbstractContextManager:
+  """While it is open, what is logged goes above tqdm's bars, not into them."""
+  if sys.stderr.isatty():
+    return logging_redirect_tqdm()
+  return contextlib.nullcontext()
+
+
+class Progress:
+  """Reports the steps of a run: a bar on a terminal, lines elsewhere.
+
+  Use as a context manager.
+  """
+
+  def __init__(self, start: int, num_steps: int, batch_size: int):
+    self._num_steps, self._batch_size = num_steps, batch_size
+    self._step, self._since = start, time.monotonic()
+    self._logs = logs_above_bars()
+    self._bar = tqdm.tqdm(
+      total=num_steps,
+      initial=start,
+      unit='step',
+      dynamic_ncols=True,
+      disable=not sys.stderr.isatty(),
+      bar_format='{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} '
+      '[{elapsed}<{remaining}]{postfix}',
+    )
+
+  def __enter__(self):
+    self._logs.__enter__()
+    return self
+
+  def __exit__(self, *error):
+    self._bar.close()
+    self._logs.__exit__(*error)
+
+  def advance(self) -> None:
+    """A step was handed to the devices."""
+    self._bar.update()
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Time in here is not training."""
+    start = time.monotonic()
+    yield
+    self._since += time.monotonic() - start
+
+  def report(
+    self, step: int, scalars: dict[str, float], *, waited: float = 0.0
+  ) -> dict[str, float]:
+    """Shows the means of scalars over the steps since the last report.
+
+    Args:
+      step: steps taken.
+      scalars: name -> mean.
+      waited: seconds in which the devices had no data.
+
+    Returns:
+      images_per_second, and data_wait: the share of the time that was waited.
+    """
+    now = time.monotonic()
+    seconds = max(now - self._since, 1e-9)
+    per_step = seconds / max(step - self._step, 1)
+    self._step, self._since = step, now
+    speed, wait = self._batch_size / per_step, min(waited / seconds, 1.0)
+    parts = [f'{n} {scalars[n]:.4f}' for n in ('loss', 'mse') if n in scalars]
+    if 'usage' in scalars:
+      parts.append(f'usage {scalars["usage"]:.1%}')
+      parts.append(f'perplexity {scalars["perplexity"]:.0f}')
+    parts.append(f'{speed:.0f} images/s')
+    if wait > 0.05:
+      parts[-1] += f' ({wait:.0%} waiting for data)'
+    self._bar.set_postfix_str('  '.join(parts))
+    if self._bar.disable:
+      left = tqdm.tqdm.format_interval((self._num_steps - step) * per_step)
+      text = '  '.join([*parts, f'{left} left'])
+      logging.info('step %d/%d  %s', step, self._num_steps, text)
+    return {'images_per_second': speed, 'data_wait': wait}
+
+  def say(self, text: str) -> None:
+    """One line of text, above the bar if there is one."""
+    if self._bar.disable:
+      logging.info('%s', text)
+    else:
+      self._bar.write(text, file=sys.stderr)

@@ -55,11 +55,11 @@ def run(launcher, *flags):
     ),
     (
       ['--config=configs/photos.py', '--multihost'],
-      'expected SLURM, Open MPI or Kubernetes',
+      'expected a scheduler such as SLURM, found none',
     ),
     (
       ['--config=configs/photos.py', '--multihost', '--process_id=0'],
-      'together or none of them, got None, None and 0',
+      'together or none of them, got None, None, 0',
     ),
     (
       ['--config=configs/photos.py', '--process_id=0'],

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, to be stopped in earnest."""
+"""Runs in processes of their own, to be stopped by signals."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Run(subprocess.Popen):
-  """`launch/main.py` on its way; its lines are read by `wait_for`."""
+  """A running `launch/main.py`; its lines are read by `wait_for`."""
 
   def wait_for(self, pattern: str) -> re.Match:
     """Reads lines until one matches; fails when the run ends before."""
@@ -156,13 +156,24 @@ def final_bits():
 
 
 def _final_bits(config, workdir):
+  template = loop.Run(config).template
   with Checkpoints(workdir, read_only=True) as checkpoints:
-    checkpoints.resolve()
-    state = loop.Run(config, workdir).start(checkpoints)
+    state = checkpoints.restore(template, checkpoints.resolve())
   return {
     jax.tree_util.keystr(path): np.asarray(x).tobytes()
     for path, x in jax.tree_util.tree_leaves_with_path(state)
   }
+
+
+@pytest.fixture(scope='session')
+def steps_of():
+  """Returns a function: workdir -> its saved steps, oldest first."""
+
+  def steps(workdir):
+    names = [p.name for p in (workdir / 'checkpoints').glob('*')]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+  return steps
 
 
 @pytest.fixture(scope='session')

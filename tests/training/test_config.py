@@ -30,13 +30,13 @@ def test_shipped_configs_are_valid_and_build(load_config, name):
 @pytest.mark.parametrize(
   ('name', 'value', 'message'),
   [
-    ('model.codebook_size', -5, 'model.codebook_size: expected at least 1'),
-    ('model.codebook_size', 1.5, 'expected a whole number, got 1.5'),
-    ('model.codebook_size', True, 'expected a whole number'),
-    ('model.codebook_size', None, 'expected a value, got None'),
+    ('model.codebook_size', -5, 'model.codebook_size: expected .*got -5'),
+    ('model.codebook_size', 1.5, 'expected .*got 1.5'),
+    ('model.codebook_size', True, 'expected .*got True'),
+    ('model.codebook_size', None, 'expected .*got None'),
     ('model.widths', 32, r'as \(64, 128, 256\)'),
-    ('model.widths', (), 'whole numbers above 0'),
-    ('model.widths', (64, -1), 'whole numbers above 0'),
+    ('model.widths', (), 'integers above 0'),
+    ('model.widths', (64, -1), 'integers above 0'),
     ('model.factor', 3, 'one of 2, 4, 8'),
     ('model.num_heads', 7, 'a divisor of the last width 256'),
     ('model.estimator', 'straight', 'rotation, reflection, ste'),
@@ -132,27 +132,6 @@ def test_devices_must_divide_the_batch():
     config_lib.check_devices(128, 3)
   with pytest.raises(ValueError, match='8 devices x 3 accumulate_steps'):
     config_lib.check_devices(128, 8, accumulate_steps=3)
-  with pytest.raises(ValueError, match='divisor of the 8 devices, got 16'):
-    config_lib.check_devices(128, 8, codebook_shards=16)
-
-
-@pytest.mark.parametrize(
-  ('field', 'value', 'message'),
-  [
-    ('codebook_size', 1000, 'divisor of model.codebook_size, 1000, got 16'),
-    ('ema', False, 'expected 1, or model.ema'),
-    ('quantizer', 'fsq', 'vq, residual, product; got 16'),
-  ],
-)
-def test_a_codebook_that_cannot_be_split_is_refused(
-  field, value, message, load_config
-):
-  config = load_config('cifar10')
-  config.codebook_shards = 16
-  config_lib.check_config(config)
-  config.model[field] = value
-  with pytest.raises(ValueError, match=message):
-    config_lib.check_config(config)
 
 
 def test_resume_allows_length_and_logging_and_nothing_else(load_config):

@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rvq_jax import VQVAE
-from rvq_jax.training import loop, memory, sharding
+from rvq_jax.training import sharding
 from rvq_jax.training.state import create_state
-from rvq_jax.training.step import make_eval_step, make_train_step
+from rvq_jax.training.step import make_train_step
+from rvq_jax.training.validation import make_eval_step
 
 STEPS = 3
 IMAGES = np.random.default_rng(0).integers(
@@ -21,18 +22,14 @@ IMAGES = np.random.default_rng(0).integers(
 )
 
 
-def build(axis_name=None, mesh=None, codebook_size=40):
+def build(axis_name=None, codebook_size=40):
   model = VQVAE(
     widths=(4, 8),
     factor=4,
     num_res_blocks=1,
     num_heads=2,
     code_dim=4,
-    quantizer={
-      'codebook_size': codebook_size,
-      'dead_code_threshold': 0.7,
-      'mesh': mesh,
-    },
+    quantizer={'codebook_size': codebook_size, 'dead_code_threshold': 0.7},
     axis_name=axis_name,
   )
   # Adam divides by the gradient's size, which magnifies rounding; SGD shows
@@ -101,25 +98,7 @@ def run_pmap(devices):
   return first
 
 
-def run_sharded(devices, shards):
-  mesh = sharding.data_mesh(
-    jax.devices('cpu')[:devices], codebook_shards=shards
-  )
-  of_state = sharding.of_state(start(), mesh)
-  step = jax.jit(
-    build(mesh=mesh)[2],
-    in_shardings=(of_state, sharding.by_rows(mesh)),
-    out_shardings=(of_state, sharding.replicated(mesh)),
-  )
-  state = jax.device_put(start(), of_state)
-  for images in IMAGES:
-    state, metrics = step(state, sharding.shard_batch({'image': images}, mesh))
-  return jax.device_get((state, metrics))
-
-
 RUNS = {
-  'sharded': lambda devices: run_sharded(devices, devices),
-  'sharded_by_two': lambda devices: run_sharded(devices, 2),
   'jit': run_jit,
   'shard_map': run_shard_map,
   'pmap': run_pmap,
@@ -137,10 +116,6 @@ def one_device():
     ('jit', 8),
     ('shard_map', 2),
     ('pmap', 4),
-    pytest.param('sharded', 2, marks=pytest.mark.slow),
-    pytest.param('sharded', 4, marks=pytest.mark.slow),
-    pytest.param('sharded', 8, marks=pytest.mark.slow),
-    pytest.param('sharded_by_two', 8, marks=pytest.mark.slow),
     pytest.param('jit', 2, marks=pytest.mark.slow),
     pytest.param('jit', 4, marks=pytest.mark.slow),
     pytest.param('shard_map', 1, marks=pytest.mark.slow),
@@ -182,26 +157,6 @@ def test_the_steps_moved_everything():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('accumulate_steps', [1, 2])
-def test_no_device_holds_a_codebook_that_is_split(accumulate_steps):
-  mesh = sharding.data_mesh(jax.devices('cpu')[:4], codebook_shards=4)
-  model, optimizer, _ = build(mesh=mesh, codebook_size=4096)
-  state = jax.eval_shape(
-    lambda: create_state(model, optimizer, jax.random.key(0), image_size=8)
-  )
-  of_state = sharding.of_state(state, mesh)
-  step = jax.jit(
-    make_train_step(model, optimizer, accumulate_steps=accumulate_steps),
-    in_shardings=(of_state, sharding.by_rows(mesh)),
-    out_shardings=(of_state, sharding.replicated(mesh)),
-    donate_argnums=0,
-  )
-  program = step.lower(state, {'image': IMAGES[0]}).compile().as_text()
-  assert 'f32[1024,4]' in program  # a quarter
-  assert 'f32[4096,4]' not in program
-
-
-@pytest.mark.slow
 def test_a_step_gathers_no_vectors_of_other_devices():
   # 64 of them in the global batch: they grow with the number of devices.
   mesh = sharding.data_mesh(jax.devices('cpu')[:4])
@@ -237,14 +192,3 @@ def test_evaluation_sums_agree_over_devices():
   assert one['images'] == 11
   for key, value in one.items():
     np.testing.assert_allclose(many[key], value, rtol=1e-4, err_msg=key)
-
-
-def test_a_split_codebook_asks_a_device_for_its_share_of_memory(
-  tiny_config, tmp_path, monkeypatch
-):
-  tiny_config.model.codebook_size = 2**16  # 2.4 MB with its averages
-  monkeypatch.setattr(memory, 'device_memory', lambda: 2_000_000)
-  with pytest.raises(ValueError, match='training state of this model takes'):
-    loop.Run(tiny_config, tmp_path)
-  tiny_config.codebook_shards = 2
-  loop.Run(tiny_config, tmp_path)

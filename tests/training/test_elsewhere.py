@@ -1,38 +1,13 @@
-"""A run that goes on elsewhere: other devices, other workers, other config."""
-
-import json
+"""A run that resumes elsewhere: other devices, workers or config."""
 
 import pytest
 
-from rvq_jax.training import loop, machine
+from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
 
 
-def test_another_machine_is_refused_where_bits_matter(caplog):
-  here = machine.describe()
-  machine.check_machine(here, exact=True)
-  assert json.loads(json.dumps(here)) == here
-  there = here | {'devices': 3}
-  with pytest.raises(ValueError, match='devices: checkpoint 3, now 8') as error:
-    machine.check_machine(there, exact=True)
-  assert '--config.exact_resume=False' in str(error.value)
-  assert not caplog.records
-  machine.check_machine(there, exact=False)
-  assert 'devices: checkpoint 3, now 8' in caplog.text
-
-
-@pytest.mark.parametrize('name', ['kind', 'cpu', 'jax', 'jaxlib'])
-def test_another_processor_or_version_is_another_machine(name):
-  here = machine.describe()
-  assert here[name]
-  with pytest.raises(ValueError, match=f'{name}: checkpoint other, now '):
-    machine.check_machine(here | {name: 'other'}, exact=True)
-  del here[name]  # as in checkpoints that were made before it was noted
-  machine.check_machine(here, exact=True)
-
-
 @pytest.mark.slow
-def test_from_one_device_to_eight_is_exact_to_the_checkpoint_or_refused(
+def test_one_device_resumes_as_eight_from_the_same_bits(
   start_run, tiny_config, tmp_path, final_bits, log_of
 ):
   tiny_config.optimizer.schedule = 'constant'  # so that a run may get longer
@@ -42,10 +17,6 @@ def test_from_one_device_to_eight_is_exact_to_the_checkpoint_or_refused(
   saved = final_bits(tiny_config, run)
   tiny_config.num_steps = 12
   start_run(whole).end()
-  tiny_config.exact_resume = True
-  with pytest.raises(ValueError, match='devices: checkpoint 1, now 8'):
-    loop.train(tiny_config, run)
-  tiny_config.exact_resume = False
   assert final_bits(tiny_config, run) == saved
   loop.train(tiny_config, run)
   one, eight = log_of(whole), log_of(run)

@@ -3,10 +3,7 @@
 import ast
 import os
 import pickle
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,7 +53,6 @@ def test_the_bomb_goes_off_where_somebody_unpickles_it(tmp_path):
         '.lock',
         'checkpoints/7/model/checkpoint',
         'checkpoints/6/meta/metadata',
-        'checkpoints/6/SHA256SUMS',
         'checkpoints/6/model/x.pkl',
       )
     ),
@@ -88,22 +84,3 @@ def test_numpy_never_unpickles():
         assert options.get('allow_pickle') == 'False', f'{path}:{node.lineno}'
         found += 1
   assert found >= 2
-
-
-def test_ruff_refuses_a_pickle(tmp_path):
-  (tmp_path / 'x.py').write_text('import pickle\n\npickle.loads(b"")\n')
-  done = subprocess.run(
-    [
-      sys.executable,
-      '-m',
-      'ruff',
-      'check',
-      '--no-cache',
-      f'--config={ROOT / "pyproject.toml"}',
-      str(tmp_path / 'x.py'),
-    ],
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 1
-  assert re.search('S301', done.stdout)

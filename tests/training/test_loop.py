@@ -2,13 +2,15 @@
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 
 from rvq_jax.training import config as config_lib
-from rvq_jax.training import loop
+from rvq_jax.training import loop, sharding
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.writers import read_jsonl
 
@@ -18,7 +20,7 @@ def test_a_run_leaves_its_files_and_its_last_step(tiny_config, tmp_path):
   result = loop.train(tiny_config, tmp_path)
   assert np.isfinite(result['mse'])
   with Checkpoints(tmp_path, read_only=True) as checkpoints:
-    assert checkpoints.latest_step == 5
+    assert checkpoints.resolve() == 5
     assert checkpoints.meta(5)['position']['step'] == 5
     best = checkpoints.resolve('best')
   records = read_jsonl(tmp_path / 'metrics.jsonl')
@@ -42,24 +44,6 @@ def test_a_finished_run_is_left_as_it_is(tiny_config, tmp_path):
   assert (tmp_path / 'metrics.jsonl').read_text() == before
 
 
-def test_a_changed_config_is_refused_with_the_difference(tiny_config, tmp_path):
-  tiny_config.num_steps = 2
-  loop.train(tiny_config, tmp_path)
-  tiny_config.optimizer.learning_rate = 1e-3
-  with pytest.raises(ValueError, match=r'learning_rate: checkpoint 0.0002'):
-    loop.train(tiny_config, tmp_path)
-
-
-@pytest.mark.slow
-def test_a_longer_run_goes_on(tiny_config, tmp_path):
-  tiny_config.num_steps = 2
-  loop.train(tiny_config, tmp_path)
-  tiny_config.num_steps = 4
-  loop.train(tiny_config, tmp_path)
-  with Checkpoints(tmp_path, read_only=True) as checkpoints:
-    assert checkpoints.latest_step == 4
-
-
 def test_a_second_interrupt_stops_at_once():
   with loop.StopSignal() as stop, pytest.raises(KeyboardInterrupt):
     signal.raise_signal(signal.SIGINT)
@@ -79,3 +63,68 @@ def test_outside_the_main_thread_signals_are_left_alone():
   thread.start()
   thread.join()
   assert codes == [None]
+
+
+HOLD = """
+import sys
+from rvq_jax.training.loop import lock
+with lock(sys.argv[1]):
+  print('held', flush=True)
+  sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(
+  tmp_path, tiny_config
+):
+  process = subprocess.Popen(
+    [sys.executable, '-c', HOLD, str(tmp_path)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    assert process.stdout.readline() == 'held\n'
+    with pytest.raises(ValueError, match='is in use by another') as caught:
+      loop.train(tiny_config, tmp_path)
+    assert '\n' not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert not (tmp_path / 'checkpoints').exists()
+  finally:
+    process.kill()
+    process.communicate()
+  for _ in range(2):
+    with loop.lock(tmp_path):
+      pass
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path, tiny_config):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='cannot make the folder .*/file/run'):
+    loop.train(tiny_config, tmp_path / 'file' / 'run')
+
+
+def test_at_most_two_steps_are_in_flight():
+  loader = iter({'image': np.full(8, i)} for i in range(9))
+  prefetch = loop.Prefetch(loader, sharding.data_mesh())
+
+  class Result:
+    waited_for = ready = False
+
+    def block_until_ready(self):
+      self.waited_for = True
+      return self
+
+    def is_ready(self):
+      return self.ready
+
+  results = [Result() for _ in range(4)]
+  for i, result in enumerate(results):
+    assert np.all(prefetch.next_batch()['image'] == i)
+    prefetch.dispatched(result)
+  assert [r.waited_for for r in results] == [True, True, False, False]
+  first = prefetch.waited()
+  prefetch.next_batch()
+  assert first > 0 and prefetch.waited() == 0  # the devices had work
+  results[-1].ready = True
+  prefetch.next_batch()
+  assert prefetch.waited() > 0

@@ -39,7 +39,7 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(
       loop.train(tiny_config, parts)
   assert caught.value.code == 143
   with Checkpoints(parts, read_only=True) as checkpoints:
-    assert checkpoints.latest_step == 4
+    assert checkpoints.resolve() == 4
   loop.train(tiny_config, parts)
   got, want = (final_bits(tiny_config, d) for d in (parts, whole))
   assert got.keys() == want.keys()

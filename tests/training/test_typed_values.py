@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import jax
 import pytest
 from absl import flags
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from ml_collections import config_flags
 
 import rvq_jax
@@ -26,30 +26,13 @@ NUMBERS = st.one_of(
   st.floats(),
   st.sampled_from(['1e3', '1e-400', '1e400', '-0.0', '0x10', '1_000', '٣']),
 )
+WORDS = (
+  ' |None|True|yes|nan|()|(4,)|(4,8,|[4, 8]|(4,-8)|(4,8.5)|vq|residual|fsq|'
+  'folder:|folder:/|folder:\0|tfds:../x|photos|../..|~|rotation|bfloat16|'
+  'random|paper|constant|two_weights|(99999999999999999999,)|'
+).split('|')
 TEXTS = st.one_of(
-  st.sampled_from(
-    [
-      *('', ' ', 'None', 'True', 'yes', 'nan', '()', '(4,)', '(4,8,', '[4, 8]'),
-      *(
-        '(4,-8)',
-        '(4,8.5)',
-        '(99999999999999999999,)',
-        'vq',
-        'residual',
-        'fsq',
-      ),
-      *(
-        'folder:',
-        'folder:/',
-        'folder:\0',
-        'tfds:../x',
-        'photos',
-        '../..',
-        '~',
-      ),
-      *('rotation', 'bfloat16', 'random', 'paper', 'constant', 'two_weights'),
-    ]
-  ),
+  st.sampled_from(WORDS),
   st.text(max_size=8),
   st.integers(1, 70).map(lambda n: f'({n},{n})'),
 )
@@ -115,24 +98,19 @@ def load():
 
 
 @pytest.mark.slow
-@settings(
-  max_examples=100,
-  deadline=None,
-  suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=100, deadline=None)
 @given(name=NAMES, text=TYPED)
 @example(name='num_epochs', text='10000000')
 @example(name='model.codebook_size', text='2147483647')
 @example(name='model.widths', text='(1000000,8)')
 @example(name='data.image_size', text='16384')
-@example(name='data.on_device', text='True')
 @example(name='data.name', text='folder:\0')
 @example(name='data.data_dir', text='\0')
 @example(name='optimizer.learning_rate', text='1e300')
 @example(name='optimizer.weight_decay', text='1e308')
 @example(name='model.commitment_weight', text='1e39')
 @example(name='optimizer.warmup_steps', text='2147483647')
-def test_what_is_taken_builds_and_traces(name, text, tmp_path):
+def test_what_is_taken_builds_and_traces(name, text):
   config = load()
   config.num_steps = 2
   try:
@@ -141,28 +119,15 @@ def test_what_is_taken_builds_and_traces(name, text, tmp_path):
     return
 
   def build():
-    run = loop.Run(parsed, tmp_path)
+    run = loop.Run(parsed)
     rows, size = run.config['batch_size'], run.config['data.image_size']
-    if run.feed.images is None:
-      batch = {'image': jax.ShapeDtypeStruct((rows, size, size, 3), 'uint8')}
-    else:
-      batch = {'row': jax.ShapeDtypeStruct((rows,), 'int32')}
+    batch = {'image': jax.ShapeDtypeStruct((rows, size, size, 3), 'uint8')}
     state, _ = jax.eval_shape(run.train_step, run.template, batch)
     run.loader.close()
     return state
 
   state = one_line_or(build)
   assert state is None or state.step.shape == ()
-
-
-def test_a_model_that_cannot_fit_is_refused_before_it_is_made(tmp_path):
-  config = load()
-  config.model.codebook_size = 2**31 - 1
-  with pytest.raises(
-    ValueError, match='training state .* takes .* GB'
-  ) as error:
-    loop.Run(config, tmp_path)
-  assert '\n' not in str(error.value)
 
 
 def test_all_fields_are_tried_and_typed():

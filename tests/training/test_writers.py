@@ -1,10 +1,18 @@
-"""Metric files survive a cut and a resume."""
+"""Metric files survive a cut and a resume; progress on a terminal."""
 
+import contextlib
+import io
 import json
+import logging
 
 import pytest
 
-from rvq_jax.training.writers import JsonlWriter, MultiWriter, read_jsonl
+from rvq_jax.training.writers import (
+  JsonlWriter,
+  MultiWriter,
+  Progress,
+  read_jsonl,
+)
 
 
 def test_lines_come_back(tmp_path):
@@ -43,7 +51,7 @@ def test_a_damaged_line_is_left_out_and_counted(line, tmp_path, caplog):
   path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
   assert read_jsonl(path) == [{'step': 1}, {'step': 3}]
   [record] = caplog.records
-  assert 'left out 1 damaged of 3 lines (line 2)' in record.getMessage()
+  assert 'left out 1 damaged lines, the first is line 2' in record.getMessage()
   assert str(path) in record.getMessage()
 
 
@@ -52,4 +60,42 @@ def test_a_damaged_log_does_not_stop_a_resume(tmp_path, caplog):
   path.write_bytes(b'{"step": 1}\n' + b'\xff\n' * 7 + b'{"step": 2}\n{"st')
   JsonlWriter(tmp_path, start_step=2).close()
   assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-  assert '7 damaged of 9 lines (line 2, 3, 4, 5, 6, ...)' in caplog.text
+  assert '7 damaged lines, the first is line 2' in caplog.text
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+@contextlib.contextmanager
+def terminal():
+  """Standard error as a terminal, and the log on it."""
+  with contextlib.redirect_stderr(Terminal()) as stream:
+    handler = logging.StreamHandler(stream)
+    logging.getLogger().addHandler(handler)
+    try:
+      yield stream
+    finally:
+      logging.getLogger().removeHandler(handler)
+
+
+def test_what_is_logged_has_a_line_of_its_own_above_the_bar():
+  with terminal() as stream:
+    with Progress(0, 4, 8) as progress:
+      progress.advance()
+      logging.warning('cannot read x')
+    logging.warning('after')
+  lines = stream.getvalue().replace('\r', '\n').splitlines()
+  assert 'cannot read x' in [line.strip() for line in lines]
+  assert lines[-1] == 'after'
+
+
+def test_progress_reports_speed_and_the_share_of_waiting(caplog):
+  caplog.set_level(logging.INFO)
+  with Progress(2, 8, 16) as progress:
+    result = progress.report(4, {'loss': 0.5, 'mse': 0.25}, waited=1e6)
+  assert result['data_wait'] == 1.0 and result['images_per_second'] > 0
+  [record] = caplog.records
+  assert 'step 4/8  loss 0.5000  mse 0.2500' in record.getMessage()
+  assert '100% waiting for data' in record.getMessage()

@@ -1,0 +1,219 @@
+"""Whatever happens to the files of a checkpoint, no other bits are loaded."""
+
+import logging
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from rvq_jax import load
+from rvq_jax.training import loop
+from rvq_jax.training.checkpoints import Checkpoints
+from rvq_jax.training.run import Run
+
+# Reads of Orbax that fail side by side, of which it reports one.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+ITEMS = ('model', 'optimizer', 'meta')
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+  """A copy of a run with the steps 3, 4 and 6."""
+  return shutil.copytree(tiny_run, tmp_path / 'run')
+
+
+@pytest.fixture(scope='module')
+def template(make_tiny_config):
+  return Run(make_tiny_config()).template
+
+
+@pytest.fixture(scope='module')
+def saved(template, tiny_run):
+  """Step -> the bits of its state."""
+  with Checkpoints(tiny_run, read_only=True) as checkpoints:
+    return {
+      s: bits(checkpoints.restore(template, s)) for s in checkpoints.steps
+    }
+
+
+def bits(state):
+  return [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
+
+
+def flip(path, at=0.5, bit=0):
+  data = bytearray(path.read_bytes())
+  data[int(at * len(data))] ^= 1 << bit
+  path.write_bytes(data)
+
+
+def truncate(path):
+  os.truncate(path, path.stat().st_size // 2)
+
+
+def zero(path):
+  path.write_bytes(bytes(path.stat().st_size))
+
+
+def files_of(step):
+  return sorted(p for p in step.rglob('*') if p.is_file() and p.stat().st_size)
+
+
+def array_file(run, item='model', step=6):
+  """The largest file of the arrays of a step."""
+  files = (run / f'checkpoints/{step}' / item).rglob('d/*')
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+def warnings_of(caplog):
+  return [
+    record.getMessage()
+    for record in caplog.records
+    if record.levelno > logging.INFO and record.name == 'root'
+  ]
+
+
+def assert_sound_or_named(run, template, saved, item, caplog):
+  """Reads step 6 in both ways; returns whether it was found to be damaged."""
+  caplog.clear()
+  with Checkpoints(run, read_only=True) as checkpoints:
+    try:
+      assert bits(checkpoints.restore(template, 6)) == saved[6]
+      damaged = False
+    except ValueError as error:
+      message = str(error)
+      assert message.startswith('the checkpoint of step 6 in ')
+      assert f'is damaged: {item}' in message and '\n' not in message
+      damaged = True
+  with Checkpoints(run) as checkpoints:
+    state, meta = checkpoints.restore_newest(template, lambda meta: None)
+  assert bits(state) == saved[4 if damaged else 6]
+  assert meta['position']['step'] == (4 if damaged else 6)
+  assert (run / 'corrupt/6').is_dir() == damaged
+  if damaged:
+    [warning] = warnings_of(caplog)
+    assert f'step 6 in {run}' in warning and f'is damaged: {item}' in warning
+    assert 'resuming from step 4' in warning
+  return damaged
+
+
+@pytest.mark.parametrize(
+  ('damage', 'positions'),
+  [
+    (flip, (0.5,)),
+    pytest.param(flip, (0, 0.3, 0.7, 0.999), marks=pytest.mark.slow),
+    pytest.param(truncate, (None,), marks=pytest.mark.slow),
+    pytest.param(os.remove, (None,), marks=pytest.mark.slow),
+    pytest.param(zero, (None,), marks=pytest.mark.slow),
+  ],
+)
+def test_damage_to_any_file_is_named_or_changes_no_bit(
+  damage, positions, tiny_run, tmp_path, template, saved, caplog
+):
+  found, run = {}, tmp_path / 'run'
+  source = tiny_run / 'checkpoints/6'
+  for i, path in enumerate(files_of(source)):
+    name = path.relative_to(source)
+    for j, at in enumerate(positions):
+      shutil.rmtree(run, ignore_errors=True)
+      shutil.copytree(tiny_run, run)
+      broken = run / 'checkpoints/6' / name
+      damage(broken) if at is None else damage(broken, at, (i + j) % 8)
+      item = name.parts[0] if name.parts[0] in ITEMS else ''
+      found[name, j] = assert_sound_or_named(run, template, saved, item, caplog)
+  arrays = [x for (name, _), x in found.items() if name.parts[1:2] == ('d',)]
+  assert len(arrays) >= 2 and all(arrays)  # what holds the values
+
+
+def test_a_run_resumes_from_the_step_before_and_saves_the_bad_one_anew(
+  run, tiny_config, template, saved
+):
+  flip(array_file(run))
+  loop.train(tiny_config, run)
+  with Checkpoints(run, read_only=True) as checkpoints:
+    assert bits(checkpoints.restore(template, 6)) == saved[6]
+
+
+def test_what_a_killed_run_left_is_removed(run, template):
+  folder = run / 'checkpoints'
+  shutil.copytree(folder / '6', folder / '8.orbax-checkpoint-tmp')
+  shutil.rmtree(folder / '4/meta')  # half deleted
+  with Checkpoints(run) as checkpoints:
+    checkpoints.restore_newest(template, lambda meta: None)
+    assert checkpoints.steps == [3, 6]
+  assert sorted(p.name for p in folder.iterdir()) == ['3', '6']
+  assert not (run / 'corrupt').exists()
+
+
+def test_a_run_without_a_sound_step_is_refused_and_left_alone(run, template):
+  for step in (3, 4, 6):
+    flip(run / f'checkpoints/{step}/meta/metadata')
+  before = sorted(run.rglob('*'))
+  with (
+    Checkpoints(run) as checkpoints,
+    pytest.raises(ValueError, match='no checkpoint is sound') as error,
+  ):
+    checkpoints.restore_newest(template, lambda meta: None)
+  assert '\n' not in str(error.value) and 'step 4' in str(error.value)
+  assert sorted(run.rglob('*')) == before
+
+
+@pytest.mark.parametrize('damage', [truncate, flip, os.remove])
+def test_load_refuses_a_damaged_step_and_names_the_item(damage, run):
+  damage(array_file(run))
+  for step in (None, 6):
+    with pytest.raises(
+      ValueError, match='step 6 .* is damaged: model'
+    ) as error:
+      load(run, step)
+    assert 'there are: 3, 4' in str(error.value)
+    assert '\n' not in str(error.value)
+  assert load(run, 4).step == 4
+
+
+def test_the_newest_and_the_best_steps_stay(tmp_path, tiny_config):
+  state = Run(tiny_config).init(jax.random.key(0))
+  scores = {1: 0.3, 2: 0.1, 3: None, 4: float('nan'), 5: 0.2}
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step, score in scores.items():
+      checkpoints.save(
+        state.replace(step=np.int32(step)),
+        config={},
+        position={'step': step},
+        score=score,
+      )
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert checkpoints.steps == [2, 4, 5]
+    assert checkpoints.resolve('best') == 2
+    assert checkpoints.meta(4)['score'] is None
+    checkpoints.save(
+      state.replace(step=np.int32(6)), config={}, position={}, score=0.05
+    )
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    assert checkpoints.steps == [5, 6]
+    assert checkpoints.resolve('best') == 6
+    with pytest.raises(FileNotFoundError, match=r'step 2 .*steps \[5, 6\]'):
+      checkpoints.resolve(2)
+
+
+def test_the_best_step_is_chosen_among_sound_scores(run, caplog):
+  with Checkpoints(run, read_only=True) as checkpoints:
+    best = checkpoints.resolve('best')
+  flip(run / f'checkpoints/{best}/meta/metadata')
+  with Checkpoints(run, read_only=True) as checkpoints:
+    assert checkpoints.resolve('best') == {3: 6, 6: 3}[best]
+  [warning] = warnings_of(caplog)
+  assert f'step {best}' in warning and 'meta' in warning
+
+
+def test_a_save_that_orbax_declines_is_an_error(
+  tmp_path, tiny_config, monkeypatch
+):
+  state = Run(tiny_config).init(jax.random.key(0))
+  with Checkpoints(tmp_path) as checkpoints:
+    monkeypatch.setattr(checkpoints._manager, 'save', lambda *a, **k: False)
+    with pytest.raises(RuntimeError, match='step 0 was not saved'):
+      checkpoints.save(state, config={}, position={})
