@@ -9,14 +9,14 @@ import numpy as np
 from rvq_jax import metrics
 from rvq_jax.data import datasets, loaders
 from rvq_jax.data.images import to_float
-from rvq_jax.evaluation import evaluate
 from rvq_jax.metrics import to_uint8
 from rvq_jax.training import config as config_lib
 from rvq_jax.training import dispatch, machine, memory, sharding
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.optimizer import make_optimizer, make_schedule
 from rvq_jax.training.state import create_state
-from rvq_jax.training.step import make_eval_step, make_train_step
+from rvq_jax.training.step import make_train_step
+from rvq_jax.training.validation import evaluate_split, make_eval_step
 
 GRID_IMAGES = 8
 
@@ -194,7 +194,7 @@ class Run:
 
   def validate(self, state):
     """Metrics and code counts of the state over the validation split."""
-    return evaluate.evaluate_split(
+    return evaluate_split(
       self.eval_step,
       state.eval_variables,
       self._validation_batches(),

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rvq_jax import metrics
 from rvq_jax.data.images import prepare_images, random_flip
 from rvq_jax.training.accumulate import Pass, accumulate
 from rvq_jax.training.state import TrainState
@@ -139,43 +138,3 @@ def make_train_step(
     return kept, scalars
 
   return train_step
-
-
-def make_eval_step(model, *, axis_name=None):
-  """Builds `eval_step(variables, batch) -> sums`.
-
-  Args:
-    model: a `VQVAE`.
-    axis_name: mapped axis under `pmap` or `shard_map`, to sum over.
-
-  Returns:
-    A function of the model's variables and {'image': [B, h, w, 3] uint8 or
-    float in [-1, 1], 'mask': bool [B]} that returns float32 sums over the
-    images that count: images, tokens, mse, psnr, ssim, quantization_error, and
-    counts [K].
-  """
-
-  def eval_step(variables, batch):
-    images = prepare_images(batch['image'])
-    mask = batch['mask']
-    out = model.apply(variables, images, mask=mask)
-    weight = mask.astype(jnp.float32)
-    tokens = out.quantizer.ids[0].size * jnp.sum(weight)
-    sums = {
-      'images': jnp.sum(weight),
-      'tokens': tokens,
-      'quantization_error': tokens
-      * out.quantizer.metrics['quantization_error'],
-    }
-    for name, measure in (
-      ('mse', metrics.squared_error),
-      ('psnr', metrics.psnr),
-      ('ssim', metrics.ssim),
-    ):
-      values = measure(out.reconstruction, images)
-      sums[name] = jnp.sum(jnp.where(mask, values, 0.0))
-    if axis_name is not None:
-      sums = jax.lax.psum(sums, axis_name)
-    return sums | {'counts': out.quantizer.counts}
-
-  return eval_step

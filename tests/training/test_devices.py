@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from rvq_jax import VQVAE
 from rvq_jax.training import loop, memory, sharding
 from rvq_jax.training.state import create_state
-from rvq_jax.training.step import make_eval_step, make_train_step
+from rvq_jax.training.step import make_train_step
+from rvq_jax.training.validation import make_eval_step
 
 STEPS = 3
 IMAGES = np.random.default_rng(0).integers(

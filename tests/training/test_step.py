@@ -8,7 +8,8 @@ import numpy as np
 from rvq_jax import VQVAE
 from rvq_jax.training.optimizer import make_optimizer
 from rvq_jax.training.state import create_state
-from rvq_jax.training.step import make_eval_step, make_train_step
+from rvq_jax.training.step import make_train_step
+from rvq_jax.training.validation import make_eval_step
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype('f')
 
