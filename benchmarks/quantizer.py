@@ -28,7 +28,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from rvq_jax.evaluation import provenance  # noqa: E402
+from rvq_jax.evaluation import report as provenance  # noqa: E402
 from rvq_jax.quantize.codebook import Codebook, ema_update  # noqa: E402
 from rvq_jax.quantize.gradients import rotate  # noqa: E402
 from rvq_jax.quantize.search import nearest_codes, tile_sizes  # noqa: E402

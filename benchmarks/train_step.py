@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from rvq_jax.evaluation import provenance  # noqa: E402
+from rvq_jax.evaluation import report as provenance  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
 from rvq_jax.training import runtime  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402

@@ -146,6 +146,13 @@ def _hear_threads() -> None:
   sys.unraisablehook = unraisable
 
 
+def prepare_backend() -> None:
+  """Compiled programs on disk, freed memory kept: before JAX computes."""
+  from rvq_jax.training import runtime
+
+  runtime.prepare()
+
+
 def parse_step(step: str | None) -> int | str | None:
   """The value of a flag --step: a number, 'best' or None."""
   if step is not None and step != 'best' and not step.isdecimal():

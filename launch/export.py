@@ -26,9 +26,8 @@ def main():
     command_line.fail('expected --workdir=DIR and --output=FOLDER')
   step = command_line.parse_step(_STEP.value)
   from rvq_jax.evaluation.export import export_run
-  from rvq_jax.training import runtime
 
-  runtime.prepare()
+  command_line.prepare_backend()
   folder = export_run(
     _WORKDIR.value,
     _OUTPUT.value,

@@ -1,10 +1,8 @@
-"""Evaluation over a whole split, from sums."""
+"""Evaluates a checkpoint over a split: metrics as JSON, figures, images."""
 
-import contextlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -13,95 +11,16 @@ from PIL import Image
 
 from rvq_jax import metrics
 from rvq_jax.data import datasets, loaders
-from rvq_jax.data.images import to_float
-from rvq_jax.evaluation import figures
+from rvq_jax.evaluation import figures, perceptual
 from rvq_jax.evaluation.load import load
-from rvq_jax.evaluation.perceptual import (
-  ImageFolders,
-  import_packages,
-  perceptual_metrics,
-)
-from rvq_jax.evaluation.tokenizer import Tokenizer
-from rvq_jax.metrics import CodeDefinitions, to_uint8
+from rvq_jax.io import write_atomic
 from rvq_jax.training import config as config_lib
 from rvq_jax.training import sharding
-from rvq_jax.training.step import make_eval_step
+from rvq_jax.training.validation import UNITS, evaluate_split, make_eval_step
+from rvq_jax.training.writers import read_jsonl
 
 SPLITS = ('train', 'validation', 'test')
 SHOWN_IMAGES = 8
-
-UNITS = {
-  'mse': 'mean squared error on [-1, 1]',
-  'mse_01': 'mean squared error on [0, 1]',
-  'psnr': 'dB, mean over images, after rounding to uint8',
-  'ssim': 'mean over images',
-  'usage': 'share of the codes chosen at least once in the split',
-  'perplexity': 'exp(entropy of the codes), higher is more even',
-  'perplexity_ratio': 'perplexity / K',
-  'entropy_bits': "bits a token at the codes' frequencies",
-  'bits_per_image': 'tokens x log2 K',
-  'bits_per_pixel': 'bits_per_image / pixels',
-  'entropy_bits_per_pixel': 'tokens x entropy_bits / pixels',
-  'quantization_error': 'mean squared distance to the code, per number',
-  'images': 'images in the split that could be read',
-  'tokens': 'tokens of these images',
-}
-
-
-def evaluate_split(
-  eval_step,
-  variables,
-  batches: Iterable,
-  *,
-  mesh,
-  on_batch: Callable[[dict, dict], None] | None = None,
-) -> tuple[dict[str, float], np.ndarray]:
-  """Metrics of a model over all batches of a split.
-
-  Args:
-    eval_step: from `make_eval_step`, jitted.
-    variables: the model's collections.
-    batches: {'image': [B, h, w, 3] uint8, 'mask': [B] bool} on the host; each
-      process gives its share.
-    mesh: the devices, from `data_mesh`.
-    on_batch: called with each batch and what `eval_step` returned for it.
-
-  Returns:
-    The metrics named in `UNITS`, and the codes' counts [K], or [L, K] for L
-    codebooks.
-
-  Raises:
-    ValueError: the split holds no image.
-  """
-  total, shape = None, None
-  for batch in batches:
-    shape = batch['image'].shape
-    sums = jax.device_get(
-      eval_step(variables, sharding.shard_batch(batch, mesh))
-    )
-    # float64 on the host: float32 stops counting at 2^24 tokens.
-    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-    total = sums if total is None else jax.tree.map(np.add, total, sums)
-    if on_batch:
-      on_batch(batch, sums)
-  if total is None or not total['images']:
-    raise ValueError('expected a split with at least one image, got none')
-  images, tokens = total['images'], total['tokens']
-  counts = total['counts']
-  result = {
-    name: float(total[name] / images) for name in ('mse', 'psnr', 'ssim')
-  }
-  result['mse_01'] = result['mse'] / 4
-  result['quantization_error'] = float(total['quantization_error'] / tokens)
-  result |= metrics.code_statistics(counts)
-  result |= metrics.bit_rates(
-    int(tokens / images),
-    shape[1] * shape[2],
-    counts.shape[-1],
-    result['entropy_bits'],
-  )
-  result |= {'images': int(images), 'tokens': int(tokens)}
-  return {name: result[name] for name in UNITS}, counts
 
 
 def format_table(result: dict, title: str) -> str:
@@ -110,12 +29,11 @@ def format_table(result: dict, title: str) -> str:
   for name, value in result.items():
     if not isinstance(value, int | float):
       continue
+    text = f'{value:,.4f}' if abs(value) < 100 else f'{value:,.1f}'
     if isinstance(value, int):
       text = f'{value:,}'
     elif name == 'usage':
       text = f'{value:.2%}'
-    else:
-      text = f'{value:,.4f}' if abs(value) < 100 else f'{value:,.1f}'
     meaning = UNITS.get(name) or result[f'{name}_definition']
     lines.append(f'  {name:<23}{text:>12}  {meaning}')
   return '\n'.join(lines)
@@ -128,7 +46,7 @@ def evaluate_run(
   step: int | str | None = None,
   data_dir: str | None = None,
   save_images: str | None = None,
-  perceptual: bool = False,
+  perceptual_metrics: bool = False,
   definitions: bool = False,
 ) -> dict:
   """Evaluates a checkpoint and writes its metrics and figures.
@@ -143,95 +61,82 @@ def evaluate_run(
     split: 'train', 'validation' or 'test' of the run's data set.
     step: a saved step, 'best', or None for the newest.
     data_dir: where the data set is now; None: where it was in training.
-    save_images: folder for the whole split and its reconstructions as PNG
-      files; see `ImageFolders`.
-    perceptual: adds rFID, IS and LPIPS; see `perceptual_metrics`.
+    save_images: new or empty folder for the whole split and its reconstructions
+      as PNG files; see `perceptual.save_pairs`.
+    perceptual_metrics: adds those of `perceptual.perceptual_metrics`.
     definitions: adds usage and perplexity as others define them; see
-      `CodeDefinitions`.
+      `metrics.CodeDefinitions`.
 
   Returns:
-    The metrics named in `UNITS`; those of `perceptual_metrics` where asked for;
-    and under 'definitions' those of `CodeDefinitions`.
+    The metrics named in `UNITS`; the perceptual ones where asked for; and under
+    'definitions' those of `CodeDefinitions`.
 
   Raises:
     ValueError: the split is unknown, the data is not there, or save_images
-      holds the images of another run.
+      holds files.
     FileNotFoundError: there is no such run or step.
-    ImportError: `perceptual` needs a package that is missing.
+    ImportError: `perceptual_metrics` needs a package that is missing.
   """
-  _check(split, save_images, perceptual)
+  _check(split, save_images, perceptual_metrics)
   tokenizer = load(workdir, step)
-  about = {
-    'step': tokenizer.step,
-    'data': tokenizer.config['data.name'],
-    'data_split': tokenizer.config['data.split'],
-    'split': split,
-  }
-  with contextlib.ExitStack() as stack:
-    if perceptual and not save_images:
-      save_images = stack.enter_context(tempfile.TemporaryDirectory())
-    folders = None
-    if save_images:
-      folders = _image_folders(save_images, about, workdir, tokenizer)
-    seen = _Seen(tokenizer, folders)
-    result, counts = _run(tokenizer, split, data_dir, seen)
-    if folders:
-      folders.close()
-    if perceptual:
-      result |= perceptual_metrics(folders.folder)
+  codes, originals, position = metrics.CodeDefinitions(), (), 0
+  with tempfile.TemporaryDirectory() as scratch:
+    saved = save_images or (scratch if perceptual_metrics else None)
+
+    def on_batch(batch, sums):
+      nonlocal originals, position
+      images, mask = batch['image'], batch['mask']
+      codes.add(sums['counts'])
+      originals = originals if len(originals) else images[mask][:SHOWN_IMAGES]
+      if saved:
+        pair = images, _reconstruct(tokenizer, images)
+        perceptual.save_pairs(saved, position, pair, mask)
+      position += len(mask)
+
+    result, counts = _measure(tokenizer, split, data_dir, on_batch)
+    if perceptual_metrics:
+      result |= perceptual.perceptual_metrics(saved)
   if definitions:
-    result['definitions'] = seen.codes.result()
+    result['definitions'] = codes.result()
   if jax.process_index() == 0:
-    _write(Path(workdir), tokenizer, about, result, counts, seen.originals)
+    folder = Path(workdir) / 'evaluation' / split
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {'step': tokenizer.step, 'data': tokenizer.config['data.name']}
+    about |= {'data_split': tokenizer.config['data.split'], 'split': split}
+    about['ssim_variant'] = metrics.SSIM_VARIANT
+    text = json.dumps(about | result, indent=2) + '\n'
+    write_atomic(folder / 'metrics.json', text)
+    np.save(folder / 'code_counts.npy', counts, allow_pickle=False)
+    _draw(folder, tokenizer, originals, counts)
   return result
 
 
-def _check(split, save_images, perceptual):
+def _check(split, save_images, perceptual_metrics):
   if split not in SPLITS:
     raise ValueError(
       f'split: expected one of {", ".join(SPLITS)}; got {split!r}'
     )
-  if perceptual:
-    import_packages()
-  if (save_images or perceptual) and jax.process_count() > 1:
+  if perceptual_metrics:
+    perceptual.import_packages()
+  if (save_images or perceptual_metrics) and jax.process_count() > 1:
     raise ValueError(
       'save_images, perceptual: expected a single process, got '
       f'{jax.process_count()}; evaluate the checkpoint on one host'
     )
-
-
-def _image_folders(folder, about, workdir, tokenizer):
-  images = {
-    'run': str(Path(workdir).resolve()),
-    'image_size': tokenizer.config['data.image_size'],
-    'crop': 'scaled and centre-cropped',
-    'range': 'uint8, 0 to 255',
-    'rounding': 'round((clip(x, -1, 1) + 1) * 127.5) of the reconstructions',
-    'names': 'position in the split; images that cannot be read are left out',
-  }
-  return ImageFolders(folder, about | images)
-
-
-class _Seen:
-  """What a pass over a split leaves besides its sums."""
-
-  def __init__(self, tokenizer: Tokenizer, folders: ImageFolders | None):
-    self._tokenizer, self._folders = tokenizer, folders
-    self.codes = CodeDefinitions()
-    self.originals = np.zeros((0, 0, 0, 3), np.uint8)
-
-  def __call__(self, batch, sums):
-    self.codes.add(sums['counts'])
-    if not len(self.originals):
-      self.originals = batch['image'][batch['mask']][:SHOWN_IMAGES]
-    if self._folders:
-      images = self._tokenizer.reconstruct(batch['image'])
-      self._folders.add(
-        batch['image'], np.asarray(to_uint8(images)), batch['mask']
+  if save_images and Path(save_images).exists():
+    if not Path(save_images).is_dir() or any(Path(save_images).iterdir()):
+      raise ValueError(
+        f'save_images: expected a new or empty folder, got {save_images}; '
+        'name another one, or remove it'
       )
 
 
-def _run(tokenizer, split, data_dir, seen):
+def _reconstruct(tokenizer, images) -> np.ndarray:
+  return np.asarray(metrics.to_uint8(tokenizer.reconstruct(images)))
+
+
+def _measure(tokenizer, split, data_dir, on_batch):
+  """The metrics and code counts of a split."""
   config = tokenizer.config
   dataset = datasets.open_dataset(
     config['data.name'],
@@ -255,32 +160,26 @@ def _run(tokenizer, split, data_dir, seen):
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+  variables = sharding.replicate(tokenizer.variables, mesh)
   return evaluate_split(
-    eval_step,
-    sharding.replicate(tokenizer.variables, mesh),
-    batches,
-    mesh=mesh,
-    on_batch=seen,
+    eval_step, variables, batches, mesh=mesh, on_batch=on_batch
   )
 
 
-def _write(workdir, tokenizer, about, result, counts, originals):
-  folder = workdir / 'evaluation' / about['split']
-  folder.mkdir(parents=True, exist_ok=True)
-  about = about | {'ssim_variant': metrics.SSIM_VARIANT}
-  text = json.dumps(about | result, indent=2)
-  (folder / 'metrics.json').write_text(text + '\n')
-  images = tokenizer.reconstruct(originals)
-  made = np.asarray(to_uint8(images))
-  strip = metrics.reconstruction_grid(originals, made)
+def _draw(folder, tokenizer, originals, counts):
+  """The figures of a split, and the curves of the run beside it."""
+  name, images = f'step {tokenizer.step:,}', _reconstruct(tokenizer, originals)
+  strip = metrics.reconstruction_grid(originals, images)
   Image.fromarray(strip).save(folder / 'samples.png')
-  figures.save_reconstructions(
-    folder / 'reconstructions.png',
-    originals,
-    made,
-    np.asarray(metrics.psnr(images, to_float(originals))),
-  )
-  np.save(folder / 'code_counts.npy', counts, allow_pickle=False)
-  figures.save_code_usage(folder / 'code_usage.png', counts)
-  if (workdir / 'metrics.jsonl').exists():
-    figures.save_curves(workdir / 'evaluation' / 'curves.png', workdir)
+  drawn = {
+    folder / 'reconstructions.png': figures.reconstructions(
+      originals, {name: images}
+    ),
+    folder / 'code_usage.png': figures.code_usage({name: counts}),
+  }
+  log = folder.parents[1] / 'metrics.jsonl'
+  if log.exists():
+    curves = figures.curves({'this run': [read_jsonl(log)]})
+    drawn[folder.parent / 'curves.png'] = curves
+  for path, figure in drawn.items():
+    figure.savefig(path, dpi=140)

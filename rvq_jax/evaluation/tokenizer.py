@@ -1,18 +1,16 @@
 """`Tokenizer`: a trained model as two functions."""
 
 import functools
-import hashlib
 import json
 
-import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rvq_jax.data.images import prepare_images
+from rvq_jax.io import tree_digest
 from rvq_jax.models.vqvae import VQVAE
 
-# What decides, with the arrays, which function a model is.
+# The fields that, with the arrays, decide which function a model computes.
 _SHAPING = (
   'widths factor num_res_blocks num_heads code_dim quantizer codebook_size '
   'cosine depth heads dtype'
@@ -64,11 +62,10 @@ class Tokenizer:
     return self.config['model.factor']
 
   @property
-  def codes(self) -> int | None:
-    """L, where ids are [..., L]: several codes a position; else None."""
-    name = {'residual': 'depth', 'product': 'heads'}.get(
-      self.config['model.quantizer']
-    )
+  def codes_per_position(self) -> int | None:
+    """L where ids are [B, H, W, L]; None where they are [B, H, W]."""
+    quantizer = self.config['model.quantizer']
+    name = {'residual': 'depth', 'product': 'heads'}.get(quantizer)
     return self.config[f'model.{name}'] if name else None
 
   @functools.cached_property
@@ -78,13 +75,8 @@ class Tokenizer:
     A run, its export and any copy of either have the same.
     """
     shaping = {name: self.config[f'model.{name}'] for name in _SHAPING}
-    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
-    arrays = flax.traverse_util.flatten_dict(self.variables, sep='.')
-    for name, array in sorted(arrays.items()):
-      array = np.asarray(array)
-      digest.update(f'{name} {array.dtype} {array.shape}'.encode())
-      digest.update(array.tobytes())
-    return digest.hexdigest()
+    header = json.dumps(shaping, sort_keys=True)
+    return tree_digest(self.variables, header=header)
 
   def encode(self, images) -> jax.Array:
     """Token ids of images.
@@ -93,7 +85,7 @@ class Tokenizer:
       images: [B, h, w, 3], uint8 or float in [-1, 1]; `factor` divides h, w.
 
     Returns:
-      ids [B, h/factor, w/factor], int32; [..., L] with several codes a
+      ids [B, h/factor, w/factor], int32; [..., L] with several codes per
       position.
 
     Raises:
@@ -118,7 +110,7 @@ class Tokenizer:
     """Images of token ids.
 
     Args:
-      ids: [B, H, W], integers in [0, K); [B, H, W, L] with several codes a
+      ids: [B, H, W], integers in [0, K); [B, H, W, L] with several codes per
         position, of which a residual tokenizer takes any first few.
 
     Returns:
@@ -128,11 +120,11 @@ class Tokenizer:
       ValueError: another shape or dtype, or an id out of range.
     """
     ids = jnp.asarray(ids)
-    axes = 4 if self.codes else 3
+    shape = '[B, H, W, L]' if self.codes_per_position else '[B, H, W]'
+    axes = shape.count(',') + 1
     if ids.ndim != axes or not jnp.issubdtype(ids.dtype, jnp.integer):
       raise ValueError(
-        f'expected ids [{"B, H, W, L"[: 3 * axes - 2]}] of integers, got '
-        f'{ids.dtype} {ids.shape}'
+        f'expected ids {shape} of integers, got {ids.dtype} {ids.shape}'
       )
     if ids.size:
       low, high = int(jnp.min(ids)), int(jnp.max(ids))
