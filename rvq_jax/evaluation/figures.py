@@ -89,9 +89,8 @@ def curves(by_method) -> Figure:
   for ax, (metric, title) in zip(axes, _PANELS.items(), strict=True):
     for i, seeds in enumerate(by_method.values()):
       for split, style in _SPLITS.items():
-        name = f'{split}/{metric}'
-        runs = [[(r['step'], r[name]) for r in s if r.get(name)] for s in seeds]
-        runs = [np.transpose(run) for run in runs if run]
+        runs = [_series(records, f'{split}/{metric}') for records in seeds]
+        runs = [run for run in runs if run.size]
         if runs:
           steps = runs[0][0]
           values = np.stack([np.interp(steps, *run) for run in runs])
@@ -106,6 +105,12 @@ def curves(by_method) -> Figure:
   for split, style in _SPLITS.items():
     ax.plot([], [], style, color='0.5', label=split)
   return _finish(figure, ax)
+
+
+def _series(records, name: str) -> np.ndarray:
+  """Steps and values of a metric, [2, n], without values that are null."""
+  points = [(r['step'], r[name]) for r in records if r.get(name) is not None]
+  return np.reshape(points, (-1, 2)).T
 
 
 def rate_figure(curve, codecs, methods, title='') -> Figure:

@@ -126,23 +126,23 @@ def _inception(torch, torch_fidelity, originals, reconstructions):
 
 
 def _lpips(torch, lpips, originals, reconstructions):
-  names = sorted(path.name for path in originals.iterdir())
-  side = min(Image.open(originals / names[0]).size)
-  if side < _LPIPS_SIDE:
-    raise ValueError(f'expected sides of {_LPIPS_SIDE} pixels, got {side}')
-  device = 'cuda' if torch.cuda.is_available() else 'cpu'
-  model = lpips.LPIPS(net='alex', verbose=False).to(device)
-
   def read(folder, names):
     images = np.stack([np.asarray(Image.open(folder / n)) for n in names])
-    images = np.moveaxis(images, 3, 1).astype(np.float32) / 127.5 - 1
-    return torch.as_tensor(images, device=device)
+    return np.moveaxis(images, 3, 1).astype(np.float32) / 127.5 - 1
 
-  total = 0.0
+  names = sorted(path.name for path in originals.iterdir())
+  side = min(read(originals, names[:1]).shape[2:])
+  if side < _LPIPS_SIDE:
+    raise ValueError(
+      f'expected sides of at least {_LPIPS_SIDE} pixels, got {side}'
+    )
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  model, total = lpips.LPIPS(net='alex', verbose=False).to(device), 0.0
   with torch.inference_mode():
     for start in range(0, len(names), _BATCH):
       some = names[start : start + _BATCH]
-      pair = (read(x, some) for x in (originals, reconstructions))
+      pair = (read(folder, some) for folder in (originals, reconstructions))
+      pair = (torch.as_tensor(images, device=device) for images in pair)
       total += float(model(*pair).sum())
   definition = (
     f'lower is better: lpips {importlib.metadata.version("lpips")}, AlexNet, '
