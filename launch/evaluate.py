@@ -39,7 +39,7 @@ def main():
     step=step,
     data_dir=_DATA_DIR.value,
     save_images=_SAVE_IMAGES.value,
-    perceptual_metrics=_PERCEPTUAL.value,
+    perceptual=_PERCEPTUAL.value,
     definitions=_DEFINITIONS.value,
   )
   print(format_table(result, f'{_WORKDIR.value}, {_SPLIT.value} split'))

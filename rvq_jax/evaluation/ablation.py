@@ -9,7 +9,7 @@ import json
 import logging
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rvq_jax.evaluation.evaluate import evaluate_run
 from rvq_jax.io import write_atomic
@@ -19,78 +19,55 @@ from rvq_jax.training.loop import train
 LOG_LINES = 20  # of a short run: points of its curves
 METRICS = ('mse', 'usage', 'perplexity', 'psnr')
 
-
-class Cell(NamedTuple):
-  """A method: its name in tables and figures; config field -> value."""
-
-  label: str
-  changes: dict[str, Any]
-
-
-class Table(NamedTuple):
-  """A table: cell -> {data set: what the paper prints, in order `METRICS`}."""
-
-  title: str
-  rows: dict[str, dict[str, tuple]]
-
-
 _REFLECTION = {'model.estimator': 'reflection'}
 _STE, _LEARNED = {'model.estimator': 'ste'}, {'model.ema': False}
 _PLAIN = {'model.dead_code_threshold': 0.0, 'model.init_from': 'normal'}
+# Name: label in tables and figures, config field -> value.
 CELLS = {
-  'rotation_ema': Cell('rotation, EMA', {}),
-  'reflection_ema': Cell('reflection (eq. 4), EMA', _REFLECTION),
-  'ste_ema': Cell('STE, EMA', _STE),
-  'rotation_learned': Cell('rotation, learned codes', _LEARNED),
-  'reflection_learned': Cell(
-    'reflection (eq. 4), learned codes', _REFLECTION | _LEARNED
+  'rotation_ema': ('rotation, EMA', {}),
+  'reflection_ema': ('reflection (eq. 4), EMA', _REFLECTION),
+  'ste_ema': ('STE, EMA', _STE),
+  'rotation_learned': ('rotation, learned codes', _LEARNED),
+  'reflection_learned': (
+    *('reflection (eq. 4), learned codes', _REFLECTION | _LEARNED),
   ),
-  'ste_learned': Cell('VQ-VAE (STE, learned codes)', _STE | _LEARNED),
-  'vqvae_ema': Cell('VQ-VAE EMA (no replacement)', _STE | _PLAIN),
-  'gumbel': Cell('Gumbel-softmax (dVAE)', {'model.quantizer': 'gumbel'}),
-  'fsq': Cell('FSQ', {'model.quantizer': 'fsq'}),
-  'simvq': Cell('SimVQ', {'model.quantizer': 'simvq'} | _STE),
+  'ste_learned': ('VQ-VAE (STE, learned codes)', _STE | _LEARNED),
+  'vqvae_ema': ('VQ-VAE EMA (no replacement)', _STE | _PLAIN),
+  'gumbel': ('Gumbel-softmax (dVAE)', {'model.quantizer': 'gumbel'}),
+  'fsq': ('FSQ', {'model.quantizer': 'fsq'}),
+  'simvq': ('SimVQ', {'model.quantizer': 'simvq'} | _STE),
 }
 
-_BOTH = {
-  'cifar10': (0.0098, 0.968, 7950.4),
-  'imagenet': (0.0275, 0.903, 12345.6),
-}
+# Data set: what the paper prints, in the order of METRICS.
+_BOTH = {'cifar10': (0.0098, 0.968, 7950.4)}
+_BOTH['imagenet'] = (0.0275, 0.903, 12345.6)
 _NEITHER = {'cifar10': (0.0189, 0.783, 802.1)}
 # Tables 4 and 6 print the same numbers, and so do 5 and 7; here the other
 # factor is varied between them, so that all four are the whole grid.
 _ON = {'cifar10': (0.0123, 0.925)}
 _NO_ROTATION = {'cifar10': (0.0189, 0.783)}
 _NO_EMA = {'cifar10': (0.0145, 0.852)}
+TITLES = {
+  3: 'Methods (the paper names one conventional VQ-VAE; the others are ours)',
+  4: 'Rotation on and off, with EMA',
+  5: 'EMA on and off, with rotation',
+  6: 'Rotation on and off, with learned codes',
+  7: 'EMA on and off, straight-through',
+}
 TABLES = {
-  3: Table(
-    'Methods (the paper names one conventional VQ-VAE; the others are ours)',
-    {'rotation_ema': _BOTH, 'ste_learned': _NEITHER}
-    | dict.fromkeys(('vqvae_ema', 'gumbel', 'fsq', 'simvq'), {}),
-  ),
-  4: Table(
-    'Rotation on and off, with EMA',
-    {'rotation_ema': _ON, 'reflection_ema': {}, 'ste_ema': _NO_ROTATION},
-  ),
-  5: Table(
-    'EMA on and off, with rotation',
-    {'rotation_ema': _ON, 'rotation_learned': _NO_EMA},
-  ),
-  6: Table(
-    'Rotation on and off, with learned codes',
-    {'rotation_learned': _ON, 'reflection_learned': {}}
-    | {'ste_learned': _NO_ROTATION},
-  ),
-  7: Table(
-    'EMA on and off, straight-through',
-    {'ste_ema': _ON, 'ste_learned': _NO_EMA},
-  ),
+  3: {'rotation_ema': _BOTH, 'ste_learned': _NEITHER, 'vqvae_ema': {}}
+  | {'gumbel': {}, 'fsq': {}, 'simvq': {}},
+  4: {'rotation_ema': _ON, 'reflection_ema': {}, 'ste_ema': _NO_ROTATION},
+  5: {'rotation_ema': _ON, 'rotation_learned': _NO_EMA},
+  6: {'rotation_learned': _ON, 'reflection_learned': {}}
+  | {'ste_learned': _NO_ROTATION},
+  7: {'ste_ema': _ON, 'ste_learned': _NO_EMA},
 }
 
 
 def cells_of(tables) -> list[str]:
   """The cells that some of the tables need, each once, in their order."""
-  return list(dict.fromkeys(cell for t in tables for cell in TABLES[t].rows))
+  return list(dict.fromkeys(cell for table in tables for cell in TABLES[table]))
 
 
 def cell_config(config, cell: str, seed: int):
@@ -99,7 +76,7 @@ def cell_config(config, cell: str, seed: int):
   Where num_steps is set, the temperature of 'gumbel' falls over all of them.
   """
   config = config.copy_and_resolve_references()
-  for name, value in CELLS[cell].changes.items():
+  for name, value in CELLS[cell][1].items():
     section, _, field = name.rpartition('.')
     config[section][field] = value
   config.seed = seed
@@ -174,13 +151,11 @@ def summarise(records) -> dict[str, dict[str, Any]]:
   for cell in dict.fromkeys(record['cell'] for record in records):
     runs = [record['metrics'] for record in records if record['cell'] == cell]
     entropy = [m['tokens'] / m['images'] * m['entropy_bits'] for m in runs]
-    row = summary[cell] = {
-      'label': CELLS[cell].label,
-      'bits': runs[0]['bits_per_image'],
-      'entropy_bits': statistics.mean(entropy),
-    }
+    row = {'label': CELLS[cell][0], 'bits': runs[0]['bits_per_image']}
+    row['entropy_bits'] = statistics.mean(entropy)
     for name in METRICS:
       values = [m[name] for m in runs]
       std = statistics.stdev(values) if len(values) > 1 else None
       row[name] = {'mean': statistics.mean(values), 'std': std}
+    summary[cell] = row
   return summary

@@ -11,7 +11,9 @@ from PIL import Image
 
 from rvq_jax import metrics
 from rvq_jax.data import datasets, loaders
-from rvq_jax.evaluation import figures, perceptual
+from rvq_jax.evaluation import figures
+from rvq_jax.evaluation import perceptual as networks
+from rvq_jax.evaluation.export import check_new
 from rvq_jax.evaluation.load import load
 from rvq_jax.io import write_atomic
 from rvq_jax.training import config as config_lib
@@ -27,15 +29,11 @@ def format_table(result: dict, title: str) -> str:
   """The metrics as lines of aligned text: name, value, meaning."""
   lines = [title]
   for name, value in result.items():
-    if not isinstance(value, int | float):
-      continue
-    text = f'{value:,.4f}' if abs(value) < 100 else f'{value:,.1f}'
-    if isinstance(value, int):
-      text = f'{value:,}'
-    elif name == 'usage':
-      text = f'{value:.2%}'
-    meaning = UNITS.get(name) or result[f'{name}_definition']
-    lines.append(f'  {name:<23}{text:>12}  {meaning}')
+    if isinstance(value, int | float):
+      text = f'{value:,}' if isinstance(value, int) else f'{value:,.4f}'
+      text = f'{value:.2%}' if name == 'usage' else text
+      meaning = UNITS.get(name) or result[f'{name}_definition']
+      lines.append(f'  {name:<23}{text:>12}  {meaning}')
   return '\n'.join(lines)
 
 
@@ -46,7 +44,7 @@ def evaluate_run(
   step: int | str | None = None,
   data_dir: str | None = None,
   save_images: str | None = None,
-  perceptual_metrics: bool = False,
+  perceptual: bool = False,
   definitions: bool = False,
 ) -> dict:
   """Evaluates a checkpoint and writes its metrics and figures.
@@ -63,25 +61,33 @@ def evaluate_run(
     data_dir: where the data set is now; None: where it was in training.
     save_images: new or empty folder for the whole split and its reconstructions
       as PNG files; see `perceptual.save_pairs`.
-    perceptual_metrics: adds those of `perceptual.perceptual_metrics`.
-    definitions: adds usage and perplexity as others define them; see
-      `metrics.CodeDefinitions`.
+    perceptual: adds rFID, IS and LPIPS; see `perceptual.perceptual_metrics`.
+    definitions: adds usage and perplexity by `metrics.CodeDefinitions`.
 
   Returns:
-    The metrics named in `UNITS`; the perceptual ones where asked for; and under
-    'definitions' those of `CodeDefinitions`.
+    The metrics named in `UNITS`, those of `perceptual`, and 'definitions'.
 
   Raises:
-    ValueError: the split is unknown, the data is not there, or save_images
-      holds files.
+    ValueError: no such split, no data, or save_images holds files.
     FileNotFoundError: there is no such run or step.
-    ImportError: `perceptual_metrics` needs a package that is missing.
+    ImportError: `perceptual` needs a package that is missing.
   """
-  _check(split, save_images, perceptual_metrics)
+  if split not in SPLITS:
+    raise ValueError(f'split: expected one of {SPLITS}, got {split!r}')
+  if perceptual:
+    networks.import_packages()
+  if (save_images or perceptual) and jax.process_count() > 1:
+    raise ValueError(
+      'save_images, perceptual: expected a single process, got '
+      f'{jax.process_count()}; evaluate the checkpoint on one host'
+    )
+  if save_images:
+    check_new(save_images, 'save_images')
   tokenizer = load(workdir, step)
   codes, originals, position = metrics.CodeDefinitions(), (), 0
+
   with tempfile.TemporaryDirectory() as scratch:
-    saved = save_images or (scratch if perceptual_metrics else None)
+    saved = save_images or (scratch if perceptual else None)
 
     def on_batch(batch, sums):
       nonlocal originals, position
@@ -90,12 +96,12 @@ def evaluate_run(
       originals = originals if len(originals) else images[mask][:SHOWN_IMAGES]
       if saved:
         pair = images, _reconstruct(tokenizer, images)
-        perceptual.save_pairs(saved, position, pair, mask)
+        networks.save_pairs(saved, position, pair, mask)
       position += len(mask)
 
     result, counts = _measure(tokenizer, split, data_dir, on_batch)
-    if perceptual_metrics:
-      result |= perceptual.perceptual_metrics(saved)
+    if perceptual:
+      result |= networks.perceptual_metrics(saved)
   if definitions:
     result['definitions'] = codes.result()
   if jax.process_index() == 0:
@@ -111,33 +117,14 @@ def evaluate_run(
   return result
 
 
-def _check(split, save_images, perceptual_metrics):
-  if split not in SPLITS:
-    raise ValueError(
-      f'split: expected one of {", ".join(SPLITS)}; got {split!r}'
-    )
-  if perceptual_metrics:
-    perceptual.import_packages()
-  if (save_images or perceptual_metrics) and jax.process_count() > 1:
-    raise ValueError(
-      'save_images, perceptual: expected a single process, got '
-      f'{jax.process_count()}; evaluate the checkpoint on one host'
-    )
-  if save_images and Path(save_images).exists():
-    if not Path(save_images).is_dir() or any(Path(save_images).iterdir()):
-      raise ValueError(
-        f'save_images: expected a new or empty folder, got {save_images}; '
-        'name another one, or remove it'
-      )
-
-
 def _reconstruct(tokenizer, images) -> np.ndarray:
   return np.asarray(metrics.to_uint8(tokenizer.reconstruct(images)))
 
 
 def _measure(tokenizer, split, data_dir, on_batch):
   """The metrics and code counts of a split."""
-  config = tokenizer.config
+  config, mesh = tokenizer.config, sharding.data_mesh()
+  config_lib.check_devices(config['batch_size'], mesh.size)
   dataset = datasets.open_dataset(
     config['data.name'],
     split=config['data.split'],
@@ -145,20 +132,18 @@ def _measure(tokenizer, split, data_dir, on_batch):
   )
   if dataset.note:
     logging.info('%s', dataset.note)
-  mesh = sharding.data_mesh()
-  config_lib.check_devices(config['batch_size'], mesh.size)
-  everywhere = sharding.replicated(mesh)
-  eval_step = jax.jit(
-    make_eval_step(tokenizer.model),
-    in_shardings=(everywhere, sharding.by_rows(mesh)),
-    out_shardings=everywhere,
-  )
   batches = loaders.eval_batches(
     getattr(dataset, split),
     batch_size=config['batch_size'],
     image_size=config['data.image_size'],
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+  )
+  everywhere = sharding.replicated(mesh)
+  eval_step = jax.jit(
+    make_eval_step(tokenizer.model),
+    in_shardings=(everywhere, sharding.by_rows(mesh)),
+    out_shardings=everywhere,
   )
   variables = sharding.replicate(tokenizer.variables, mesh)
   return evaluate_split(
@@ -172,14 +157,11 @@ def _draw(folder, tokenizer, originals, counts):
   strip = metrics.reconstruction_grid(originals, images)
   Image.fromarray(strip).save(folder / 'samples.png')
   drawn = {
-    folder / 'reconstructions.png': figures.reconstructions(
-      originals, {name: images}
-    ),
-    folder / 'code_usage.png': figures.code_usage({name: counts}),
+    'reconstructions': figures.reconstructions(originals, {name: images}),
+    'code_usage': figures.code_usage({name: counts}),
   }
   log = folder.parents[1] / 'metrics.jsonl'
   if log.exists():
-    curves = figures.curves({'this run': [read_jsonl(log)]})
-    drawn[folder.parent / 'curves.png'] = curves
-  for path, figure in drawn.items():
-    figure.savefig(path, dpi=140)
+    drawn['../curves'] = figures.curves({'this run': [read_jsonl(log)]})
+  for file, figure in drawn.items():
+    figure.savefig(folder / f'{file}.png', dpi=140)

@@ -18,23 +18,21 @@ from rvq_jax.training.validation import UNITS
 _FIGURES = {
   'reconstructions.png': 'originals, reconstructions and their error',
   'code_usage.png': 'how often each code is chosen',
+  '../curves.png': 'training',
 }
 _LICENCE = re.compile(r'[a-z0-9][a-z0-9.+-]*')
 _CARD = """---
 license: {licence}
 library_name: rvq_jax
-tags:
-- image-tokenizer
-- vq-vae
-- jax
+tags: [image-tokenizer, vq-vae, jax]
 ---
 
 # {name}
 
 An image tokenizer: a VQ-VAE with Rotated Vector Quantization, trained with
-rvq_jax. Images of {side} x {side} pixels become {grid} tokens,
-each one of {tokenizer.codebook_size:,} codes ({quantizer}, gradient estimator
-{estimator}).
+rvq_jax for {step:,} steps of batch {batch_size} on {data} ({split} split).
+Images of {side} x {side} pixels become {grid} tokens, each one of {codes:,}
+codes ({quantizer}, gradient estimator {estimator}); {parameters:,} parameters.
 
 ```python
 from rvq_jax import load
@@ -44,14 +42,8 @@ ids = tokenizer.encode(images)  # uint8 [B, h, w, 3] -> int32 [B, H, W]
 images = tokenizer.decode(ids)  # float32 in [-1, 1]
 ```
 
-Sides that are multiples of {tokenizer.factor} can be encoded.
-`python launch/encode.py` takes any.
-
-## Training
-
-Data: {data}. {tokenizer.step:,} steps of batch {batch_size}, {parameters:,}
-parameters. Every field is in config.json. SHA-256 of the model:
-`{tokenizer.model_hash}`.
+Sides that are multiples of {factor} can be encoded; `python launch/encode.py`
+takes any. Every field is in config.json. SHA-256 of the model: `{model_hash}`.
 
 ## Results
 
@@ -83,8 +75,7 @@ def export_run(
     The folder.
 
   Raises:
-    ValueError: the folder is not empty or cannot be written, or the licence is
-      no such word.
+    ValueError: the folder holds files or cannot be written, or no such licence.
     FileNotFoundError: there is no such run or step.
   """
   workdir, output = Path(workdir), Path(output)
@@ -93,11 +84,7 @@ def export_run(
       'license: expected an identifier of the Hugging Face Hub, as apache-2.0, '
       f'cc-by-4.0 or unknown, got {licence!r}'
     )
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise ValueError(
-      f'expected a new or empty folder to export to, got {output}; name '
-      'another --output, or remove it'
-    )
+  check_new(output, 'output')
   tokenizer = load(workdir, step)
   try:
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -107,14 +94,23 @@ def export_run(
       folder = Path(partial) / 'export'
       folder.mkdir()
       write_export(folder, tokenizer)
-      title = name or workdir.resolve().name
-      card = _card(tokenizer, title, licence)
-      results = _results(workdir, folder, tokenizer.step)
-      (folder / 'README.md').write_text(card + results)
+      card = _card(tokenizer, name or workdir.resolve().name, licence)
+      card += _results(workdir, folder, tokenizer.step)
+      (folder / 'README.md').write_text(card)
       folder.rename(output)
   except OSError as error:
     raise ValueError(f'cannot write to {output}: {error}') from error
   return output
+
+
+def check_new(folder, flag: str) -> None:
+  """Refuses a folder to write to, given as --FLAG, that holds files."""
+  folder = Path(folder)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(
+      f'{flag}: expected a new or empty folder, got {folder}; name another '
+      'one, or remove it'
+    )
 
 
 def write_export(folder, tokenizer: Tokenizer) -> None:
@@ -129,12 +125,14 @@ def write_export(folder, tokenizer: Tokenizer) -> None:
   arrays = flax.traverse_util.flatten_dict(tokenizer.variables, sep='.')
   # safetensors writes the memory of a view as if it were in order.
   arrays = {n: np.ascontiguousarray(a) for n, a in arrays.items()}
+  config, data = dict(tokenizer.config), tokenizer.config['data.name']
+  config['data.data_dir'] = None  # nobody's business, as the path of a folder
+  if data.startswith('folder:'):
+    data = f'folder:{Path(data.removeprefix("folder:")).name}'
   about = FORMAT | {
     'model_hash': tokenizer.model_hash,
     'step': tokenizer.step,
-    # Without where the data lie on this machine.
-    'config': dict(tokenizer.config)
-    | {'data.data_dir': None, 'data.name': _data_name(tokenizer)},
+    'config': config | {'data.name': data},
   }
   # Its own writer of files leaves them unreadable for other users.
   weights = safetensors.numpy.save(arrays, metadata={'format': 'flax'})
@@ -142,54 +140,37 @@ def write_export(folder, tokenizer: Tokenizer) -> None:
   (Path(folder) / CONFIG).write_text(json.dumps(about, indent=2) + '\n')
 
 
-def _data_name(tokenizer):
-  name = tokenizer.config['data.name']
-  if name.startswith('folder:'):
-    return f'folder:{Path(name.removeprefix("folder:")).name}'
-  return name
-
-
 def _card(tokenizer, name, licence) -> str:
   """README.md without results; the Hub reads its first lines."""
-  config = tokenizer.config
-  side = config['data.image_size']
+  config = {n.split('.')[-1]: v for n, v in tokenizer.config.items()}
+  side, data = config['image_size'], tokenizer.config['data.name']
   grid = [side // tokenizer.factor] * 2 + [tokenizer.codes_per_position]
-  data = config['data.name']
-  data = 'a folder of images' if data.startswith('folder:') else data
-  return _CARD.format(
-    licence=licence,
-    name=name,
-    side=side,
-    grid=' x '.join(str(n) for n in grid if n),
-    tokenizer=tokenizer,
-    quantizer=config['model.quantizer'],
-    estimator=config['model.estimator'],
-    data=f'{data}, split {config["data.split"]}',
-    batch_size=config['batch_size'],
-    parameters=sum(x.size for x in jax.tree.leaves(tokenizer.variables)),
-  )
+  config |= {
+    'name': name,
+    'licence': licence,
+    'step': tokenizer.step,
+    'model_hash': tokenizer.model_hash,
+    'side': side,
+    'codes': tokenizer.codebook_size,
+    'grid': ' x '.join(str(n) for n in grid if n),
+    'data': 'a folder of images' if data.startswith('folder:') else data,
+    'parameters': sum(x.size for x in jax.tree.leaves(tokenizer.variables)),
+  }
+  return _CARD.format(**config)
 
 
 def _results(workdir, folder, step) -> str:
   """Tables of the splits that were evaluated at a step; copies the figures."""
-  lines = []
+  text = ''
   for path in sorted(workdir.glob('evaluation/*/metrics.json')):
     split, metrics = path.parent.name, read_json(path) or {}
-    if metrics.get('step') != step:
-      continue
-    lines += [f'{split} split:', '', '| metric | value | |', '|---|---|---|']
-    for name, meaning in UNITS.items():
-      value = metrics[name]
-      text = f'{value:,}' if isinstance(value, int) else f'{value:.6g}'
-      lines.append(f'| {name} | {text} | {meaning} |')
-    for name, caption in _FIGURES.items():
-      shutil.copyfile(path.with_name(name), folder / f'{split}_{name}')
-      lines += ['', f'![{caption}]({split}_{name})', f'*{split}: {caption}*']
-    lines.append('')
-  curves = workdir / 'evaluation' / 'curves.png'
-  if lines and curves.is_file():
-    shutil.copyfile(curves, folder / curves.name)
-    lines += ['![training](curves.png)', '*training*']
-  if not lines:
-    lines = ['Not evaluated at this step: `python launch/evaluate.py` does it.']
-  return '\n'.join(lines) + '\n'
+    if metrics.get('step') == step:
+      text += f'| {split} split | value | |\n|---|---|---|\n'
+      for name in (n for n in UNITS if n in metrics):
+        text += f'| {name} | {metrics[name]:.6g} | {UNITS[name]} |\n'
+      for name, caption in _FIGURES.items():
+        if (path.parent / name).is_file():
+          shown = f'{split}_{Path(name).name}'
+          shutil.copyfile(path.parent / name, folder / shown)
+          text += f'\n![{caption}]({shown})\n*{caption}*\n'
+  return text or 'Not evaluated at this step; see launch/evaluate.py.\n'

@@ -41,8 +41,7 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
       the newest. An export holds one step and takes no other.
 
   Returns:
-    A `Tokenizer`, on the first device, with the averaged parameters where the
-    run kept them.
+    A `Tokenizer`, on the first device, with averaged parameters if there are.
 
   Raises:
     FileNotFoundError: there is no such run or step.
@@ -78,26 +77,20 @@ def _load_run(workdir, step) -> Tokenizer:
     if config['optimizer.params_ema']:
       shapes['params_ema'] = shapes['params']
     variables = checkpoints.restore_model(shapes, step)
-  averaged = variables.pop('params_ema', None)
-  if averaged is not None:
-    variables['params'] = averaged
+  variables['params'] = variables.pop('params_ema', variables['params'])
   return Tokenizer(model, variables, config=config, step=step)
 
 
 def _load_export(folder: Path, step) -> Tokenizer:
   about = _read_config(folder / CONFIG)
-  if step not in (None, about['step']):
+  config, saved = about['config'], about['step']
+  if step not in (None, saved):
     raise ValueError(
-      f'step: expected {about["step"]}, the one that {folder} holds, or none; '
-      f'got {step}'
+      f'step: expected {saved}, which {folder} holds, or none; got {step}'
     )
-  model, shapes = _model(about['config'], folder)
-  tokenizer = Tokenizer(
-    model,
-    _read_weights(folder / WEIGHTS, shapes),
-    config=about['config'],
-    step=about['step'],
-  )
+  model, shapes = _model(config, folder)
+  variables = _read_weights(folder / WEIGHTS, shapes)
+  tokenizer = Tokenizer(model, variables, config=config, step=saved)
   if tokenizer.model_hash != about['model_hash']:
     raise ValueError(
       f'{folder} is damaged: the weights have the hash '
@@ -116,12 +109,8 @@ def _model(config: Mapping[str, Any], source) -> tuple[VQVAE, dict[str, Any]]:
       f'{source} was made by another version of rvq_jax: {error}'
     ) from error
   model = config_lib.build_model(config)
-  size = config['data.image_size']
-  shapes = jax.eval_shape(
-    lambda: model.init(
-      jax.random.key(0), jnp.zeros((1, size, size, 3)), train=True
-    )
-  )
+  images = jnp.zeros((1, *[config['data.image_size']] * 2, 3))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
@@ -130,17 +119,13 @@ def _model(config: Mapping[str, Any], source) -> tuple[VQVAE, dict[str, Any]]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-  about = read_json(path) if path.is_file() else None
-  if about is None or any(about.get(n) != v for n, v in FORMAT.items()):
+  about = (read_json(path) if path.is_file() else None) or {}
+  same = all(about.get(name) == value for name, value in FORMAT.items())
+  if not same or any(type(about.get(n)) is not k for n, k in _FIELDS.items()):
     raise ValueError(
-      f'expected {path} as launch/export.py writes it, JSON with '
-      + ' and '.join(f'"{name}": {value!r}' for name, value in FORMAT.items())
+      f'{path}: expected JSON as launch/export.py writes it, with {FORMAT} and '
+      f'{", ".join(_FIELDS)}'
     )
-  for name, kind in _FIELDS.items():
-    if not isinstance(about.get(name), kind):
-      raise ValueError(
-        f'{path}: expected "{name}", got {str(about.get(name))[:40]!r}'
-      )
   return about
 
 
@@ -160,9 +145,7 @@ def _read_weights(path: Path, shapes: dict[str, Any]) -> dict[str, Any]:
     )
     if wanted != got:
       raise ValueError(f'{path}: {name[:80]}: expected {wanted}, got {got}')
-  arrays = {
-    n: jax.device_put(a, expected[n].sharding) for n, a in arrays.items()
-  }
+  arrays = jax.device_put(arrays, jax.local_devices()[0])
   tree = flax.traverse_util.unflatten_dict(arrays, sep='.')
   return {name: tree.get(name, {}) for name in shapes}
 
@@ -180,15 +163,12 @@ def _download(name: str) -> Path:
     folder = huggingface_hub.snapshot_download(
       repo, revision=revision or None, allow_patterns=[WEIGHTS, CONFIG]
     )
+    if not is_export(folder):
+      raise FileNotFoundError(f'it holds no {WEIGHTS}')
   except Exception as error:  # its own, those of its HTTP library, ValueError
     reason = str(error).strip().partition('\n')[0] or type(error).__name__
     raise OSError(
-      f'cannot fetch hf:{name}: {reason}; expected hf:OWNER/NAME of an export '
-      'that you may read'
+      f'cannot fetch hf:{name}: {reason}; expected hf:OWNER/NAME of a folder '
+      'that launch/export.py wrote'
     ) from error
-  if not is_export(folder):
-    raise OSError(
-      f'hf:{name} holds no {WEIGHTS}; expected a folder that launch/export.py '
-      'wrote'
-    )
   return Path(folder)

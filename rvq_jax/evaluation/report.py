@@ -22,7 +22,13 @@ from PIL import Image
 
 from rvq_jax.data import datasets, loaders
 from rvq_jax.evaluation import figures, rate_distortion
-from rvq_jax.evaluation.ablation import METRICS, TABLES, summarise
+from rvq_jax.evaluation.ablation import (
+  CELLS,
+  METRICS,
+  TABLES,
+  TITLES,
+  summarise,
+)
 from rvq_jax.io import write_atomic
 from rvq_jax.training.writers import read_jsonl
 
@@ -36,17 +42,11 @@ _FORMATS = {  # title, digits, factor, unit
 }
 _PAPER_DATA = {'tfds:cifar10': 'cifar10', 'tfds:imagenet2012': 'imagenet'}
 _LEGEND = (
-  'In parentheses: what the paper prints (for CIFAR-10, if the data is neither '
-  'of its sets), and on its own data sets ours less that.'
+  'MSE on [-1, 1]; usage and perplexity (higher is more even) over the whole '
+  'test split; ± is the sample standard deviation over the seeds. In '
+  'parentheses: what the paper prints (for CIFAR-10, if the data is neither of '
+  'its sets), and on its own data sets ours less that.'
 )
-_CAPTIONS = {
-  'rate_distortion': 'Filled: tokens at log2 K bits each; hollow: at the '
-  'entropy of the code frequencies. Grey: image codecs, and a Gaussian source '
-  'with the covariance of the training split.',
-  'reconstructions': 'The first test images by each method (seed 0).',
-  'usage': 'How often each code is chosen over the test split (seed 0).',
-  'curves': 'Mean over the seeds; the band is from the least to the greatest.',
-}
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -96,40 +96,35 @@ def write_report(config, workdir, records, *, tables, command: str) -> str:
   folder = Path(workdir) / 'report'
   folder.mkdir(parents=True, exist_ok=True)
   summary = summarise(records)
-  rates, curve = _rate_distortion(config, summary)
+  curve, rates = _rate_distortion(config, summary)
   about = _about(config, command, records) | {'Gaussian curve': curve}
   pictures = {}
-  for name, figure in _figures(records, summary, rates).items():
+  for name, figure in (_figures(records) | {'rate_distortion': rates}).items():
     stream = io.BytesIO()
     figure.savefig(stream, format='png', dpi=140)
     pictures[name] = stream.getvalue()
     write_atomic(folder / f'{name}.png', pictures[name])
-  text = markdown(tables, summary, about)
+  rows = {n: table_rows(n, summary, config.data.name) for n in tables}
   content = {'about': about, 'summary': summary, 'runs': records}
-  write_atomic(folder / 'tables.md', text)
   write_atomic(folder / 'tables.json', json.dumps(content, indent=2) + '\n')
-  write_atomic(folder / 'report.html', page(tables, summary, about, pictures))
-  return text
+  write_atomic(folder / 'tables.md', markdown(about, rows))
+  write_atomic(folder / 'report.html', page(about, rows, pictures))
+  return markdown(about, rows)
 
 
 def _about(config, command, records):
   """What stands above the tables."""
-  first, seeds = records[0]['metrics'], 1 + max(r['seed'] for r in records)
-  length = f'{config.num_epochs} epochs'
-  if config.num_steps:
-    length = f'{config.num_steps} steps'
-  size = config.data.image_size
+  first, size = records[0]['metrics'], config.data.image_size
+  length = f'{config.num_steps or config.num_epochs} '
+  length += 'steps' if config.num_steps else 'epochs'
   return {
     'command': command,
-    'data': config.data.name,
-    'split': f'{config.data.split}; measured on {first["images"]:,} test images'
-    f' of {size} x {size}',
+    'data': f'{config.data.name}, split {config.data.split}; measured on '
+    f'{first["images"]:,} test images of {size} x {size}',
     'each run': f'{length} of batch {config.batch_size}, K = '
     f'{config.model.codebook_size:,}, {first["bits_per_image"]:g} bits per '
     'image, for every method',
-    'seeds': f'{seeds}' + ', mean ± sample standard deviation' * (seeds > 1),
-    'scale': 'MSE on [-1, 1]; usage and perplexity over the whole test split; '
-    'perplexity: higher is more even',
+    'seeds': str(1 + max(record['seed'] for record in records)),
     'hardware': hardware(),
     'versions': versions('jax', 'flax', 'optax'),
     'date': datetime.date.today().isoformat(),
@@ -137,39 +132,39 @@ def _about(config, command, records):
 
 
 def _rate_distortion(config, summary):
-  """The methods, the codecs, the Gaussian curve; and that curve in words."""
+  """The Gaussian curve in words; a figure with the codecs and the methods."""
   logging.info('rate-distortion curve of the training split')
   size = config.data.image_size
   dataset = datasets.open_dataset(
     config.data.name, split=config.data.split, data_dir=config.data.data_dir
   )
   train, test = (
-    loaders.eval_batches(source, batch_size=256, image_size=size)
+    loaders.eval_batches(source, batch_size=CODEC_IMAGES, image_size=size)
     for source in (dataset.train, dataset.test)
   )
   limit = max(1000, CURVE_PIXELS // size**2)  # minutes, not hours
   bound = rate_distortion.gaussian_bound(
     train, image_size=size, max_images=limit
   )
-  batch = next(test)
-  images = batch['image'][batch['mask']][:CODEC_IMAGES]
-  codecs = rate_distortion.codec_points(images)
-  methods = list(summary.values())
+  batch, methods = next(test), list(summary.values())
+  codecs = rate_distortion.codec_points(batch['image'][batch['mask']])
   low = max(1, min(row['entropy_bits'] for row in methods) / 4)
   bits = np.geomspace(low, max(c['bits_per_image'] for c in codecs), 60)
-  curve, at = (bits, bound.mse(bits)), methods[0]['bits']
-  return figures.rate_figure(curve, codecs, methods), (
+  at = methods[0]['bits']
+  words = (
     f'MSE {float(bound.mse([at])[0]):.4f} at {at:g} bits: rate-distortion '
     f'function of a Gaussian source with the covariance of {bound.images:,} '
     f'training images, in tiles of {bound.patch} x {bound.patch}'
   )
+  return words, figures.rate_figure((bits, bound.mse(bits)), codecs, methods)
 
 
-def _figures(records, summary, rates):
-  """The figures of the report, in its order."""
+def _figures(records):
+  """The figures of the runs; of seed 0, except for the curves."""
   samples, counts, logs = {}, {}, {}
   for record in records:
-    label, folder = summary[record['cell']]['label'], Path(record['workdir'])
+    label = CELLS[record['cell']][0]
+    folder = Path(record['workdir'])
     logs.setdefault(label, []).append(read_jsonl(folder / 'metrics.jsonl'))
     if record['seed'] == 0:
       test = folder / 'evaluation' / 'test'
@@ -179,9 +174,8 @@ def _figures(records, summary, rates):
       strip = strip.reshape(2, side, -1, side, 3).swapaxes(1, 2)
       originals, samples[label] = strip
   return {
-    'rate_distortion': rates,
     'reconstructions': figures.reconstructions(originals, samples),
-    'usage': figures.code_usage(counts),
+    'code_usage': figures.code_usage(counts),
     'curves': figures.curves(logs),
   }
 
@@ -195,71 +189,64 @@ def table_rows(number: int, summary, data: str) -> list[list[str]]:
     data: config.data.name.
 
   Returns:
-    For each method its label and MSE, usage, perplexity and PSNR; see
-    `_LEGEND`.
+    For each method its label, MSE, usage, perplexity and PSNR; see `_LEGEND`.
   """
   own = _PAPER_DATA.get(data)
   rows = [['method', *(_FORMATS[metric][0] for metric in METRICS)]]
-  for name, printed in TABLES[number].rows.items():
-    row = [summary[name]['label']]
+  for cell, printed in TABLES[number].items():
+    row = [summary[cell]['label']]
     paper = dict(zip(METRICS, printed.get(own or 'cifar10', ()), strict=False))
     for metric in METRICS:
       _, digits, factor, unit = _FORMATS[metric]
-      mean, std = summary[name][metric]['mean'], summary[name][metric]['std']
+      mean, std = (summary[cell][metric][name] for name in ('mean', 'std'))
       text = f'{factor * mean:,.{digits}f}'
-      if std is not None:
-        text += f' ± {factor * std:,.{digits}f}'
+      text += '' if std is None else f' ± {factor * std:,.{digits}f}'
       text += unit
       if metric in paper:
-        text += f' (paper {factor * paper[metric]:,.{digits}f}{unit}'
         gap = f', {factor * (mean - paper[metric]):+,.{digits}f}{unit}'
+        text += f' (paper {factor * paper[metric]:,.{digits}f}{unit}'
         text += (gap if own else '') + ')'
       row.append(text)
     rows.append(row)
   return rows
 
 
-def markdown(tables, summary, about) -> str:
+def markdown(about, tables) -> str:
   """All tables as Markdown; arguments as for `page`."""
   lines = [*(f'- {name}: {text}' for name, text in about.items()), '', _LEGEND]
-  for number in tables:
-    lines += ['', f'## Table {number}: {TABLES[number].title}', '']
-    header, *rows = table_rows(number, summary, about['data'])
+  for number, (header, *rows) in tables.items():
+    lines += ['', f'## Table {number}: {TITLES[number]}', '']
     for row in (header, ['---'] * len(header), *rows):
       lines.append('| ' + ' | '.join(row) + ' |')
   return '\n'.join(lines) + '\n'
 
 
-def page(tables, summary, about, pictures) -> str:
+def page(about, tables, pictures) -> str:
   """The whole report as HTML.
 
   Args:
-    tables: numbers of the tables.
-    summary: from `ablation.summarise`.
-    about: what was run: {name: text}, with 'data' = config.data.name.
-    pictures: name, a key of `_CAPTIONS` -> PNG file as bytes.
+    about: what was run: {name: text}.
+    tables: number -> `table_rows`.
+    pictures: name -> PNG file as bytes.
 
   Returns:
     An HTML document.
   """
-  parts = [_html_table(about.items()), f'<p>{html.escape(_LEGEND)}</p>']
-  for number in tables:
-    parts.append(f'<h2>Table {number}: {TABLES[number].title}</h2>')
-    parts.append(_html_table(table_rows(number, summary, about['data'])))
+  parts = [_html_table(about.items()), f'<p>{_LEGEND}</p>']
+  for number, rows in tables.items():
+    parts.append(f'<h2>Table {number}: {TITLES[number]}</h2>')
+    parts.append(_html_table(rows))
   for name, picture in pictures.items():
     data = base64.b64encode(picture).decode()
-    title = name.replace('_', ' ').capitalize()
-    parts.append(f'<h2>{title}</h2><p>{_CAPTIONS[name]}</p>')
+    parts.append(f'<h2>{name.replace("_", " ").capitalize()}</h2>')
     parts.append(f'<div><img alt="" src="data:image/png;base64,{data}"></div>')
   return _PAGE + '\n'.join(parts) + '</body></html>\n'
 
 
 def _html_table(rows) -> str:
-  lines = []
+  lines = ''
   for row in rows:
-    cells = [
-      re.sub(r' (\(paper .*\))', r'<br><small>\1</small>', html.escape(text))
-      for text in row
-    ]
-    lines.append('<tr><td>' + '</td><td>'.join(cells) + '</td></tr>')
-  return f'<div><table>{"".join(lines)}</table></div>'
+    cells = '</td><td>'.join(html.escape(text) for text in row)
+    cells = re.sub(r' (\(paper .*?\))', r'<br><small>\1</small>', cells)
+    lines += f'<tr><td>{cells}</td></tr>\n'
+  return f'<div><table>{lines}</table></div>'

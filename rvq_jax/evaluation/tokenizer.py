@@ -10,7 +10,7 @@ from rvq_jax.data.images import prepare_images
 from rvq_jax.io import tree_digest
 from rvq_jax.models.vqvae import VQVAE
 
-# The fields that, with the arrays, decide which function a model computes.
+# With the arrays, these fields decide which function a model computes.
 _SHAPING = (
   'widths factor num_res_blocks num_heads code_dim quantizer codebook_size '
   'cosine depth heads dtype'
@@ -42,14 +42,8 @@ class Tokenizer:
   def __init__(self, model: VQVAE, variables, *, config, step: int):
     self.model, self.variables = model, variables
     self.config, self.step = config, step
-    self._encode = jax.jit(
-      lambda variables, images: model.apply(
-        variables, prepare_images(images), method='encode'
-      )
-    )
-    self._decode = jax.jit(
-      lambda variables, ids: model.apply(variables, ids, method='decode')
-    )
+    self._encode = jax.jit(functools.partial(model.apply, method='encode'))
+    self._decode = jax.jit(functools.partial(model.apply, method='decode'))
 
   @property
   def codebook_size(self) -> int:
@@ -91,20 +85,17 @@ class Tokenizer:
     Raises:
       ValueError: another shape, dtype or range.
     """
-    images = jnp.asarray(images)
-    if images.dtype != jnp.uint8:
-      if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
-          f'expected images as uint8 or float in [-1, 1], got {images.dtype}'
-        )
-      images = images.astype(jnp.float32)
-      if images.size and not jnp.max(jnp.abs(images)) <= 1.001:
-        raise ValueError(
-          'expected float images in [-1, 1], got values from '
-          f'{jnp.min(images):.4g} to {jnp.max(images):.4g}; pass uint8, or '
-          'x / 127.5 - 1'
-        )
-    return self._encode(self.variables, images)
+    images = prepare_images(jnp.asarray(images))
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+      raise ValueError(
+        f'expected images as uint8 or float in [-1, 1], got {images.dtype}'
+      )
+    if images.size and not jnp.max(jnp.abs(images)) <= 1.001:
+      raise ValueError(
+        f'expected float images in [-1, 1], got values from {images.min():.4g} '
+        f'to {images.max():.4g}; pass uint8, or x / 127.5 - 1'
+      )
+    return self._encode(self.variables, images.astype(jnp.float32))
 
   def decode(self, ids) -> jax.Array:
     """Images of token ids.
@@ -126,13 +117,12 @@ class Tokenizer:
       raise ValueError(
         f'expected ids {shape} of integers, got {ids.dtype} {ids.shape}'
       )
-    if ids.size:
-      low, high = int(jnp.min(ids)), int(jnp.max(ids))
-      if low < 0 or high >= self.codebook_size:
-        raise ValueError(
-          f'expected ids from 0 to {self.codebook_size - 1}, got {low} to '
-          f'{high}; are they of another model?'
-        )
+    last = self.codebook_size - 1
+    if ids.size and not 0 <= ids.min() <= ids.max() <= last:
+      raise ValueError(
+        f'expected ids from 0 to {last}, got {ids.min()} to {ids.max()}; are '
+        'they of another model?'
+      )
     return self._decode(self.variables, ids.astype(jnp.int32))
 
   def reconstruct(self, images) -> jax.Array:

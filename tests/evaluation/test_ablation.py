@@ -44,7 +44,7 @@ def test_a_cell_changes_what_it_says_and_its_config_is_valid(tiny_config, cell):
   after = config_lib.check_config(config)
   config_lib.build_model(after)
   differ = {name for name in before if before[name] != after[name]}
-  changes = set(ablation.CELLS[cell].changes)
+  changes = set(ablation.CELLS[cell][1])
   others = {'seed', 'model.temperature_steps', 'log_every'}
   assert after['seed'] == 3 and differ - others == changes
   assert config_lib.flatten(tiny_config) == before
@@ -104,8 +104,8 @@ def summary():
     }
 
   return {
-    name: row(cell.label, 0.02 + 0.01 * i)
-    for i, (name, cell) in enumerate(ablation.CELLS.items())
+    name: row(label, 0.02 + 0.01 * i)
+    for i, (name, (label, _)) in enumerate(ablation.CELLS.items())
   }
 
 
@@ -136,7 +136,8 @@ def test_a_difference_is_taken_on_the_papers_data_alone(
 
 
 def test_markdown_has_as_many_columns_in_each_line(summary):
-  text = report.markdown([3, 4], summary, {'data': 'photos'})
+  tables = {n: report.table_rows(n, summary, 'photos') for n in (3, 4)}
+  text = report.markdown({'data': 'photos'}, tables)
   lines = [line for line in text.splitlines() if line.startswith('|')]
   assert len({line.count('|') for line in lines}) == 1
   assert '## Table 4: Rotation on and off' in text
@@ -144,7 +145,8 @@ def test_markdown_has_as_many_columns_in_each_line(summary):
 
 def test_the_page_loads_nothing_and_escapes_what_it_is_given(summary):
   about = {'data': 'photos', 'command': '--x=<script>'}
-  text = report.page([3], summary, about, {'usage': b'png'})
+  tables = {3: report.table_rows(3, summary, 'photos')}
+  text = report.page(about, tables, {'curves': b'png'})
   assert not re.search(r'(src|href)="(?!data:|#)', text)
   assert '<script' not in text and '@import' not in text
   assert 'color-scheme: light dark' in text and 'name="viewport"' in text

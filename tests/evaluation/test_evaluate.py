@@ -119,9 +119,9 @@ def test_perceptual_metrics_are_stored_and_shown(run, monkeypatch, tmp_path):
       assert len(list((tmp_path / folder / kind).glob('*.png'))) == 11
     return {'rfid': 3.5, 'rfid_definition': 'of 11 images'}
 
-  monkeypatch.setattr(evaluate.perceptual, 'import_packages', lambda: None)
-  monkeypatch.setattr(evaluate.perceptual, 'perceptual_metrics', measured)
-  result = evaluate_run(run, perceptual_metrics=True)
+  monkeypatch.setattr(evaluate.networks, 'import_packages', lambda: None)
+  monkeypatch.setattr(evaluate.networks, 'perceptual_metrics', measured)
+  result = evaluate_run(run, perceptual=True)
   stored = json.loads((run / 'evaluation/test/metrics.json').read_text())
   assert (stored['rfid'], stored['rfid_definition']) == (3.5, 'of 11 images')
   last = format_table(result, '').splitlines()[-1]
@@ -135,7 +135,7 @@ def test_several_processes_cannot_write_images(monkeypatch, tmp_path):
 
 
 def test_an_unknown_split_is_answered_with_those_there_are(run):
-  with pytest.raises(ValueError, match='train, validation, test'):
+  with pytest.raises(ValueError, match="'train', 'validation', 'test'"):
     evaluate_run(run, split='dev')
 
 

@@ -29,7 +29,7 @@ def test_the_card_has_licence_data_metrics_and_its_figures(run, exported):
   assert '16 x 16 pixels become 4 x 4 tokens' in text
   metrics = json.loads((run / 'evaluation/test/metrics.json').read_text())
   assert f'| psnr | {metrics["psnr"]:.6g} |' in text
-  for name in ('test_reconstructions.png', 'curves.png'):
+  for name in ('test_reconstructions.png', 'test_curves.png'):
     assert f']({name})' in text and (exported / name).is_file()
 
 
