@@ -1,8 +1,7 @@
 """The paper's tables as grids of runs (paper 4.2 and 4.3).
 
 A cell is a method: what it changes in a config. Each cell and seed is an
-ordinary run in its own directory, so a grid that was interrupted resumes, and a
-finished run is only read.
+ordinary run in its own directory: a grid resumes, finished runs are only read.
 """
 
 import json
@@ -139,9 +138,6 @@ def _check_same(folder, config):
 
 def summarise(records) -> dict[str, dict[str, Any]]:
   """Mean and sample standard deviation over the seeds of each cell.
-
-  Args:
-    records: from `run_grid`.
 
   Returns:
     cell -> {'label', 'bits', 'entropy_bits' (both per image), and for each of

@@ -68,8 +68,7 @@ def export_run(
     output: folder to write; it must not exist, or be empty.
     step: a saved step, 'best', or None for the newest.
     name: of the model on its card; None for the name of the workdir.
-    licence: of the weights, as the Hugging Face Hub writes it: 'apache-2.0',
-      'cc-by-4.0', 'other', 'unknown'.
+    licence: of the weights, as the Hugging Face Hub writes it: 'apache-2.0'.
 
   Returns:
     The folder.
@@ -114,12 +113,7 @@ def check_new(folder, flag: str) -> None:
 
 
 def write_export(folder, tokenizer: Tokenizer) -> None:
-  """Writes the weights and the config of a tokenizer, which `load` reads.
-
-  Args:
-    folder: that exists.
-    tokenizer: to write.
-  """
+  """Writes weights and config of a tokenizer into a folder, for `load`."""
   import safetensors.numpy
 
   arrays = flax.traverse_util.flatten_dict(tokenizer.variables, sep='.')

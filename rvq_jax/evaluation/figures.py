@@ -21,13 +21,11 @@ _SPLITS = {'train': '-', 'validation': '.:'}
 def reconstructions(originals, by_method) -> Figure:
   """Originals, and of each method reconstructions, PSNR and error maps.
 
+  An error map is a multiple of the absolute difference; black is none.
+
   Args:
     originals: uint8 [n, h, w, 3].
     by_method: of uint8 [n, h, w, 3].
-
-  Returns:
-    The figure. An error map is a multiple of the absolute difference, mean over
-    the channels; black is none.
   """
   n, _, width, _ = originals.shape
   rows = [('original', originals, [])]
@@ -52,14 +50,10 @@ def reconstructions(originals, by_method) -> Figure:
 
 
 def code_usage(by_method) -> Figure:
-  """How often each code is chosen, most used first.
+  """How often each code is chosen, a multiple of 1/K, against its rank/K.
 
   Args:
     by_method: of counts, [K] or [L, K].
-
-  Returns:
-    The figure: frequency as a multiple of 1/K against rank/K. Codes that are
-    used alike give the horizontal line at 1.
   """
   figure = Figure(figsize=(8, 4.2), layout='constrained')
   ax = figure.subplots()
@@ -76,13 +70,10 @@ def code_usage(by_method) -> Figure:
 
 
 def curves(by_method) -> Figure:
-  """MSE, PSNR, usage and perplexity over the steps.
+  """Metrics over the steps: mean over the seeds, band from least to greatest.
 
   Args:
     by_method: for each seed the records of metrics.jsonl.
-
-  Returns:
-    The figure: mean over the seeds, and a band from the least to the greatest.
   """
   figure = Figure(figsize=(10.5, 6), layout='constrained')
   axes = figure.subplots(2, 2).flat
@@ -113,19 +104,15 @@ def _series(records, name: str) -> np.ndarray:
   return np.reshape(points, (-1, 2)).T
 
 
-def rate_figure(curve, codecs, methods, title='') -> Figure:
+def rate_figure(curve, codecs, methods) -> Figure:
   """MSE against bits per image, both logarithmic.
 
   Args:
     curve: bits and MSE on [-1, 1] of the Gaussian curve, each [n].
     codecs: records of `rate_distortion.codec_points`; a dotted line shows a
       codec without the headers of its files.
-    methods: {'label', 'bits', 'entropy_bits', 'mse': {'mean', 'std'}} of each:
-      bits per image at fixed length (filled) and entropy-coded (hollow).
-    title: above the plot.
-
-  Returns:
-    The figure.
+    methods: rows of `ablation.summarise`; at fixed length (filled) and
+      entropy-coded (hollow).
   """
   figure = Figure(figsize=(9, 4.8), layout='constrained')
   ax = figure.subplots()
@@ -143,7 +130,7 @@ def rate_figure(curve, codecs, methods, title='') -> Figure:
     ax.plot([row['entropy_bits'], row['bits']], [mse, mse], color=f'C{i}', lw=1)
     ax.plot(row['entropy_bits'], mse, markerfacecolor='none', **style)
     ax.errorbar(row['bits'], mse, std, label=row['label'], capsize=3, **style)
-  ax.set(xscale='log', xlabel='bits per image', title=title)
+  ax.set(xscale='log', xlabel='bits per image')
   ax.set(yscale='log', ylabel='MSE on [-1, 1]')
   # The curve continues below, where there is nothing to compare.
   measured = [r['mse'] for r in codecs] + [m['mse']['mean'] for m in methods]

@@ -1,8 +1,6 @@
-"""A split as image files, and what networks say of them: rFID, IS and LPIPS.
+"""A split as PNG files, and what networks say of them: rFID, IS and LPIPS.
 
-The numbers are those of torch-fidelity and lpips, which most others use, on
-PNG files that any other tool can read as well. Both packages are the optional
-extra `eval`, imported only when asked for.
+Computed by torch-fidelity and lpips, the extra `eval`, imported when asked for.
 """
 
 import importlib
@@ -24,9 +22,8 @@ def save_pairs(folder, position: int, pairs, mask) -> None:
   """Writes the valid images of a batch as FOLDER/KIND/NNNNNN.png.
 
   Args:
-    folder: with the folders originals and reconstructions, made where missing.
-    position: of the first row in the split; NNNNNN counts from there, so that
-      an image that cannot be read leaves a gap.
+    folder: where originals and reconstructions are made.
+    position: of the first row in the split; NNNNNN counts from there.
     pairs: originals and reconstructions, each uint8 [B, h, w, 3].
     mask: bool [B].
   """
@@ -52,31 +49,29 @@ def import_packages():
 def perceptual_metrics(folder) -> dict[str, float | str]:
   """rFID, Inception Score and LPIPS of the images in a folder.
 
-  rFID is the Frechet distance of Heusel et al. 2017 between the originals and
-  the reconstructions; the Inception Score (Salimans et al. 2016) is that of the
-  reconstructions; LPIPS is that of Zhang et al. 2018. They need weights, which
-  are downloaded once. A metric that cannot be computed is left out with a
-  warning, never given as 0.
+  rFID: Heusel et al. 2017, of reconstructions to originals; Inception Score of
+  the reconstructions: Salimans et al. 2016; LPIPS: Zhang et al. 2018. Weights
+  are downloaded once. What cannot be computed is left out with a warning.
 
   Args:
     folder: as `save_pairs` writes it.
 
   Returns:
-    Of rfid, inception_score, inception_score_std and lpips those that could be
-    computed, each with NAME_definition, a line.
+    rfid, inception_score, inception_score_std and lpips, each with
+    NAME_definition, a line.
 
   Raises:
     ImportError: a package is missing; says how to install it.
   """
   torch, torch_fidelity, lpips = import_packages()
-  originals, reconstructions = (Path(folder) / kind for kind in KINDS)
+  folders = [Path(folder) / kind for kind in KINDS]
   result = {}
   for metric, measure, package in (
     ('rfid, inception_score', _inception, torch_fidelity),
     ('lpips', _lpips, lpips),
   ):
     try:
-      found = measure(torch, package, originals, reconstructions)
+      values, definition = measure(torch, package, *folders)
     except Exception as error:  # no network, no memory, too few images
       reason = ' '.join(str(error).split()) or type(error).__name__
       cache = Path(torch.hub.get_dir()) / 'checkpoints'
@@ -84,7 +79,7 @@ def perceptual_metrics(folder) -> dict[str, float | str]:
         '%s left out: %s (its weights belong in %s)', metric, reason, cache
       )
       continue
-    for name, (value, definition) in found.items():
+    for name, value in values.items():
       if math.isfinite(value):
         result |= {name: float(value), f'{name}_definition': definition}
       else:
@@ -110,19 +105,16 @@ def _inception(torch, torch_fidelity, originals, reconstructions):
     cache=False,
     verbose=False,
   )
-  source = (
+  return {
+    'rfid': values['frechet_inception_distance'],  # lower is better
+    'inception_score': values['inception_score_mean'],  # higher is better
+    'inception_score_std': values['inception_score_std'],
+  }, (
     f'torch-fidelity {importlib.metadata.version("torch-fidelity")}, '
     f'InceptionV3 (TensorFlow weights of 2015-12-05), PNG uint8, {count:,} '
-    'reconstructions'
+    f'reconstructions (IS: {_IS_SPLITS} splits), reference: the originals, '
+    'cropped alike'
   )
-  score = f'over {_IS_SPLITS} splits: {source}'
-  rfid = f'lower is better: {source}; reference: the originals, same crop'
-  mean, std = f'higher is better, mean {score}', f'standard deviation {score}'
-  return {
-    'rfid': (values['frechet_inception_distance'], rfid),
-    'inception_score': (values['inception_score_mean'], mean),
-    'inception_score_std': (values['inception_score_std'], std),
-  }
 
 
 def _lpips(torch, lpips, originals, reconstructions):
@@ -144,8 +136,7 @@ def _lpips(torch, lpips, originals, reconstructions):
       pair = (read(folder, some) for folder in (originals, reconstructions))
       pair = (torch.as_tensor(images, device=device) for images in pair)
       total += float(model(*pair).sum())
-  definition = (
-    f'lower is better: lpips {importlib.metadata.version("lpips")}, AlexNet, '
-    f'weights v0.1, PNG uint8, mean over {len(names):,} pairs at their own size'
+  return {'lpips': total / len(names)}, (
+    f'lpips {importlib.metadata.version("lpips")}, AlexNet, weights v0.1, PNG '
+    f'uint8, mean over {len(names):,} pairs at their own size; lower is better'
   )
-  return {'lpips': (total / len(names), definition)}

@@ -1,8 +1,7 @@
 """Distortion against bits per image: what a given number of bits can buy.
 
-Next to the points of a tokenizer stand two references: image codecs, measured
-as files, and the rate-distortion function of the Gaussian source that has the
-covariance of the data. MSE is on the model's scale [-1, 1] throughout.
+Two references for a tokenizer: image codecs, and the rate-distortion function
+of the Gaussian source that has the covariance of the data. MSE is on [-1, 1].
 """
 
 import io
@@ -20,13 +19,11 @@ class GaussianBound(NamedTuple):
 
   Of all sources with that covariance the Gaussian is the hardest to code: its
   R(D) is an upper bound of what the best code for the data needs, not a lower
-  one. In tiles, whose correlations are ignored, the curve lies higher still;
-  from too few images too low: `images` times `tiles` should be several times
-  the number of eigenvalues.
+  one. In tiles, whose correlations are ignored, the curve lies higher; from too
+  few images, too low.
 
   Attributes:
-    eigenvalues: of the covariance of a tile in [-1, 1], [P]; negative ones are
-      taken for zero.
+    eigenvalues: of the covariance of a tile, [P]; below 0 they count as 0.
     patch: side of a tile in pixels.
     tiles: independent tiles per image.
     images: images that the covariance was computed from.
@@ -76,19 +73,17 @@ def gaussian_bound(
   max_side: int = 32,
   max_images: int = 20000,
 ) -> GaussianBound:
-  """Measures the covariance of the pixels of square tiles, in one pass.
+  """Measures the covariance (divided by n) of the pixels of square tiles.
 
   Args:
-    batches: {'image': uint8 [B, h, h, 3], 'mask': bool [B]}, as `eval_batches`
-      yields them; rows with mask False are left out.
+    batches: {'image': uint8 [B, h, h, 3], 'mask': bool [B]}; rows with mask
+      False are left out.
     image_size: h.
-    max_side: largest side of a tile in pixels; a larger image is divided into
-      tiles of its largest divisor up to this.
+    max_side: a tile's side is the largest divisor of h up to this.
     max_images: images after which to stop, from the start.
 
   Returns:
-    A `GaussianBound`. The covariance is divided by n, not n - 1: its trace is
-    the squared error of always answering with the mean.
+    A `GaussianBound`.
 
   Raises:
     ValueError: there is no image.
@@ -128,8 +123,7 @@ def codec_points(
 ) -> list[dict[str, float | str]]:
   """Measures image codecs, with Pillow's defaults but for the quality.
 
-  Images that once were JPEG files flatter JPEG near the quality they had:
-  those of CIFAR-10 return almost unharmed at 75.
+  Images that once were JPEG files flatter JPEG near the quality they had.
 
   Args:
     images: uint8 [n, h, w, 3].
@@ -137,10 +131,8 @@ def codec_points(
     qualities: 0 to 100.
 
   Returns:
-    A record for each format and quality: codec; quality; bits_per_image, the
-    mean size of the whole file, headers and tables too; overhead_bits, the size
-    of a file of the same shape that is grey all over, nearly all of it header;
-    mse on [-1, 1]; psnr in dB, the mean over images as in `metrics.psnr`.
+    For each format and quality codec, quality, bits_per_image (of the file),
+    overhead_bits (a grey image of that shape, nearly all header) and mse.
   """
   records = []
   for codec in formats:
@@ -153,13 +145,9 @@ def codec_points(
       grey = _encode(np.full_like(images[0], 128), codec, quality)
       decoded = [Image.open(io.BytesIO(file)).convert('RGB') for file in files]
       error = (np.stack(decoded) / 127.5 - images / 127.5) ** 2
-      error = error.mean(axis=(1, 2, 3))
-      floor = 1 / 127.5**2 / images[0].size
-      psnr = 10 * np.log10(4 / np.maximum(error, floor))
-      record = {'codec': codec, 'quality': quality}
-      record['bits_per_image'] = float(np.mean([8 * len(f) for f in files]))
-      record['overhead_bits'] = 8 * len(grey)
-      record |= {'mse': float(error.mean()), 'psnr': float(psnr.mean())}
+      bits = float(np.mean([8 * len(file) for file in files]))
+      record = {'codec': codec, 'quality': quality, 'bits_per_image': bits}
+      record |= {'overhead_bits': 8 * len(grey), 'mse': float(error.mean())}
       records.append(record)
   return records
 

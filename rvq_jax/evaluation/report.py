@@ -1,8 +1,4 @@
-"""The report of `launch/reproduce.py`: tables, figures, one HTML page.
-
-The page is one file: styles, tables and pictures are inside it, and nothing is
-loaded from elsewhere.
-"""
+"""The report of `launch/reproduce.py`: tables, figures, one HTML page."""
 
 import base64
 import datetime
@@ -64,15 +60,12 @@ img { width: 100%; min-width: 38rem; background: #fff; }
 
 
 def hardware() -> str:
-  """Processor, cores and accelerator, as '2 cores of AMD EPYC'."""
-  info, cpu = Path('/proc/cpuinfo'), platform.processor()
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = [line.split(':')[1].strip() for line in lines if 'model name' in line]
-  text = f'{os.cpu_count()} cores of {(names or [cpu])[0]}'
-  devices = jax.devices()
-  if devices[0].platform != 'cpu':
-    text = f'{len(devices)} x {devices[0].device_kind}, {text}'
-  return text
+  """Devices and processor, as '1 x cpu, 2 cores of AMD EPYC'."""
+  info, devices = Path('/proc/cpuinfo'), jax.devices()
+  lines = info.read_text() if info.exists() else ''
+  names = re.findall('model name.*: (.*)', lines) or [platform.machine()]
+  cpu = f'{os.cpu_count()} cores of {names[0]}'
+  return f'{len(devices)} x {devices[0].device_kind}, {cpu}'
 
 
 def versions(*packages: str) -> str:
@@ -121,13 +114,11 @@ def _about(config, command, records):
     'command': command,
     'data': f'{config.data.name}, split {config.data.split}; measured on '
     f'{first["images"]:,} test images of {size} x {size}',
-    'each run': f'{length} of batch {config.batch_size}, K = '
-    f'{config.model.codebook_size:,}, {first["bits_per_image"]:g} bits per '
-    'image, for every method',
+    'each run': f'{length} of batch {config.batch_size}, '
+    f'{first["bits_per_image"]:g} bits per image for every method',
     'seeds': str(1 + max(record['seed'] for record in records)),
-    'hardware': hardware(),
-    'versions': versions('jax', 'flax', 'optax'),
-    'date': datetime.date.today().isoformat(),
+    'measured': f'{datetime.date.today()}, {hardware()}, '
+    f'{versions("jax", "flax", "optax")}',
   }
 
 
@@ -152,9 +143,8 @@ def _rate_distortion(config, summary):
   bits = np.geomspace(low, max(c['bits_per_image'] for c in codecs), 60)
   at = methods[0]['bits']
   words = (
-    f'MSE {float(bound.mse([at])[0]):.4f} at {at:g} bits: rate-distortion '
-    f'function of a Gaussian source with the covariance of {bound.images:,} '
-    f'training images, in tiles of {bound.patch} x {bound.patch}'
+    f'MSE {float(bound.mse([at])[0]):.4f} at {at:g} bits, from the covariance '
+    f'of {bound.images:,} images in tiles of {bound.patch} x {bound.patch}'
   )
   return words, figures.rate_figure((bits, bound.mse(bits)), codecs, methods)
 
@@ -181,7 +171,7 @@ def _figures(records):
 
 
 def table_rows(number: int, summary, data: str) -> list[list[str]]:
-  """A table of the paper as text: header, and a row per method.
+  """A table of the paper as text; see `_LEGEND`.
 
   Args:
     number: of the table, a key of `TABLES`.
@@ -189,7 +179,7 @@ def table_rows(number: int, summary, data: str) -> list[list[str]]:
     data: config.data.name.
 
   Returns:
-    For each method its label, MSE, usage, perplexity and PSNR; see `_LEGEND`.
+    The header, and per method its label, MSE, usage, perplexity and PSNR.
   """
   own = _PAPER_DATA.get(data)
   rows = [['method', *(_FORMATS[metric][0] for metric in METRICS)]]
@@ -222,15 +212,12 @@ def markdown(about, tables) -> str:
 
 
 def page(about, tables, pictures) -> str:
-  """The whole report as HTML.
+  """The whole report as one HTML document that loads nothing.
 
   Args:
     about: what was run: {name: text}.
     tables: number -> `table_rows`.
     pictures: name -> PNG file as bytes.
-
-  Returns:
-    An HTML document.
   """
   parts = [_html_table(about.items()), f'<p>{_LEGEND}</p>']
   for number, rows in tables.items():

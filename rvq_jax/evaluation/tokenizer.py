@@ -64,10 +64,7 @@ class Tokenizer:
 
   @functools.cached_property
   def model_hash(self) -> str:
-    """SHA-256 in hex of the architecture and of every array, by name.
-
-    A run, its export and any copy of either have the same.
-    """
+    """SHA-256 of architecture and arrays; the same for a run and its export."""
     shaping = {name: self.config[f'model.{name}'] for name in _SHAPING}
     header = json.dumps(shaping, sort_keys=True)
     return tree_digest(self.variables, header=header)
