@@ -18,11 +18,11 @@ UNITS = {
   'usage': 'share of the codes chosen at least once in the split',
   'perplexity': 'exp(entropy of the codes), higher is more even',
   'perplexity_ratio': 'perplexity / K',
-  'entropy_bits': "bits a token at the codes' frequencies",
+  'entropy_bits': "bits per token at the codes' frequencies",
   'bits_per_image': 'tokens x log2 K',
   'bits_per_pixel': 'bits_per_image / pixels',
   'entropy_bits_per_pixel': 'tokens x entropy_bits / pixels',
-  'quantization_error': 'mean squared distance to the code, per number',
+  'quantization_error': 'mean squared distance to the code, per dimension',
   'images': 'images in the split that could be read',
   'tokens': 'tokens of these images',
 }
