@@ -9,16 +9,9 @@ import pytest
 from rvq_jax.evaluation import ablation, report
 from rvq_jax.training import config as config_lib
 
-METRICS = {
-  'mse': 0.1,
-  'psnr': 20.0,
-  'usage': 0.5,
-  'perplexity': 8.0,
-  'entropy_bits': 3.0,
-  'tokens': 40,
-  'images': 10,
-  'bits_per_image': 16.0,
-}
+METRICS = {'mse': 0.1, 'psnr': 20.0, 'usage': 0.5, 'perplexity': 8.0}
+METRICS |= {'entropy_bits': 3.0, 'tokens': 40, 'images': 10}
+METRICS |= {'bits_per_image': 16.0}
 
 
 @pytest.fixture
@@ -96,17 +89,13 @@ def test_a_summary_has_mean_and_sample_deviation():
 
 @pytest.fixture
 def summary():
-  def row(label, mse):
-    numbers = {'mse': mse, 'psnr': 20.0, 'usage': 0.9, 'perplexity': 1234.5}
-    return {'label': label} | {
-      name: {'mean': value, 'std': 0.1 * value}
-      for name, value in numbers.items()
-    }
-
-  return {
-    name: row(label, 0.02 + 0.01 * i)
-    for i, (name, (label, _)) in enumerate(ablation.CELLS.items())
-  }
+  rows = {}
+  for i, (name, (label, _)) in enumerate(ablation.CELLS.items()):
+    values = {'mse': 0.02 + 0.01 * i, 'psnr': 20.0, 'usage': 0.9}
+    values['perplexity'] = 1234.5
+    row = {n: {'mean': x, 'std': 0.1 * x} for n, x in values.items()}
+    rows[name] = row | {'label': label}
+  return rows
 
 
 def test_a_table_shows_ours_the_papers_and_the_difference(summary):

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from skimage.metrics import structural_similarity
 
-from rvq_jax import load
+from rvq_jax import load, metrics
 from rvq_jax.data import loaders
+from rvq_jax.data.images import to_float
 from rvq_jax.evaluation import evaluate
 from rvq_jax.evaluation.evaluate import UNITS, evaluate_run, format_table
 
@@ -33,13 +33,8 @@ def test_metrics_are_those_of_the_tokenizer_over_the_whole_split(
   np.testing.assert_allclose(
     result['psnr'], (10 * np.log10(255**2 / levels)).mean(), rtol=1e-4
   )
-  options = {'channel_axis': 2, 'gaussian_weights': True, 'sigma': 1.5}
-  options |= {'use_sample_covariance': False, 'data_range': 255, 'full': True}
-  similarity = [
-    structural_similarity(a, b, **options)[1][5:-5, 5:-5].mean()
-    for a, b in zip(shown(output), test_images, strict=True)
-  ]
-  np.testing.assert_allclose(result['ssim'], np.mean(similarity), atol=1e-3)
+  similarity = metrics.ssim(output, to_float(test_images))
+  np.testing.assert_allclose(result['ssim'], similarity.mean(), atol=1e-3)
   p = np.bincount(ids.reshape(-1), minlength=16) / ids.size
   entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
   np.testing.assert_allclose(result['perplexity'], np.exp(entropy), rtol=1e-6)
@@ -76,16 +71,6 @@ def test_saved_images_are_those_of_the_tokenizer(run, test_images, tmp_path):
     difference = np.abs(reconstructions - output[i])
     assert difference.max() <= 1 and (difference == 0).mean() > 0.98
   assert len(list(tmp_path.rglob('*.png'))) == 2 * 11
-
-
-def test_files_of_a_user_are_left_alone_before_the_work(
-  run, tmp_path, monkeypatch
-):
-  monkeypatch.setattr(evaluate, 'load', None)
-  (tmp_path / 'mine.txt').write_text('mine')
-  with pytest.raises(ValueError, match='expected a new or empty folder'):
-    evaluate_run(run, save_images=tmp_path)
-  assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
 
 
 def test_a_split_is_read_once(run, monkeypatch):
@@ -128,15 +113,17 @@ def test_perceptual_metrics_are_stored_and_shown(run, monkeypatch, tmp_path):
   assert last.split(maxsplit=2) == ['rfid', '3.5000', 'of 11 images']
 
 
-def test_several_processes_cannot_write_images(monkeypatch, tmp_path):
-  monkeypatch.setattr(evaluate.jax, 'process_count', lambda: 2)
-  with pytest.raises(ValueError, match='single process, got 2'):
-    evaluate_run(tmp_path, save_images=tmp_path)
-
-
-def test_an_unknown_split_is_answered_with_those_there_are(run):
+def test_wrong_requests_end_before_the_work(run, monkeypatch, tmp_path):
+  monkeypatch.setattr(evaluate, 'load', None)
   with pytest.raises(ValueError, match="'train', 'validation', 'test'"):
     evaluate_run(run, split='dev')
+  (tmp_path / 'mine.txt').write_text('mine')
+  with pytest.raises(ValueError, match='expected a new or empty folder'):
+    evaluate_run(run, save_images=tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
+  monkeypatch.setattr(evaluate.jax, 'process_count', lambda: 2)
+  with pytest.raises(ValueError, match='single process, got 2'):
+    evaluate_run(run, save_images=tmp_path / 'new')
 
 
 def test_the_table_names_every_metric():

@@ -13,13 +13,10 @@ from rvq_jax.evaluation.export import export_run
 def test_others_can_read_the_tensors_by_name(run, exported):
   arrays = safetensors.numpy.load_file(exported / 'model.safetensors')
   variables = load(run).variables
-  for name, array in {
-    'codebook.vq.embedding': variables['codebook']['vq']['embedding'],
-    'params.encoder.conv0.kernel': variables['params']['encoder']['conv0'][
-      'kernel'
-    ],
-  }.items():
-    np.testing.assert_array_equal(arrays[name], array)
+  codes = variables['codebook']['vq']['embedding']
+  np.testing.assert_array_equal(arrays['codebook.vq.embedding'], codes)
+  kernel = variables['params']['encoder']['conv0']['kernel']
+  np.testing.assert_array_equal(arrays['params.encoder.conv0.kernel'], kernel)
 
 
 def test_the_card_has_licence_data_metrics_and_its_figures(run, exported):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, features
+from PIL import Image
 
 from rvq_jax.evaluation import rate_distortion
 
@@ -78,10 +78,8 @@ def test_masked_rows_are_left_out():
   images = noise()
   mask = np.arange(50) % 3 > 0
   mask[:16] = False  # a first batch without any image
-  whole = [
-    {'image': images[i : i + 16], 'mask': mask[i : i + 16]}
-    for i in range(0, 50, 16)
-  ]
+  whole = zip(np.split(images, [16, 32]), np.split(mask, [16, 32]), strict=True)
+  whole = [{'image': image, 'mask': valid} for image, valid in whole]
   got = rate_distortion.gaussian_bound(whole, image_size=4)
   assert got.images == mask.sum()
   want = numpy_eigenvalues(images[mask].reshape(mask.sum(), -1))
@@ -103,12 +101,6 @@ def test_a_set_without_images_is_refused():
     bound(noise(0))
 
 
-def test_white_source_follows_the_closed_form():
-  bits = np.array([0, 0.5, 3, 100, 2000])
-  got = curve(np.full(48, 0.3), bits)
-  np.testing.assert_allclose(got, 0.3 * 2.0 ** (-2 * bits / 48), rtol=1e-9)
-
-
 def test_two_components_by_hand():
   # Variances 4 and 1: the first alone is coded down to theta = 1, which takes
   # 1 bit; from then on each bit halves theta.
@@ -127,13 +119,6 @@ def test_curve_inverts_the_rate_at_a_water_level(values, level):
   bits = np.maximum(0, 0.5 * np.log2(values / theta)).sum()
   got = curve(values, [bits])
   np.testing.assert_allclose(got, np.minimum(values, theta).mean(), rtol=1e-6)
-
-
-@given(variances)
-def test_curve_falls_and_is_convex(values):
-  got = curve(values, np.linspace(0, 40, 81))
-  assert (np.diff(got) < 0).all()
-  assert (np.diff(got, 2) > -1e-9 * got[0]).all()
 
 
 def test_no_bits_give_the_variance_and_negative_eigenvalues_are_zero():
@@ -158,7 +143,7 @@ def test_patches_lose_nothing_where_tiles_are_independent():
 
 
 def test_patches_lie_higher_where_tiles_are_correlated():
-  images, bits = smooth(2000, 8), [20, 80]
+  images, bits = smooth(500, 8), [20, 80]
   whole, tiled = bound(images), bound(images, max_side=4)
   assert (tiled.mse(bits) > 1.03 * whole.mse(bits)).all()
 
@@ -189,8 +174,7 @@ def test_codec_points_equal_a_plain_loop():
 
 
 def test_formats_that_pillow_cannot_write_are_left_out():
-  got = rate_distortion.codec_points(
-    smooth(1), formats=('NO_SUCH', 'JPEG', 'WEBP'), qualities=(50,)
+  points = rate_distortion.codec_points(
+    smooth(1), formats=('NO_SUCH', 'JPEG'), qualities=(50,)
   )
-  want = ['JPEG', 'WEBP'] if features.check('webp') else ['JPEG']
-  assert [record['codec'] for record in got] == want
+  assert [record['codec'] for record in points] == ['JPEG']
