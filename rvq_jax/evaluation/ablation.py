@@ -27,9 +27,7 @@ CELLS = {
   'reflection_ema': ('reflection (eq. 4), EMA', _REFLECTION),
   'ste_ema': ('STE, EMA', _STE),
   'rotation_learned': ('rotation, learned codes', _LEARNED),
-  'reflection_learned': (
-    *('reflection (eq. 4), learned codes', _REFLECTION | _LEARNED),
-  ),
+  'reflection_learned': ('reflection, learned codes', _REFLECTION | _LEARNED),
   'ste_learned': ('VQ-VAE (STE, learned codes)', _STE | _LEARNED),
   'vqvae_ema': ('VQ-VAE EMA (no replacement)', _STE | _PLAIN),
   'gumbel': ('Gumbel-softmax (dVAE)', {'model.quantizer': 'gumbel'}),

@@ -3,7 +3,6 @@
 import base64
 import datetime
 import html
-import io
 import json
 import logging
 import os
@@ -91,12 +90,10 @@ def write_report(config, workdir, records, *, tables, command: str) -> str:
   summary = summarise(records)
   curve, rates = _rate_distortion(config, summary)
   about = _about(config, command, records) | {'Gaussian curve': curve}
-  pictures = {}
-  for name, figure in (_figures(records) | {'rate_distortion': rates}).items():
-    stream = io.BytesIO()
-    figure.savefig(stream, format='png', dpi=140)
-    pictures[name] = stream.getvalue()
-    write_atomic(folder / f'{name}.png', pictures[name])
+  drawn = _figures(records) | {'rate_distortion': rates}
+  for name, figure in drawn.items():
+    figure.savefig(folder / f'{name}.png', dpi=140)
+  pictures = {name: (folder / f'{name}.png').read_bytes() for name in drawn}
   rows = {n: table_rows(n, summary, config.data.name) for n in tables}
   content = {'about': about, 'summary': summary, 'runs': records}
   write_atomic(folder / 'tables.json', json.dumps(content, indent=2) + '\n')
@@ -114,8 +111,8 @@ def _about(config, command, records):
     'command': command,
     'data': f'{config.data.name}, split {config.data.split}; measured on '
     f'{first["images"]:,} test images of {size} x {size}',
-    'each run': f'{length} of batch {config.batch_size}, '
-    f'{first["bits_per_image"]:g} bits per image for every method',
+    'each run': f'{length} of batch {config.batch_size}, K = '
+    f'{config.model.codebook_size:,}, {first["bits_per_image"]:g} bits each',
     'seeds': str(1 + max(record['seed'] for record in records)),
     'measured': f'{datetime.date.today()}, {hardware()}, '
     f'{versions("jax", "flax", "optax")}',
