@@ -91,19 +91,12 @@ def _inception(torch, torch_fidelity, originals, reconstructions):
   count = len(list(originals.iterdir()))
   if count < _IS_SPLITS:
     raise ValueError(f'expected at least {_IS_SPLITS} images, got {count}')
+  options = {'fid': True, 'isc': True, 'isc_splits': _IS_SPLITS, 'cache': False}
+  options |= {'batch_size': _BATCH, 'samples_find_ext': 'png', 'verbose': False}
+  # Loads images in this process: JAX's threads do not survive a fork.
+  options |= {'save_cpu_ram': True, 'cuda': torch.cuda.is_available()}
   values = torch_fidelity.calculate_metrics(
-    input1=str(reconstructions),
-    input2=str(originals),
-    cuda=torch.cuda.is_available(),
-    fid=True,
-    isc=True,
-    isc_splits=_IS_SPLITS,
-    batch_size=_BATCH,
-    samples_find_ext='png',
-    # Loads images in this process: JAX's threads do not survive a fork.
-    save_cpu_ram=True,
-    cache=False,
-    verbose=False,
+    input1=str(reconstructions), input2=str(originals), **options
   )
   return {
     'rfid': values['frechet_inception_distance'],  # lower is better
