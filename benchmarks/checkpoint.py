@@ -20,7 +20,7 @@ import jax
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rvq_jax.evaluation.provenance import hardware, versions  # noqa: E402
+from rvq_jax.evaluation.report import hardware, versions  # noqa: E402
 from rvq_jax.io import tree_digest  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
 from rvq_jax.training.checkpoints import Checkpoints  # noqa: E402

@@ -25,7 +25,7 @@ import flax.linen as nn  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from rvq_jax.evaluation import provenance  # noqa: E402
+from rvq_jax.evaluation.report import hardware, versions  # noqa: E402
 from rvq_jax.models.encoder import Encoder  # noqa: E402
 from rvq_jax.models.layers import (  # noqa: E402
   Norm,
@@ -169,7 +169,7 @@ def main():
   args = parser.parse_args()
   if args.memory == 'kept':
     command_line.prepare_backend()
-  print(f'{provenance.hardware()}, {provenance.versions("jax", "jaxlib")}')
+  print(f'{hardware()}, {versions("jax", "jaxlib")}')
   print('| | part | multiply-adds forward, 10^9 | ms a step | GFLOP/s |')
   print('|---|---|---|---|---|')
   tokens = []

@@ -12,7 +12,7 @@ run of launch/main.py. `vector-quantize-pytorch` (`pip install torch
 vector-quantize-pytorch`) takes the place of `VectorQuantizer` between our
 encoder and decoder: k-means start, replacement of codes under an EMA count of
 2, rotation trick. Encoder, decoder, their initial parameters, optimizer, order
-of the images and flips are the same to the bit.
+of the images and flips are bit-exact copies.
 """
 
 import argparse
@@ -36,12 +36,12 @@ import optax  # noqa: E402
 
 from rvq_jax import metrics  # noqa: E402
 from rvq_jax.data import loaders  # noqa: E402
-from rvq_jax.data.images import prepare_images  # noqa: E402
-from rvq_jax.data.transforms import random_flip  # noqa: E402
+from rvq_jax.data.images import prepare_images, random_flip  # noqa: E402
 from rvq_jax.evaluation.evaluate import evaluate_run  # noqa: E402
 from rvq_jax.training.loop import train  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.run import Run  # noqa: E402
+from rvq_jax.training.validation import evaluate_split  # noqa: E402
 
 PEER = 'vector-quantize-pytorch'
 SHOWN = ('mse', 'psnr', 'usage', 'perplexity', 'bits_per_image')
@@ -140,7 +140,7 @@ def halves(model):
   return encode, decode
 
 
-def train_peer(config, workdir):
+def train_peer(config):
   """Trains with the peer's quantizer; returns the metrics of the test split."""
   run = Run(config)
   config, model = run.config, run.model
@@ -184,42 +184,48 @@ def train_peer(config, workdir):
         flush=True,
       )
   run.loader.close()
-  variables = {'params': params, 'batch_stats': stats}
-  return evaluate_peer(run, variables, quantizer)
-
-
-def evaluate_peer(run, variables, quantizer):
-  """The metrics of `evaluate_run` for a model with the peer's quantizer."""
-  config, model = run.config, run.model
-  encode = jax.jit(lambda x: model.apply(variables, x, method='latents'))
-  decode = jax.jit(
-    lambda q: model.apply(variables, q, method=lambda m, q: m.decoder(q))
-  )
-  sums = {'mse': 0.0, 'psnr': 0.0}
-  counts, count = np.zeros(config['model.codebook_size']), 0
-  for batch in loaders.eval_batches(
+  batches = loaders.eval_batches(
     run.dataset.test,
     batch_size=config['batch_size'],
     image_size=config['data.image_size'],
-  ):
-    images, mask = prepare_images(jnp.asarray(batch['image'])), batch['mask']
-    q, ids, _ = quantizer(encode(images), train=False)
-    reconstruction = decode(q)
-    for name, measure in (
-      ('mse', metrics.squared_error),
-      ('psnr', metrics.psnr),
-    ):
-      sums[name] += np.sum(np.asarray(measure(reconstruction, images))[mask])
-    counts += np.bincount(ids[mask].reshape(-1), minlength=counts.size)
-    count += int(mask.sum())
-  result = {name: float(value / count) for name, value in sums.items()}
-  result |= metrics.code_statistics(counts)
-  return result | metrics.bit_rates(
-    int(counts.sum() / count),
-    config['data.image_size'] ** 2,
-    counts.size,
-    result['entropy_bits'],
   )
+  variables = {'params': params, 'batch_stats': stats}
+  step = make_peer_eval_step(model, quantizer, config['model.codebook_size'])
+  return evaluate_split(step, variables, batches, mesh=run.mesh)[0]
+
+
+def make_peer_eval_step(model, quantizer, codebook_size):
+  """What `make_eval_step` returns, for a model with the peer's quantizer."""
+  encode = jax.jit(
+    lambda variables, x: model.apply(variables, x, method='latents')
+  )
+
+  @jax.jit
+  def decode(variables, q, images, mask):
+    out = model.apply(variables, q, method=lambda model, q: model.decoder(q))
+    return {
+      name: jnp.sum(jnp.where(mask, measure(out, images), 0))
+      for name, measure in (
+        ('mse', metrics.squared_error),
+        ('psnr', metrics.psnr),
+        ('ssim', metrics.ssim),
+      )
+    }
+
+  def eval_step(variables, batch):
+    images, mask = prepare_images(batch['image']), np.asarray(batch['mask'])
+    z = encode(variables, images)
+    q, ids, _ = quantizer(z, train=False)
+    ids = ids.reshape(len(mask), -1)[mask]
+    error = np.mean((np.asarray(z) - q) ** 2, axis=(1, 2, 3))[mask]
+    return decode(variables, q, images, mask) | {
+      'images': mask.sum(),
+      'tokens': ids.size,
+      'quantization_error': error.mean() * ids.size,
+      'counts': np.bincount(ids.reshape(-1), minlength=codebook_size),
+    }
+
+  return eval_step
 
 
 def main():
@@ -245,7 +251,7 @@ def main():
   config = make_config(args)
   start = time.time()
   if args.quantizer == PEER:
-    result = train_peer(config, args.workdir)
+    result = train_peer(config)
   else:
     train(config, args.workdir)
     result = evaluate_run(args.workdir)

@@ -33,7 +33,7 @@ import command_line  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from rvq_jax.evaluation import provenance  # noqa: E402
+from rvq_jax.evaluation import report as provenance  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402

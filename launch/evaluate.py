@@ -2,10 +2,7 @@
 
 python launch/evaluate.py --workdir=DIR [--split=test] [--step=N|best]
   [--data_dir=DIR] [--save_images=DIR] [--perceptual] [--definitions]
-python launch/evaluate.py --workdir=DIR --check [--step=N|best]
 """
-
-import sys
 
 import command_line
 from absl import flags
@@ -25,22 +22,13 @@ _PERCEPTUAL = flags.DEFINE_bool(
 _DEFINITIONS = flags.DEFINE_bool(
   'definitions', False, 'Also usage and perplexity as others define them.'
 )
-_CHECK = flags.DEFINE_bool(
-  'check', False, 'Only check that the checkpoint is sound; needs no data.'
-)
 
 
 def main():
-  """Evaluates, or checks."""
+  """Evaluates."""
   if not _WORKDIR.value:
     command_line.fail('expected --workdir=DIR, the directory of a run')
   step = command_line.parse_step(_STEP.value)
-  if _CHECK.value:
-    from rvq_jax.evaluation.check import check_run
-
-    findings = check_run(_WORKDIR.value, step)
-    print(*findings, sep='\n')
-    sys.exit(not all(finding.ok for finding in findings))
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
   from rvq_jax.metrics import format_definitions
 

@@ -34,14 +34,13 @@ def main():
   if _IMAGES.value < 1:
     command_line.fail(f'--images: expected at least 1, got {_IMAGES.value}')
   step = command_line.parse_step(_STEP.value)
-  from rvq_jax.evaluation import safetensors_folder
-  from rvq_jax.evaluation.load import HUB, load
+  from rvq_jax.evaluation.load import HUB, is_export, load
   from rvq_jax.explorer import page
 
   command_line.prepare_backend()
   workdir = _WORKDIR.value
   tokenizer = load(workdir, step)
-  exported = workdir.startswith(HUB) or safetensors_folder.is_export(workdir)
+  exported = workdir.startswith(HUB) or is_export(workdir)
   trained_on = tokenizer.config['data.name']
   if exported and not _INPUT.value and trained_on.startswith('folder:'):
     command_line.fail(

@@ -4,7 +4,7 @@ python launch/reproduce.py --config=configs/cifar10.py [--table=3|4|5|6|7|all]
   [--seeds=3] [--num_steps=N] [--workdir=DIR] [--config.data.data_dir=DIR ...]
 
 Each method and seed is an ordinary run in DIR/CELL/seed_S. The same command
-goes on with a grid that was interrupted; finished runs are not run again. The
+resumes a grid that was interrupted; finished runs are only read. The
 report is DIR/report/report.html. Default DIR: runs/reproduce_NAME.
 """
 
@@ -37,19 +37,20 @@ def main():
   if _SEEDS.value < 1:
     command_line.fail(f'--seeds: expected at least 1, got {_SEEDS.value}')
   # Imported once the flags are known to be good: this takes seconds.
-  from rvq_jax.evaluation import reproduce
+  from rvq_jax.evaluation import ablation, report
 
   command_line.prepare_backend()
-  config = _CONFIG.value
+  config, tables = _CONFIG.value, tuple(ablation.TABLES)
   if _NUM_STEPS.value is not None:
     config.num_steps = _NUM_STEPS.value
+  if _TABLE.value != 'all':
+    tables = (int(_TABLE.value),)
   workdir = Path(_WORKDIR.value or Path('runs') / f'reproduce_{name}')
-  text = reproduce.reproduce(
-    config,
-    workdir,
-    tables=(3, 4, 5, 6, 7) if _TABLE.value == 'all' else (int(_TABLE.value),),
-    seeds=_SEEDS.value,
-    command=shlex.join(['python', *sys.argv]),
+  cells = ablation.cells_of(tables)
+  records = ablation.run_grid(config, workdir, cells=cells, seeds=_SEEDS.value)
+  command = shlex.join(['python', *sys.argv])
+  text = report.write_report(
+    config, workdir, records, tables=tables, command=command
   )
   print(text)
   print(f'the report is {workdir / "report" / "report.html"}')

@@ -57,7 +57,7 @@ from rvq_jax.data import loaders, datasets
 from rvq_jax.metrics import to_uint8
 from rvq_jax import metrics
 from rvq_jax.evaluation import rate_distortion
-from rvq_jax.evaluation.rate_figure import rate_figure
+from rvq_jax.evaluation.figures import rate_figure
 from rvq_jax.tokens import codecs, files, tiling
 from rvq_jax.training.loop import train
 
@@ -111,7 +111,7 @@ if not RUN:
 # %%
 tokenizer = rvq_jax.load(RUN or workdir)
 side, K = tokenizer.config['data.image_size'], tokenizer.codebook_size
-several = tokenizer.codes or 1  # codes a position
+several = tokenizer.codes_per_position or 1  # codes a position
 batch_size = max(1, 100 * 64**2 // side**2)
 
 
@@ -127,7 +127,7 @@ def decode(ids):
 
 
 def first(ids):
-  return ids[..., 0] if tokenizer.codes else ids
+  return ids[..., 0] if tokenizer.codes_per_position else ids
 
 
 test = datasets.open_dataset('photos').test
@@ -164,7 +164,7 @@ plt.show()
 # A code by itself: a grid of nothing else, decoded; its middle is shown. Of
 # several codes a position it is the first, or, of a product, the same in all.
 alone = jnp.arange(K)[:, None, None]
-if tokenizer.codes:
+if tokenizer.codes_per_position:
   product = tokenizer.config['model.quantizer'] == 'product'
   alone = alone[..., None].repeat(several if product else 1, -1)
 alone = jnp.broadcast_to(alone, (K, 4, 4, *alone.shape[3:]))
@@ -335,19 +335,16 @@ entropy_bits = sum(
 )
 bits = np.geomspace(300, 20000, 60) * (side / 64) ** 2
 figure = rate_figure(
-  curve_bits=bits,
-  curve_mse=bound.mse(bits),
-  codecs=rate_distortion.codec_points(
+  (bits, bound.mse(bits)),
+  rate_distortion.codec_points(
     images[::20], formats=codecs.FORMATS, qualities=(1, 10, 25, 50, 75)
   ),
-  points=[
+  [
     {
       'label': 'this run',
-      'colour': ORANGE,
       'bits': ids[0].size * np.log2(K),
       'entropy_bits': ids[0].size / several * entropy_bits,
-      'mse': error,
-      'mse_std': None,
+      'mse': {'mean': error, 'std': None},
     }
   ],
   title=f'{side} x {side} crops of the cat',

@@ -1,9 +1,8 @@
 """Image and code metrics, each with the definition that its name hides.
 
 Images: `mse` is on the model's scale [-1, 1] and `mse_01` on [0, 1], a quarter
-of it; both on the unrounded output. PSNR and SSIM are computed an image at a
-time after clipping and rounding to uint8, as files would hold them, and then
-averaged.
+of it; both on the unrounded output. PSNR and SSIM are computed per image, after
+clipping and rounding to uint8, as files would hold them, and then averaged.
 
 Codes: from counts summed over the whole split, never a mean over batches.
 """
@@ -33,7 +32,7 @@ def squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
 
   Args:
     x: images [B, h, w, 3].
-    y: images [B, h, w, 3].
+    y: images like x.
 
   Returns:
     [B], float32.
@@ -45,7 +44,7 @@ def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
   """Peak signal-to-noise ratio of each image in dB, after rounding to uint8.
 
   10 log10(255^2 / MSE). Equal images have no finite PSNR; they get that of an
-  error of one level in a single number of the image.
+  error of one level in a single value of the image.
 
   Args:
     x: images [B, h, w, 3] in [-1, 1].
@@ -116,7 +115,7 @@ def code_statistics(counts) -> dict[str, float]:
   Returns:
     usage (share of codes chosen at least once), perplexity (exp of the entropy
     of the code frequencies, at most K; higher is more even), perplexity_ratio
-    (perplexity / K) and entropy_bits (the entropy, bits a token). With L
+    (perplexity / K) and entropy_bits (the entropy, bits per token). With L
     codebooks the entropy is the mean of theirs.
   """
   counts = np.asarray(counts, np.float64)
@@ -134,16 +133,16 @@ def code_statistics(counts) -> dict[str, float]:
 def bit_rates(
   tokens: int, pixels: int, codebook_size: int, entropy_bits: float
 ) -> dict[str, float]:
-  """Bits that an image's tokens cost.
+  """Bits that the tokens of an image cost.
 
   Args:
-    tokens: tokens an image.
-    pixels: pixels an image.
+    tokens: tokens per image.
+    pixels: pixels per image.
     codebook_size: K.
-    entropy_bits: bits a token at the codes' frequencies.
+    entropy_bits: bits per token at the codes' frequencies.
 
   Returns:
-    bits_per_image and bits_per_pixel with log2 K bits a token (fixed length),
+    bits_per_image and bits_per_pixel with log2 K bits per token (fixed length),
     and entropy_bits_per_pixel with an ideal entropy code.
   """
   fixed = tokens * math.log2(codebook_size)
@@ -159,20 +158,22 @@ RECENT_TOKENS = 65_536
 
 
 class CodeDefinitions:
-  """Collects the codes' counts of each batch, in the order of the split."""
+  """Usage and perplexity under each published definition.
+
+  `add` takes the counts of each batch, in the order of the split.
+  """
 
   def __init__(self):
-    self._total, self._tokens = 0.0, 0
+    self._total, self._tokens, self._recent_tokens = 0.0, 0, 0
     self._batches = []  # (usage, perplexity) of each
     self._recent = collections.deque()  # counts of the last batches
-    self._recent_tokens = 0
 
   def add(self, counts) -> None:
-    """Takes in a batch.
+    """Adds a batch.
 
     Args:
       counts: how often each code was chosen in it, [K], or [L, K] for L
-        codebooks; a batch without tokens is passed over.
+        codebooks; a batch without tokens is left out.
     """
     counts = np.asarray(counts, np.float64)
     tokens = _tokens(counts)
@@ -188,12 +189,11 @@ class CodeDefinitions:
       self._recent_tokens -= _tokens(self._recent.popleft())
 
   def result(self) -> dict[str, dict]:
-    """Usage and perplexity under each definition.
+    """The numbers under each definition.
 
     Returns:
       {'whole_split', 'mean_over_batches', 'last_65536_tokens'}, each with
-      usage (share of the codes), perplexity, tokens (in a codebook, that the
-      numbers are from; a batch's mean for the second) and definition, a line.
+      usage, perplexity, tokens (counted, per codebook) and definition, a line.
 
     Raises:
       ValueError: no batch had a token.
@@ -202,50 +202,43 @@ class CodeDefinitions:
       raise ValueError('expected at least one batch with tokens, got none')
     batches = len(self._batches)
     tokens, recent = self._tokens, self._recent_tokens
-    usage, perplexity = np.mean(self._batches, axis=0)
-    a_batch = tokens / batches
-    unit = 'tokens' if self._total.ndim == 1 else 'tokens a codebook'
+    unit = 'tokens' if self._total.ndim == 1 else 'tokens per codebook'
     whole = 'the whole split, ' if recent == tokens else ''
-    return {
-      'whole_split': _entry(
-        self._total,
+    usage, perplexity = np.mean(self._batches, axis=0).tolist()
+    entries = {
+      'whole_split': (
+        code_statistics(self._total),
         tokens,
         f'counts summed over all {tokens:,} {unit}; ours, and that of '
         'SEED-Voken (usage) and 1d-tokenizer (usage, and log2 perplexity as '
         'entropy)',
       ),
-      'mean_over_batches': {
-        'usage': float(usage),
-        'perplexity': float(perplexity),
-        'tokens': a_batch,
-        'definition': f'mean over {batches:,} batches of the value in each, '
-        f'{a_batch:,.1f} {unit} on average, which neither the codes used nor '
-        'the perplexity can pass; as Sonnet (perplexity) and latent-diffusion '
-        '(perplexity and cluster_usage) log it',
-      },
-      'last_65536_tokens': _entry(
-        sum(self._recent),
+      'mean_over_batches': (
+        {'usage': usage, 'perplexity': perplexity},
+        tokens / batches,
+        f'mean over {batches:,} batches of the value in each, '
+        f'{tokens / batches:,.1f} {unit} on average, which neither the codes '
+        'used nor the perplexity can pass; as Sonnet (perplexity) and '
+        'latent-diffusion (perplexity and cluster_usage) log it',
+      ),
+      'last_65536_tokens': (
+        code_statistics(sum(self._recent)),
         recent,
         f'the last {RECENT_TOKENS:,} tokens in whole batches: {whole}'
         f'{recent:,} {unit}; as the training log of LlamaGen (usage, of each '
         'GPU)',
       ),
     }
+    result = {}
+    for name, (found, count, definition) in entries.items():
+      result[name] = {n: found[n] for n in ('usage', 'perplexity')}
+      result[name] |= {'tokens': count, 'definition': definition}
+    return result
 
 
 def _tokens(counts) -> int:
   """Tokens of each codebook: they all see the same positions."""
   return int(counts.sum(axis=-1).mean())
-
-
-def _entry(counts, tokens, definition):
-  statistics = code_statistics(counts)
-  return {
-    'usage': statistics['usage'],
-    'perplexity': statistics['perplexity'],
-    'tokens': tokens,
-    'definition': definition,
-  }
 
 
 def format_definitions(definitions: dict[str, dict]) -> str:
@@ -260,14 +253,6 @@ def format_definitions(definitions: dict[str, dict]) -> str:
 
 
 def reconstruction_grid(originals, reconstructions) -> np.ndarray:
-  """Originals above reconstructions as one image.
-
-  Args:
-    originals: uint8 [n, h, w, 3].
-    reconstructions: uint8 [n, h, w, 3].
-
-  Returns:
-    uint8 [2 h, n w, 3].
-  """
+  """Originals above reconstructions, uint8 [n, h, w, 3], as [2 h, n w, 3]."""
   rows = [np.concatenate(list(x), axis=1) for x in (originals, reconstructions)]
   return np.concatenate(rows, axis=0)

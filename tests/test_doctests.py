@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import rvq_jax
-from rvq_jax.evaluation import safetensors_folder
+from rvq_jax.evaluation.export import write_export
 from rvq_jax.training import config as config_lib
 
 
@@ -23,7 +23,7 @@ def beside_a_model(tiny_config, tmp_path, monkeypatch):
   tokenizer = rvq_jax.Tokenizer(model, dict(variables), config=flat, step=1)
   folder = tmp_path / 'runs' / 'photos'
   folder.mkdir(parents=True)
-  safetensors_folder.write(folder, tokenizer)
+  write_export(folder, tokenizer)
   monkeypatch.chdir(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Metrics against NumPy and scikit-image."""
+"""Metrics against NumPy, scikit-image and the tokens themselves."""
 
 import jax
 import jax.numpy as jnp
@@ -100,3 +100,87 @@ def test_bit_rates_count_fixed_and_entropy_coded_bits():
   assert got['bits_per_image'] == 224
   assert got['bits_per_pixel'] == 224 / 1024
   assert got['entropy_bits_per_pixel'] == 192 / 1024
+
+
+K = 50
+
+
+def draw(*sizes, seed=0):
+  """Batches of ids, later codes rarer, each batch around another code."""
+  rng = np.random.default_rng(seed)
+  return [(rng.geometric(0.2, n) + 5 * i) % K for i, n in enumerate(sizes)]
+
+
+def define(batches):
+  codes = metrics.CodeDefinitions()
+  for ids in batches:
+    codes.add(np.bincount(ids, minlength=K))
+  return codes.result()
+
+
+def used(ids):
+  return len(set(ids.tolist())) / K
+
+
+def entropy(ids):
+  p = np.unique(ids, return_counts=True)[1] / ids.size
+  return -(p * np.log(p)).sum()
+
+
+@pytest.mark.parametrize(
+  ('name', 'sizes', 'counted', 'text'),
+  [
+    ('whole_split', (40, 40, 7), 3, 'all 87 tokens'),
+    # Whole batches alone, as few of the last ones as fill the window.
+    ('last_65536_tokens', (20_000, 30_000, 30_000, 10_000), 3, '70,000'),
+    ('last_65536_tokens', (1000, 32_768, 32_768), 2, '65,536 tokens;'),
+    ('last_65536_tokens', (40, 40), 2, 'the whole split, 80 tokens'),
+  ],
+)
+def test_a_definition_is_that_of_the_tokens_it_counts(
+  name, sizes, counted, text
+):
+  batches = draw(*sizes)
+  entry, ids = define(batches)[name], np.concatenate(batches[-counted:])
+  np.testing.assert_allclose(entry['usage'], used(ids))
+  np.testing.assert_allclose(entry['perplexity'], np.exp(entropy(ids)))
+  assert entry['tokens'] == ids.size and text in entry['definition']
+
+
+def test_the_mean_over_batches_is_that_of_each_batch():
+  batches = draw(40, 40, 7)
+  entry = define(batches)['mean_over_batches']
+  np.testing.assert_allclose(entry['usage'], np.mean([*map(used, batches)]))
+  perplexities = [np.exp(entropy(ids)) for ids in batches]
+  np.testing.assert_allclose(entry['perplexity'], np.mean(perplexities))
+  assert entry['tokens'] == 29 and '3 batches' in entry['definition']
+
+
+def test_of_several_codebooks_the_entropies_are_averaged():
+  heads = [draw(40_000, 40_000, 500, seed=seed) for seed in (0, 1)]
+  codes = metrics.CodeDefinitions()
+  for pair in zip(*heads, strict=True):
+    codes.add(np.stack([np.bincount(ids, minlength=K) for ids in pair]))
+  parts = [np.concatenate(head) for head in heads]
+  for name in ('whole_split', 'last_65536_tokens'):
+    entry = codes.result()[name]
+    mean = np.mean([entropy(ids) for ids in parts])
+    np.testing.assert_allclose(entry['perplexity'], np.exp(mean))
+    np.testing.assert_allclose(entry['usage'], np.mean([*map(used, parts)]))
+    assert entry['tokens'] == 80_500
+    assert 'tokens per codebook' in entry['definition']
+
+
+def test_batches_without_tokens_are_left_out():
+  batches, empty = draw(40, 7), np.zeros(0, int)
+  assert define([empty, *batches, empty]) == define(batches)
+  with pytest.raises(ValueError, match='at least one batch'):
+    define([empty])
+
+
+def test_every_definition_has_a_line():
+  result = define(draw(40, 40))
+  lines = metrics.format_definitions(result).splitlines()[1:]
+  for line, (name, entry) in zip(lines, result.items(), strict=True):
+    assert line.split()[0] == name and line.endswith(entry['definition'])
+    assert f'{entry["usage"]:.2%}' in line

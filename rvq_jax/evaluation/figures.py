@@ -1,117 +1,147 @@
-"""Figures of a run: reconstructions, code usage, curves (paper 4.4)."""
+"""Figures of one run, or of several methods side by side (paper 4.4).
 
-from pathlib import Path
+`by_method` maps the name of a method to what is drawn of it.
+"""
+
+import math
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-from rvq_jax.training.writers import read_jsonl
+_GAIN = 4  # error maps show this multiple of |difference|
+_PANELS = {
+  'mse': 'MSE on [-1, 1]',
+  'psnr': 'PSNR, dB',
+  'usage': 'share of codes used',
+  'perplexity': 'perplexity',
+}
+_SPLITS = {'train': '-', 'validation': '.:'}
 
-_BLUE, _ORANGE, _GREY = '#1f5fa8', '#d2691e', '#888888'
 
+def reconstructions(originals, by_method) -> Figure:
+  """Originals, and of each method reconstructions, PSNR and error maps.
 
-def save_reconstructions(path, originals, reconstructions, psnr) -> None:
-  """Originals above reconstructions, the PSNR of each beneath.
+  An error map is a multiple of the absolute difference; black is none.
 
   Args:
-    path: PNG file to write.
     originals: uint8 [n, h, w, 3].
-    reconstructions: uint8 [n, h, w, 3].
-    psnr: dB, [n].
+    by_method: of uint8 [n, h, w, 3].
   """
-  n = len(originals)
-  figure = Figure(figsize=(1.25 * n, 2.9), layout='constrained')
-  axes = figure.subplots(2, n, squeeze=False)
-  for column in range(n):
-    for row, images in enumerate((originals, reconstructions)):
-      ax = axes[row, column]
-      ax.imshow(images[column], interpolation='nearest')
-      ax.set(xticks=[], yticks=[])
-      ax.spines[:].set_visible(False)
-    axes[1, column].set_xlabel(f'{psnr[column]:.1f} dB', fontsize=9)
-  axes[0, 0].set_ylabel('original', fontsize=9)
-  axes[1, 0].set_ylabel('reconstruction', fontsize=9)
-  figure.savefig(path, dpi=160)
+  n, _, width, _ = originals.shape
+  rows = [('original', originals, [])]
+  for name, images in by_method.items():
+    error = np.abs(images.astype(np.float32) - originals)
+    mse = np.maximum((error**2).mean(axis=(1, 2, 3)), 1 / images[0].size)
+    psnr = [f'{value:.1f} dB' for value in 10 * np.log10(255**2 / mse)]
+    rows += [(name, images, psnr)]
+    rows += [(f'error x {_GAIN}', np.minimum(_GAIN * error.mean(-1), 255), [])]
+  size = (1.2 * n + 1.6, 1.35 * len(rows))
+  figure = Figure(figsize=size, layout='compressed')
+  axes = figure.subplots(len(rows), 1)
+  for ax, (name, images, psnr) in zip(axes, rows, strict=True):
+    ax.imshow(np.concatenate([*images], 1), cmap='inferno', vmin=0, vmax=255)
+    ticks = (np.arange(len(psnr)) + 0.5) * width - 0.5
+    ax.set_xticks(ticks, psnr, fontsize=8)
+    ax.set_yticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_ylabel(name, rotation=0, ha='right', va='center', wrap=True)
+  return figure
 
 
-def save_code_usage(path, counts) -> None:
-  """Codes by how often they are used, most used first.
+def code_usage(by_method) -> Figure:
+  """How often each code is chosen, a multiple of 1/K, against its rank/K.
 
   Args:
-    path: PNG file to write.
-    counts: how often each code was chosen, [K].
+    by_method: of counts, [K] or [L, K].
   """
-  counts = np.sort(np.asarray(counts, np.float64), axis=None)[::-1]
-  used = int((counts > 0).sum())
-  mean = counts.sum() / counts.size
-  figure = Figure(figsize=(6, 3.4), layout='constrained')
+  figure = Figure(figsize=(8, 4.2), layout='constrained')
   ax = figure.subplots()
-  ax.plot(np.arange(1, used + 1), counts[:used], color=_BLUE)
-  ax.axhline(mean, color=_GREY, linestyle='--', linewidth=1)
-  ax.annotate(
-    f'all codes alike: {mean:.1f}',
-    (counts.size, mean),
-    ha='right',
-    va='bottom',
-    fontsize=9,
-    color=_GREY,
-  )
-  ax.set(
-    xlabel='codes, most used first',
-    ylabel='times chosen',
-    yscale='log',
-    xlim=(0, counts.size),
-    title=f'{used:,} of {counts.size:,} codes used ({used / counts.size:.1%})',
-  )
-  ax.grid(alpha=0.25)
-  figure.savefig(path, dpi=160)
+  for name, counts in by_method.items():
+    counts = np.sort(np.asarray(counts, np.float64), axis=None)[::-1]
+    used = int((counts > 0).sum())
+    rank = np.arange(1, used + 1) / counts.size
+    label = f'{name}\n{used:,} of {counts.size:,} codes used'
+    ax.plot(rank, counts[:used] / counts.mean(), label=label)
+  ax.axhline(1, color='0.5', linewidth=1, linestyle='--')
+  ax.set(xlabel='codes, most used first, as a share of K', xlim=(0, 1))
+  ax.set(ylabel='times chosen, 1 = the mean', yscale='log')
+  return _finish(figure, ax)
 
 
-def series(records, name: str) -> list[tuple]:
-  """Steps and values of a metric in the lines of metrics.jsonl, [2]."""
-  points = [(r['step'], r[name]) for r in records if r.get(name) is not None]
-  return list(zip(*points, strict=True)) or [(), ()]
-
-
-def save_curves(path, workdir) -> None:
-  """Loss, PSNR, usage and perplexity over the steps of a run.
+def curves(by_method) -> Figure:
+  """Metrics over the steps: mean over the seeds, band from least to greatest.
 
   Args:
-    path: PNG file to write.
-    workdir: directory of the run, with its metrics.jsonl.
+    by_method: for each seed the records of metrics.jsonl.
   """
-  records = read_jsonl(Path(workdir) / 'metrics.jsonl')
-  panels = (
-    ('mse', 'MSE on [-1, 1]', ('train/mse', 'validation/mse')),
-    ('psnr', 'PSNR, dB', ('validation/psnr',)),
-    ('usage', 'codes used', ('train/usage', 'validation/usage')),
-    (
-      'perplexity',
-      'perplexity',
-      ('train/perplexity', 'validation/perplexity'),
-    ),
-  )
-  colours = {'train': _ORANGE, 'validation': _BLUE}
-  figure = Figure(figsize=(9, 5.6), layout='constrained')
-  for ax, (name, label, curves) in zip(
-    figure.subplots(2, 2).flat, panels, strict=True
-  ):
-    for curve in curves:
-      steps, values = series(records, curve)
-      split = curve.split('/')[0]
-      mark = 'o' if split == 'validation' else None
-      ax.plot(
-        steps, values, color=colours[split], label=split, marker=mark, ms=3
-      )
-    ax.set(xlabel='step', ylabel=label)
+  figure = Figure(figsize=(10.5, 6), layout='constrained')
+  axes = figure.subplots(2, 2).flat
+  for ax, (metric, title) in zip(axes, _PANELS.items(), strict=True):
+    for i, seeds in enumerate(by_method.values()):
+      for split, style in _SPLITS.items():
+        runs = [_series(records, f'{split}/{metric}') for records in seeds]
+        runs = [run for run in runs if run.size]
+        if runs:
+          steps = runs[0][0]
+          values = np.stack([np.interp(steps, *run) for run in runs])
+          band = values.min(0), values.max(0)
+          ax.plot(steps, values.mean(0), style, color=f'C{i}')
+          ax.fill_between(steps, *band, color=f'C{i}', alpha=0.2, linewidth=0)
+    ax.set(xlabel='step', ylabel=title)
+    ax.set_yscale('log' if metric == 'mse' else 'linear')
     ax.grid(alpha=0.25)
-    if name == 'mse':
-      ax.set_yscale('log')
-      ax.legend(frameon=False)
-    if name == 'usage':
-      ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-      ax.set_ylim(0, 1.03)
-    if name == 'perplexity':
-      ax.set_ylim(bottom=0)
-  figure.savefig(path, dpi=160)
+  for i, name in enumerate(by_method):
+    ax.plot([], [], color=f'C{i}', label=name)
+  for split, style in _SPLITS.items():
+    ax.plot([], [], style, color='0.5', label=split)
+  return _finish(figure, ax)
+
+
+def _series(records, name: str) -> np.ndarray:
+  """Steps and values of a metric, [2, n], without values that are null."""
+  points = [(r['step'], r[name]) for r in records if r.get(name) is not None]
+  return np.reshape(points, (-1, 2)).T
+
+
+def rate_figure(curve, codecs, methods) -> Figure:
+  """MSE against bits per image, both logarithmic.
+
+  Args:
+    curve: bits and MSE on [-1, 1] of the Gaussian curve, each [n].
+    codecs: records of `rate_distortion.codec_points`; a dotted line shows a
+      codec without the headers of its files.
+    methods: rows of `ablation.summarise`; at fixed length (filled) and
+      entropy-coded (hollow).
+  """
+  figure = Figure(figsize=(9, 4.8), layout='constrained')
+  ax = figure.subplots()
+  ax.plot(*curve, color='0.7', label='Gaussian source,\nthe same covariance')
+  for i, codec in enumerate(dict.fromkeys(r['codec'] for r in codecs)):
+    own = [r for r in codecs if r['codec'] == codec]
+    bits = np.array([r['bits_per_image'] for r in own])
+    body = bits - [r['overhead_bits'] for r in own]
+    mse, colour = [r['mse'] for r in own], f'{0.25 + 0.2 * i}'
+    ax.plot(bits, mse, '.-', color=colour, label=codec)
+    ax.plot(body, mse, '.:', color=colour, label=f'{codec} without headers')
+  for i, row in enumerate(methods):
+    mse, std = row['mse']['mean'], row['mse']['std']
+    style = {'marker': 'osD^vP'[i % 6], 'color': f'C{i}', 'linestyle': 'none'}
+    ax.plot([row['entropy_bits'], row['bits']], [mse, mse], color=f'C{i}', lw=1)
+    ax.plot(row['entropy_bits'], mse, markerfacecolor='none', **style)
+    ax.errorbar(row['bits'], mse, std, label=row['label'], capsize=3, **style)
+  ax.set(xscale='log', xlabel='bits per image')
+  ax.set(yscale='log', ylabel='MSE on [-1, 1]')
+  # The curve continues below, where there is nothing to compare.
+  measured = [r['mse'] for r in codecs] + [m['mse']['mean'] for m in methods]
+  ax.set_ylim(bottom=0.6 * min(mse for mse in measured if mse > 0))
+  right = ax.twinx()
+  right.set_ylim(*(10 * math.log10(4 / mse) for mse in ax.get_ylim()))
+  right.set_ylabel('PSNR at that MSE, dB')
+  return _finish(figure, ax)
+
+
+def _finish(figure, ax):
+  ax.grid(alpha=0.25)
+  figure.legend(loc='outside right upper', frameon=False, fontsize=8)
+  return figure

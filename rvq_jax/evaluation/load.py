@@ -1,20 +1,26 @@
-"""`load`: a run, an exported folder or a model of the Hub as a tokenizer."""
+"""`load`: a run, an exported folder or a model of the Hub as a tokenizer.
+
+An export is model.safetensors, whose tensors bear the names of the linen
+variables joined by dots (`params.encoder.conv0.kernel`), and config.json.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.evaluation import safetensors_folder
 from rvq_jax.evaluation.tokenizer import Tokenizer
+from rvq_jax.io import read_json
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.training import config as config_lib
-from rvq_jax.training import sharding
-from rvq_jax.training.checkpoints import Checkpoints
 
 HUB = 'hf:'
+FORMAT = {'format': 'rvq_jax', 'format_version': 1}
+WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
+_FIELDS = {'config': dict, 'model_hash': str, 'step': int}
 
 
 def load(workdir, step: int | str | None = None) -> Tokenizer:
@@ -29,77 +35,73 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
 
   Args:
     workdir: directory of a run, a folder that launch/export.py wrote, or
-      'hf:OWNER/NAME' (and '@REVISION' behind it): such a folder on the Hugging
+      'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION': such a folder on the Hugging
       Face Hub.
     step: of a run: a saved step, 'best' (lowest validation mse), or None for
       the newest. An export holds one step and takes no other.
 
   Returns:
-    A `Tokenizer`, on the first device, with the averaged parameters where the
-    run kept them.
+    A `Tokenizer`, on the first device, with averaged parameters if there are.
 
   Raises:
     FileNotFoundError: there is no such run or step.
-    ValueError: the run was made by another version, or the export is damaged.
+    ValueError: the run was made by another version, or the weights are damaged.
     ImportError: 'hf:' needs the package huggingface_hub, the extra `hub`.
     OSError: the Hub does not answer, or knows no such model.
   """
   if str(workdir).startswith(HUB):
-    workdir = safetensors_folder.download(str(workdir).removeprefix(HUB))
-  if safetensors_folder.is_export(workdir):
+    workdir = _download(str(workdir).removeprefix(HUB))
+  if is_export(workdir):
     return _load_export(Path(workdir), step)
   return _load_run(workdir, step)
 
 
+def is_export(folder) -> bool:
+  """Whether a folder holds an exported model."""
+  return (Path(folder) / WEIGHTS).is_file()
+
+
 def _load_run(workdir, step) -> Tokenizer:
-  """Loads a checkpoint of a run."""
   if not (Path(workdir) / 'checkpoints').is_dir():
     raise FileNotFoundError(
       f'expected a run with checkpoints in {workdir}, or an export, found '
       'neither; train one with python launch/main.py '
       f'--config=configs/NAME.py --workdir={workdir}'
     )
+  from rvq_jax.training.checkpoints import Checkpoints  # Orbax takes seconds
+
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve(step)
     config = checkpoints.meta(step)['config']
     model, shapes = _model(config, workdir)
     if config['optimizer.params_ema']:
       shapes['params_ema'] = shapes['params']
-    variables = checkpoints.restore_model(_on_first_device(shapes), step)
-  averaged = variables.pop('params_ema', None)
-  if averaged is not None:
-    variables['params'] = averaged
+    variables = checkpoints.restore_model(shapes, step)
+  variables['params'] = variables.pop('params_ema', variables['params'])
   return Tokenizer(model, variables, config=config, step=step)
 
 
 def _load_export(folder: Path, step) -> Tokenizer:
-  """Loads a folder that `export_run` wrote."""
-  card = safetensors_folder.read_card(folder)
-  if step not in (None, card['step']):
+  about = _read_config(folder / CONFIG)
+  config, saved = about['config'], about['step']
+  if step not in (None, saved):
     raise ValueError(
-      f'step: expected {card["step"]}, the one that {folder} holds, or none; '
-      f'got {step}'
+      f'step: expected {saved}, which {folder} holds, or none; got {step}'
     )
-  model, shapes = _model(card['config'], folder)
-  variables = safetensors_folder.read_variables(folder, shapes)
-  placed = jax.tree.map(lambda x: x.sharding, _on_first_device(shapes))
-  tokenizer = Tokenizer(
-    model,
-    jax.device_put(variables, placed),
-    config=card['config'],
-    step=card['step'],
-  )
-  if tokenizer.model_hash != card['model_hash']:
+  model, shapes = _model(config, folder)
+  variables = _read_weights(folder / WEIGHTS, shapes)
+  tokenizer = Tokenizer(model, variables, config=config, step=saved)
+  if tokenizer.model_hash != about['model_hash']:
     raise ValueError(
-      f'{folder} is damaged: config.json says that the model is '
-      f'{card["model_hash"][:16]}..., and the weights give '
-      f'{tokenizer.model_hash[:16]}...; get it anew'
+      f'{folder} is damaged: the weights have the hash '
+      f'{tokenizer.model_hash[:16]}..., {CONFIG} says '
+      f'{about["model_hash"][:16]}...; export or download it again'
     )
   return tokenizer
 
 
 def _model(config: Mapping[str, Any], source) -> tuple[VQVAE, dict[str, Any]]:
-  """The model of a flat config, and the shapes of its collections."""
+  """The model of a flat config; shapes and placement of its collections."""
   try:
     config_lib.check_config(config)
   except ValueError as error:
@@ -107,22 +109,66 @@ def _model(config: Mapping[str, Any], source) -> tuple[VQVAE, dict[str, Any]]:
       f'{source} was made by another version of rvq_jax: {error}'
     ) from error
   model = config_lib.build_model(config)
-  size = config['data.image_size']
-  shapes = dict(
-    jax.eval_shape(
-      lambda: model.init(
-        jax.random.key(0), jnp.zeros((1, size, size, 3)), train=True
-      )
-    )
-  )
-  shapes.setdefault('codebook', {})
-  shapes.setdefault('batch_stats', {})
-  return model, shapes
-
-
-def _on_first_device(shapes):
-  """The same shapes, to be placed on the first device."""
-  device = sharding.replicated(sharding.data_mesh(jax.local_devices()[:1]))
-  return jax.tree.map(
+  images = jnp.zeros((1, *[config['data.image_size']] * 2, 3))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
   )
+  return model, {'batch_stats': {}, 'codebook': {}} | dict(shapes)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+  about = (read_json(path) if path.is_file() else None) or {}
+  same = all(about.get(name) == value for name, value in FORMAT.items())
+  if not same or any(type(about.get(n)) is not k for n, k in _FIELDS.items()):
+    raise ValueError(
+      f'{path}: expected JSON as launch/export.py writes it, with {FORMAT} and '
+      f'{", ".join(_FIELDS)}'
+    )
+  return about
+
+
+def _read_weights(path: Path, shapes: dict[str, Any]) -> dict[str, Any]:
+  """The collections in a file; refuses other tensors than those of `shapes`."""
+  import safetensors.numpy
+
+  expected = flax.traverse_util.flatten_dict(shapes, sep='.')
+  try:
+    arrays = safetensors.numpy.load_file(path)
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(f'{path} is damaged: {error}') from error
+  for name in sorted(expected | arrays):
+    wanted, got = (
+      f'{x[name].dtype} {x[name].shape}' if name in x else 'none'
+      for x in (expected, arrays)
+    )
+    if wanted != got:
+      raise ValueError(f'{path}: {name[:80]}: expected {wanted}, got {got}')
+  arrays = jax.device_put(arrays, jax.local_devices()[0])
+  tree = flax.traverse_util.unflatten_dict(arrays, sep='.')
+  return {name: tree.get(name, {}) for name in shapes}
+
+
+def _download(name: str) -> Path:
+  """Fetches OWNER/NAME or OWNER/NAME@REVISION; returns its cached folder."""
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise ImportError(
+      f'hf:{name} needs the package huggingface_hub: pip install "rvq_jax[hub]"'
+    ) from error
+  repo, _, revision = name.partition('@')
+  try:
+    folder = huggingface_hub.snapshot_download(
+      repo, revision=revision or None, allow_patterns=[WEIGHTS, CONFIG]
+    )
+    if not is_export(folder):
+      raise FileNotFoundError(f'it holds no {WEIGHTS}')
+  except Exception as error:  # its own, those of its HTTP library, ValueError
+    reason = str(error).strip().partition('\n')[0] or type(error).__name__
+    raise OSError(
+      f'cannot fetch hf:{name}: {reason}; expected hf:OWNER/NAME of a folder '
+      'that launch/export.py wrote'
+    ) from error
+  return Path(folder)

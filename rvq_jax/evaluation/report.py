@@ -1,265 +1,236 @@
-"""Tables and the HTML page of `launch/reproduce.py`.
-
-The page is one file: styles, tables and pictures are inside it, and nothing is
-loaded from elsewhere.
-"""
+"""The report of `launch/reproduce.py`: tables, figures, one HTML page."""
 
 import base64
+import datetime
 import html
-import io
 import json
+import logging
+import os
+import platform
 import re
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
-import matplotlib
+import jax
+import numpy as np
+from PIL import Image
 
-from rvq_jax.evaluation.ablation import TABLES
-
-_SHOWN = (
-  ('mse', 'MSE'),
-  ('usage', 'usage'),
-  ('perplexity', 'perplexity'),
-  ('psnr', 'PSNR, dB'),
+from rvq_jax.data import datasets, loaders
+from rvq_jax.evaluation import figures, rate_distortion
+from rvq_jax.evaluation.ablation import (
+  CELLS,
+  METRICS,
+  TABLES,
+  TITLES,
+  summarise,
 )
+from rvq_jax.io import write_atomic
+from rvq_jax.training.writers import read_jsonl
+
+CODEC_IMAGES = 256
+CURVE_PIXELS = 20_000 * 32**2  # of the training split, for the covariance
+_FORMATS = {  # title, digits, factor, unit
+  'mse': ('MSE', 4, 1, ''),
+  'usage': ('usage', 1, 100, ' %'),
+  'perplexity': ('perplexity', 1, 1, ''),
+  'psnr': ('PSNR, dB', 2, 1, ''),
+}
 _PAPER_DATA = {'tfds:cifar10': 'cifar10', 'tfds:imagenet2012': 'imagenet'}
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #666; --line: #ddd;
-  --paper: #fff; --band: #f5f5f2; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --soft: #a0a0a0;
-  --line: #3a3a3a; --paper: #161616; --band: #202020; } }
-body { margin: 0 auto; padding: 1rem; max-width: 62rem; color: var(--ink);
-  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; }
+_LEGEND = (
+  'MSE on [-1, 1]; usage and perplexity (higher is more even) over the whole '
+  'test split; ± is the sample standard deviation over the seeds. In '
+  'parentheses: what the paper prints (for CIFAR-10, if the data is neither of '
+  'its sets), and on its own data sets ours less that.'
+)
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>The paper's tables</title><style>
+:root { color-scheme: light dark; }
+body { margin: 0 auto; padding: 1rem; max-width: 62rem;
+  font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.note, figcaption { color: var(--soft); font-size: .9rem; }
-code, pre { font-size: .85rem; background: var(--band); border-radius: 3px; }
-code { padding: .1em .3em; overflow-wrap: anywhere; }
-pre { padding: .6rem; overflow-x: auto; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums;
-  font-size: .9rem; white-space: nowrap; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line);
-  text-align: right; }
-th:first-child, td:first-child { text-align: left; white-space: normal; }
-td { vertical-align: top; }
-small { color: var(--soft); display: inline-block; }
-thead th { color: var(--soft); font-weight: 600; }
-figure { margin: 1rem 0; overflow-x: auto; }
-svg, img { width: 100%; min-width: 38rem; height: auto; }
-img { background: #fff; }
+div { overflow-x: auto; } small, p { opacity: .7; font-size: .85rem; }
+table { border-collapse: collapse; font-size: .9rem; }
+td { padding: .3rem .7rem; border-bottom: 1px solid #8884; }
+img { width: 100%; min-width: 38rem; background: #fff; }
+</style></head><body><h1>The paper's tables, measured</h1>
 """
 
 
-def _number(metric, value, spread=None, *, sign=False):
-  """A value, and its spread, as people read this metric."""
-  if value is None:
-    return '–'
-  digits, scale, unit = {
-    'mse': (4, 1, ''),
-    'usage': (1, 100, ' %'),
-    'perplexity': (1, 1, ''),
-    'psnr': (2, 1, ''),
-  }[metric]
-  text = f'{value * scale:{"+" if sign else ""},.{digits}f}'
-  if spread is not None:
-    text += f' ± {spread * scale:,.{digits}f}'
-  return text + unit
+def hardware() -> str:
+  """Devices and processor, as '1 x cpu, 2 cores of AMD EPYC'."""
+  info, devices = Path('/proc/cpuinfo'), jax.devices()
+  lines = info.read_text() if info.exists() else ''
+  names = re.findall('model name.*: (.*)', lines) or [platform.machine()]
+  cpu = f'{os.cpu_count()} cores of {names[0]}'
+  return f'{len(devices)} x {devices[0].device_kind}, {cpu}'
 
 
-class Entry(NamedTuple):
-  """A number of a table as people read it.
-
-  Attributes:
-    ours: mean over the seeds, and its standard deviation.
-    paper: what the paper prints, or a dash.
-    difference: ours less the paper's, or a dash.
-  """
-
-  ours: str
-  paper: str
-  difference: str
+def versions(*packages: str) -> str:
+  """'jax 0.10.2, flax 0.12.6' of the packages named."""
+  return ', '.join(f'{name} {version(name)}' for name in packages)
 
 
-def table_rows(number: int, summary, data: str) -> list[tuple[str, list]]:
-  """The lines of a table of the paper.
+def write_report(config, workdir, records, *, tables, command: str) -> str:
+  """Writes WORKDIR/report: report.html, tables.md, tables.json, figures.
 
   Args:
-    number: of the table, a key of `ablation.TABLES`.
-    summary: from `ablation.summarise`.
-    data: config.data.name. A difference to the paper is taken only where it
-      is the paper's data set; elsewhere the CIFAR-10 figures stand for
-      orientation.
+    config: ConfigDict that all methods share.
+    workdir: directory of the grid.
+    records: from `ablation.run_grid`.
+    tables: numbers of the paper's tables, keys of `TABLES`.
+    command: how the program was called.
 
   Returns:
-    For each method its label and an `Entry` for MSE, usage, perplexity, PSNR.
+    The tables as Markdown.
+  """
+  folder = Path(workdir) / 'report'
+  folder.mkdir(parents=True, exist_ok=True)
+  summary = summarise(records)
+  curve, rates = _rate_distortion(config, summary)
+  about = _about(config, command, records) | {'Gaussian curve': curve}
+  drawn = _figures(records) | {'rate_distortion': rates}
+  for name, figure in drawn.items():
+    figure.savefig(folder / f'{name}.png', dpi=140)
+  pictures = {name: (folder / f'{name}.png').read_bytes() for name in drawn}
+  rows = {n: table_rows(n, summary, config.data.name) for n in tables}
+  content = {'about': about, 'summary': summary, 'runs': records}
+  write_atomic(folder / 'tables.json', json.dumps(content, indent=2) + '\n')
+  write_atomic(folder / 'tables.md', markdown(about, rows))
+  write_atomic(folder / 'report.html', page(about, rows, pictures))
+  return markdown(about, rows)
+
+
+def _about(config, command, records):
+  """What stands above the tables."""
+  first, size = records[0]['metrics'], config.data.image_size
+  length = f'{config.num_steps or config.num_epochs} '
+  length += 'steps' if config.num_steps else 'epochs'
+  return {
+    'command': command,
+    'data': f'{config.data.name}, split {config.data.split}; measured on '
+    f'{first["images"]:,} test images of {size} x {size}',
+    'each run': f'{length} of batch {config.batch_size}, K = '
+    f'{config.model.codebook_size:,}, {first["bits_per_image"]:g} bits each',
+    'seeds': str(1 + max(record['seed'] for record in records)),
+    'measured': f'{datetime.date.today()}, {hardware()}, '
+    f'{versions("jax", "flax", "optax")}',
+  }
+
+
+def _rate_distortion(config, summary):
+  """The Gaussian curve in words; a figure with the codecs and the methods."""
+  logging.info('rate-distortion curve of the training split')
+  size = config.data.image_size
+  dataset = datasets.open_dataset(
+    config.data.name, split=config.data.split, data_dir=config.data.data_dir
+  )
+  train, test = (
+    loaders.eval_batches(source, batch_size=CODEC_IMAGES, image_size=size)
+    for source in (dataset.train, dataset.test)
+  )
+  limit = max(1000, CURVE_PIXELS // size**2)  # minutes, not hours
+  bound = rate_distortion.gaussian_bound(
+    train, image_size=size, max_images=limit
+  )
+  batch, methods = next(test), list(summary.values())
+  codecs = rate_distortion.codec_points(batch['image'][batch['mask']])
+  low = max(1, min(row['entropy_bits'] for row in methods) / 4)
+  bits = np.geomspace(low, max(c['bits_per_image'] for c in codecs), 60)
+  at = methods[0]['bits']
+  words = (
+    f'MSE {float(bound.mse([at])[0]):.4f} at {at:g} bits, from the covariance '
+    f'of {bound.images:,} images in tiles of {bound.patch} x {bound.patch}'
+  )
+  return words, figures.rate_figure((bits, bound.mse(bits)), codecs, methods)
+
+
+def _figures(records):
+  """The figures of the runs; of seed 0, except for the curves."""
+  samples, counts, logs = {}, {}, {}
+  for record in records:
+    label = CELLS[record['cell']][0]
+    folder = Path(record['workdir'])
+    logs.setdefault(label, []).append(read_jsonl(folder / 'metrics.jsonl'))
+    if record['seed'] == 0:
+      test = folder / 'evaluation' / 'test'
+      counts[label] = np.load(test / 'code_counts.npy', allow_pickle=False)
+      strip = np.asarray(Image.open(test / 'samples.png'))
+      side = len(strip) // 2
+      strip = strip.reshape(2, side, -1, side, 3).swapaxes(1, 2)
+      originals, samples[label] = strip
+  return {
+    'reconstructions': figures.reconstructions(originals, samples),
+    'code_usage': figures.code_usage(counts),
+    'curves': figures.curves(logs),
+  }
+
+
+def table_rows(number: int, summary, data: str) -> list[list[str]]:
+  """A table of the paper as text; see `_LEGEND`.
+
+  Args:
+    number: of the table, a key of `TABLES`.
+    summary: from `ablation.summarise`.
+    data: config.data.name.
+
+  Returns:
+    The header, and per method its label, MSE, usage, perplexity and PSNR.
   """
   own = _PAPER_DATA.get(data)
-  lines = []
-  for row in TABLES[number].rows:
-    cell, entries = summary[row.cell], []
-    for metric, _ in _SHOWN:
-      paper = row.paper.get(own or 'cifar10', {}).get(metric)
-      mean = cell[metric]['mean']
-      gap = mean - paper if own and paper is not None else None
-      entries.append(
-        Entry(
-          _number(metric, mean, cell[metric]['std']),
-          _number(metric, paper),
-          _number(metric, gap, sign=True),
-        )
-      )
-    lines.append((cell['label'], entries))
-  return lines
+  rows = [['method', *(_FORMATS[metric][0] for metric in METRICS)]]
+  for cell, printed in TABLES[number].items():
+    row = [summary[cell]['label']]
+    paper = dict(zip(METRICS, printed.get(own or 'cifar10', ()), strict=False))
+    for metric in METRICS:
+      _, digits, factor, unit = _FORMATS[metric]
+      mean, std = (summary[cell][metric][name] for name in ('mean', 'std'))
+      text = f'{factor * mean:,.{digits}f}'
+      text += '' if std is None else f' ± {factor * std:,.{digits}f}'
+      text += unit
+      if metric in paper:
+        gap = f', {factor * (mean - paper[metric]):+,.{digits}f}{unit}'
+        text += f' (paper {factor * paper[metric]:,.{digits}f}{unit}'
+        text += (gap if own else '') + ')'
+      row.append(text)
+    rows.append(row)
+  return rows
 
 
-def _paper_data(data):
-  """'CIFAR-10' or 'ImageNet': whose figures of the paper stand in a table."""
-  names = {'cifar10': 'CIFAR-10', 'imagenet': 'ImageNet'}
-  return names[_PAPER_DATA.get(data, 'cifar10')]
-
-
-def markdown(tables, summary, about) -> str:
-  """All tables as Markdown.
-
-  Args:
-    tables: numbers of the tables.
-    summary: from `ablation.summarise`.
-    about: what was run: {name: text}, with 'data' = config.data.name.
-
-  Returns:
-    The text.
-  """
-  lines = [f'- {name}: {text}' for name, text in about.items()]
-  header = ['method']
-  for _, title in _SHOWN[:-1]:
-    header += [title, f'paper ({_paper_data(about["data"])})', 'difference']
-  header.append(_SHOWN[-1][1])
-  for number in tables:
-    table = TABLES[number]
-    lines += ['', f'## Table {number}: {table.title}', '', table.note, '']
-    lines.append('| ' + ' | '.join(header) + ' |')
-    lines.append('|---' * len(header) + '|')
-    for label, entries in table_rows(number, summary, about['data']):
-      row = [label, *(text for entry in entries[:-1] for text in entry)]
-      lines.append('| ' + ' | '.join([*row, entries[-1].ours]) + ' |')
+def markdown(about, tables) -> str:
+  """All tables as Markdown; arguments as for `page`."""
+  lines = [*(f'- {name}: {text}' for name, text in about.items()), '', _LEGEND]
+  for number, (header, *rows) in tables.items():
+    lines += ['', f'## Table {number}: {TITLES[number]}', '']
+    for row in (header, ['---'] * len(header), *rows):
+      lines.append('| ' + ' | '.join(row) + ' |')
   return '\n'.join(lines) + '\n'
 
 
-def svg(figure, name: str) -> str:
-  """A Matplotlib figure as inline SVG in the colours of the page.
+def page(about, tables, pictures) -> str:
+  """The whole report as one HTML document that loads nothing.
 
   Args:
-    figure: a Matplotlib figure with black text and lines.
-    name: makes the ids inside unique among the figures of a page.
-
-  Returns:
-    The element <svg>.
+    about: what was run: {name: text}.
+    tables: number -> `table_rows`.
+    pictures: name -> PNG file as bytes.
   """
-  buffer = io.StringIO()
-  style = {'svg.fonttype': 'none', 'svg.hashsalt': name}
-  with matplotlib.rc_context(style):
-    figure.savefig(
-      buffer, format='svg', transparent=True, metadata={'Date': None}
-    )
-  text = buffer.getvalue()
-  text = text[text.index('<svg') :]
-  text = re.sub(r'#000000|#262626|\bblack\b', 'currentColor', text)
-  text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1', text, count=1)
-  # Text without a fill of its own is black, not the colour of the page.
-  return text.replace('<svg', '<svg fill="currentColor"', 1)
+  parts = [_html_table(about.items()), f'<p>{_LEGEND}</p>']
+  for number, rows in tables.items():
+    parts.append(f'<h2>Table {number}: {TITLES[number]}</h2>')
+    parts.append(_html_table(rows))
+  for name, picture in pictures.items():
+    data = base64.b64encode(picture).decode()
+    parts.append(f'<h2>{name.replace("_", " ").capitalize()}</h2>')
+    parts.append(f'<div><img alt="" src="data:image/png;base64,{data}"></div>')
+  return _PAGE + '\n'.join(parts) + '</body></html>\n'
 
 
-def png(figure) -> str:
-  """A Matplotlib figure as an <img> that holds its PNG."""
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format='png', dpi=110)
-  data = base64.b64encode(buffer.getvalue()).decode()
-  return f'<img alt="" src="data:image/png;base64,{data}">'
-
-
-def _html_entry(entry):
-  text = html.escape(entry.ours)
-  if entry.paper == '–':
-    return text
-  text += f'<br><small>paper {html.escape(entry.paper)}'
-  if entry.difference != '–':
-    text += f',</small> <small>{html.escape(entry.difference)}'
-  return text + '</small>'
-
-
-def page(title: str, about, tables, summary, figures) -> str:
-  """The whole report.
-
-  Args:
-    title: of the page.
-    about: what was run: {name: text}, with 'data' = config.data.name.
-    tables: numbers of the tables.
-    summary: from `ablation.summarise`.
-    figures: [(heading, caption, element)].
-
-  Returns:
-    An HTML document.
-  """
-  out = [
-    '<!doctype html>',
-    '<html lang="en"><head><meta charset="utf-8">',
-    '<meta name="viewport" content="width=device-width, initial-scale=1">',
-    f'<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>',
-    f'<h1>{html.escape(title)}</h1>',
-  ]
-  out.append('<div class="wide"><table><tbody>')
-  for name, text in about.items():
-    out.append(
-      f'<tr><td>{html.escape(name)}</td><td style="text-align:left;'
-      f'white-space:normal">{html.escape(str(text))}</td></tr>'
-    )
-  out.append('</tbody></table></div>')
-  for number in tables:
-    table = TABLES[number]
-    out.append(f'<h2>Table {number}: {html.escape(table.title)}</h2>')
-    out.append(f'<p class="note">{html.escape(table.note)}</p>')
-    out.append('<div class="wide"><table><thead><tr><th>method</th>')
-    out += [f'<th>{html.escape(title)}</th>' for _, title in _SHOWN]
-    out.append('</tr></thead><tbody>')
-    for label, entries in table_rows(number, summary, about['data']):
-      cells = ''.join(f'<td>{_html_entry(entry)}</td>' for entry in entries)
-      out.append(f'<tr><td>{html.escape(label)}</td>{cells}</tr>')
-    out.append('</tbody></table></div>')
-    out.append(
-      '<p class="note">Beneath each number: what the paper prints for '
-      f'{_paper_data(about["data"])}, and ours less that (only on the same '
-      'data set).</p>'
-    )
-  for heading, caption, element in figures:
-    out.append(f'<h2>{html.escape(heading)}</h2><figure>{element}')
-    out.append(f'<figcaption>{html.escape(caption)}</figcaption></figure>')
-  out.append('</body></html>')
-  return '\n'.join(out) + '\n'
-
-
-def write(folder, *, title, about, tables, summary, records, figures) -> None:
-  """Writes tables.md, tables.json, report.html and the figures as PNG.
-
-  Args:
-    folder: directory to write to.
-    title: of the page.
-    about: what was run: {name: text}, with 'data' = config.data.name.
-    tables: numbers of the tables.
-    summary: from `ablation.summarise`.
-    records: from `ablation.run_grid`.
-    figures: [(name, heading, caption, Matplotlib figure, is a picture)].
-  """
-  folder = Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'tables.md').write_text(markdown(tables, summary, about))
-  report = {'about': about, 'summary': summary, 'runs': records}
-  (folder / 'tables.json').write_text(json.dumps(report, indent=2) + '\n')
-  elements = []
-  for name, heading, caption, figure, picture in figures:
-    figure.savefig(folder / f'{name}.png', dpi=140)
-    element = png(figure) if picture else svg(figure, name)
-    elements.append((heading, caption, element))
-  text = page(title, about, tables, summary, elements)
-  part = folder / 'report.html.part'
-  part.write_text(text, encoding='utf-8')
-  part.replace(folder / 'report.html')
+def _html_table(rows) -> str:
+  lines = ''
+  for row in rows:
+    cells = '</td><td>'.join(html.escape(text) for text in row)
+    cells = re.sub(r' (\(paper .*?\))', r'<br><small>\1</small>', cells)
+    lines += f'<tr><td>{cells}</td></tr>\n'
+  return f'<div><table>{lines}</table></div>'

@@ -1,18 +1,16 @@
 """`Tokenizer`: a trained model as two functions."""
 
 import functools
-import hashlib
 import json
 
-import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rvq_jax.data.images import prepare_images
+from rvq_jax.io import tree_digest
 from rvq_jax.models.vqvae import VQVAE
 
-# What decides, with the arrays, which function a model is.
+# With the arrays, these fields decide which function a model computes.
 _SHAPING = (
   'widths factor num_res_blocks num_heads code_dim quantizer codebook_size '
   'cosine depth heads dtype'
@@ -44,14 +42,8 @@ class Tokenizer:
   def __init__(self, model: VQVAE, variables, *, config, step: int):
     self.model, self.variables = model, variables
     self.config, self.step = config, step
-    self._encode = jax.jit(
-      lambda variables, images: model.apply(
-        variables, prepare_images(images), method='encode'
-      )
-    )
-    self._decode = jax.jit(
-      lambda variables, ids: model.apply(variables, ids, method='decode')
-    )
+    self._encode = jax.jit(functools.partial(model.apply, method='encode'))
+    self._decode = jax.jit(functools.partial(model.apply, method='decode'))
 
   @property
   def codebook_size(self) -> int:
@@ -64,27 +56,18 @@ class Tokenizer:
     return self.config['model.factor']
 
   @property
-  def codes(self) -> int | None:
-    """L, where ids are [..., L]: several codes a position; else None."""
-    name = {'residual': 'depth', 'product': 'heads'}.get(
-      self.config['model.quantizer']
-    )
+  def codes_per_position(self) -> int | None:
+    """L where ids are [B, H, W, L]; None where they are [B, H, W]."""
+    quantizer = self.config['model.quantizer']
+    name = {'residual': 'depth', 'product': 'heads'}.get(quantizer)
     return self.config[f'model.{name}'] if name else None
 
   @functools.cached_property
   def model_hash(self) -> str:
-    """SHA-256 in hex of the architecture and of every array, by name.
-
-    A run, its export and any copy of either have the same.
-    """
+    """SHA-256 of architecture and arrays; the same for a run and its export."""
     shaping = {name: self.config[f'model.{name}'] for name in _SHAPING}
-    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
-    arrays = flax.traverse_util.flatten_dict(self.variables, sep='.')
-    for name, array in sorted(arrays.items()):
-      array = np.asarray(array)
-      digest.update(f'{name} {array.dtype} {array.shape}'.encode())
-      digest.update(array.tobytes())
-    return digest.hexdigest()
+    header = json.dumps(shaping, sort_keys=True)
+    return tree_digest(self.variables, header=header)
 
   def encode(self, images) -> jax.Array:
     """Token ids of images.
@@ -93,32 +76,29 @@ class Tokenizer:
       images: [B, h, w, 3], uint8 or float in [-1, 1]; `factor` divides h, w.
 
     Returns:
-      ids [B, h/factor, w/factor], int32; [..., L] with several codes a
+      ids [B, h/factor, w/factor], int32; [..., L] with several codes per
       position.
 
     Raises:
       ValueError: another shape, dtype or range.
     """
-    images = jnp.asarray(images)
-    if images.dtype != jnp.uint8:
-      if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
-          f'expected images as uint8 or float in [-1, 1], got {images.dtype}'
-        )
-      images = images.astype(jnp.float32)
-      if images.size and not jnp.max(jnp.abs(images)) <= 1.001:
-        raise ValueError(
-          'expected float images in [-1, 1], got values from '
-          f'{jnp.min(images):.4g} to {jnp.max(images):.4g}; pass uint8, or '
-          'x / 127.5 - 1'
-        )
-    return self._encode(self.variables, images)
+    images = prepare_images(jnp.asarray(images))
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+      raise ValueError(
+        f'expected images as uint8 or float in [-1, 1], got {images.dtype}'
+      )
+    if images.size and not jnp.max(jnp.abs(images)) <= 1.001:
+      raise ValueError(
+        f'expected float images in [-1, 1], got values from {images.min():.4g} '
+        f'to {images.max():.4g}; pass uint8, or x / 127.5 - 1'
+      )
+    return self._encode(self.variables, images.astype(jnp.float32))
 
   def decode(self, ids) -> jax.Array:
     """Images of token ids.
 
     Args:
-      ids: [B, H, W], integers in [0, K); [B, H, W, L] with several codes a
+      ids: [B, H, W], integers in [0, K); [B, H, W, L] with several codes per
         position, of which a residual tokenizer takes any first few.
 
     Returns:
@@ -128,19 +108,18 @@ class Tokenizer:
       ValueError: another shape or dtype, or an id out of range.
     """
     ids = jnp.asarray(ids)
-    axes = 4 if self.codes else 3
+    shape = '[B, H, W, L]' if self.codes_per_position else '[B, H, W]'
+    axes = shape.count(',') + 1
     if ids.ndim != axes or not jnp.issubdtype(ids.dtype, jnp.integer):
       raise ValueError(
-        f'expected ids [{"B, H, W, L"[: 3 * axes - 2]}] of integers, got '
-        f'{ids.dtype} {ids.shape}'
+        f'expected ids {shape} of integers, got {ids.dtype} {ids.shape}'
       )
-    if ids.size:
-      low, high = int(jnp.min(ids)), int(jnp.max(ids))
-      if low < 0 or high >= self.codebook_size:
-        raise ValueError(
-          f'expected ids from 0 to {self.codebook_size - 1}, got {low} to '
-          f'{high}; are they of another model?'
-        )
+    last = self.codebook_size - 1
+    if ids.size and not 0 <= ids.min() <= ids.max() <= last:
+      raise ValueError(
+        f'expected ids from 0 to {last}, got {ids.min()} to {ids.max()}; are '
+        'they of another model?'
+      )
     return self._decode(self.variables, ids.astype(jnp.int32))
 
   def reconstruct(self, images) -> jax.Array:

@@ -44,7 +44,7 @@ def model_content(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
     'step': tokenizer.step,
     'codebookSize': tokenizer.codebook_size,
     'factor': tokenizer.factor,
-    'codes': tokenizer.codes or 1,
+    'codes': tokenizer.codes_per_position or 1,
     'residual': config['model.quantizer'] == 'residual',
     'quantizer': config['model.quantizer'],
     'hash': tokenizer.model_hash[:16],
@@ -100,7 +100,7 @@ def code_vectors(tokenizer: Tokenizer, level: int) -> np.ndarray:
   Returns:
     float32 [K, C].
   """
-  size, codes = tokenizer.codebook_size, tokenizer.codes
+  size, codes = tokenizer.codebook_size, tokenizer.codes_per_position
   ids = jnp.arange(size)
   if codes:
     ids = jnp.zeros((size, codes), jnp.int32).at[:, level].set(ids)
@@ -127,7 +127,7 @@ def codes_content(
     where a code can be decoded alone, `sheet`, a picture of `places`, id ->
     number of the `side` x `side` pixels, `columns` in a row.
   """
-  levels = tokenizer.codes or 1
+  levels = tokenizer.codes_per_position or 1
   ids = np.concatenate(
     [np.reshape(image['ids'], (-1, levels)) for image in images]
   )
@@ -185,7 +185,9 @@ def _decoded_alone(tokenizer, codes) -> Iterable[jax.Array]:
   codes = np.array(codes)
   for start in range(0, len(codes), batch):
     part = np.resize(codes[start : start + batch], batch)  # one size: one jit
-    shape = (batch, _AROUND, _AROUND) + ((1,) if tokenizer.codes else ())
+    shape = (batch, _AROUND, _AROUND) + (
+      (1,) if tokenizer.codes_per_position else ()
+    )
     part = part.reshape((batch,) + (1,) * (len(shape) - 1))
     images = tokenizer.decode(jnp.asarray(np.broadcast_to(part, shape)))
     yield np.asarray(to_uint8(images))

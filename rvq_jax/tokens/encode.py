@@ -180,7 +180,7 @@ def _card(tokenizer, source, about, image_size, shard_size):
     'step': tokenizer.step,
     'codebook_size': tokenizer.codebook_size,
     'factor': tokenizer.factor,
-    'codes': tokenizer.codes,
+    'codes': tokenizer.codes_per_position,
     'dtype': packing.id_dtype(tokenizer.codebook_size).name,
     **about,
     'input_digest': _digest(source),

@@ -97,7 +97,7 @@ def decode_file(tokenizer: Tokenizer, path) -> np.ndarray:
   """
   tokens = rvq_file.read(path)
   rvq_file.check_model(tokens, tokenizer, str(path))
-  ids = tokens.ids if tokenizer.codes else tokens.ids[..., 0]
+  ids = tokens.ids if tokenizer.codes_per_position else tokens.ids[..., 0]
   size = tokens.height, tokens.width
   return decode_ids(tokenizer, ids[None], *size, desc='decode')[0]
 

@@ -100,7 +100,9 @@ def encode_images(
   f = tokenizer.factor
   images = pad_to_factor(images, f)
   rows, columns = grid_shape(*images.shape[1:3], f)
-  codes = (tokenizer.codes,) if tokenizer.codes else ()
+  codes = (
+    (tokenizer.codes_per_position,) if tokenizer.codes_per_position else ()
+  )
   ids = np.empty((len(images), rows, columns, *codes), np.int32)
   for (y, top, bottom), (x, left, right) in _windows(rows, columns, desc):
     window = images[:, y * f : (y + WINDOW) * f, x * f : (x + WINDOW) * f]

@@ -1,23 +1,17 @@
-"""The grid of runs: what a cell changes, what is run, what is read."""
+"""The grid of runs, and the report that is made of it."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from rvq_jax.evaluation import ablation
+from rvq_jax.evaluation import ablation, report
 from rvq_jax.training import config as config_lib
 
-METRICS = {
-  'mse': 0.1,
-  'psnr': 20.0,
-  'usage': 0.5,
-  'perplexity': 8.0,
-  'entropy_bits': 3.0,
-  'tokens': 40,
-  'images': 10,
-  'bits_per_image': 16.0,
-}
+METRICS = {'mse': 0.1, 'psnr': 20.0, 'usage': 0.5, 'perplexity': 8.0}
+METRICS |= {'entropy_bits': 3.0, 'tokens': 40, 'images': 10}
+METRICS |= {'bits_per_image': 16.0}
 
 
 @pytest.fixture
@@ -36,22 +30,16 @@ def runs(monkeypatch):
   return calls
 
 
-def test_every_row_of_a_table_is_a_cell_and_its_config_is_valid(tiny_config):
-  for table in ablation.TABLES.values():
-    for row in table.rows:
-      config = ablation.cell_config(tiny_config, row.cell, seed=3)
-      flat = config_lib.check_config(config)
-      assert flat['seed'] == 3
-      config_lib.build_model(flat)
-
-
 @pytest.mark.parametrize('cell', ablation.CELLS)
-def test_a_cell_changes_what_it_says_and_nothing_else(tiny_config, cell):
+def test_a_cell_changes_what_it_says_and_its_config_is_valid(tiny_config, cell):
   before = config_lib.flatten(tiny_config)
-  after = config_lib.flatten(ablation.cell_config(tiny_config, cell, seed=0))
+  config = ablation.cell_config(tiny_config, cell, seed=3)
+  after = config_lib.check_config(config)
+  config_lib.build_model(after)
   differ = {name for name in before if before[name] != after[name]}
-  changes = set(ablation.CELLS[cell].changes)
-  assert differ - {'model.temperature_steps', 'log_every'} == changes
+  changes = set(ablation.CELLS[cell][1])
+  others = {'seed', 'model.temperature_steps', 'log_every'}
+  assert after['seed'] == 3 and differ - others == changes
   assert config_lib.flatten(tiny_config) == before
 
 
@@ -74,8 +62,8 @@ def test_a_finished_run_is_not_run_again(tiny_config, tmp_path, runs):
   assert [(r['cell'], r['seed']) for r in records] == [
     *(('fsq', 0), ('simvq', 0), ('fsq', 1), ('simvq', 1))
   ]
-  assert records[3]['seconds'] is None  # it was cut off in between
   assert records[0]['metrics'] == METRICS
+  assert json.loads(json.dumps(records)) == records
 
 
 def test_a_directory_of_another_length_is_refused(tiny_config, tmp_path, runs):
@@ -89,21 +77,84 @@ def test_a_directory_of_another_length_is_refused(tiny_config, tmp_path, runs):
 def test_a_summary_has_mean_and_sample_deviation():
   values = [0.1, 0.3, 0.2]
   records = [
-    {
-      'cell': 'fsq',
-      'seed': i,
-      'seconds': 10.0,
-      'metrics': METRICS | {'mse': value},
-    }
+    {'cell': 'fsq', 'seed': i, 'metrics': METRICS | {'mse': value}}
     for i, value in enumerate(values)
   ]
   row = ablation.summarise(records)['fsq']
   assert row['mse']['mean'] == pytest.approx(np.mean(values))
   assert row['mse']['std'] == pytest.approx(np.std(values, ddof=1))
-  assert row['entropy_bits_per_image'] == pytest.approx(12.0)
+  assert row['entropy_bits'] == pytest.approx(12.0)
   assert ablation.summarise(records[:1])['fsq']['mse']['std'] is None
 
 
-def test_records_are_json(tiny_config, tmp_path, runs):
-  records = ablation.run_grid(tiny_config, tmp_path, cells=['fsq'], seeds=1)
-  assert json.loads(json.dumps(records)) == records
+@pytest.fixture
+def summary():
+  rows = {}
+  for i, (name, (label, _)) in enumerate(ablation.CELLS.items()):
+    values = {'mse': 0.02 + 0.01 * i, 'psnr': 20.0, 'usage': 0.9}
+    values['perplexity'] = 1234.5
+    row = {n: {'mean': x, 'std': 0.1 * x} for n, x in values.items()}
+    rows[name] = row | {'label': label}
+  return rows
+
+
+def test_a_table_shows_ours_the_papers_and_the_difference(summary):
+  header, first, _, third, *_ = report.table_rows(3, summary, 'tfds:cifar10')
+  assert header == ['method', 'MSE', 'usage', 'perplexity', 'PSNR, dB']
+  assert first == [
+    'rotation, EMA',
+    '0.0200 ± 0.0020 (paper 0.0098, +0.0102)',
+    '90.0 ± 9.0 % (paper 96.8 %, -6.8 %)',
+    '1,234.5 ± 123.5 (paper 7,950.4, -6,715.9)',
+    '20.00 ± 2.00',
+  ]
+  assert not any('paper' in text for text in third)  # not one of its methods
+
+
+@pytest.mark.parametrize(
+  ('number', 'data', 'text'),
+  [
+    (4, 'photos', '0.0200 ± 0.0020 (paper 0.0123)'),
+    (3, 'tfds:imagenet2012', '0.0200 ± 0.0020 (paper 0.0275, -0.0075)'),
+  ],
+)
+def test_a_difference_is_taken_on_the_papers_data_alone(
+  summary, number, data, text
+):
+  assert report.table_rows(number, summary, data)[1][1] == text
+
+
+def test_markdown_has_as_many_columns_in_each_line(summary):
+  tables = {n: report.table_rows(n, summary, 'photos') for n in (3, 4)}
+  text = report.markdown({'data': 'photos'}, tables)
+  lines = [line for line in text.splitlines() if line.startswith('|')]
+  assert len({line.count('|') for line in lines}) == 1
+  assert '## Table 4: Rotation on and off' in text
+
+
+def test_the_page_loads_nothing_and_escapes_what_it_is_given(summary):
+  about = {'data': 'photos', 'command': '--x=<script>'}
+  tables = {3: report.table_rows(3, summary, 'photos')}
+  text = report.page(about, tables, {'curves': b'png'})
+  assert not re.search(r'(src|href)="(?!data:|#)', text)
+  assert '<script' not in text and '@import' not in text
+  assert 'color-scheme: light dark' in text and 'name="viewport"' in text
+
+
+@pytest.mark.slow
+def test_the_report_comes_out_of_runs(tiny_config, tmp_path):
+  cells = ablation.cells_of((5,))
+  records = ablation.run_grid(tiny_config, tmp_path, cells=cells, seeds=2)
+  text = report.write_report(
+    tiny_config, tmp_path, records, tables=(5,), command='cmd'
+  )
+  assert text.count('## Table') == 1
+  folder = tmp_path / 'report'
+  saved = json.loads((folder / 'tables.json').read_text())
+  assert set(saved['summary']) == set(cells) and len(saved['runs']) == 4
+  for run in saved['runs']:
+    assert np.isfinite(run['metrics']['mse'])
+    assert run['metrics']['bits_per_image'] == 16 * 4
+  assert (folder / 'tables.md').read_text() == text
+  assert (folder / 'report.html').read_text().count('<img') == 4
+  assert len(list(folder.glob('*.png'))) == 4

@@ -1,11 +1,8 @@
 """Image folders, and the metrics of packages that are stood in for here."""
 
-import ast
 import contextlib
-import http.client
 import importlib.metadata
-import inspect
-import json
+import subprocess
 import sys
 import types
 import urllib.error
@@ -15,13 +12,10 @@ import pytest
 from PIL import Image
 
 from rvq_jax.evaluation import perceptual
-from rvq_jax.evaluation.perceptual import ImageFolders, perceptual_metrics
+from rvq_jax.evaluation.perceptual import perceptual_metrics, save_pairs
 
-VALUES = {
-  'frechet_inception_distance': 3.5,
-  'inception_score_mean': 9.25,
-  'inception_score_std': 0.5,
-}
+VALUES = {'frechet_inception_distance': 3.5}
+VALUES |= {'inception_score_mean': 9.25, 'inception_score_std': 0.5}
 
 
 def images(count, seed=0, side=32):
@@ -30,15 +24,13 @@ def images(count, seed=0, side=32):
 
 
 def write(folder, count=12, side=32):
-  folders = ImageFolders(folder, {'step': 3})
-  mask = np.ones(count, bool)
-  folders.add(images(count, 0, side), images(count, 1, side), mask)
-  folders.close()
+  pairs = images(count, 0, side), images(count, 1, side)
+  save_pairs(folder, 0, pairs, np.ones(count, bool))
   return folder
 
 
 @pytest.fixture
-def packages(monkeypatch, tmp_path):
+def packages(monkeypatch):
   """Stands in for torch, torch_fidelity and lpips; records the calls."""
   calls = types.SimpleNamespace(values=dict(VALUES), error=None, seen={})
 
@@ -48,20 +40,11 @@ def packages(monkeypatch, tmp_path):
     calls.seen |= arguments
     return calls.values
 
-  class LPIPS:
-    def __init__(self, **arguments):
-      if calls.error:
-        raise calls.error
-      print('Downloading')
-      calls.seen['lpips'] = arguments
-
-    def to(self, device):
-      assert device == 'cpu'
-      return self
-
-    def __call__(self, x, y):
-      assert x.dtype == np.float32 and x.shape[1:] == (3, 32, 32)
-      return np.abs(x - y).mean((1, 2, 3), keepdims=True)
+  def lpips(**arguments):
+    if calls.error:
+      raise calls.error
+    distance = lambda x, y: np.abs(x - y).mean((1, 2, 3))  # noqa: E731
+    return types.SimpleNamespace(to=lambda device: distance)
 
   modules = {
     'torch': {
@@ -71,26 +54,23 @@ def packages(monkeypatch, tmp_path):
       'as_tensor': lambda array, device: array,
     },
     'torch_fidelity': {'calculate_metrics': calculate_metrics},
-    'lpips': {'LPIPS': LPIPS},
+    'lpips': {'LPIPS': lpips},
   }
   for name, members in modules.items():
-    module = types.ModuleType(name)
-    vars(module).update(members)
-    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
   versions = {'torch-fidelity': '0.4.0', 'lpips': '0.1.4'}
   monkeypatch.setattr(importlib.metadata, 'version', versions.__getitem__)
   return calls
 
 
-def test_files_hold_the_images_that_count_by_position(tmp_path):
-  folders = ImageFolders(tmp_path / 'a' / 'b', {'step': 3})
+def test_files_hold_the_valid_images_by_position(tmp_path):
   originals, others = images(8, 0), images(8, 1)
   mask = np.array([1, 0, 1, 1, 1, 0, 1, 0], bool)
   for half in (slice(0, 4), slice(4, 8)):
-    folders.add(originals[half], others[half], mask[half])
-  folders.close()
+    pairs = originals[half], others[half]
+    save_pairs(tmp_path / 'a', half.start, pairs, mask[half])
   for kind, expected in (('originals', originals), ('reconstructions', others)):
-    paths = sorted((tmp_path / 'a' / 'b' / kind).iterdir())
+    paths = sorted((tmp_path / 'a' / kind).iterdir())
     want = [f'{i:06d}.png' for i in (0, 2, 3, 4, 6)]
     assert [path.name for path in paths] == want
     for path in paths:
@@ -98,51 +78,18 @@ def test_files_hold_the_images_that_count_by_position(tmp_path):
         np.testing.assert_array_equal(image, expected[int(path.stem)])
 
 
-def test_about_counts_the_images_once_all_are_written(tmp_path):
-  folders = ImageFolders(tmp_path, {'step': 3})
-  about = tmp_path / 'about.json'
-  assert json.loads(about.read_text()) == {'step': 3, 'count': None}
-  folders.add(images(3), images(3), np.array([True, True, False]))
-  folders.close()
-  assert json.loads(about.read_text()) == {'step': 3, 'count': 2}
-
-
-def test_images_of_another_run_are_neither_mixed_nor_touched(tmp_path):
-  write(tmp_path)
-  before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
-  with pytest.raises(ValueError, match='of another run, found .*png') as error:
-    ImageFolders(tmp_path, {'step': 4})
-  assert '\n' not in str(error.value)
-  after = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
-  assert after == before
-
-
-def test_images_of_unknown_origin_are_refused(tmp_path):
-  write(tmp_path)
-  (tmp_path / 'about.json').unlink()
-  with pytest.raises(ValueError, match='of another run'):
-    ImageFolders(tmp_path, {'step': 3})
-
-
-def test_the_same_run_is_written_anew(tmp_path):
-  write(tmp_path, count=12)
-  write(tmp_path, count=4)
-  assert len(list(tmp_path.rglob('*.png'))) == 2 * 4
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-  (tmp_path / 'file').write_text('')
-  with pytest.raises(ValueError, match='cannot write to .*file'):
-    ImageFolders(tmp_path / 'file', {})
-
-
-def test_numbers_are_those_of_the_packages(packages, tmp_path):
-  result = perceptual_metrics(write(tmp_path))
+def test_numbers_are_those_of_the_packages_beside_their_definition(
+  packages, tmp_path
+):
+  result = perceptual_metrics(write(tmp_path, count=40))
   assert result['rfid'] == 3.5
   assert result['inception_score'] == 9.25
   assert result['inception_score_std'] == 0.5
-  error = images(12, 0) / 127.5 - images(12, 1) / 127.5
+  error = images(40, 0) / 127.5 - images(40, 1) / 127.5
   np.testing.assert_allclose(result['lpips'], np.abs(error).mean(), rtol=1e-5)
+  assert len(result) == 8
+  assert '40 reconstructions' in result['rfid_definition']
+  assert 'lpips 0.1.4' in result['lpips_definition']
 
 
 def test_the_originals_are_the_reference(packages, tmp_path):
@@ -155,34 +102,16 @@ def test_the_originals_are_the_reference(packages, tmp_path):
   assert seen['save_cpu_ram']
 
 
-def test_every_number_stands_beside_its_definition(packages, tmp_path):
-  result = perceptual_metrics(write(tmp_path))
-  numbers = [n for n, value in result.items() if isinstance(value, float)]
-  assert len(result) == 2 * len(numbers) == 8
-  for name in numbers:
-    text = result[f'{name}_definition']
-    assert '12' in text and ('0.4.0' in text or '0.1.4' in text)
-  assert 'the 12 originals of this split' in result['rfid_definition']
-
-
-def test_standard_output_is_left_to_the_result(packages, tmp_path, capsys):
-  perceptual_metrics(write(tmp_path))
-  assert not capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
   'error',
   [
     urllib.error.URLError('Name or service not known'),
-    TimeoutError('timed out'),
-    ConnectionResetError('reset by peer'),
-    http.client.IncompleteRead(b'half'),
     RuntimeError('invalid hash value (expected "7be5be79", got "00")'),
-    PermissionError(13, 'Permission denied'),
+    RuntimeError('CUDA\nout of memory'),
   ],
-  ids=lambda error: type(error).__name__,
+  ids=str,
 )
-def test_without_weights_metrics_are_absent_and_a_line_says_so(
+def test_what_cannot_be_computed_is_absent_and_a_line_says_why(
   error, packages, tmp_path, caplog
 ):
   packages.error = error
@@ -191,21 +120,14 @@ def test_without_weights_metrics_are_absent_and_a_line_says_so(
   first, second = (r.getMessage() for r in caplog.records)
   assert 'rfid, inception_score left out' in first and 'lpips' in second
   for line in (first, second):
-    assert str(error) in line and '\n' not in line
-    assert 'https://' in line and '/cache/hub/checkpoints' in line
-
-
-def test_other_errors_are_not_taken_for_a_missing_network(packages, tmp_path):
-  packages.error = RuntimeError('CUDA out of memory')
-  with pytest.raises(RuntimeError, match='out of memory'):
-    perceptual_metrics(write(tmp_path))
+    assert ' '.join(str(error).split()) in line and '\n' not in line
+    assert '/cache/hub/checkpoints' in line
 
 
 def test_a_number_that_is_not_finite_is_left_out(packages, tmp_path, caplog):
   packages.values['inception_score_std'] = float('nan')
   result = perceptual_metrics(write(tmp_path))
-  assert 'rfid' in result and 'lpips' in result
-  assert not [name for name in result if 'score_std' in name]
+  assert {'rfid', 'lpips'} < set(result) and len(result) == 6
   assert 'inception_score_std left out: it is nan' in caplog.text
 
 
@@ -213,7 +135,7 @@ def test_a_number_that_is_not_finite_is_left_out(packages, tmp_path, caplog):
   ('count', 'side', 'missing', 'reason'),
   [
     (9, 32, 'rfid', 'at least 10 images, got 9'),
-    (12, 30, 'lpips', 'at least 31 pixels a side, got 30'),
+    (12, 30, 'lpips', 'sides of at least 31 pixels, got 30'),
   ],
 )
 def test_too_few_or_small_images_are_no_metric(
@@ -222,13 +144,6 @@ def test_too_few_or_small_images_are_no_metric(
   result = perceptual_metrics(write(tmp_path, count, side))
   assert missing not in result and len(result) > 0
   assert reason in caplog.text and len(caplog.records) == 1
-
-
-def test_folders_that_differ_are_refused(packages, tmp_path):
-  write(tmp_path)
-  (tmp_path / 'originals' / '000003.png').unlink()
-  with pytest.raises(ValueError, match='same images .* got 11 and 12'):
-    perceptual_metrics(tmp_path)
 
 
 @pytest.mark.parametrize('name', ['torch', 'torch_fidelity', 'lpips'])
@@ -243,16 +158,6 @@ def test_a_missing_package_is_asked_for_in_one_line(
 
 
 def test_the_extra_is_imported_when_asked_for_alone():
-  tree = ast.parse(inspect.getsource(perceptual))
-  modules = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-  names = {n.module for n in modules} | {
-    alias.name
-    for n in ast.walk(tree)
-    if isinstance(n, ast.Import)
-    for alias in n.names
-  }
-  assert not {name.split('.')[0] for name in names} & {
-    'torch',
-    'torch_fidelity',
-    'lpips',
-  }
+  program = 'import sys, rvq_jax.evaluation.evaluate; print(*sys.modules)'
+  names = subprocess.check_output([sys.executable, '-c', program], text=True)
+  assert not {'torch', 'torch_fidelity', 'lpips'} & set(names.split())

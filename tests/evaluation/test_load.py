@@ -1,0 +1,192 @@
+"""`load` of a run, an export and the Hub; damaged and hostile exports."""
+
+import json
+import subprocess
+import sys
+import tracemalloc
+import types
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from rvq_jax import load
+from rvq_jax.training.checkpoints import Checkpoints
+
+
+def change(folder, **changed):
+  about = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(about | changed))
+
+
+def test_an_export_has_the_bits_of_the_run(run, exported, test_images):
+  one, other = load(run), load(exported)
+  assert one.model_hash == other.model_hash and one.step == other.step == 6
+  a, b = jax.tree.flatten(one.variables), jax.tree.flatten(other.variables)
+  assert a[1] == b[1]
+  for x, y in zip(a[0], b[0], strict=True):
+    assert (x.dtype, x.tobytes()) == (y.dtype, y.tobytes())
+  np.testing.assert_array_equal(
+    one.reconstruct(test_images), other.reconstruct(test_images)
+  )
+
+
+def test_an_export_is_opened_with_few_files_and_no_training(exported):
+  program = """
+import sys
+import numpy as np
+from rvq_jax import load
+tokenizer = load(sys.argv[1])
+tokenizer.decode(tokenizer.encode(np.zeros((1, 16, 16, 3), np.uint8)))
+print(*(
+  name for name, module in sys.modules.items()
+  if '.' not in name or not hasattr(module, '__path__')
+))
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', program, exported], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  names = done.stdout.split()
+  ours = [name for name in names if name.startswith('rvq_jax.')]
+  unwanted = {'optax', 'orbax', 'rvq_jax.training.loop'}.intersection(names)
+  assert not unwanted
+  assert len(ours) <= 20, ours
+
+
+def test_the_averaged_parameters_are_loaded(run):
+  variables = load(run).variables
+  with Checkpoints(run, read_only=True) as checkpoints:
+    wanted = variables | {'params_ema': variables['params']}
+    wanted = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      wanted,
+    )
+    stored = checkpoints.restore_model(wanted, 6)
+  for got, averaged, last in zip(
+    jax.tree.leaves(variables['params']),
+    jax.tree.leaves(stored['params_ema']),
+    jax.tree.leaves(stored['params']),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(got, averaged)
+    assert np.any(got != last)
+
+
+def test_a_run_of_another_version_is_refused_in_one_line(run, monkeypatch):
+  meta = Checkpoints.meta
+
+  def older(self, step):
+    found = meta(self, step)
+    del found['config']['model.quantizer']
+    return found
+
+  monkeypatch.setattr(Checkpoints, 'meta', older)
+  with pytest.raises(ValueError, match='another version.*model.quantizer'):
+    load(run)
+
+
+def test_missing_runs_and_steps_are_named(run, tmp_path):
+  missing = tmp_path / 'none'
+  with pytest.raises(FileNotFoundError) as error:
+    load(missing)
+  command = str(error.value).partition('with python ')[2]
+  assert command == (
+    f'launch/main.py --config=configs/NAME.py --workdir={missing}'
+  )
+  with pytest.raises(FileNotFoundError, match='step 99'):
+    load(run, 99)
+
+
+@pytest.mark.parametrize('place', ['length', 'header', 'weights', 'end'])
+def test_damaged_weights_are_refused_in_little_memory(exported, place):
+  path = exported / 'model.safetensors'
+  data = bytearray(path.read_bytes())
+  if place == 'end':
+    del data[-10:]
+  elif place == 'length':  # a header of two gigabytes
+    data[:8] = (2**31).to_bytes(8, 'little')
+  else:
+    data[9 if place == 'header' else len(data) // 2] ^= 1
+  path.write_bytes(data)
+  if place == 'length':
+    with open(path, 'r+b') as stream:
+      stream.truncate(2**31 + 8)  # as long as it claims, of holes
+  tracemalloc.start()
+  with pytest.raises(ValueError, match='damaged'):
+    load(exported)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 2**25  # tracing the model's shapes takes most of it
+
+
+@pytest.mark.parametrize(
+  ('changed', 'message'),
+  [
+    ({'format': 'torch'}, "'format': 'rvq_jax'"),
+    ({'format_version': 2}, "'format_version': 1"),
+    ({'step': None}, 'config, model_hash, step'),
+    ({'config': {}}, 'made by another version'),
+    ({'config': {'model.widths': 'x'}}, 'made by another version'),
+  ],
+)
+def test_a_config_that_cannot_be_is_refused(exported, changed, message):
+  change(exported, **changed)
+  with pytest.raises(ValueError, match=message):
+    load(exported)
+
+
+def test_other_tensors_than_those_of_the_config_are_named(exported):
+  path = exported / 'model.safetensors'
+  arrays = safetensors.numpy.load_file(path)
+  del arrays['params.decoder.in.bias']
+  safetensors.numpy.save_file(arrays, path)
+  with pytest.raises(ValueError, match='params.decoder.in.bias'):
+    load(exported)
+  config = json.loads((exported / 'config.json').read_text())['config']
+  change(exported, config=config | {'model.codebook_size': 2**31 - 1})
+  with pytest.raises(ValueError, match='expected float32 .2147483647'):
+    load(exported)  # a huge model, of which nothing is made
+
+
+def test_an_export_has_no_other_step(exported):
+  assert load(exported, 6).step == 6
+  with pytest.raises(ValueError, match='expected 6.*got 5'):
+    load(exported, 5)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+  """Stands in for huggingface_hub; `answer` is what a download gives."""
+  module = types.ModuleType('huggingface_hub')
+  module.asked = []
+
+  def snapshot_download(repo, *, revision, allow_patterns):
+    module.asked.append((repo, revision, set(allow_patterns)))
+    if isinstance(module.answer, Exception):
+      raise module.answer
+    return str(module.answer)
+
+  module.snapshot_download = snapshot_download
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', module)
+  return module
+
+
+def test_the_hub_is_asked_for_weights_and_config_alone(exported, hub):
+  hub.answer = exported
+  assert load('hf:me/tiny@v1').step == load('hf:me/tiny').step == 6
+  files = {'model.safetensors', 'config.json'}
+  assert hub.asked == [('me/tiny', 'v1', files), ('me/tiny', None, files)]
+
+
+def test_a_hub_that_cannot_be_used_is_one_line(hub, tmp_path, monkeypatch):
+  hub.answer = RuntimeError('no route\nto host')
+  with pytest.raises(OSError, match='cannot fetch hf:me/tiny: no route;'):
+    load('hf:me/tiny')
+  hub.answer = tmp_path
+  with pytest.raises(OSError, match='holds no model.safetensors'):
+    load('hf:me/tiny')
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+  with pytest.raises(ImportError, match=r'rvq_jax\[hub\]'):
+    load('hf:me/tiny')
