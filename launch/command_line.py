@@ -146,6 +146,19 @@ def _hear_threads() -> None:
   sys.unraisablehook = unraisable
 
 
+def refuse_existing(path) -> None:
+  """Ends the program where an output would replace a file."""
+  if os.path.lexists(path):
+    fail(f'{path} exists and is not overwritten; name another output')
+
+
+def prepare_backend() -> None:
+  """What a launcher calls before its first program is compiled."""
+  from rvq_jax.training import runtime
+
+  runtime.prepare()
+
+
 def parse_step(step: str | None) -> int | str | None:
   """The value of a flag --step: a number, 'best' or None."""
   if step is not None and step != 'best' and not step.isdecimal():

@@ -71,6 +71,8 @@ class Tokenizer:
     )
     return self.config[f'model.{name}'] if name else None
 
+  codes_per_position = codes
+
   @functools.cached_property
   def model_hash(self) -> str:
     """SHA-256 in hex of the architecture and of every array, by name.
