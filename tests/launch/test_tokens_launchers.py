@@ -46,7 +46,7 @@ def succeed(launcher, *arguments, **options):
     ('encode --workdir=x phto.jpg y.npz', 'an image file, got phto.jpg'),
     ('encode --workdir=x a b c', 'at most 2 paths'),
     ('encode --workdir={folder} {png} y.npz', 'a run with checkpoints'),
-    ('encode --workdir=x --input={folder} --output=y --split=s', 'expected one'),
+    ('encode --workdir=x --input={folder} --output=y --split=s', 'split: ex'),
     ('encode --workdir=x --image_size=0', 'image_size'),
     ('decode', 'expected --workdir=DIR and either FILE.npz IMAGE.png'),
     ('decode --workdir=x {mine} y.jpg', "an output IMAGE.png, got 'y.jpg'"),
