@@ -11,9 +11,8 @@ import concurrent.futures
 import functools
 import hashlib
 import json
-import math
+import logging
 import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from rvq_jax.data.skips import MAX_SHARE, try_image
 from rvq_jax.data.sources import Source
@@ -32,7 +30,6 @@ from rvq_jax.tokens import tiling
 
 META, FORMAT = 'meta.json', 'rvq_jax tokens 1'
 _MAX_META_BYTES = 2**26
-_SECONDS_PER_COMMIT = 5.0
 
 
 def batch_size(image_size: int) -> int:
@@ -50,8 +47,8 @@ def encode_dataset(
 ) -> dict[str, Any]:
   """Writes the tokens of a data set as a folder.
 
-  The first call fixes N. After an interruption, even by SIGKILL, the same call
-  resumes and ends with the same files.
+  After an interruption, even by SIGKILL, the same call resumes and ends with
+  the same files.
 
   Args:
     tokenizer: the model.
@@ -91,8 +88,7 @@ def encode_dataset(
     if not (folder / META).exists():
       _create(folder, meta, labels, dtype)
     meta = _resume(folder, meta)
-    with logging_redirect_tqdm():
-      _encode_rows(tokenizer, source, folder, meta)
+    _encode_rows(tokenizer, source, folder, meta)
   return meta
 
 
@@ -108,11 +104,8 @@ def _create(folder, meta, labels, dtype) -> None:
   partial = folder.with_name(f'.{folder.name}.partial')
   try:
     partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / 'ids.npy', 'wb') as stream:
-      shape = (meta['num_images'], *meta['grid'])
-      header = {'descr': dtype.str, 'fortran_order': False, 'shape': shape}
-      np.lib.format.write_array_header_1_0(stream, header)
-      stream.truncate(stream.tell() + dtype.itemsize * math.prod(shape))
+    shape = (meta['num_images'], *meta['grid'])
+    np.lib.format.open_memmap(partial / 'ids.npy', 'w+', dtype, shape)
     np.save(partial / 'labels.npy', labels)
     write_atomic(partial / 'names.txt', '')
     write_atomic(partial / META, json.dumps(meta))
@@ -124,13 +117,13 @@ def _create(folder, meta, labels, dtype) -> None:
 def _resume(folder, wanted) -> dict[str, Any]:
   """Checks the folder of an earlier call; drops what it did not commit."""
   meta, _, _, names = _open(folder)
-  for name in wanted.keys() - {'rows_done', 'skipped'}:
-    if meta.get(name) != wanted[name]:
+  for name in wanted:
+    if name not in ('rows_done', 'skipped') and meta.get(name) != wanted[name]:
       raise ValueError(
         f'{folder} has another {name} ({meta.get(name)}, not {wanted[name]}); '
         'name another output folder'
       )
-  for path in folder.glob('.*.partial'):
+  for path in folder.glob('.*.partial'):  # of a write that was killed
     path.unlink()
   names = names[: meta['rows_done']]
   write_atomic(folder / 'names.txt', ''.join(f'{name}\n' for name in names))
@@ -151,9 +144,10 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
   ):
     row_bytes = np.load(folder / 'ids.npy', mmap_mode='r')[0].nbytes
     ids_file.seek((done - count) * row_bytes, os.SEEK_END)
-    committed = time.monotonic()
     for images, names, skipped in _batches(source, done, size):
-      meta['skipped'] += [{'row': r, 'reason': skipped[r]} for r in skipped]
+      for row, reason in skipped.items():
+        logging.warning('skipped: %s', reason)
+        meta['skipped'].append({'row': row, 'reason': reason})
       if len(meta['skipped']) > MAX_SHARE * count:
         raise ValueError(
           f'{len(meta["skipped"])} of {count} images cannot be decoded, more '
@@ -166,13 +160,10 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
       names_file.writelines(f'{name}\n' for name in names)
       bar.update(len(names))
       meta['rows_done'] = done = done + len(names)
-      if done < count and time.monotonic() - committed < _SECONDS_PER_COMMIT:
-        continue
       for file in (ids_file, names_file):
         file.flush()
         os.fsync(file.fileno())
       write_atomic(folder / META, json.dumps(meta))
-      committed = time.monotonic()
 
 
 def _batches(source, first, size) -> Iterator[tuple[np.ndarray, list, dict]]:
@@ -222,18 +213,15 @@ def _open(folder):
 
 
 class TokenDataset:
-  """The tokens of a folder with random access.
+  """A complete folder of tokens with random access, also a Grain source.
 
-  It serves as a Grain source: `grain.MapDataset.source(TokenDataset(folder))`.
+  Item i is {'ids': [H, W] or [H, W, L], 'label': int32, 'name': str}.
 
   Args:
     folder: that `encode_dataset` wrote.
 
   Attributes:
-    meta: the content of meta.json.
-    ids: [N, H, W] or [N, H, W, L], memory-mapped.
-    labels: int32 [N].
-    names: N strings.
+    meta, ids, labels, names: the four files; ids is memory-mapped.
 
   Raises:
     ValueError: the folder is incomplete, damaged, or holds something else.
@@ -267,21 +255,18 @@ class TokenDataset:
 
 
 def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
-  """Writes the images of a folder of tokens as OUTPUT/NNNNNNNN.png.
+  """Writes the images of a folder of tokens as PNG files, numbered by row.
 
   Args:
     tokenizer: the model that made the tokens.
     folder: of the tokens.
-    output: new or empty folder. The number is the row; skipped rows are left
-      out.
+    output: new or empty folder.
 
   Returns:
-    The number of images.
+    The number of images; skipped rows have none.
 
   Raises:
-    ValueError: the tokens are damaged or of another model, or the output is
-      not empty.
-    OSError: the disk is full.
+    ValueError: the tokens are of another model, or the output is not empty.
   """
   dataset, output = TokenDataset(folder), Path(output)
   tiling.check_model(tokenizer, dataset.meta['model_hash'], folder)

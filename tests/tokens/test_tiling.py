@@ -1,5 +1,7 @@
 """Images of any size to ids and back, and as one file."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -26,31 +28,30 @@ def test_windows_keep_each_position_once_and_from_well_inside(size):
 
 
 @pytest.mark.parametrize('fields', [{}, {'quantizer': 'residual', 'depth': 3}])
-def test_an_image_in_one_piece_equals_the_tokenizer(
+def test_an_image_is_padded_by_its_last_pixels_and_equals_the_tokenizer(
   make_tokenizer, photograph, fields
 ):
-  tokenizer = make_tokenizer(**fields)
-  image = photograph(24, 36)
-  np.testing.assert_array_equal(
-    tiling.encode_images(tokenizer, image[None]), tokenizer.encode(image[None])
-  )
-  np.testing.assert_array_equal(
-    reconstruct(tokenizer, image),
-    to_uint8(tokenizer.reconstruct(image[None]))[0],
-  )
-
-
-def test_an_odd_size_is_padded_by_its_last_pixels_and_cropped_back(
-  make_tokenizer, photograph
-):
-  tokenizer = make_tokenizer()
-  image = photograph(21, 34)
+  tokenizer, image = make_tokenizer(**fields), photograph(21, 34)
   padded = image[np.minimum(np.arange(24), 20)]
   padded = padded[:, np.minimum(np.arange(36), 33)]
+  np.testing.assert_array_equal(
+    tiling.encode_images(tokenizer, image[None]), tokenizer.encode(padded[None])
+  )
   np.testing.assert_array_equal(
     reconstruct(tokenizer, image),
     to_uint8(tokenizer.reconstruct(padded[None]))[0, :21, :34],
   )
+
+
+@pytest.mark.parametrize(
+  ('size', 'dtype'),
+  [(256, np.uint8), (257, np.uint16), (65536, np.uint16), (65537, np.uint32)],
+)
+def test_ids_are_the_smallest_unsigned_integers(size, dtype):
+  like = types.SimpleNamespace(
+    codebook_size=size, factor=4, codes_per_position=None
+  )
+  assert tiling.ids_type(like, 13, 16) == ((4, 4), dtype)
 
 
 def test_a_large_image_is_coded_in_windows(
