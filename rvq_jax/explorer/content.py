@@ -53,12 +53,7 @@ def model_content(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
 def image_content(
   tokenizer: Tokenizer, image: np.ndarray, name: str
 ) -> dict[str, Any]:
-  """An image with its tokens and reconstructions.
-
-  Args:
-    tokenizer: the model.
-    image: uint8 [h, w, 3].
-    name: of the image.
+  """An image, uint8 [h, w, 3], with its tokens and reconstructions.
 
   Returns:
     JSON values. `ids` is the flattened grid, L ids per position;
@@ -87,11 +82,7 @@ def image_content(
 
 
 def code_vectors(tokenizer: Tokenizer, level: int) -> np.ndarray:
-  """The vector of every code of one level or head, float32 [K, C].
-
-  It is the quantized vector of that code and of code 0 elsewhere, so distances
-  are those between the codes of the level, whatever the quantizer.
-  """
+  """Quantized vectors [K, C] of the codes of a level, code 0 elsewhere."""
   size, codes = tokenizer.codebook_size, tokenizer.codes_per_position
   ids = jnp.arange(size)
   if codes:
@@ -108,11 +99,7 @@ def code_vectors(tokenizer: Tokenizer, level: int) -> np.ndarray:
 def codes_content(
   tokenizer: Tokenizer, images: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-  """The codes that images use, their neighbors and what they look like.
-
-  Args:
-    tokenizer: the model.
-    images: from `image_content`.
+  """The codes that images of `image_content` use.
 
   Returns:
     Per level: `neighbors`, id -> [[id, distance], ...], and where a code can be
@@ -123,13 +110,12 @@ def codes_content(
   ids = np.concatenate([np.reshape(x['ids'], (-1, levels)) for x in images])
   result = []
   for level in range(levels):
-    used = np.unique(ids[:, level])
+    used = np.unique(ids[:, level]).tolist()
     near = _nearest(code_vectors(tokenizer, level), used)
-    content = {'neighbors': near}
+    result.append({'neighbors': near})
     if level == 0 and tokenizer.config['model.quantizer'] != 'product':
       shown = {i for pairs in near.values() for i, _ in pairs}
-      content |= _sheet(tokenizer, sorted(shown | set(used.tolist())))
-    result.append(content)
+      result[0] |= _sheet(tokenizer, sorted(shown.union(used)))
   return result
 
 
@@ -137,7 +123,7 @@ def _nearest(vectors, used) -> dict[str, list]:
   """The codes nearest to each of those used, nearest first."""
   norms = (vectors**2).sum(1)
   result = {}
-  for code in used.tolist():
+  for code in used:
     squared = norms + norms[code] - 2 * vectors @ vectors[code]
     squared[code] = np.inf
     order = np.argsort(squared)[: min(_NEIGHBORS, len(norms) - 1)].tolist()
@@ -155,8 +141,7 @@ def _sheet(tokenizer, codes: list[int]) -> dict[str, Any]:
   swatches = {}
   for start in range(0, len(codes), batch):
     part = codes[start : start + batch]
-    grid = np.resize(part, batch)[:, None, None].repeat(_GRID, 1)
-    grid = grid.repeat(_GRID, 2)  # [batch, 3, 3]
+    grid = np.tile(np.resize(part, (batch, 1, 1)), (_GRID, _GRID))
     if tokenizer.codes_per_position:
       grid = grid[..., None]
     images = np.asarray(to_uint8(tokenizer.decode(grid)))[:, middle, middle]

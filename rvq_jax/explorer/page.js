@@ -28,19 +28,13 @@ function drawSwatch(canvas, code, level) {
   context.clearRect(0, 0, width, height);
   context.imageSmoothingEnabled = false;
   const { picture, side, swatches } = codes[level];
+  const user = images.find((image) => cellsOf(image, code, level).length), f = model.factor;
   if (swatches && code in swatches) {
     context.drawImage(picture, ...swatches[code], side, side, 0, 0, width, height);
-    return;
+  } else if (user) {
+    const [cell] = cellsOf(user, code, level);
+    context.drawImage(user.made.at(-1), ...corner(user, cell, f), f, f, 0, 0, width, height);
   }
-  for (const image of images) {
-    const [cell] = cellsOf(image, code, level), f = model.factor;
-    if (cell !== undefined) {
-      context.drawImage(image.made.at(-1), ...corner(image, cell, f), f, f, 0, 0, width, height);
-      return;
-    }
-  }
-  context.fillStyle = '#888';
-  context.fillText('?', width / 2 - 3, height / 2 + 4);
 }
 
 const colorCache = {};
@@ -163,7 +157,7 @@ function drawCode() {
     const canvas = element('canvas', [], { width: 40, height: 40 });
     drawSwatch(canvas, id, level);
     return element('button', [canvas, String(id), element('small', [distance.toPrecision(3)])],
-      { value: id, onclick: () => { Object.assign(state, { cell: null, code: id }); draw(); } });
+      { value: id, onclick: () => show({ cell: null, code: id }) });
   }));
   if (!near) $('neighbors').append(element('small', ['No image here uses this code.']));
   $('uses').replaceChildren(...images.flatMap((each, i) => (uses[i].length ? [use(each, i, uses[i])] : [])));
@@ -179,15 +173,15 @@ function use(image, number, cells) {
     context.drawImage(image.picture, ...corner(image, cell, f), f, f, ...corner(image, cell, f * scale), f * scale, f * scale);
     outline(context, image, cell, f * scale, MARK, Math.max(1, (f * scale) / 6));
   }
-  return element('button', [canvas, `${cells.length}x`], {
-    title: image.name, onclick: () => { Object.assign(state, { image: number, cell: cells[0] }); draw(); },
-  });
+  const onclick = () => show({ image: number, cell: cells[0] });
+  return element('button', [canvas, `${cells.length}x`], { title: image.name, onclick });
 }
 
-function select(cell, level = state.level) {
-  Object.assign(state, { cell, level, code: idAt(images[state.image], cell, level) });
+function show(changed) {
+  Object.assign(state, changed);
   draw();
 }
+const select = (cell, level = state.level) => show({ cell, level, code: idAt(images[state.image], cell, level) });
 
 function onClick(event) {
   const image = images[state.image], box = event.target.getBoundingClientRect();
@@ -215,15 +209,13 @@ async function main() {
     image.picture = await load(image.original);
     image.made = await Promise.all(image.reconstructions.map(load));
     const thumbnail = Object.assign(image.picture.cloneNode(), { alt: image.name });
-    $('thumbnails').append(element('button', [thumbnail], {
-      role: 'option', title: image.name,
-      onclick: () => { Object.assign(state, { image: number, cell: null, code: null }); draw(); },
-    }));
+    const onclick = () => show({ image: number, cell: null, code: null });
+    $('thumbnails').append(element('button', [thumbnail], { role: 'option', title: image.name, onclick }));
   }
   if (!codes[0].sheet) $('colors').options[0].remove();
   $('depth-control').hidden = !model.residual || L === 1;
   $('depth').max = $('depth').value = L;
-  $('depth').oninput = (event) => { state.depth = Number(event.target.value); draw(); };
+  $('depth').oninput = (event) => show({ depth: Number(event.target.value) });
   $('colors').onchange = $('gain').oninput = draw;
   for (const id of ['original', 'made', 'error', 'tokens']) $(id).onclick = onClick;
   document.addEventListener('keydown', onKey);

@@ -16,8 +16,8 @@ from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.explorer import content
 from rvq_jax.io import write_atomic
 
+# How the page begins; only such a file is replaced.
 MARKER = '<!doctype html><!-- rvq_jax explorer -->'
-"""How the page begins; only such a file is replaced."""
 
 
 def example_images(
@@ -27,11 +27,11 @@ def example_images(
   source: str | None = None,
   data_dir: str | None = None,
 ) -> list[tuple[str, np.ndarray]]:
-  """Images for the page.
+  """Draws images for the page with a fixed seed.
 
   Args:
     tokenizer: the model.
-    count: how many at most, drawn with a fixed seed.
+    count: at most so many.
     source: an image, a folder or a data set, shown at its own size; None for
       the test images of the run, cropped as in evaluation.
     data_dir: where tfds keeps prepared data; None: as in training.
@@ -84,10 +84,7 @@ def page_data(
   Args:
     tokenizer: the model.
     name: of the model.
-    images: name and uint8 [h, w, 3] of each.
-
-  Returns:
-    'model', 'images' and 'codes'.
+    images: (name, uint8 [h, w, 3]) of each.
   """
   shown = [content.image_content(tokenizer, x, label) for label, x in images]
   return {
@@ -106,23 +103,19 @@ def page_html(data: dict[str, Any]) -> str:
   )
   # Inside <script> nothing but '</' and '<!--' ends or changes what follows.
   text = json.dumps(data).replace('<', '\\u003c')
-  parts = {'/*style*/': style, '/*script*/': script, '/*data*/': text}
-  for mark, part in parts.items():
-    page = page.replace(mark, part, 1)
-  return page
+  page = page.replace('/*style*/', style).replace('/*script*/', script)
+  return page.replace('/*data*/', text)
 
 
 def check_output(path) -> None:
   """Raises ValueError where a file exists that is not such a page."""
-  path = Path(path)
-  if path.is_file():
-    with open(path, 'rb') as file:
-      if file.read(len(MARKER)) == MARKER.encode():
-        return
-  if path.exists():
+  path, marker = Path(path), MARKER.encode()
+  if path.exists() and not (
+    path.is_file() and path.read_bytes().startswith(marker)
+  ):
     raise ValueError(
       f'{path} is not a page of the explorer and is not overwritten; name '
-      'another --output'
+      'another output'
     )
 
 
