@@ -17,6 +17,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 REPOSITORY = ''  # https://github.com/OWNER/rvq_jax, for Colab
@@ -38,6 +39,7 @@ if not (root / 'configs' / 'photos.py').exists():
   subprocess.run(install, check=True)
 os.chdir(root)
 sys.path.insert(0, str(root))
+warnings.filterwarnings('ignore', message='IProgress not found')
 
 # %%
 import logging

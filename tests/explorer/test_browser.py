@@ -1,11 +1,9 @@
 """The explorer's page in headless Chromium, with real clicks."""
 
-import io
 import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from rvq_jax.explorer import page
 
@@ -34,35 +32,23 @@ def browser():
 
 
 @pytest.fixture
-def open_page(browser):
-  """Returns a function that opens an address; no error may be logged."""
+def open_file(browser, make_data, tmp_path):
+  """Returns a function of model fields that opens their page."""
   tab, errors = browser.new_page(viewport={'width': 1280, 'height': 1000}), []
   tab.on('pageerror', lambda error: errors.append(str(error)))
-  tab.on(
-    'console', lambda m: m.type == 'error' and errors.append(m.text) or None
-  )
-
-  def open_at(address):
-    tab.goto(address)
-    tab.wait_for_selector('body[data-ready]')
-    return tab
-
-  yield open_at
-  tab.close()
-  assert errors == []
-
-
-@pytest.fixture
-def open_file(open_page, make_data, tmp_path):
-  """Returns a function of model fields that opens their page."""
+  tab.on('console', lambda m: m.type == 'error' and errors.append(m.text))
 
   def open_it(**fields):
     _, data = make_data(**fields)
     path = tmp_path / 'explore.html'
     page.write_page(path, data)
-    return open_page(path.as_uri()), data['images']
+    tab.goto(path.as_uri())
+    tab.wait_for_selector('body[data-ready]')
+    return tab, data['images']
 
-  return open_it
+  yield open_it
+  tab.close()
+  assert errors == []
 
 
 def click_cell(tab, image, row, column, canvas='#tokens'):
@@ -84,7 +70,6 @@ def pixel(tab, canvas, x, y):
 def test_a_click_shows_the_code_its_neighbors_and_its_uses(open_file):
   tab, images = open_file()
   image = images[0]
-  before = tab.screenshot()
   click_cell(tab, image, 2, 5)
   ids = np.reshape(image['ids'], (4, 6))
   assert tab.inner_text('#name') == f'code {ids[2, 5]}'
@@ -98,9 +83,7 @@ def test_a_click_shows_the_code_its_neighbors_and_its_uses(open_file):
   assert tab.locator('#uses button').count() == sum(
     ids[2, 5] in i['ids'] for i in images
   )
-  after = np.asarray(Image.open(io.BytesIO(tab.screenshot())))
-  assert (after != np.asarray(Image.open(io.BytesIO(before)))).any()
-  # The same cell of another picture is the same token; the arrow moves on.
+  # The same cell of another picture is the same token.
   click_cell(tab, image, 1, 1, canvas='#original')
   assert tab.inner_text('#name') == f'code {ids[1, 1]}'
   tab.keyboard.press('ArrowRight')
@@ -145,18 +128,10 @@ def test_another_image_is_a_click_away(open_file):
 def test_colors_by_use_run_from_rare_to_frequent(open_file):
   tab, images = open_file()
   tab.locator('#colors').select_option('used')
-  ids = np.array(images[0]['ids']).reshape(4, 6)
   counts = np.bincount(sum((i['ids'] for i in images), []))
-  # The tokens are drawn 19 x 4 pixels a side; lightness grows with the count.
-  light = {}
-  for (row, column), code in np.ndenumerate(ids):
-    red, green, blue = pixel(tab, 'tokens', 76 * column + 38, 76 * row + 38)
-    found = max(red, green, blue) + min(red, green, blue)
-    light.setdefault(int(counts[code]), found)
-    assert abs(light[int(counts[code])] - found) <= 1
-  ordered = [light[count] for count in sorted(light)]
-  assert len(ordered) > 1 and ordered == sorted(ordered)
-  # hsl(... 28% + 35% of log count / log of the largest).
-  for count, found in light.items():
-    share = np.log(count) / np.log(max(2, counts.max()))
-    assert abs(found / 510 - (0.28 + 0.35 * share)) < 0.01
+  for i, code in enumerate(images[0]['ids']):
+    row, column = divmod(i, 6)  # tokens are drawn 19 x 4 pixels per side
+    color = pixel(tab, 'tokens', 76 * column + 38, 76 * row + 38)
+    lightness = (max(color) + min(color)) / 510
+    share = np.log(counts[code]) / np.log(max(2, counts.max()))
+    assert abs(lightness - (0.28 + 0.35 * share)) < 0.01
