@@ -146,8 +146,10 @@ def _hear_threads() -> None:
   sys.unraisablehook = unraisable
 
 
-def refuse_existing(path) -> None:
-  """Ends the program where an output would replace a file."""
+def check_output(path: str, suffix: str) -> None:
+  """Ends the program unless an output is a new file that ends in `suffix`."""
+  if not path.endswith(suffix):
+    fail(f'expected an output FILE{suffix}, got {path!r}')
   if os.path.lexists(path):
     fail(f'{path} exists and is not overwritten; name another output')
 

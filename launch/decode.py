@@ -27,17 +27,12 @@ def main(*paths):
       'and --output=FOLDER'
     )
   step = command_line.parse_step(_STEP.value)
-  if paths:
-    decode_image(step, *paths)
-  else:
-    decode_folder(step)
+  decode_image(step, *paths) if paths else decode_folder(step)
 
 
 def decode_image(step, source, output=''):
   """Writes one image."""
-  if not output.endswith('.png'):
-    command_line.fail(f'expected an output IMAGE.png, got {output!r}')
-  command_line.refuse_existing(output)
+  command_line.check_output(output, '.png')
   from PIL import Image
 
   from rvq_jax.evaluation.load import load

@@ -2,12 +2,10 @@
 
 python launch/encode.py --workdir=DIR photo.jpg photo.npz
 python launch/encode.py --workdir=DIR --input=FOLDER|tfds:NAME|photos
-  --output=tokens/ [--split=train] [--image_size=N] [--step=N|best]
-  [--data_dir=DIR]
+  --output=tokens/ [--split=train] [--image_size=N] [--step=N] [--data_dir=DIR]
 
-DIR is a run, an export or hf:OWNER/NAME. An image of any size becomes one .npz
-file; a data set becomes a folder of .npy files, one folder per split where it
-has splits. The same command resumes an interrupted data set.
+DIR is a run, an export or hf:OWNER/NAME. An image of any size becomes an .npz
+file, each split of a data set a folder. The same command resumes a data set.
 """
 
 from pathlib import Path
@@ -29,22 +27,15 @@ _IMAGE_SIZE = flags.DEFINE_integer(
 def main(*paths):
   """Encodes an image or a data set."""
   if not _WORKDIR.value or bool(_INPUT.value and _OUTPUT.value) == bool(paths):
-    command_line.fail(
-      'expected --workdir=DIR and either IMAGE FILE.npz, or --input=FOLDER and '
-      '--output=FOLDER'
-    )
+    usage = 'IMAGE FILE.npz, or --input=FOLDER and --output=FOLDER'
+    command_line.fail(f'expected --workdir=DIR and either {usage}')
   step = command_line.parse_step(_STEP.value)
-  if paths:
-    encode_image(step, *paths)
-  else:
-    encode_data_set(step)
+  encode_image(step, *paths) if paths else encode_data_set(step, _INPUT.value)
 
 
 def encode_image(step, source, output=''):
   """Writes one .npz file."""
-  if not output.endswith('.npz'):
-    command_line.fail(f'expected an output FILE.npz, got {output!r}')
-  command_line.refuse_existing(output)
+  command_line.check_output(output, '.npz')
   if not Path(source).is_file():
     command_line.fail(f'expected an image file, got {source}')
   from rvq_jax import metrics
@@ -60,19 +51,18 @@ def encode_image(step, source, output=''):
   psnr = metrics.psnr(image[None] / 127.5 - 1, made / 127.5 - 1)[0]
   bits = ids.size * (tokenizer.codebook_size - 1).bit_length()
   print(
-    f'{output}: {image.shape[1]} x {image.shape[0]} pixels, {ids.size} tokens, '
+    f'{output}: {made.shape[2]} x {made.shape[1]} pixels, {ids.size} tokens, '
     f'{bits * 3 / image.size:.4f} bits per pixel, PSNR {psnr:.2f} dB'
   )
 
 
-def encode_data_set(step):
+def encode_data_set(step, name):
   """Writes one folder of tokens per split."""
   from rvq_jax.data.datasets import open_images
   from rvq_jax.evaluation.load import load
   from rvq_jax.tokens.dataset import encode_dataset
 
   command_line.prepare_backend()
-  name = _INPUT.value
   splits = open_images(name, data_dir=_DATA_DIR.value, split=_SPLIT.value)
   tokenizer = load(_WORKDIR.value, step)
   for split, images in splits.items():
@@ -81,10 +71,8 @@ def encode_data_set(step):
     meta = encode_dataset(
       tokenizer, images, folder, image_size=_IMAGE_SIZE.value, about=about
     )
-    print(
-      f'{folder}: tokens of {meta["num_images"]} images, '
-      f'{len(meta["skipped"])} of them skipped'
-    )
+    count, skipped = meta['num_images'], len(meta['skipped'])
+    print(f'{folder}: tokens of {count} images, {skipped} of them skipped')
 
 
 if __name__ == '__main__':

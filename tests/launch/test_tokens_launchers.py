@@ -49,7 +49,7 @@ def succeed(launcher, *arguments, **options):
     ('encode --workdir=x --input={folder} --output=y --split=s', 'split: ex'),
     ('encode --workdir=x --image_size=0', 'image_size'),
     ('decode', 'expected --workdir=DIR and either FILE.npz IMAGE.png'),
-    ('decode --workdir=x {mine} y.jpg', "an output IMAGE.png, got 'y.jpg'"),
+    ('decode --workdir=x {mine} y.jpg', "an output FILE.png, got 'y.jpg'"),
     ('decode --workdir=x {mine} {png}', 'png exists and is not overwritten'),
     ('explore', 'expected --workdir=DIR'),
     ('explore --workdir=x --images=0', 'images'),
@@ -78,7 +78,7 @@ def test_an_image_goes_to_tokens_and_back(tiny_run, image_folder, tmp_path):
   source = next((image_folder / 'test').rglob('*.png'))
   npz, png = tmp_path / 'x.npz', tmp_path / 'x.png'
   out = succeed('encode', f'--workdir={tiny_run}', source, npz)
-  assert '16 x 20 pixels, 20 tokens, 0.2500 bits per pixel, PSNR' in out
+  assert '20 x 16 pixels, 20 tokens, 0.2500 bits per pixel, PSNR' in out
   succeed('decode', f'--workdir={tiny_run}', npz, png)
   image, made = (np.asarray(Image.open(p)).astype(float) for p in (source, png))
   psnr = 10 * np.log10(255**2 / np.mean((image - made) ** 2))
