@@ -63,6 +63,14 @@ def parse_step(step: str | None) -> int | str | None:
   return int(step) if step and step != 'best' else step
 
 
+def check_output(path: str, suffix: str) -> None:
+  """Ends the program unless an output is a new file that ends in `suffix`."""
+  if not path.endswith(suffix):
+    fail(f'expected an output FILE{suffix}, got {path!r}')
+  if os.path.lexists(path):
+    fail(f'{path} exists and is not overwritten; name another output')
+
+
 def prepare_backend() -> None:
   """Keeps compiled programs on disk and freed memory; what users set wins.
 

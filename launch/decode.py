@@ -1,13 +1,13 @@
 """Turns tokens back into images.
 
-python launch/decode.py --workdir=DIR photo.rvq photo.png
+python launch/decode.py --workdir=DIR photo.npz photo.png
 python launch/decode.py --workdir=DIR --input=tokens/ --output=images/
-  [--format=png|webp] [--step=N|best]
+  [--step=N|best]
 
 DIR is the model that made the tokens: a run, an export or hf:OWNER/NAME.
-PNG and WebP are written without loss.
 """
 
+import io
 from pathlib import Path
 
 import command_line
@@ -15,41 +15,51 @@ from absl import flags
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Run, export or hf:NAME.')
 _STEP = flags.DEFINE_string('step', None, 'A saved step, or best; the newest.')
-_INPUT = flags.DEFINE_string('input', None, 'File.rvq, or folder of shards.')
-_OUTPUT = flags.DEFINE_string('output', None, 'Image, or folder of images.')
-_FORMAT = flags.DEFINE_string('format', 'png', 'Of a folder: png or webp.')
+_INPUT = flags.DEFINE_string('input', None, 'Folder of tokens.')
+_OUTPUT = flags.DEFINE_string('output', None, 'New folder of images.')
 
 
 def main(*paths):
-  """Decodes a file or a folder of shards."""
-  first, second = (*paths, None, None)[:2]
-  source, output = _INPUT.value or first, _OUTPUT.value or second
-  if not _WORKDIR.value or not source:
-    command_line.fail('expected --workdir=DIR and FILE.rvq or --input=FOLDER')
+  """Decodes a file or a folder of tokens."""
+  if not _WORKDIR.value or bool(_INPUT.value and _OUTPUT.value) == bool(paths):
+    command_line.fail(
+      'expected --workdir=DIR and either FILE.npz IMAGE.png, or --input=FOLDER '
+      'and --output=FOLDER'
+    )
   step = command_line.parse_step(_STEP.value)
-  folder = Path(source).is_dir()
-  if not output and folder:
-    command_line.fail('expected --output=FOLDER for the images')
+  decode_image(step, *paths) if paths else decode_folder(step)
+
+
+def decode_image(step, source, output=''):
+  """Writes one image."""
+  command_line.check_output(output, '.png')
+  from PIL import Image
+
   from rvq_jax.evaluation.load import load
-  from rvq_jax.tokens import decode, files
-  from rvq_jax.tokens.card import token_folders
+  from rvq_jax.io import write_atomic
+  from rvq_jax.tokens import tiling
 
   command_line.prepare_backend()
-  if folder:
-    found = token_folders(source)
-    tokenizer = load(_WORKDIR.value, step)
-    for tokens in found:
-      to = Path(output) / tokens.relative_to(source)
-      count = decode.decode_dataset(
-        tokenizer, tokens, to, extension=f'.{_FORMAT.value}'
-      )
-      print(f'{count} images in {to}')
-    return
-  output = output or str(Path(source).with_suffix('.png'))
-  files.check_format(Path(output).suffix)
-  image = files.decode_file(load(_WORKDIR.value, step), source)
-  files.write_image(output, image)
+  image = tiling.load_image(load(_WORKDIR.value, step), source)
+  content = io.BytesIO()
+  Image.fromarray(image).save(content, 'PNG')
+  write_atomic(output, content.getvalue())
   print(f'{output}: {image.shape[1]} x {image.shape[0]} pixels')
+
+
+def decode_folder(step):
+  """Writes a folder of images, or one per split."""
+  from rvq_jax.evaluation.load import load
+  from rvq_jax.tokens import dataset
+
+  command_line.prepare_backend()
+  source = Path(_INPUT.value)
+  found = sorted(path.parent for path in source.glob(f'*/{dataset.META}'))
+  tokenizer = load(_WORKDIR.value, step)
+  for folder in found or [source]:
+    to = Path(_OUTPUT.value) / folder.relative_to(source)
+    count = dataset.decode_dataset(tokenizer, folder, to)
+    print(f'{to}: {count} images')
 
 
 if __name__ == '__main__':

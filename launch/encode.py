@@ -1,15 +1,11 @@
 """Turns images into tokens.
 
-python launch/encode.py --workdir=DIR photo.jpg photo.rvq
-python launch/encode.py --workdir=DIR --input=FILE|FOLDER|tfds:NAME|photos
-  --output=tokens/ [--split=train] [--image_size=N] [--shard_size=4096]
-  [--step=N|best] [--data_dir=DIR]
+python launch/encode.py --workdir=DIR photo.jpg photo.npz
+python launch/encode.py --workdir=DIR --input=FOLDER|tfds:NAME|photos
+  --output=tokens/ [--split=train] [--image_size=N] [--step=N] [--data_dir=DIR]
 
-DIR is a run, an exported model or hf:OWNER/NAME. One image becomes an .rvq
-file, beside which JPEG, WebP and AVIF of the same size are measured; a data
-set becomes token shards, and so does one image where the output is a folder.
-The same command goes on where one was interrupted. A folder of yours that is
-called photos goes before the embedded set; tfds:photos names that one.
+DIR is a run, an export or hf:OWNER/NAME. An image of any size becomes an .npz
+file, each split of a data set a folder. The same command resumes a data set.
 """
 
 from pathlib import Path
@@ -19,74 +15,64 @@ from absl import flags
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Run, export or hf:NAME.')
 _STEP = flags.DEFINE_string('step', None, 'A saved step, or best; the newest.')
-_INPUT = flags.DEFINE_string('input', None, 'Image, folder or data set.')
-_OUTPUT = flags.DEFINE_string('output', None, 'File.rvq, or folder of shards.')
+_INPUT = flags.DEFINE_string('input', None, 'Folder or data set.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder of the tokens.')
 _SPLIT = flags.DEFINE_string('split', None, 'One split; default: each.')
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Of prepared tfds data.')
 _IMAGE_SIZE = flags.DEFINE_integer(
-  'image_size', None, 'Side to crop to; 0: as they are; default: as trained.'
+  'image_size', None, 'Side to scale and crop to; default: as trained.', 1
 )
-_SHARD_SIZE = flags.DEFINE_integer('shard_size', 4096, 'Images a shard.')
-_COMPARE = flags.DEFINE_bool('compare', True, 'Of one image: beside codecs.')
 
 
 def main(*paths):
-  """Encodes a file or a data set."""
-  first, second = (*paths, None, None)[:2]
-  source, output = _INPUT.value or first, _OUTPUT.value or second
-  if not _WORKDIR.value or not source:
-    command_line.fail('expected --workdir=DIR and an image or --input=FOLDER')
+  """Encodes an image or a data set."""
+  if not _WORKDIR.value or bool(_INPUT.value and _OUTPUT.value) == bool(paths):
+    usage = 'IMAGE FILE.npz, or --input=FOLDER and --output=FOLDER'
+    command_line.fail(f'expected --workdir=DIR and either {usage}')
   step = command_line.parse_step(_STEP.value)
-  path = Path(source).expanduser()
-  named = source.startswith(('tfds:', 'folder:')) or source == 'photos'
-  if not named and not path.exists():
-    command_line.fail(
-      f'there is no {source}: expected an image, a folder, tfds:NAME or photos'
-    )
-  one = path.is_file()
-  output = output or (str(path.with_suffix('.rvq')) if one else None)
-  if not output:
-    command_line.fail('expected --output=FOLDER, got none')
-  if one and not _is_folder(output):
-    if not output.endswith('.rvq'):
-      command_line.fail(
-        f'expected --output=FILE.rvq, or FOLDER/ for token shards, got '
-        f'{output!r}'
-      )
-  elif not one and output.endswith('.rvq') and not Path(output).is_dir():
-    command_line.fail(
-      f'expected --output=FOLDER for the tokens of a data set, got {output!r}'
-    )
+  encode_image(step, *paths) if paths else encode_data_set(step, _INPUT.value)
+
+
+def encode_image(step, source, output=''):
+  """Writes one .npz file."""
+  command_line.check_output(output, '.npz')
+  if not Path(source).is_file():
+    command_line.fail(f'expected an image file, got {source}')
+  from rvq_jax import metrics
+  from rvq_jax.data.transforms import decode_image
   from rvq_jax.evaluation.load import load
-  from rvq_jax.tokens import encode, files
-  from rvq_jax.tokens.inputs import open_input
+  from rvq_jax.tokens import tiling
 
   command_line.prepare_backend()
-  if one and not _is_folder(output):
-    tokenizer = load(_WORKDIR.value, step)
-    print(
-      files.encode_and_report(tokenizer, path, output, compare=_COMPARE.value)
-    )
-    return
-  splits = open_input(source, _DATA_DIR.value, split=_SPLIT.value)
+  image = decode_image(Path(source).read_bytes(), name=source)
+  tokenizer = load(_WORKDIR.value, step)
+  ids = tiling.save_image(tokenizer, image, output)
+  made = tiling.decode_ids(tokenizer, ids[None], *image.shape[:2])
+  psnr = metrics.psnr(image[None] / 127.5 - 1, made / 127.5 - 1)[0]
+  bits = ids.size * (tokenizer.codebook_size - 1).bit_length()
+  print(
+    f'{output}: {made.shape[2]} x {made.shape[1]} pixels, {ids.size} tokens, '
+    f'{bits * 3 / image.size:.4f} bits per pixel, PSNR {psnr:.2f} dB'
+  )
+
+
+def encode_data_set(step, name):
+  """Writes one folder of tokens per split."""
+  from rvq_jax.data.datasets import open_images
+  from rvq_jax.evaluation.load import load
+  from rvq_jax.tokens.dataset import encode_dataset
+
+  command_line.prepare_backend()
+  splits = open_images(name, data_dir=_DATA_DIR.value, split=_SPLIT.value)
   tokenizer = load(_WORKDIR.value, step)
   for split, images in splits.items():
-    to = Path(output) / ('' if list(splits) == ['all'] else split)
-    card = encode.encode_dataset(
-      tokenizer,
-      images,
-      to,
-      about={'input': source, 'split': split},
-      image_size=encode.side(tokenizer, _IMAGE_SIZE.value),
-      shard_size=_SHARD_SIZE.value,
+    folder = Path(_OUTPUT.value) / ('' if list(splits) == ['all'] else split)
+    about = {'input': name, 'split': split}
+    meta = encode_dataset(
+      tokenizer, images, folder, image_size=_IMAGE_SIZE.value, about=about
     )
-    print(f'{split}: {card["images"]} images as tokens, in {to}')
-
-
-def _is_folder(output):
-  """Whether a path means a folder, which need not be there yet."""
-  path = Path(output)
-  return output.endswith('/') or path.is_dir() or not path.suffix
+    count, skipped = meta['num_images'], len(meta['skipped'])
+    print(f'{folder}: tokens of {count} images, {skipped} of them skipped')
 
 
 if __name__ == '__main__':

@@ -1,28 +1,27 @@
 # %% [markdown]
 # # rvq_jax: images as tokens
 #
-# Train a small image tokenizer on three photographs, look at what it makes of
-# a fourth one, and see what the *rotation* of Rotated Vector Quantization does
-# to a gradient. Everything here runs on two CPU cores in about five minutes;
-# on a GPU most of that is compilation.
+# Train a small image tokenizer on three photographs, apply it to a fourth one,
+# and see what the *rotation* of Rotated Vector Quantization does to a gradient.
+# The notebook runs on two CPU cores in about five minutes.
 #
-# **In Colab:** put the address of the repository into the next cell. It clones
-# it and installs what is missing beside Colab's own jax. On your own machine,
-# open the notebook in a checkout where `pip install -r requirements.txt` was
-# run.
+# **In Colab:** set REPOSITORY in the next cell. It clones the repository and
+# installs what is missing beside Colab's own jax. On your own machine, open the
+# notebook in a checkout after `pip install -r requirements.txt`.
 #
-# **With a model of your own:** set RUN to a run, to a folder that
-# `launch/export.py` wrote, or to `hf:OWNER/NAME`. Nothing is trained then, and
-# all that follows shows that model. The text speaks of the one trained here.
+# **With your own model:** set RUN to a run, to a folder of `launch/export.py`,
+# or to `hf:OWNER/NAME`. Nothing is trained then. The text describes the model
+# that is trained here.
 
 # %%
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 REPOSITORY = ''  # https://github.com/OWNER/rvq_jax, for Colab
-RUN = os.environ.get('RVQ_JAX_RUN', '')  # as 'runs/photos'; '' trains one
+RUN = os.environ.get('RVQ_JAX_RUN', '')  # such as 'runs/photos'
 
 if RUN and Path(RUN).exists():
   RUN = str(Path(RUN).resolve())
@@ -40,6 +39,7 @@ if not (root / 'configs' / 'photos.py').exists():
   subprocess.run(install, check=True)
 os.chdir(root)
 sys.path.insert(0, str(root))
+warnings.filterwarnings('ignore', message='IProgress not found')
 
 # %%
 import logging
@@ -49,16 +49,15 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import skimage.data
-from IPython.display import display
 
 import rvq_jax
 from configs import photos
-from rvq_jax.data import loaders, datasets
-from rvq_jax.metrics import to_uint8
 from rvq_jax import metrics
+from rvq_jax.data import datasets, loaders
 from rvq_jax.evaluation import rate_distortion
-from rvq_jax.evaluation.figures import rate_figure
-from rvq_jax.tokens import codecs, files, tiling
+from rvq_jax.metrics import to_uint8
+from rvq_jax.tokens import tiling
+from rvq_jax.tokens.dataset import TokenDataset, encode_dataset
 from rvq_jax.training.loop import train
 
 logging.basicConfig(
@@ -66,7 +65,6 @@ logging.basicConfig(
 )
 for name in ('absl', 'jax', 'orbax', 'matplotlib'):
   logging.getLogger(name).setLevel(logging.ERROR)
-# Figures are saved as they are here: sharp enough, and small in a file.
 plt.rcParams.update(
   {
     'figure.dpi': 72,
@@ -85,9 +83,9 @@ print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
 #
 # The config `photos` takes 64 x 64 crops of three photographs that ship with
 # scikit-image: an astronaut, a cup of coffee and a rocket. 300 steps take a
-# minute on two idle CPU cores. Fields of the config are plain attributes; the
-# same run from a shell is `python launch/main.py --config=configs/photos.py`.
-# Run the cell again, and it goes on from the last checkpoint.
+# minute on two CPU cores. From a shell:
+# `python launch/main.py --config=configs/photos.py`.
+# The cell resumes from the last checkpoint when it runs again.
 
 # %%
 steps = int(os.environ.get('RVQ_JAX_STEPS', 300))
@@ -103,15 +101,14 @@ if not RUN:
 # %% [markdown]
 # ## Load it, and look
 #
-# `load` opens a run, an exported folder or `hf:OWNER/NAME`. Images go in as
-# uint8, ids come out; ids go in, images come out. Below: crops of a photograph
-# of a cat that the model has never seen. Its palette is that of an astronaut, a
-# cup of coffee and a rocket.
+# `load` opens a run, an exported folder or `hf:OWNER/NAME`. `encode` maps uint8
+# images to ids, `decode` maps ids to images. Below: crops of a photograph of a
+# cat, which the model has not seen in training.
 
 # %%
 tokenizer = rvq_jax.load(RUN or workdir)
 side, K = tokenizer.config['data.image_size'], tokenizer.codebook_size
-several = tokenizer.codes_per_position or 1  # codes a position
+several = tokenizer.codes_per_position or 1
 batch_size = max(1, 100 * 64**2 // side**2)
 
 
@@ -156,13 +153,12 @@ plt.show()
 # %% [markdown]
 # ## The grid of tokens
 #
-# An image is a grid of integers. In the middle each id has a colour of its own,
-# drawn at random: the same code is the same colour. Beside it each id has the
-# mean colour of what the code looks like when it is decoded.
+# An image is a grid of integers. The second picture gives each code a random
+# color, the third the mean color of the code when it is decoded alone.
 
 # %%
-# A code by itself: a grid of nothing else, decoded; its middle is shown. Of
-# several codes a position it is the first, or, of a product, the same in all.
+# Each code is decoded from a grid of itself; the middle is shown. With several
+# codes per position it is the first level, or the same code in every head.
 alone = jnp.arange(K)[:, None, None]
 if tokenizer.codes_per_position:
   product = tokenizer.config['model.quantizer'] == 'product'
@@ -170,8 +166,8 @@ if tokenizer.codes_per_position:
 alone = jnp.broadcast_to(alone, (K, 4, 4, *alone.shape[3:]))
 f = tokenizer.factor
 patches = in_batches(decode, alone)[:, f : 3 * f, f : 3 * f]
-mean_colour = patches.mean((1, 2)).astype(np.uint8)
-random_colour = np.random.default_rng(0).integers(40, 255, (K, 3), np.uint8)
+mean_color = patches.mean((1, 2)).astype(np.uint8)
+random_color = np.random.default_rng(0).integers(40, 255, (K, 3), np.uint8)
 
 cat = skimage.data.chelsea()[0:256, 80:336]
 cat_ids = tiling.encode_images(tokenizer, cat[None])
@@ -179,8 +175,8 @@ cat_made = tiling.decode_ids(tokenizer, cat_ids, 256, 256)[0]
 figure, axes = plt.subplots(1, 4, figsize=(11, 3.1))
 panels = {
   'original': cat,
-  'one colour a code': random_colour[first(cat_ids)[0]],
-  'colour of the code': mean_colour[first(cat_ids)[0]],
+  'random color per code': random_color[first(cat_ids)[0]],
+  'color of the code': mean_color[first(cat_ids)[0]],
   'decoded': cat_made,
 }
 for ax, (title, picture) in zip(axes, panels.items(), strict=True):
@@ -192,13 +188,12 @@ plt.show()
 # ## What single codes look like
 #
 # The 96 codes that the cat uses most, each decoded from a grid of itself, from
-# dark to light. What a code paints also depends on its neighbours: the decoder
-# mixes them.
+# dark to light. In an image the result also depends on the neighboring tokens.
 
 # %%
 used = np.bincount(first(cat_ids).ravel(), minlength=K)
 often = np.argsort(-used)[:96]
-often = often[np.argsort(mean_colour[often].astype(int).sum(1))]
+often = often[np.argsort(mean_color[often].astype(int).sum(1))]
 figure, axes = plt.subplots(6, 16, figsize=(12, 4.8))
 for ax in axes.flat:
   ax.axis('off')
@@ -210,8 +205,8 @@ plt.show()
 # %% [markdown]
 # ## Swap tokens between two images
 #
-# The right half of the ids of one image in the place of the other's. The seam
-# is the decoder's to mend.
+# The right halves of two grids of ids are exchanged. The decoder smooths the
+# seam.
 
 # %%
 one, other = 53, 203
@@ -234,8 +229,8 @@ plt.show()
 # %% [markdown]
 # ## How the codes are used
 #
-# Over the training images nearly all codes are used, about evenly: dead
-# codes are moved next to codes that are used too much. A cat asks for fewer.
+# The training images use nearly all codes, about evenly: codes that are hardly
+# used are moved next to codes that are used often. The cat needs fewer.
 
 # %%
 train_set = datasets.open_dataset('photos').train
@@ -245,16 +240,16 @@ train_ids = [
   np.asarray(tokenizer.encode(b['image'][b['mask']])) for b in batches
 ]
 figure, ax = plt.subplots(figsize=(8, 3.6))
-for label, colour, found in (
+for label, color, found in (
   ('training photographs', BLUE, np.concatenate(train_ids)),
   ('the cat', ORANGE, ids),
 ):
   counts = np.sort(np.bincount(first(found).ravel(), minlength=K))[::-1]
-  numbers = metrics.code_statistics(counts)
-  label += f': {numbers["usage"]:.0%} used, '
-  label += f'perplexity {numbers["perplexity"]:.0f}'
-  ax.plot(counts / counts.sum(), color=colour, label=label)
-ax.axhline(1 / K, color=GREY, linestyle='--', linewidth=1, label='all alike')
+  statistics = metrics.code_statistics(counts)
+  label += f': {statistics["usage"]:.0%} used, '
+  label += f'perplexity {statistics["perplexity"]:.0f}'
+  ax.plot(counts / counts.sum(), color=color, label=label)
+ax.axhline(1 / K, color=GREY, linestyle='--', linewidth=1, label='uniform')
 ax.set(
   yscale='log',
   xlabel='codes, most used first',
@@ -267,17 +262,15 @@ plt.show()
 # %% [markdown]
 # ## What the rotation does to the gradient
 #
-# The quantizer puts the code q in the place of the encoder output e, and the
-# decoder sends back a gradient at q (orange). What arrives at e?
+# The quantizer replaces the encoder output e by its code q. The decoder sends
+# back a gradient at q (orange). What arrives at e (blue)?
 #
-# - **Straight-through** copies it: every e in the cell moves alike, whatever
-#   its angle to q.
-# - **Rotation** turns the plane so that q falls onto e, and scales it by |q| /
-#   |e|: the angle between gradient and q is kept as the angle between gradient
-#   and e. Close to q it is the straight-through gradient.
-# - **Reflection**, one Householder matrix and the paper's equation 4 as it is
-#   printed, mirrors the gradient instead: next to q, what lies along the circle
-#   points the wrong way round.
+# - **Straight-through** copies it, whatever the angle between e and q.
+# - **Rotation** rotates it as q is rotated onto e, and scales it by |q| / |e|.
+#   The angle between gradient and q becomes the angle between gradient and e.
+#   Close to q it equals the straight-through gradient.
+# - **Reflection**, the single Householder matrix of the paper's equation 4,
+#   mirrors it: close to q, the component along the circle changes its sign.
 
 # %%
 code = jnp.array([1.0, 0.0])
@@ -317,10 +310,9 @@ plt.show()
 # %% [markdown]
 # ## Distortion against rate
 #
-# How good is that for the bits? Our point at a fixed 10 bits a token (filled)
-# and at the entropy of the ids (hollow), JPEG, WebP and AVIF as files, and the
-# rate-distortion curve of a Gaussian source with the covariance of these
-# images, in tiles. A minute of training on three photographs is little.
+# Our model at log2 K bits per token (filled) and at the entropy of the ids
+# (hollow), JPEG and WebP files, and the rate-distortion curve of a Gaussian
+# source with the covariance of these images.
 
 # %%
 bound = rate_distortion.gaussian_bound(
@@ -334,46 +326,49 @@ entropy_bits = sum(
   for level in ids.reshape(-1, several).T
 )
 bits = np.geomspace(300, 20000, 60) * (side / 64) ** 2
-figure = rate_figure(
-  (bits, bound.mse(bits)),
-  rate_distortion.codec_points(
-    images[::20], formats=codecs.FORMATS, qualities=(1, 10, 25, 50, 75)
-  ),
-  [
-    {
-      'label': 'this run',
-      'bits': ids[0].size * np.log2(K),
-      'entropy_bits': ids[0].size / several * entropy_bits,
-      'mse': {'mean': error, 'std': None},
-    }
-  ],
-  title=f'{side} x {side} crops of the cat',
-)
-display(figure)
+figure, ax = plt.subplots(figsize=(7, 4))
+ax.plot(bits, bound.mse(bits), color=GREY, label='Gaussian source')
+for codec, marker in (('JPEG', 's'), ('WEBP', '^')):
+  points = rate_distortion.codec_points(
+    images[::20], formats=(codec,), qualities=(1, 10, 25, 50, 75)
+  )
+  x, y = ([p[name] for p in points] for name in ('bits_per_image', 'mse'))
+  ax.plot(x, y, marker=marker, color=BLUE, label=codec)
+rates = ids[0].size * np.log2(K), ids[0].size / several * entropy_bits
+ax.plot(rates, [error] * 2, color=ORANGE)
+ax.plot(rates[0], error, 'o', color=ORANGE, label='this model, fixed length')
+ax.plot(rates[1], error, 'o', color=ORANGE, mfc='w', label='at the entropy')
+ax.set(xscale='log', yscale='log', xlabel='bits per image', ylabel='MSE')
+ax.legend(frameon=False)
+plt.show()
 
 # %% [markdown]
-# ## A file
+# ## Tokens as files
 #
-# `.rvq` holds the tokens of one image of any size; `launch/encode.py` and
-# `launch/decode.py` do the same from a shell. Decoding gives the reconstruction
-# to the byte.
+# One image of any size becomes an `.npz` file, a data set a folder of `.npy`
+# files that any framework reads. `launch/encode.py` and `launch/decode.py` do
+# the same from a shell. Decoding a file gives the reconstruction bit-exactly.
 
 # %%
 photograph = skimage.data.chelsea()
-path = workdir / 'cat.rvq'
-files.encode_file(tokenizer, photograph, path)
-decoded = files.decode_file(tokenizer, path)
-print(codecs.format_comparison(photograph, decoded, path.stat().st_size))
-same = decoded == tiling.reconstruct_images(tokenizer, photograph[None])[0]
-assert same.all()
+height, width = photograph.shape[:2]
+path = workdir / 'cat.npz'
+path.parent.mkdir(parents=True, exist_ok=True)
+stored = tiling.save_image(tokenizer, photograph, path)
+decoded = tiling.load_image(tokenizer, path)
+again = tiling.decode_ids(tokenizer, stored[None], height, width)[0]
+assert (decoded == again).all()
+rate = stored.size * np.log2(K) / (height * width)
+print(f'{width} x {height}, {stored.size} tokens, {rate:.3f} bits per pixel')
+
+folder = workdir / f'tokens_{tokenizer.model_hash[:8]}'
+encode_dataset(tokenizer, test, folder)
+tokens = TokenDataset(folder)
+print(f'{len(tokens)} images, {tokens.ids.dtype} ids {tokens.ids.shape}')
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.3))
-for ax, title, picture in zip(
-  axes,
-  ('original', f'{path.stat().st_size:,} bytes'),
-  (photograph, decoded),
-  strict=True,
-):
+pictures = ('original', photograph), ('decoded', decoded)
+for ax, (title, picture) in zip(axes, pictures, strict=True):
   ax.imshow(picture)
   ax.set(title=title, xticks=[], yticks=[])
 plt.show()

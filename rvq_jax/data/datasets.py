@@ -1,6 +1,7 @@
 """Data sets by name: `open_dataset` opens one and divides it."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -79,6 +80,38 @@ def open_dataset(
     splits.pop('test', None)
   make = _paper if split == 'paper' else _official
   return make(name, splits, seed)
+
+
+def open_images(
+  name: str, *, data_dir: str | None = None, split: str | None = None
+) -> dict[str, Source]:
+  """Opens images by name, undivided.
+
+  Args:
+    name: an existing folder, `folder:PATH`, `tfds:NAME` or `photos`.
+    data_dir: where tfds keeps prepared data.
+    split: the one to open; None for all of them.
+
+  Returns:
+    Source by split; 'all' where there are no splits.
+
+  Raises:
+    ValueError: there is no such folder, data set or split.
+  """
+  kind, _, rest = name.partition(':')
+  if not Path(name).is_dir() and (kind == 'tfds' or name == 'photos'):
+    from rvq_jax.data.tfds_sources import open_tfds
+
+    splits = open_tfds(rest or name, data_dir=data_dir)
+  else:
+    from rvq_jax.data.folders import open_folder
+
+    splits = open_folder(rest if kind == 'folder' else name)
+  if split and split not in splits:
+    raise ValueError(
+      f'split: expected one of {", ".join(splits)} of {name}, got {split!r}'
+    )
+  return {split: splits[split]} if split else splits
 
 
 def _official(name: str, splits: dict[str, Source], seed: int) -> Dataset:

@@ -9,7 +9,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
 """Larger images are refused: they are decompression bombs or mistakes."""
@@ -66,6 +66,8 @@ def decode_image(
   # to struct.error; to the caller they all mean the same.
   except Exception as error:
     reason = ' '.join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):  # which names an object
+      reason = f'expected one of {", ".join(_FORMATS)}'
     raise ImageError(f'{label} cannot be decoded: {reason}') from error
 
 

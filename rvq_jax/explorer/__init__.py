@@ -1,1 +1,1 @@
-"""A page to look at a tokenizer: images, reconstructions, tokens, codes."""
+"""One static HTML page to look at a tokenizer: images, tokens, codes."""

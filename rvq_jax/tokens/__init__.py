@@ -1,1 +1,1 @@
-"""Images as tokens in files: `.rvq`, token shards, and back."""
+"""Images of any size and whole data sets as tokens, and back."""

@@ -1,125 +1,93 @@
-"""Images of any size to grids of ids and back, in bounded memory.
+"""Images of any size to ids and back, in bounded memory.
 
 The decoder attends to all positions at once, which costs the square of their
-number. A grid of up to WINDOW x WINDOW positions is coded in one piece, and the
-result is that of `Tokenizer.reconstruct` to the bit. A larger one is coded in
-windows that overlap: each gives what lies HALO positions or more inside it, so
-that there is one id a position, and seams are not seen. The windows depend on
-the grid alone, so encoder and decoder agree on them.
+number. A grid of at most WINDOW x WINDOW positions is coded in one piece and
+equals `Tokenizer.reconstruct` bit-exactly. A larger grid is coded in windows
+that overlap: each keeps only positions at least HALO from its inner borders,
+so every position has one id and no seams show. The windows depend on the grid
+alone, so encoder and decoder agree on them.
 """
 
+import io
 import itertools
-import logging
-from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
+from rvq_jax.data.transforms import MAX_PIXELS
 from rvq_jax.evaluation.tokenizer import Tokenizer
+from rvq_jax.io import write_atomic
 from rvq_jax.metrics import to_uint8
 
 WINDOW, HALO = 64, 8
+_MAX_BYTES = 2**28
 
 
-def grid_shape(height: int, width: int, factor: int) -> tuple[int, int]:
-  """Positions (H, W) of an image, its sides rounded up to the factor."""
-  return -(-height // factor), -(-width // factor)
+def ids_type(tokenizer: Tokenizer, height: int, width: int):
+  """Shape ([H, W] or [H, W, L]) and dtype of the ids of an image."""
+  shape = -(-height // tokenizer.factor), -(-width // tokenizer.factor)
+  codes = tokenizer.codes_per_position
+  dtype = np.min_scalar_type(tokenizer.codebook_size - 1)
+  return shape + ((codes,) if codes else ()), dtype
 
 
-def pad_to_factor(images: np.ndarray, factor: int) -> np.ndarray:
-  """Repeats the last row and column of images until `factor` divides them.
-
-  Args:
-    images: [B, h, w, 3].
-    factor: pixels along the side of a token.
-
-  Returns:
-    [B, H factor, W factor, 3].
-  """
-  height, width = images.shape[1:3]
-  rows, columns = grid_shape(height, width, factor)
-  below, right = rows * factor - height, columns * factor - width
-  if not (below or right):
-    return images
-  return np.pad(images, ((0, 0), (0, below), (0, right), (0, 0)), 'edge')
+def check_model(tokenizer: Tokenizer, model_hash: str, name) -> None:
+  """Raises ValueError where tokens stored in `name` are of another model."""
+  if model_hash != tokenizer.model_hash:
+    raise ValueError(
+      f'{name} is of the model {model_hash[:16]}, got the model '
+      f'{tokenizer.model_hash[:16]}; pass the --workdir and --step of the first'
+    )
 
 
 def spans(size: int) -> list[tuple[int, int, int]]:
-  """The windows along one side of a grid.
-
-  Args:
-    size: positions along the side.
+  """The windows along a side of `size` positions.
 
   Returns:
-    (start, first, last) of each: it begins at `start`, is min(size, WINDOW)
-    long, and gives the positions first ... last - 1.
+    (start, first, last) per window: it begins at `start`, is
+    min(size, WINDOW) long, and keeps the positions first ... last - 1.
   """
   if size <= WINDOW:
     return [(0, 0, size)]
-  found, first = [], 0
+  windows, first = [], 0
   while first < size:
     start = min(max(first - HALO, 0), size - WINDOW)
     last = size if start + WINDOW == size else start + WINDOW - HALO
-    found.append((start, first, last))
+    windows.append((start, first, last))
     first = last
-  return found
+  return windows
 
 
-def _windows(rows: int, columns: int, desc: str | None) -> Iterable[tuple]:
-  """The windows of a grid, with a progress bar where it has a name.
-
-  Where there is no terminal, a line in the log says how many there are.
-  """
-  windows = list(itertools.product(spans(rows), spans(columns)))
-  if desc is None or len(windows) == 1:
-    return windows
-  bar = tqdm(windows, unit='window', desc=desc, disable=None)
-  if bar.disable:
-    logging.info(
-      '%s: %d windows of %d x %d tokens',
-      *(desc, len(windows), min(columns, WINDOW), min(rows, WINDOW)),
-    )
-  return bar
-
-
-def encode_images(
-  tokenizer: Tokenizer, images: np.ndarray, *, desc: str | None = None
-) -> np.ndarray:
+def encode_images(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
   """Ids of images of any size.
 
   Args:
     tokenizer: the model.
-    images: uint8 [B, h, w, 3]; padded to the factor by their last pixels.
-    desc: what to call it on a progress bar over the windows; None for none.
+    images: uint8 [B, h, w, 3]; their last row and column are repeated until
+      the factor divides both sides.
 
   Returns:
-    ids int32 [B, ceil(h / factor), ceil(w / factor)]; [..., L] with several
-    codes a position.
+    ids [B, H, W] or [B, H, W, L], H = ceil(h / factor), of the dtype of
+    `ids_type`.
   """
   f = tokenizer.factor
-  images = pad_to_factor(images, f)
-  rows, columns = grid_shape(*images.shape[1:3], f)
-  codes = (
-    (tokenizer.codes_per_position,) if tokenizer.codes_per_position else ()
-  )
-  ids = np.empty((len(images), rows, columns, *codes), np.int32)
-  for (y, top, bottom), (x, left, right) in _windows(rows, columns, desc):
+  height, width = images.shape[1:3]
+  shape, dtype = ids_type(tokenizer, height, width)
+  padding = (0, shape[0] * f - height), (0, shape[1] * f - width)
+  images = np.pad(images, ((0, 0), *padding, (0, 0)), 'edge')
+  ids = np.empty((len(images), *shape), dtype)
+  windows = itertools.product(spans(shape[0]), spans(shape[1]))
+  for (y, top, bottom), (x, left, right) in windows:
     window = images[:, y * f : (y + WINDOW) * f, x * f : (x + WINDOW) * f]
-    made = np.asarray(tokenizer.encode(window))
-    ids[:, top:bottom, left:right] = made[
+    result = np.asarray(tokenizer.encode(window))
+    ids[:, top:bottom, left:right] = result[
       :, top - y : bottom - y, left - x : right - x
     ]
   return ids
 
 
 def decode_ids(
-  tokenizer: Tokenizer,
-  ids: np.ndarray,
-  height: int,
-  width: int,
-  *,
-  desc: str | None = None,
+  tokenizer: Tokenizer, ids: np.ndarray, height: int, width: int
 ) -> np.ndarray:
   """Images of ids, cropped to their size.
 
@@ -128,27 +96,63 @@ def decode_ids(
     ids: [B, H, W] or [B, H, W, L], integers in [0, K).
     height: of the images in pixels, at most H factor.
     width: of the images in pixels, at most W factor.
-    desc: what to call it on a progress bar over the windows; None for none.
 
   Returns:
     uint8 [B, height, width, 3].
-
-  Raises:
-    ValueError: an id is out of range.
   """
   f = tokenizer.factor
   rows, columns = ids.shape[1:3]
   images = np.empty((len(ids), rows * f, columns * f, 3), np.uint8)
-  for (y, top, bottom), (x, left, right) in _windows(rows, columns, desc):
-    window = ids[:, y : y + WINDOW, x : x + WINDOW]
-    made = np.asarray(to_uint8(tokenizer.decode(jnp.asarray(window))))
-    images[:, top * f : bottom * f, left * f : right * f] = made[
+  windows = itertools.product(spans(rows), spans(columns))
+  for (y, top, bottom), (x, left, right) in windows:
+    window = jnp.asarray(ids[:, y : y + WINDOW, x : x + WINDOW])
+    result = np.asarray(to_uint8(tokenizer.decode(window)))
+    images[:, top * f : bottom * f, left * f : right * f] = result[
       :, (top - y) * f : (bottom - y) * f, (left - x) * f : (right - x) * f
     ]
   return images[:, :height, :width]
 
 
-def reconstruct_images(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
-  """What decoding the ids of images gives: uint8 [B, h, w, 3] of the same."""
-  ids = encode_images(tokenizer, images)
-  return decode_ids(tokenizer, ids, *images.shape[1:3])
+def save_image(tokenizer: Tokenizer, image: np.ndarray, path) -> np.ndarray:
+  """Writes the ids of an image, uint8 [h, w, 3], as .npz; returns them."""
+  ids = encode_images(tokenizer, image[None])[0]
+  content = io.BytesIO()
+  np.savez(
+    content,
+    ids=ids,
+    size=image.shape[:2],
+    factor=tokenizer.factor,
+    codebook_size=tokenizer.codebook_size,
+    model_hash=tokenizer.model_hash,
+  )
+  write_atomic(path, content.getvalue())
+  return ids
+
+
+def load_image(tokenizer: Tokenizer, path) -> np.ndarray:
+  """Decodes the .npz file of an image: uint8 [h, w, 3].
+
+  Raises:
+    ValueError: the file is missing, damaged, foreign, or of another model.
+  """
+  try:
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as arrays:
+      if sum(entry.file_size for entry in arrays.zip.infolist()) > _MAX_BYTES:
+        raise ValueError(f'it holds more than {_MAX_BYTES} bytes')
+      ids, model_hash = arrays['ids'], str(arrays['model_hash'])
+      height, width = map(int, arrays['size'])
+    if not (height > 0 < width and height * width <= MAX_PIXELS):
+      raise ValueError(f'it says {width} x {height} pixels')
+  # Damage raises a dozen types, from KeyError to zlib.error.
+  except Exception as error:
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    raise ValueError(
+      f'{path}: expected an .npz file of launch/encode.py: {reason}'
+    ) from error
+  check_model(tokenizer, model_hash, path)
+  expected = ids_type(tokenizer, height, width)
+  if (ids.shape, ids.dtype) != expected:
+    raise ValueError(
+      f'{path} is damaged: expected ids {expected}, got {ids.shape} {ids.dtype}'
+    )
+  return decode_ids(tokenizer, ids[None], height, width)[0]

@@ -1,17 +1,9 @@
-"""What the explorer's page is given, and its server."""
+"""What the explorer's page is given."""
 
 import base64
-import contextlib
 import html.parser
-import http.client
 import io
-import json
 import shutil
-import socket
-import threading
-import time
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
@@ -49,13 +41,13 @@ def test_the_page_shows_ids_and_reconstructions(make_data, images, fields):
   assert len(shown['reconstructions']) == fields.get('depth', 1)
 
 
-def test_neighbours_are_the_nearest_codes(make_data):
+def test_neighbors_are_the_nearest_codes(make_data):
   tokenizer, data = make_data(quantizer='residual', depth=2)
-  for level, content_ in enumerate(data['codes']):
+  for level, codes in enumerate(data['codes']):
     book = np.asarray(
       tokenizer.variables['codebook']['vq'][f'level_{level}']['embedding']
     )
-    for code, pairs in content_['neighbours'].items():
+    for code, pairs in codes['neighbors'].items():
       distances = np.linalg.norm(book - book[int(code)], axis=1)
       order = [i for i in np.argsort(distances) if i != int(code)][:8]
       assert [i for i, _ in pairs] == order
@@ -64,29 +56,24 @@ def test_neighbours_are_the_nearest_codes(make_data):
       )
 
 
-def test_a_code_alone_is_the_middle_of_a_grid_of_it(make_data):
+def test_a_swatch_is_the_middle_of_a_grid_of_its_code(make_data):
   tokenizer, data = make_data()
   codes = data['codes'][0]
-  code, place = list(codes['places'].items())[-1]
+  code, (x, y) = list(codes['swatches'].items())[-1]
   made = to_uint8(tokenizer.decode(np.full((128, 3, 3), int(code))))
-  expected = np.asarray(made)[0, 4:8, 4:8]
-  y, x = (16 * n for n in divmod(place, codes['columns']))
+  expected = Image.fromarray(np.asarray(made)[0, 4:8, 4:8]).resize((16, 16))
   got = picture(codes['sheet'])[y : y + 16, x : x + 16]
-  wanted = np.asarray(Image.fromarray(expected).resize((16, 16)))
-  np.testing.assert_allclose(got, wanted.astype(int), atol=1)
+  np.testing.assert_allclose(got, np.asarray(expected).astype(int), atol=1)
 
 
 def test_large_images_are_shrunk():
-  assert content.shrink(np.zeros((900, 300, 3), np.uint8)).shape == (
-    512,
-    171,
-    3,
-  )
+  small = content.shrink(np.zeros((900, 300, 3), np.uint8))
+  assert small.shape == (512, 171, 3)
 
 
 @pytest.fixture
 def numbered(tmp_path):
-  """A folder of ten images of their own greys: 3, 4 and 9 are no images."""
+  """A folder of ten images in gray levels of their own; 3, 4, 9 are damaged."""
   (tmp_path / 'in').mkdir()
   for i in range(10):
     path = tmp_path / 'in' / f'{i}.png'
@@ -96,46 +83,50 @@ def numbered(tmp_path):
   return tmp_path / 'in'
 
 
-def test_an_unreadable_image_makes_room_for_the_next(
-  make_tokenizer, numbered, caplog
+@pytest.mark.parametrize('count', [5, 7, 12])
+def test_images_that_cannot_be_decoded_are_replaced(
+  make_tokenizer, numbered, caplog, count
 ):
-  images = page.example_images(make_tokenizer(), 5, source=str(numbered))
-  assert [(n, int(image[0, 0, 0])) for n, image in images] == [
-    (f'{i}.png', 20 * i) for i in (0, 1, 2, 5, 6)
-  ]
-  assert all(image.shape == (12, 8, 3) for _, image in images)
-  assert len(caplog.messages) == 2
-  for name in ('3.png', '4.png'):
-    assert f'skipped image {name}' in caplog.text
+  images = page.example_images(make_tokenizer(), count, source=str(numbered))
+  names = [name for name, _ in images]
+  assert len(set(names)) == len(names) == min(count, 7)
+  for name, image in images:
+    assert image.shape == (12, 8, 3) and image[0, 0, 0] == 20 * int(name[0])
+  assert all(x.startswith('skipped ') for x in caplog.messages)
 
 
-def test_as_many_as_can_be_read_are_shown(make_tokenizer, numbered):
-  images = page.example_images(make_tokenizer(), 12, source=str(numbered))
-  assert sorted(n for n, _ in images) == [
-    f'{i}.png' for i in (0, 1, 2, 5, 6, 7, 8)
-  ]
+def test_an_image_of_ones_own_is_shown_at_its_size(make_tokenizer, numbered):
+  source = str(numbered / '7.png')
+  ((name, image),) = page.example_images(make_tokenizer(), 5, source=source)
+  assert (name, image.shape) == ('7.png', (12, 8, 3))
 
 
-def test_an_unreadable_test_image_of_the_run_costs_no_page(
+def test_an_undecodable_test_image_of_the_run_is_left_out(
   make_tokenizer, tiny_config, image_folder, tmp_path
 ):
-  folder = tmp_path / 'images'
-  shutil.copytree(image_folder, folder)
-  paths = sorted((folder / 'test').rglob('*.png'))
+  shutil.copytree(image_folder, tmp_path / 'images')
+  paths = sorted((tmp_path / 'images' / 'test').rglob('*.png'))
   paths[0].write_bytes(b'no image')
-  tiny_config.data.name = f'folder:{folder}'
-  images = page.example_images(make_tokenizer(), 3)
-  names = [str(path.relative_to(folder)) for path in paths]
-  assert [n for n, _ in images] == [names[i] for i in (1, 5, 10)]
+  tiny_config.data.name = f'folder:{tmp_path / "images"}'
+  images = page.example_images(make_tokenizer(), 11)
+  names = {str(path.relative_to(tmp_path / 'images')) for path in paths[1:]}
+  assert {name for name, _ in images} == names
   assert all(image.shape == (16, 16, 3) for _, image in images)
 
 
-def test_where_no_image_can_be_read_there_is_one_line(make_tokenizer, numbered):
+def test_where_there_is_nothing_to_show_there_is_one_line(
+  make_tokenizer, tiny_config, numbered
+):
   for path in numbered.iterdir():
     path.write_bytes(b'no image')
-  for source, count in ((numbered, 10), (numbered / '3.png', 1)):
-    with pytest.raises(ValueError, match=f'none of {count} can') as error:
-      page.example_images(make_tokenizer(), 5, source=str(source))
+  tiny_config.data.name = 'folder:/no/such/folder'
+  for source, message in (
+    (str(numbered), 'none of 10 images can be decoded'),
+    (str(numbered / '3.png'), '3.png'),
+    (None, 'or name images by --input'),
+  ):
+    with pytest.raises(ValueError, match=message) as error:
+      page.example_images(make_tokenizer(), 5, source=source)
     assert '\n' not in str(error.value)
 
 
@@ -161,81 +152,14 @@ def test_the_page_loads_nothing_and_escapes_names(make_data):
   assert '/*data*/' not in text and '/*script*/' not in text
 
 
-@contextlib.contextmanager
-def serving(tokenizer, data):
-  server = page.make_server(tokenizer, data)
-  thread = threading.Thread(target=server.serve_forever)
-  thread.start()
-  try:
-    yield f'http://127.0.0.1:{server.server_port}'
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def post(url, data, **headers):
-  request = urllib.request.Request(f'{url}/encode', data, headers)
-  with urllib.request.urlopen(request) as answer:
-    return json.load(answer)
-
-
-def test_the_server_encodes_an_image_and_refuses_the_rest(make_data, images):
-  tokenizer, data = make_data()
-  buffer = io.BytesIO()
-  Image.fromarray(images[1][1]).save(buffer, 'PNG')
-  with serving(tokenizer, data) as url:
-    with urllib.request.urlopen(url) as answer:
-      assert b'"serves": true' in answer.read()
-    answer = post(url, buffer.getvalue())
-    assert answer['image']['ids'] == data['images'][1]['ids']
-    for body, headers, status in (
-      (b'no image', {}, 400),
-      (b'x', {'Content-Length': str(2**40)}, 413),
-      (buffer.getvalue(), {'Origin': 'http://elsewhere.example'}, 403),
-      (buffer.getvalue(), {'Host': 'elsewhere.example'}, 403),
-    ):
-      with pytest.raises(urllib.error.HTTPError) as error:
-        post(url, body, **headers)
-      assert error.value.code == status
-      error.value.close()
-
-
-def test_a_body_over_the_limit_is_answered_with_the_limit(make_data):
-  with serving(*make_data()) as url:
-    connection = http.client.HTTPConnection(url.removeprefix('http://'))
-    connection.request('POST', '/encode', bytes(40 * 2**20))
-    answer = connection.getresponse()
-    assert answer.status == 413
-    text = 'expected an image of at most 32 MiB, got 40.0 MiB; shrink it'
-    assert answer.read().decode() == text
-    connection.close()
-
-
-def test_a_client_that_sends_nothing_more_is_not_waited_for(
-  make_data, monkeypatch
-):
-  monkeypatch.setattr(page, '_PATIENCE', 0.2)
-  with serving(*make_data()) as url:
-    host = url.removeprefix('http://')
-    lines = f'POST /encode HTTP/1.0\r\nHost: {host}\r\n'
-    lines += f'Content-Length: {2**40}\r\n\r\n'
-    name, port = host.split(':')
-    with socket.create_connection((name, int(port)), timeout=20) as client:
-      client.sendall(lines.encode())
-      assert client.makefile('rb').readline().startswith(b'HTTP/1.0 413')
-      with pytest.raises(OSError):
-        for _ in range(20):
-          time.sleep(0.5)
-          client.sendall(b'x')
-
-
-def test_a_port_that_is_taken_is_one_error(make_data):
-  tokenizer, data = make_data()
-  with (
-    page.make_server(tokenizer, data) as server,
-    pytest.raises(ValueError, match='cannot listen on 127.0.0.1'),
-  ):
-    page.make_server(tokenizer, data, server.server_port)
-  with pytest.raises(ValueError, match='cannot listen'):
-    page.make_server(tokenizer, data, 70000)
+def test_only_a_page_of_the_explorer_is_replaced(make_data, tmp_path):
+  data = make_data()[1]
+  path = tmp_path / 'page.html'
+  for name in ('first', 'second'):
+    page.write_page(path, data | {'model': data['model'] | {'name': name}})
+    assert f'"name": "{name}"' in path.read_text()
+  path.write_text('<!doctype html><p>mine')
+  for output in (path, tmp_path):
+    with pytest.raises(ValueError, match='not a page of the explorer'):
+      page.write_page(output, data)
+  assert path.read_text() == '<!doctype html><p>mine'

@@ -1,4 +1,4 @@
-"""encode and decode as a person runs them: in a process of their own."""
+"""encode, decode and explore as a person runs them: in their own process."""
 
 import os
 import re
@@ -11,116 +11,112 @@ import pytest
 from PIL import Image
 
 from rvq_jax import load
-from rvq_jax.tokens.shards import TokenSource
-from rvq_jax.tokens.tiling import reconstruct_images
+from rvq_jax.tokens import tiling
+from rvq_jax.tokens.dataset import TokenDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(launcher, *arguments, **variables):
-  env = os.environ | {'XLA_FLAGS': ''}
+def run(launcher, *arguments, cwd=ROOT):
   return subprocess.run(
-    [sys.executable, f'launch/{launcher}.py', *map(str, arguments)],
-    cwd=ROOT,
-    env=env | variables,
+    [sys.executable, ROOT / f'launch/{launcher}.py', *map(str, arguments)],
+    cwd=cwd,
+    env=os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'},
     capture_output=True,
     text=True,
     timeout=280,
   )
 
 
+def succeed(launcher, *arguments, **options):
+  done = run(launcher, *arguments, **options)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['encode'], 'expected --workdir=DIR and an image'),
-    (
-      ['encode', '--workdir=x', '{png}', 'y.jpg'],
-      "=FILE.rvq, or .*got 'y.jpg'",
-    ),
-    (['encode', '--workdir=x', '{folder}'], '=FOLDER, got none'),
-    (['encode', '--workdir=x', '{folder}', 'y.rvq'], "=FOLDER .*got 'y.rvq'"),
-    (['encode', '--workdir=x', 'phto.jpg'], 'there is no phto.jpg: expected'),
-    (['encode', '--workdir=x', 'phto.jpg', 'y/'], 'there is no phto.jpg'),
-    (['encode', '--workdir=x', 'a', 'b', 'c'], 'at most 2 paths'),
-    (['encode', '--workdir={folder}', '{png}'], 'a run with checkpoints'),
-    (
-      ['encode', '--workdir=x', '{folder}', 'y', '--split=tset'],
-      'split: expected one of train, validation, test',
-    ),
-    (['decode'], 'expected --workdir=DIR and FILE.rvq'),
-    (['decode', '--workdir=x', '{png}', 'y.jpg'], 'expected .png or .webp'),
-    (['decode', '--workdir=x', '{folder}', 'y'], 'a folder of tokens'),
+    ('encode', 'expected --workdir=DIR and either IMAGE FILE.npz'),
+    ('encode --workdir=x {png}', "an output FILE.npz, got ''"),
+    ('encode --workdir=x {png} y.jpg', "an output FILE.npz, got 'y.jpg'"),
+    ('encode --workdir=x {png} {mine}', 'mine.npz exists and is not over'),
+    ('encode --workdir=x --input={folder}', 'expected --workdir=DIR and ei'),
+    ('encode --workdir=x --input={folder} --output=y z', 'expected --workdir='),
+    ('encode --workdir=x phto.jpg y.npz', 'an image file, got phto.jpg'),
+    ('encode --workdir=x a b c', 'at most 2 paths'),
+    ('encode --workdir={folder} {png} y.npz', 'a run with checkpoints'),
+    ('encode --workdir=x --input={folder} --output=y --split=s', 'split: ex'),
+    ('encode --workdir=x --image_size=0', 'image_size'),
+    ('decode', 'expected --workdir=DIR and either FILE.npz IMAGE.png'),
+    ('decode --workdir=x {mine} y.jpg', "an output FILE.png, got 'y.jpg'"),
+    ('decode --workdir=x {mine} {png}', 'png exists and is not overwritten'),
+    ('explore', 'expected --workdir=DIR'),
+    ('explore --workdir=x --images=0', 'images'),
+    ('explore --workdir=x --output={tmp}/x.html', 'a run with checkpoints'),
+    ('explore --workdir=x --output={png}', 'not a page of the explorer'),
   ],
 )
 def test_a_wrong_command_ends_in_one_line_and_exit_code_2(
-  image_folder, arguments, message
+  image_folder, tmp_path, arguments, message
 ):
   png = next(image_folder.rglob('*.png'))
-  done = run(*(a.format(folder=image_folder, png=png) for a in arguments))
+  mine = tmp_path / 'mine.npz'
+  mine.write_text('mine')
+  before = png.read_bytes()
+  names = {'folder': image_folder, 'png': png, 'mine': mine, 'tmp': tmp_path}
+  done = run(*arguments.format(**names).split())
   assert done.returncode == 2, done.stderr
   assert re.search(message, done.stderr), done.stderr
   assert len(done.stderr.splitlines()) == 1
+  assert [path.name for path in tmp_path.iterdir()] == ['mine.npz']
+  assert (mine.read_text(), png.read_bytes()) == ('mine', before)
 
 
 @pytest.mark.slow
-def test_files_and_data_sets_go_to_tokens_and_back(
-  tiny_run, image_folder, tmp_path
-):
+def test_an_image_goes_to_tokens_and_back(tiny_run, image_folder, tmp_path):
   source = next((image_folder / 'test').rglob('*.png'))
-  rvq, png = tmp_path / 'x.rvq', tmp_path / 'x.png'
-  done = run('encode', f'--workdir={tiny_run}', source, rvq)
-  assert done.returncode == 0, done.stderr
-  assert '20 x 16 pixels' in done.stdout and 'JPEG' in done.stdout
-  done = run('decode', f'--workdir={tiny_run}', rvq, png)
-  assert done.returncode == 0, done.stderr
-  image = np.asarray(Image.open(source))[None]
-  np.testing.assert_allclose(
-    np.asarray(Image.open(png)).astype(int),
-    reconstruct_images(load(tiny_run), image)[0],
-    atol=1,  # a process with other flags of XLA rounds otherwise
-  )
-  tokens, images = tmp_path / 'tokens', tmp_path / 'images'
-  flags = (f'--input={image_folder}', f'--output={tokens}')
-  done = run('encode', f'--workdir={tiny_run}', *flags)
-  assert done.returncode == 0, done.stderr
-  assert 'images/s' in done.stderr
-  for split, count in (('train', 40), ('validation', 12), ('test', 11)):
-    line = f'{split}: {count} images as tokens, in {tokens / split}'
-    assert line in done.stdout.splitlines()
-  flags = (f'--input={tokens}', f'--output={images}', '--format=webp')
-  done = run('decode', f'--workdir={tiny_run}', *flags)
-  assert done.returncode == 0, done.stderr
-  assert len(list((images / 'train').glob('*.webp'))) == 40
-  rvq.write_bytes(rvq.read_bytes()[:-1])
-  done = run('decode', f'--workdir={tiny_run}', rvq, png)
+  npz, png = tmp_path / 'x.npz', tmp_path / 'x.png'
+  out = succeed('encode', f'--workdir={tiny_run}', source, npz)
+  assert '20 x 16 pixels, 20 tokens, 0.2500 bits per pixel, PSNR' in out
+  succeed('decode', f'--workdir={tiny_run}', npz, png)
+  image, made = (np.asarray(Image.open(p)).astype(float) for p in (source, png))
+  psnr = 10 * np.log10(255**2 / np.mean((image - made) ** 2))
+  assert float(re.search(r'PSNR ([\d.]+)', out)[1]) == pytest.approx(psnr, 1e-3)
+  tokenizer = load(tiny_run)
+  expected = tiling.load_image(tokenizer, npz)
+  # Another process may compile, and so round, in another way.
+  np.testing.assert_allclose(made, expected, atol=1)
+  npz.write_bytes(npz.read_bytes()[:-1])
+  done = run('decode', f'--workdir={tiny_run}', npz, tmp_path / 'y.png')
   assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('output', ['tokens/', 'tokens', 'x.y/'])
-def test_one_image_goes_to_a_folder_of_tokens(
-  tiny_run, image_folder, tmp_path, output
-):
-  source = next((image_folder / 'test').rglob('*.png'))
-  flags = (f'--input={source}', f'--output={tmp_path}/{output}')
-  done = run('encode', f'--workdir={tiny_run}', *flags)
-  assert done.returncode == 0, done.stderr
-  tokens = TokenSource(tmp_path / output)
-  assert len(tokens) == 1 and tokens[0].name == source.name
+def test_a_data_set_goes_to_tokens_and_back(tiny_run, image_folder, tmp_path):
+  tokens, images = tmp_path / 'tokens', tmp_path / 'images'
+  flags = (f'--workdir={tiny_run}', f'--input={image_folder}')
+  for _ in range(2):  # the second finds everything done
+    out = succeed('encode', *flags, f'--output={tokens}')
+  for split, count in (('train', 40), ('validation', 12), ('test', 11)):
+    assert f'{tokens / split}: tokens of {count} images, 0 of them' in out
+    assert len(TokenDataset(tokens / split)) == count
+  flags = (f'--workdir={tiny_run}', f'--input={tokens}', f'--output={images}')
+  succeed('decode', *flags)
+  assert len(list((images / 'train').glob('*.png'))) == 40
+  done = run('decode', *flags)
+  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+  assert 'expected a new or empty output folder' in done.stderr
 
 
 @pytest.mark.slow
-def test_compiled_programs_are_kept_for_the_next_start(
-  tiny_run, image_folder, tmp_path
-):
+def test_a_page_replaces_only_a_page(tiny_run, image_folder, tmp_path):
+  page = tmp_path / 'page.html'
+  flags = ('--workdir=.', f'--output={page}')
+  for images in (2, 1):
+    out = succeed('explore', *flags, f'--images={images}', cwd=tiny_run)
+    assert f'{images} images' in out
+  assert '"name": "run", "step": 6' in page.read_text()
   source = next((image_folder / 'test').rglob('*.png'))
-  rvq, png = tmp_path / 'x.rvq', tmp_path / 'x.png'
-  for launcher, given in (('encode', (source, rvq)), ('decode', (rvq, png))):
-    cache = tmp_path / launcher
-    done = run(
-      *(launcher, f'--workdir={tiny_run}', *given),
-      XDG_CACHE_HOME=str(cache),
-      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
-    )
-    assert done.returncode == 0, done.stderr
-    assert list((cache / 'rvq_jax' / 'compiled').rglob('*-cache'))
+  out = succeed('explore', *flags, f'--input={source}', cwd=tiny_run)
+  assert source.name in page.read_text()

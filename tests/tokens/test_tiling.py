@@ -1,4 +1,6 @@
-"""Images of any size to ids and back."""
+"""Images of any size to ids and back, and as one file."""
+
+import types
 
 import numpy as np
 import pytest
@@ -7,48 +9,52 @@ from rvq_jax.metrics import to_uint8
 from rvq_jax.tokens import tiling
 
 
+def reconstruct(tokenizer, image):
+  ids = tiling.encode_images(tokenizer, image[None])
+  return tiling.decode_ids(tokenizer, ids, *image.shape[:2])[0]
+
+
 @pytest.mark.parametrize('size', [1, 63, 64, 65, 100, 112, 113, 500])
-def test_windows_give_each_position_once_and_from_well_inside(size):
-  given = []
+def test_windows_keep_each_position_once_and_from_well_inside(size):
+  kept = []
   for start, first, last in tiling.spans(size):
     assert 0 <= start and start + min(size, tiling.WINDOW) <= size
-    given += range(first, last)
+    kept += range(first, last)
     if start:
       assert first - start >= tiling.HALO
     if start + tiling.WINDOW < size:
       assert start + tiling.WINDOW - last >= tiling.HALO
-  assert given == list(range(size))
+  assert kept == list(range(size))
 
 
 @pytest.mark.parametrize('fields', [{}, {'quantizer': 'residual', 'depth': 3}])
-def test_an_image_in_one_piece_is_the_reconstruction_to_the_byte(
+def test_an_image_is_padded_by_its_last_pixels_and_equals_the_tokenizer(
   make_tokenizer, photograph, fields
 ):
-  tokenizer = make_tokenizer(**fields)
-  images = photograph(24, 36)[None]
-  np.testing.assert_array_equal(
-    tiling.encode_images(tokenizer, images), tokenizer.encode(images)
-  )
-  np.testing.assert_array_equal(
-    tiling.reconstruct_images(tokenizer, images),
-    to_uint8(tokenizer.reconstruct(images)),
-  )
-
-
-def test_an_odd_size_is_padded_by_its_last_pixels_and_cropped_back(
-  make_tokenizer, photograph
-):
-  tokenizer = make_tokenizer()
-  image = photograph(21, 34)
+  tokenizer, image = make_tokenizer(**fields), photograph(21, 34)
   padded = image[np.minimum(np.arange(24), 20)]
   padded = padded[:, np.minimum(np.arange(36), 33)]
   np.testing.assert_array_equal(
-    tiling.reconstruct_images(tokenizer, image[None])[0],
+    tiling.encode_images(tokenizer, image[None]), tokenizer.encode(padded[None])
+  )
+  np.testing.assert_array_equal(
+    reconstruct(tokenizer, image),
     to_uint8(tokenizer.reconstruct(padded[None]))[0, :21, :34],
   )
 
 
-def test_a_large_image_is_coded_in_windows_with_one_id_a_position(
+@pytest.mark.parametrize(
+  ('size', 'dtype'),
+  [(256, np.uint8), (257, np.uint16), (65536, np.uint16), (65537, np.uint32)],
+)
+def test_ids_are_the_smallest_unsigned_integers(size, dtype):
+  like = types.SimpleNamespace(
+    codebook_size=size, factor=4, codes_per_position=None
+  )
+  assert tiling.ids_type(like, 13, 16) == ((4, 4), dtype)
+
+
+def test_a_large_image_is_coded_in_windows(
   make_tokenizer, photograph, monkeypatch
 ):
   monkeypatch.setattr(tiling, 'WINDOW', 8)
@@ -57,9 +63,8 @@ def test_a_large_image_is_coded_in_windows_with_one_id_a_position(
   image = photograph(61, 90)
   ids = tiling.encode_images(tokenizer, image[None])
   assert ids.shape == (1, 16, 23)
-  padded = tiling.pad_to_factor(image[None], 4)
-  # The first window begins in the corner and gives all but its halo.
-  corner = np.asarray(tokenizer.encode(padded[:, :32, :32]))
+  # The first window begins in the corner and keeps all but its halo.
+  corner = np.asarray(tokenizer.encode(image[None, :32, :32]))
   np.testing.assert_array_equal(ids[:, :6, :6], corner[:, :6, :6])
   made = tiling.decode_ids(tokenizer, ids, 61, 90)
   assert made.shape == (1, 61, 90, 3)
@@ -69,35 +74,80 @@ def test_a_large_image_is_coded_in_windows_with_one_id_a_position(
   np.testing.assert_array_equal(made[:, -10:, -10:], last[:, 19:29, 20:30])
 
 
-def test_a_large_image_shows_how_far_it_is(
-  make_tokenizer, photograph, monkeypatch, caplog
+@pytest.mark.parametrize(
+  ('fields', 'dtype', 'shape'),
+  [
+    ({}, np.uint8, (6, 8)),
+    (
+      {'quantizer': 'product', 'heads': 2, 'codebook_size': 300},
+      np.uint16,
+      (6, 8, 2),
+    ),
+  ],
+)
+def test_a_file_holds_the_reconstruction(
+  make_tokenizer, photograph, fields, dtype, shape, tmp_path
 ):
-  monkeypatch.setattr(tiling, 'WINDOW', 8)
-  monkeypatch.setattr(tiling, 'HALO', 2)
-  bars = []
-
-  class Bar(tiling.tqdm):
-    def __init__(self, *arguments, **options):
-      super().__init__(*arguments, **options | {'disable': False})
-      bars.append(self)
-
-  monkeypatch.setattr(tiling, 'tqdm', Bar)
-  tokenizer, image = make_tokenizer(), photograph(61, 90)
-  ids = tiling.encode_images(tokenizer, image[None], desc='encode')
-  tiling.decode_ids(tokenizer, ids, 61, 90, desc='decode')
-  # 16 and 23 positions, of which each window but the outer ones gives 4.
-  assert [(bar.desc, bar.n) for bar in bars] == [('encode', 15), ('decode', 15)]
-  assert caplog.text == ''
+  tokenizer, path = make_tokenizer(**fields), tmp_path / 'x.npz'
+  image = photograph(21, 30)
+  tiling.save_image(tokenizer, image, path)
+  with np.load(path, allow_pickle=False) as arrays:
+    assert (arrays['ids'].dtype, arrays['ids'].shape) == (dtype, shape)
+    assert arrays['size'].tolist() == [21, 30]
+    assert str(arrays['model_hash']) == tokenizer.model_hash
+    assert arrays['codebook_size'] == tokenizer.codebook_size
+    assert arrays['factor'] == 4
+  np.testing.assert_array_equal(
+    tiling.load_image(tokenizer, path), reconstruct(tokenizer, image)
+  )
 
 
-def test_without_a_terminal_a_line_says_how_much_there_is(
-  make_tokenizer, photograph, monkeypatch, caplog
-):
-  monkeypatch.setattr(tiling, 'WINDOW', 8)
-  monkeypatch.setattr(tiling, 'HALO', 2)
+@pytest.fixture
+def saved(make_tokenizer, photograph, tmp_path):
+  """A tokenizer and the file of an image of 16 x 16 pixels."""
   tokenizer = make_tokenizer()
-  with caplog.at_level('INFO'):
-    tiling.encode_images(tokenizer, photograph(61, 90)[None], desc='encode')
-    tiling.encode_images(tokenizer, photograph(61, 90)[None])
-    tiling.encode_images(tokenizer, photograph(32, 32)[None], desc='small')
-  assert caplog.messages == ['encode: 15 windows of 8 x 8 tokens']
+  tiling.save_image(tokenizer, photograph(16, 16), tmp_path / 'x.npz')
+  return tokenizer, tmp_path / 'x.npz'
+
+
+def test_the_file_of_another_model_is_refused(saved, make_tokenizer):
+  with pytest.raises(ValueError, match='is of the model .*, got the model'):
+    tiling.load_image(make_tokenizer(seed=2), saved[1])
+
+
+@pytest.mark.parametrize(
+  'changed',
+  [
+    {'ids': np.full((4, 4), 16, np.uint8)},
+    {'ids': np.zeros((4, 4), np.int64)},
+    {'ids': np.zeros((4, 4), np.float32)},
+    {'ids': np.zeros((4, 3), np.uint8)},
+    {'ids': np.array([{}])},
+    {'size': [2**30, 2**30]},
+    {'size': [-1, -1]},
+    {'size': [16]},
+    {'model_hash': None},
+  ],
+)
+def test_a_file_that_lies_is_refused(saved, changed):
+  tokenizer, path = saved
+  with np.load(path) as arrays:
+    content = dict(arrays) | changed
+  np.savez(path, **{k: v for k, v in content.items() if v is not None})
+  with pytest.raises(ValueError) as error:
+    tiling.load_image(tokenizer, path)
+  assert '\n' not in str(error.value)
+
+
+def test_a_damaged_file_is_refused(saved, tmp_path):
+  tokenizer, path = saved
+  whole = path.read_bytes()
+  ids = whole.index(b'ids.npy') + 160  # behind the headers, among the ids
+  flipped = bytearray(whole)
+  flipped[ids] ^= 4
+  for content in (bytes(flipped), whole[:-30], whole[:90], b'', b'no zip'):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match='x.npz: expected an .npz file'):
+      tiling.load_image(tokenizer, path)
+  with pytest.raises(ValueError, match='y.npz: expected an .npz file'):
+    tiling.load_image(tokenizer, tmp_path / 'y.npz')

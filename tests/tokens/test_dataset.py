@@ -1,0 +1,333 @@
+"""A data set as a folder of tokens, and back."""
+
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import grain
+import numpy as np
+import pytest
+from PIL import Image
+
+from rvq_jax.data.datasets import open_images
+from rvq_jax.data.transforms import decode_image, resize_and_center_crop
+from rvq_jax.tokens import dataset, tiling
+from rvq_jax.tokens.dataset import TokenDataset, decode_dataset, encode_dataset
+
+FILES = ['ids.npy', 'labels.npy', 'meta.json', 'names.txt']
+
+
+@pytest.fixture
+def source(image_folder):
+  """40 images of two classes."""
+  return open_images(str(image_folder))['train']
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+  """What `tokens` makes once for the module."""
+  return {'folder': tmp_path_factory.mktemp('made') / 'tokens'}
+
+
+@pytest.fixture
+def tokens(made, make_tokenizer, source, tmp_path):
+  """A tokenizer, and a copy of the folder of its tokens."""
+  if 'tokenizer' not in made:
+    made['tokenizer'] = make_tokenizer()
+    encode_dataset(made['tokenizer'], source, made['folder'])
+  shutil.copytree(made['folder'], tmp_path / 'tokens')
+  return made['tokenizer'], tmp_path / 'tokens'
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+  """Batches of eight images."""
+  monkeypatch.setattr(dataset, 'batch_size', lambda size: 8)
+
+
+@pytest.fixture
+def numbered(tmp_path, photograph):
+  """Returns a function of a count and of the images that are damaged."""
+
+  def make(count, *damaged):
+    (tmp_path / 'in').mkdir()
+    for i in range(count):
+      path = tmp_path / 'in' / f'{i:03}.png'
+      Image.fromarray(photograph(16, 20, i)).save(path)
+      if i in damaged:
+        path.write_bytes(b'no image')
+    return open_images(str(tmp_path / 'in'))['all']
+
+  return make
+
+
+def content(folder):
+  return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_plain_numpy_reads_ids_labels_and_names(tokens, source):
+  tokenizer, folder = tokens
+  assert sorted(content(folder)) == FILES
+  ids = np.load(folder / 'ids.npy', mmap_mode='r', allow_pickle=False)
+  assert (ids.dtype, ids.shape) == (np.uint8, (40, 4, 4))
+  images = np.zeros((256, 16, 16, 3), np.uint8)
+  for i, record in enumerate(source):
+    images[i] = resize_and_center_crop(decode_image(record.image), 16)
+  np.testing.assert_array_equal(ids, tokenizer.encode(images)[:40])
+  labels = np.load(folder / 'labels.npy', allow_pickle=False)
+  assert labels.dtype == np.int32
+  np.testing.assert_array_equal(labels, [record.label for record in source])
+  names = (folder / 'names.txt').read_text().splitlines()
+  assert names == [record.name for record in source]
+  meta = json.loads((folder / 'meta.json').read_text())
+  assert meta['model_hash'] == tokenizer.model_hash
+  assert (meta['codebook_size'], meta['factor']) == (16, 4)
+  assert (meta['num_images'], meta['rows_done']) == (40, 40)
+  assert meta['grid'] == [4, 4] and meta['skipped'] == []
+
+
+def test_several_codes_per_position_are_a_last_axis(
+  make_tokenizer, numbered, tmp_path
+):
+  tokenizer = make_tokenizer(quantizer='residual', depth=3)
+  encode_dataset(tokenizer, numbered(4), tmp_path / 'tokens', image_size=24)
+  tokens = TokenDataset(tmp_path / 'tokens')
+  assert tokens.ids.shape == (4, 6, 6, 3) and tokens.meta['grid'] == [6, 6, 3]
+
+
+def test_it_is_a_grain_source_also_for_worker_processes(tokens):
+  stored = TokenDataset(tokens[1])
+  assert stored.ids.filename and len(stored) == 40  # a memory map
+  loader = grain.MapDataset.source(stored).batch(10)
+  batch = loader[1]
+  np.testing.assert_array_equal(batch['ids'], stored.ids[10:20])
+  np.testing.assert_array_equal(batch['label'], stored.labels[10:20])
+  assert batch['name'].tolist() == stored.names[10:20]
+  function, arguments = stored.__reduce__()  # how a worker gets it
+  np.testing.assert_array_equal(function(*arguments)[7]['ids'], stored.ids[7])
+  assert repr(stored) == repr(function(*arguments))
+
+
+def test_an_interrupted_encoding_resumes_to_the_same_files(
+  make_tokenizer, numbered, tmp_path, monkeypatch, small_batches
+):
+  source, tokenizer = numbered(102, 3), make_tokenizer()
+  encode_dataset(tokenizer, source, tmp_path / 'whole')
+  encode, calls = tiling.encode_images, []
+
+  def stop_at_the_third(tokenizer, images):
+    calls.append(len(images))
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    return encode(tokenizer, images)
+
+  monkeypatch.setattr(tiling, 'encode_images', stop_at_the_third)
+  folder = tmp_path / 'tokens'
+  with pytest.raises(KeyboardInterrupt):
+    encode_dataset(tokenizer, source, folder)
+  with pytest.raises(ValueError, match='has 16 of 102 rows; run the same'):
+    TokenDataset(folder)
+  encode_dataset(tokenizer, source, folder)
+  assert len(calls) == 3 + 11  # two of 13 batches are not encoded again
+  assert content(folder) == content(tmp_path / 'whole')
+
+
+KILLED = """
+import os, sys
+import rvq_jax.tokens.dataset as dataset
+from rvq_jax import load
+from rvq_jax.data.datasets import open_images
+
+workdir, images, folder, at = sys.argv[1:]
+dataset.batch_size = lambda size: 8
+left = int(at)
+
+def kill_at(event, arguments):
+  global left
+  if event == 'open' and os.path.dirname(folder) in str(arguments[0]):
+    left -= 1
+    if left == 0:
+      os.kill(os.getpid(), 9)
+
+tokenizer, source = load(workdir), open_images(images)['train']
+sys.addaudithook(kill_at)
+dataset.encode_dataset(tokenizer, source, folder)
+"""
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_resume_to_the_same_files(
+  tiny_run, image_folder, tmp_path
+):
+  def run(folder, at):
+    """Encodes in a process that is killed when it opens its at-th file."""
+    done = subprocess.run(
+      [sys.executable, '-c', KILLED, tiny_run, image_folder, folder, str(at)],
+      env=os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
+      cwd=Path(__file__).resolve().parents[2],
+      timeout=280,
+    )
+    return done.returncode
+
+  assert run(tmp_path / 'whole', 0) == 0
+  codes = [run(tmp_path / 'tokens', at) for at in (1, 2, 4, 5, 9, 12, 14, 15)]
+  assert codes == [-9] * 8
+  assert run(tmp_path / 'tokens', 0) == 0
+  assert content(tmp_path / 'tokens') == content(tmp_path / 'whole')
+  assert {path.name for path in tmp_path.iterdir()} == {'tokens', 'whole'}
+
+
+def test_the_folder_of_another_encoding_is_refused_and_kept(
+  tokens, source, make_tokenizer, image_folder, tmp_path
+):
+  tokenizer, folder = tokens
+  before = content(folder)
+  shutil.copytree(image_folder, tmp_path / 'copy')
+  moved = tmp_path / 'copy' / 'train'
+  (moved / 'class0/000.png').rename(moved / 'class1/999.png')
+  renamed = open_images(str(tmp_path / 'copy'))['train']
+  for name, arguments in {
+    'model_hash': {'tokenizer': make_tokenizer(seed=5)},
+    'image_size': {'image_size': 12},
+    'source': {'about': {'input': 'x'}},
+    'source_digest': {'source': renamed},
+  }.items():
+    arguments = {'tokenizer': tokenizer, 'source': source} | arguments
+    with pytest.raises(ValueError, match=f'has another {name} '):
+      encode_dataset(folder=folder, **arguments)
+  assert content(folder) == before
+
+
+def test_a_folder_or_file_of_the_user_is_not_written_to(
+  tokens, source, tmp_path
+):
+  tokenizer, folder = tokens
+  mine = tmp_path / 'mine'
+  mine.mkdir()
+  (mine / 'a.txt').write_text('mine')
+  for output in (mine, mine / 'a.txt'):
+    with pytest.raises(ValueError, match='a new or empty output folder'):
+      encode_dataset(tokenizer, source, output)
+    with pytest.raises(ValueError, match='a new or empty output folder'):
+      decode_dataset(tokenizer, folder, output)
+  with pytest.raises(ValueError, match='cannot write to .*Not a directory'):
+    encode_dataset(tokenizer, source, mine / 'a.txt' / 'tokens')
+  assert content(mine) == {'a.txt': b'mine'}
+
+
+def test_an_undecodable_image_has_ids_0_and_a_reason(
+  make_tokenizer, numbered, tmp_path, caplog
+):
+  source, tokenizer = numbered(120, 5), make_tokenizer()
+  folder = tmp_path / 'tokens'
+  (skipped,) = encode_dataset(tokenizer, source, folder)['skipped']
+  assert skipped['row'] == 5 and '005.png' in skipped['reason']
+  assert caplog.messages == [f'skipped: {skipped["reason"]}']
+  stored = TokenDataset(folder)
+  assert len(stored) == 120 and stored[5]['name'] == '005.png'
+  assert not stored.ids[5].any() and stored.ids[6].any()
+  assert decode_dataset(tokenizer, folder, tmp_path / 'out') == 119
+  assert not (tmp_path / 'out' / '00000005.png').exists()
+
+
+def test_over_one_percent_undecodable_ends_the_encoding(
+  make_tokenizer, numbered, tmp_path, small_batches
+):
+  source, tokenizer = numbered(150, 5, 100), make_tokenizer()
+  for _ in range(2):  # the one before the interruption counts
+    with pytest.raises(ValueError, match='2 of 150 images cannot be decoded'):
+      encode_dataset(tokenizer, source, tmp_path / 'tokens')
+
+
+def test_decoding_a_folder_gives_the_reconstructions(
+  tokens, make_tokenizer, tmp_path
+):
+  tokenizer, folder = tokens
+  with pytest.raises(ValueError, match='is of the model'):
+    decode_dataset(make_tokenizer(seed=5), folder, tmp_path / 'out')
+  assert decode_dataset(tokenizer, folder, tmp_path / 'out') == 40
+  ids = np.zeros((256, 4, 4), int)
+  ids[:40] = np.load(folder / 'ids.npy')
+  expected = tiling.decode_ids(tokenizer, ids, 16, 16)
+  for i in range(40):
+    image = np.asarray(Image.open(tmp_path / 'out' / f'{i:08d}.png'))
+    np.testing.assert_array_equal(image, expected[i])
+
+
+@pytest.mark.parametrize(
+  'changed',
+  [
+    {'format': 'x'},
+    {'num_images': 41},
+    {'num_images': '40'},
+    {'codebook_size': 257},
+    {'codebook_size': None},
+    {'grid': [4, 5]},
+    {'grid': 4},
+    {'rows_done': 50},
+    {'rows_done': '40'},
+  ],
+)
+def test_metadata_that_lies_is_refused(tokens, changed):
+  path = tokens[1] / 'meta.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+  with pytest.raises(ValueError, match='holds no tokens, or damaged ones'):
+    TokenDataset(tokens[1])
+
+
+def test_an_id_of_k_is_refused(tokens):
+  ids = np.load(tokens[1] / 'ids.npy', mmap_mode='r+')
+  ids[3] = 16
+  with pytest.raises(ValueError, match='expected ids below 16, got 16'):
+    TokenDataset(tokens[1])[3]
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_damaged_file_is_refused(tokens, source, name):
+  tokenizer, folder = tokens
+  whole, pickled = (folder / name).read_bytes(), io.BytesIO()
+  np.save(pickled, np.array([{}] * 40), allow_pickle=True)
+  for damaged in (whole[: len(whole) // 2], b'', pickled.getvalue()):
+    (folder / name).write_bytes(damaged)
+    with pytest.raises(ValueError, match='holds no tokens, or damaged ones'):
+      TokenDataset(folder)
+    with pytest.raises(ValueError, match='holds no tokens, or damaged ones'):
+      encode_dataset(tokenizer, source, folder)
+  (folder / name).unlink()
+  with pytest.raises(ValueError, match='holds no tokens, or damaged ones'):
+    TokenDataset(folder)
+
+
+def test_a_full_disk_is_one_line_and_resumes(
+  make_disk, make_tokenizer, numbered, tmp_path, small_batches
+):
+  source, tokenizer = numbered(100), make_tokenizer(widths=(2, 2))
+  encode_dataset(tokenizer, source, tmp_path / 'whole', image_size=256)
+  disk = make_disk('300k')  # for half of the ids
+  with pytest.raises(OSError, match=f'^No space left .*{disk}') as error:
+    encode_dataset(tokenizer, source, disk / 'tokens', image_size=256)
+  assert 'run the same command again: it resumes' in str(error.value)
+  subprocess.run(['mount', '-o', 'remount,size=8m', str(disk)], check=True)
+  encode_dataset(tokenizer, source, disk / 'tokens', image_size=256)
+  assert content(disk / 'tokens') == content(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('limit', [100, 700])
+def test_a_limit_on_the_size_of_files_is_one_line(
+  tokens, source, tmp_path, limit
+):
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+  try:
+    with pytest.raises(OSError, match='^File too large while writing'):
+      encode_dataset(tokens[0], source, tmp_path / 'limited')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
