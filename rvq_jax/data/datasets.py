@@ -1,14 +1,22 @@
-"""Data sets by name: `open_dataset` opens one and divides it."""
+"""Data sets by name: the one place that parses names.
+
+tfds:NAME    a prepared TensorFlow Datasets directory (tfds_sources.py)
+folder:PATH  PATH/{train,validation,test}/CLASS/* (folders.py)
+photos       crops of scikit-image's photographs, embedded (photos.py)
+"""
 
 import dataclasses
+import logging
+from pathlib import Path
 
 import numpy as np
 
 from rvq_jax.data.sources import Source, Union
 from rvq_jax.data.splits import stratified_split
 
-KINDS = ('tfds:NAME', 'folder:PATH', 'photos')
 SPLITS = ('official', 'paper')
+# tfds:photos is what names the embedded set beside a folder called photos.
+_PHOTOS = ('photos', 'tfds:photos')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,62 +55,98 @@ def open_dataset(
       ~/tensorflow_datasets.
     seed: of the paper split.
 
-  Returns:
-    A `Dataset`.
-
   Raises:
-    ValueError: if there is no such data set or split, or files are missing;
-      the message says which, and where to put them.
+    ValueError: there is no such data set or split, or files are missing; the
+      message says which, and where to put them.
   """
-  kind, colon, rest = name.partition(':')
   if split not in SPLITS:
     raise ValueError(f'expected split to be one of {SPLITS}, got {split!r}')
-  # Imported here: tfds takes a second to load.
+  if name in _PHOTOS and split == 'paper':
+    raise ValueError(
+      'photos has only the split official: its train and test images are '
+      'crops of different photographs; pass --config.data.split=official'
+    )
+  splits = _open(name, data_dir)
+  # The labels of ImageNet's test split are not public: by convention the
+  # validation split is the one that is reported on.
+  if name.startswith('tfds:imagenet2012'):
+    splits.pop('test', None)
+  if split == 'paper':
+    return _paper(name, splits, seed)
+  return _official(name, splits)
+
+
+def open_images(
+  name: str, *, data_dir: str | None = None, split: str | None = None
+) -> dict[str, Source]:
+  """Opens all images of something that a user named.
+
+  Args:
+    name: an image, a folder, or what `open_dataset` takes. A folder called
+      photos takes precedence over the embedded set, then 'tfds:photos'.
+    data_dir: where tfds keeps prepared data.
+    split: the one to open; None for each that there is.
+
+  Returns:
+    Source by split; 'all' where there are no splits.
+
+  Raises:
+    ValueError: there is no such image, folder, data set or split.
+  """
+  full = name
+  if name == 'photos' and Path(name).exists():
+    logging.info('photos is the folder ./photos; tfds:photos is the data set')
+    full = 'folder:photos'
+  elif name not in _PHOTOS and not name.startswith(('tfds:', 'folder:')):
+    if not Path(name).expanduser().exists():
+      raise ValueError(
+        f'there is no {name}: expected an image, a folder, tfds:NAME or photos'
+      )
+    full = f'folder:{name}'
+  splits = _open(full, data_dir)
+  if split is None:
+    return splits
+  if split not in splits:
+    raise ValueError(
+      f'split: expected one of {", ".join(splits)} of {name}, got {split!r}'
+    )
+  return {split: splits[split]}
+
+
+def _open(name: str, data_dir: str | None) -> dict[str, Source]:
+  """Opens the splits of a data set; tfds and skimage are slow to import."""
+  kind, _, rest = name.partition(':')
+  if name in _PHOTOS:
+    from rvq_jax.data.photos import PhotoSource
+
+    return {split: PhotoSource(split) for split in ('train', 'test')}
   if kind == 'folder' and rest:
     from rvq_jax.data.folders import open_folder
 
-    splits = open_folder(rest)
-  elif (kind == 'tfds' and rest) or (kind == 'photos' and not colon):
-    if kind == 'photos' and split == 'paper':
-      raise ValueError(
-        'photos has only the split official: its train and test images are '
-        'crops of different photographs; pass --config.data.split=official'
-      )
+    return open_folder(rest)
+  if kind == 'tfds' and rest:
     from rvq_jax.data.tfds_sources import open_tfds
 
-    splits = open_tfds(rest or kind, data_dir=data_dir)
-  else:
-    raise ValueError(f'expected data set {" | ".join(KINDS)}, got {name!r}')
-  # The labels of ImageNet's test split are not public: by convention the
-  # validation split is the one that is reported on.
-  if kind == 'tfds' and rest.startswith('imagenet2012'):
-    splits.pop('test', None)
-  make = _paper if split == 'paper' else _official
-  return make(name, splits, seed)
+    return open_tfds(rest, data_dir=data_dir)
+  raise ValueError(
+    f'expected data set tfds:NAME | folder:PATH | photos, got {name!r}'
+  )
 
 
-def _official(name: str, splits: dict[str, Source], seed: int) -> Dataset:
+def _official(name: str, splits: dict[str, Source]) -> Dataset:
   """Uses the data set's own splits; one held-out split may serve as two."""
-  del seed
-  validation = splits.get('validation')
-  test = splits.get('test')
-  if 'train' not in splits or (validation is None and test is None):
+  held_out = [s for s in ('validation', 'test') if s in splits]
+  if 'train' not in splits or not held_out:
+    found = ', '.join(s for s in splits if s != 'all') or 'no split folders'
     raise ValueError(
-      f'{name} has {_listed(splits)}, and its official split needs train and '
-      'one of validation and test; pass --config.data.split=paper to divide '
-      'all its images 70-20-10'
+      f'{name}: expected the splits train and one of validation and test, got '
+      f'{found}; pass --config.data.split=paper to divide all images 70-20-10'
     )
   note = ''
-  if validation is None or test is None:
-    only = 'test' if validation is None else 'validation'
-    note = f'{name}: validation and test are both its {only} split'
-  return Dataset(
-    name,
-    train=splits['train'],
-    validation=test if validation is None else validation,
-    test=validation if test is None else test,
-    note=note,
-  )
+  if len(held_out) == 1:
+    note = f'{name}: validation and test are both its {held_out[0]} split'
+  validation, test = splits[held_out[0]], splits[held_out[-1]]
+  return Dataset(name, splits['train'], validation, test, note)
 
 
 def _paper(name: str, splits: dict[str, Source], seed: int) -> Dataset:
@@ -115,18 +159,10 @@ def _paper(name: str, splits: dict[str, Source], seed: int) -> Dataset:
   kept = np.flatnonzero(labels >= 0)
   if kept.size == 0:
     kept = np.arange(len(everything))
-  parts = [kept[part] for part in stratified_split(labels[kept], seed=seed)]
+  parts = [kept[part] for part in stratified_split(labels[kept], seed)]
   if min(map(len, parts)) == 0:
     raise ValueError(
       f'{name} has {len(kept)} images, too few to divide 70-20-10; expected '
       'several of each class'
     )
-  train, validation, test = (everything.subset(part) for part in parts)
-  return Dataset(name, train, validation, test)
-
-
-def _listed(splits: dict[str, Source]) -> str:
-  """Says which splits there are."""
-  if list(splits) == ['all']:
-    return 'no split folders'
-  return f'the splits {", ".join(splits)}'
+  return Dataset(name, *map(everything.subset, parts))

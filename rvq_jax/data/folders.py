@@ -28,9 +28,8 @@ class FolderSource(Source):
     labels: integers [n].
   """
 
-  def __init__(self, root: str, files: list[str], labels: np.ndarray):
-    self._root = root
-    self._files = files
+  def __init__(self, root: str, files: list[str], labels):
+    self._root, self._files = root, files
     self._labels = np.asarray(labels, np.int32)
 
   def __len__(self):
@@ -50,9 +49,6 @@ class FolderSource(Source):
     """The names of the files."""
     return list(self._files)
 
-  def __repr__(self):
-    return f'FolderSource({printable(self._root)!r}, n={len(self)})'
-
 
 def open_folder(path: str) -> dict[str, Source]:
   """Finds the images under a folder.
@@ -60,19 +56,21 @@ def open_folder(path: str) -> dict[str, Source]:
   Args:
     path: with the folders train, validation (or val) and test, each holding
       one folder of images per class or images only; or with no such folders,
-      holding classes or images itself. `~` is expanded.
+      holding classes or images itself; or one image. `~` is expanded.
 
   Returns:
     Source by split name; 'all' where there are no split folders. Labels are
     the ranks of the sorted class names, -1 where there are no class folders.
 
   Raises:
-    ValueError: if the folder is missing, empty, unreadable or ambiguous.
+    ValueError: the folder is missing, empty, unreadable or ambiguous.
   """
   path = os.path.abspath(os.path.expanduser(path))
-  folders, _ = _scan(path)
+  if os.path.isfile(path):
+    root, file = os.path.split(path)
+    return {'all': FolderSource(root, [file], [-1])}
   found: dict[str, str] = {}
-  for folder in folders:
+  for folder in _scan(path)[0]:
     split = _SPLITS.get(folder.lower())
     if split in found:
       raise ValueError(
@@ -87,24 +85,24 @@ def open_folder(path: str) -> dict[str, Source]:
       'folder train; put the training images there'
     )
   listed = {
-    split: _list_split(path, found[split])
+    split: _list_images(path, found[split])
     for split in ('train', 'validation', 'test')
     if split in found
-  } or {'all': _list_split(path, '')}
-  names = {folder for files in listed.values() for folder, _ in files}
+  } or {'all': _list_images(path, '')}
+  names = {name for files in listed.values() for name, _ in files}
   # Images outside class folders have class '', which is no class.
   label = {name: i for i, name in enumerate(sorted(names - {''}))}
   return {
     split: FolderSource(
       path,
       [file for _, file in files],
-      np.array([label.get(folder, -1) for folder, _ in files]),
+      [label.get(name, -1) for name, _ in files],
     )
     for split, files in listed.items()
   }
 
 
-def _list_split(root: str, split: str) -> list[tuple[str, str]]:
+def _list_images(root: str, split: str) -> list[tuple[str, str]]:
   """Lists (class, path relative to root) of one split, sorted."""
   where = os.path.join(root, split)
   folders, images = _scan(where)
@@ -114,20 +112,18 @@ def _list_split(root: str, split: str) -> list[tuple[str, str]]:
       f'{printable(images[0])}, {printable(folders[0])}); expected one folder '
       'of images per class, or images only'
     )
-  if not folders and not images:
-    raise ValueError(
-      f'{printable(where)} holds no images; expected {_kinds()} files, or one '
-      'folder of them per class'
-    )
-  files = [('', os.path.join(split, image)) for image in images]
-  for folder in folders:
-    _, images = _scan(os.path.join(where, folder))
+  files = []
+  for folder in folders or ['']:
+    inside = os.path.join(split, folder)
+    where = os.path.normpath(os.path.join(root, inside))
+    if folder:
+      _, images = _scan(where)
     if not images:
       raise ValueError(
-        f'class folder {printable(os.path.join(where, folder))} holds no '
-        f'images; expected {_kinds()} files, or remove the folder'
+        f'{printable(where)} holds no images; expected '
+        f'{", ".join(EXTENSIONS)} files, or one folder of them per class'
       )
-    files += [(folder, os.path.join(split, folder, image)) for image in images]
+    files += [(folder, os.path.join(inside, image)) for image in images]
   return files
 
 
@@ -149,11 +145,6 @@ def _scan(path: str) -> tuple[list[str], list[str]]:
       'folder of images that you may read'
     ) from error
   return sorted(folders), sorted(images)
-
-
-def _kinds() -> str:
-  """Lists the file extensions."""
-  return ', '.join(EXTENSIONS)
 
 
 def printable(name: str) -> str:

@@ -19,16 +19,11 @@ def random_flip(
 ) -> jax.Array:
   """Mirrors each image left to right with probability one half.
 
-  An image's fate depends on the key and its place in the global batch alone,
-  whatever the number of devices.
-
   Args:
-    key: PRNG key, the same on every device.
+    key: PRNG key, the same on every device; the flip of an image depends on it
+      and on its index in the global batch, whatever the number of devices.
     images: [B, h, w, 3], any dtype; this device's share under axis_name.
     axis_name: mapped axis of the batch under `pmap` or `shard_map`.
-
-  Returns:
-    An array like `images`.
   """
   rows = images.shape[0]
   if axis_name is None:

@@ -1,12 +1,4 @@
-"""Where images come from: random access to encoded images.
-
-A `Source` gives random access to encoded images. Three kinds of data set
-open to three sources, for training, validation and test:
-
-  tfds:NAME    a prepared TensorFlow Datasets directory (tfds_sources.py)
-  folder:PATH  PATH/{train,validation,test}/CLASS/* (folders.py)
-  photos       crops of scikit-image's photographs, embedded (photos.py)
-"""
+"""Where images come from: random access to encoded images."""
 
 import abc
 from collections.abc import Sequence
@@ -38,11 +30,7 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def __getitem__(self, index: int) -> Record:
-    """Reads one record.
-
-    Raises:
-      OSError: if it cannot be read; the loaders then skip it.
-    """
+    """Reads one record; raises OSError if it cannot be read."""
 
   @property
   @abc.abstractmethod
@@ -53,21 +41,19 @@ class Source(abc.ABC):
     """Names that differ where the records do; None where none are known."""
     return None
 
-  def __iter__(self):
-    return (self[i] for i in range(len(self)))
-
   def subset(self, indices: np.ndarray) -> 'Source':
     """Returns the records at `indices`, in that order, as a source."""
     return Subset(self, indices)
+
+  def __iter__(self):
+    return (self[i] for i in range(len(self)))
 
 
 class Subset(Source):
   """Some records of another source."""
 
   def __init__(self, source: Source, indices: np.ndarray):
-    self._source = source
-    self._indices = np.asarray(indices, np.int64)
-    self._indices.setflags(write=False)
+    self._source, self._indices = source, np.asarray(indices, np.int64)
 
   def __len__(self):
     return len(self._indices)
@@ -79,9 +65,6 @@ class Subset(Source):
   def labels(self):
     """The labels, int32 [n]."""
     return self._source.labels[self._indices]
-
-  def __repr__(self):
-    return f'Subset({self._source!r}, n={len(self)})'
 
 
 class Union(Source):
@@ -96,8 +79,6 @@ class Union(Source):
 
   def __getitem__(self, index):
     which = int(np.searchsorted(self._ends, index, side='right'))
-    if index < 0 or which == len(self._sources):
-      raise IndexError(f'expected an index below {len(self)}, got {index}')
     source = self._sources[which]
     return source[int(index - self._ends[which] + len(source))]
 
@@ -105,6 +86,3 @@ class Union(Source):
   def labels(self):
     """The labels, int32 [n]."""
     return np.concatenate([source.labels for source in self._sources])
-
-  def __repr__(self):
-    return f'Union({", ".join(map(repr, self._sources))})'

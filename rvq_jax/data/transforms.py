@@ -1,8 +1,8 @@
 """Image transforms on the host: decoding, cropping, resampling.
 
-An image is uint8 [h, w, 3], RGB. Every crop is taken in the coordinates of the
-source image and resampled once, bicubic with antialiasing; an image that
-already has the size asked for is returned as it is.
+An image is uint8 [h, w, 3], RGB; a crop of it is uint8 [size, size, 3]. Every
+crop is taken in the coordinates of the source image and resampled once, bicubic
+with antialiasing; an image of the right size is returned as it is.
 """
 
 import io
@@ -15,7 +15,6 @@ MAX_PIXELS = 2**26
 """Larger images are refused: they are decompression bombs or mistakes."""
 
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
-_ORIENTATION = 0x0112
 _WHITE = (255, 255, 255, 255)
 
 
@@ -34,17 +33,14 @@ def decode_image(
   Args:
     data: JPEG, PNG, WebP, GIF or BMP.
     name: what to call the image in an error.
-    shorter_side: the size in pixels to which the caller will shrink the
-      shorter side. A JPEG more than twice as large is then decoded at a
-      half, a quarter or an eighth of its size, which is several times faster.
-
-  Returns:
-    uint8 [h, w, 3].
+    shorter_side: to which the caller will shrink the shorter side, in pixels.
+      A JPEG more than twice as large is then decoded at a half, a quarter or
+      an eighth of its size, which is several times faster.
 
   Raises:
-    ImageError: if the image is corrupt, truncated, empty, of another format
-      or has more than `MAX_PIXELS` pixels.
-    MemoryError: if there is no memory for it, whatever the image is.
+    ImageError: the image is corrupt, truncated, empty, of another format or has
+      more than `MAX_PIXELS` pixels.
+    MemoryError: there is no memory for it, whatever the image is.
   """
   label = f'image {name!r}' if name else 'image'
   if not data:
@@ -62,9 +58,7 @@ def decode_image(
       return np.asarray(_to_rgb(_upright(image)))
   except (ImageError, MemoryError):
     raise
-  # Pillow reports damage through a dozen exception types, from SyntaxError
-  # to struct.error; to the caller they all mean the same.
-  except Exception as error:
+  except Exception as error:  # Pillow reports damage through a dozen types
     reason = ' '.join(str(error).split()) or type(error).__name__
     raise ImageError(f'{label} cannot be decoded: {reason}') from error
 
@@ -72,7 +66,7 @@ def decode_image(
 def _upright(image: Image.Image) -> Image.Image:
   """Applies the EXIF orientation; a damaged EXIF block is ignored."""
   try:
-    if image.getexif().get(_ORIENTATION, 1) == 1:
+    if image.getexif().get(0x0112, 1) == 1:
       return image
     return ImageOps.exif_transpose(image)
   except MemoryError:
@@ -95,15 +89,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
-  """Scales the shorter side to `size` and keeps the central square.
-
-  Args:
-    image: uint8 [h, w, 3].
-    size: side of the result in pixels.
-
-  Returns:
-    uint8 [size, size, 3].
-  """
+  """Scales the shorter side to `size` and takes the central square."""
   height, width = image.shape[:2]
   side = min(height, width)
   return _resample(
@@ -114,16 +100,7 @@ def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
 def random_crop(
   image: np.ndarray, size: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """Scales the shorter side to `size` and keeps a random square.
-
-  Args:
-    image: uint8 [h, w, 3].
-    size: side of the result in pixels.
-    rng: places the square, uniformly along the longer side.
-
-  Returns:
-    uint8 [size, size, 3].
-  """
+  """Scales the shorter side to `size` and takes a random square."""
   height, width = image.shape[:2]
   side = min(height, width)
   left = int(rng.integers(width - side + 1))
@@ -144,13 +121,10 @@ def random_resized_crop(
   Args:
     image: uint8 [h, w, 3].
     size: side of the result in pixels.
-    rng: draws the box.
+    rng: draws the box; after ten draws that do not fit into the image it is
+      the central square.
     scale: least and greatest share of the image's area.
     ratio: least and greatest width / height, drawn log-uniformly.
-
-  Returns:
-    uint8 [size, size, 3]. Where ten draws do not fit into the image it is
-    the central square.
   """
   height, width = image.shape[:2]
   for _ in range(10):

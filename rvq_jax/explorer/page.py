@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rvq_jax.data import datasets
-from rvq_jax.data.skips import try_image
+from rvq_jax.data.decoding import decode_record
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import (
   ImageError,
@@ -82,7 +82,7 @@ def _readable(
     others = itertools.chain(range(first, len(source)), range(first))
     for row in itertools.chain([first], (r for r in others if r not in tried)):
       tried.add(row)
-      image, name, reason = try_image(source, row, transform)
+      image, name, reason = decode_record(source, row, transform)
       if image is not None:
         found.append((name, image))
         break

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rvq_jax.data.skips import SkipLog, try_image
+from rvq_jax.data.decoding import DecodeErrors, decode_record
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import resize_and_center_crop
 from rvq_jax.evaluation.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ def _digest(source: Source) -> str | None:
   return hashlib.sha256(b'\0'.join(map(os.fsencode, names))).hexdigest()
 
 
-class _Skips(SkipLog):
+class _Skips(DecodeErrors):
   """Counts on from those of an earlier call, on the progress bar."""
 
   def __init__(self, total, before, bar):
@@ -157,10 +157,10 @@ class _Skips(SkipLog):
   @property
   def count(self) -> int:
     """Number of records skipped, of earlier calls too."""
-    return self._before + super().count
+    return self._before + len(self.rows)
 
   def add(self, index: int, name: str, reason: str) -> None:
-    """See `SkipLog.add`."""
+    """See `DecodeErrors.add`."""
     super().add(index, name, reason)
     self._bar.update(1)
     self._show()
@@ -269,7 +269,7 @@ def _decoded(source, rows, image_size, ahead, skips):
     rows = iter(rows)
     while True:
       for row in itertools.islice(rows, ahead - len(waiting)):
-        waiting.append((row, pool.submit(try_image, source, row, transform)))
+        waiting.append((row, pool.submit(decode_record, source, row, transform)))
       if not waiting:
         return
       row, task = waiting.popleft()

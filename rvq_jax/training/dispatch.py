@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rvq_jax.data.memory import MemoryLoader
+from rvq_jax.data.loaders import MemoryLoader
 from rvq_jax.training import sharding
 
 

@@ -7,7 +7,7 @@ import threading
 
 import jax
 
-from rvq_jax.data.stream import STOPS
+from rvq_jax.data.loaders import STOP_SIGNALS
 from rvq_jax.training import multihost
 
 
@@ -43,7 +43,7 @@ class StopSignal:
     self._old_fd = signal.set_wakeup_fd(
       self._pipe[1], warn_on_full_buffer=False
     )
-    for number in STOPS:
+    for number in STOP_SIGNALS:
       if signal.getsignal(number) != signal.SIG_IGN:
         self._old[number] = signal.signal(number, self._request)
     return self

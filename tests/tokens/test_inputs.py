@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from rvq_jax.data.builders import Examples, Recipe, prepare_recipe
+from rvq_jax.data.prepare import write_tfds
 from rvq_jax.data.transforms import decode_image, resize_and_center_crop
 from rvq_jax.tokens import encode, inputs
 from rvq_jax.tokens.shards import TokenSource
@@ -92,25 +92,21 @@ def prepare(photograph, tmp_path):
       Image.fromarray(photograph(20, 24, i)).save(buffer, 'PNG')
       return {'image': buffer.getvalue(), 'label': i % 3, 'id': f'number {i}'}
 
-    return Examples(range(130), read)
+    return range(130), read
 
   def make(version):
-    recipe = Recipe(
-      name='toy',
-      version=version,
-      description='toy',
-      homepage='',
+    features = {
+      'image': tfds.features.Image(shape=(20, 24, 3)),
+      'label': tfds.features.ClassLabel(num_classes=3),
+      'id': tfds.features.Text(),
+    }
+    write_tfds(
+      'toy',
+      version,
+      str(tmp_path / 'sets'),
+      lambda: (features, {'test': examples()}),
       num_shards=2,
-      features=lambda: tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(shape=(20, 24, 3)),
-          'label': tfds.features.ClassLabel(num_classes=3),
-          'id': tfds.features.Text(),
-        }
-      ),
-      splits=lambda _: {'test': examples()},
     )
-    prepare_recipe(recipe, str(tmp_path / 'sets'))
     return inputs.open_input('tfds:toy', str(tmp_path / 'sets'))['test']
 
   return make

@@ -1,0 +1,300 @@
+"""Prepares CIFAR-10 and ImageNet as tfds directories, without TensorFlow.
+
+tfds's own builders need TensorFlow, and so does its shuffle of more than 1 GB.
+Here the records are written one by one in the order that tfds's shuffle would
+give them, so that an index means the same image however it was prepared.
+
+A data set is written shard by shard into a hidden folder, where an interrupted
+preparation resumes, and renamed when it is complete.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import re
+import shutil
+import tarfile
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from rvq_jax.data.splits import hashed_order
+from rvq_jax.io import explain_full_disk
+
+CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+CIFAR10_SHA256 = (
+  'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
+)
+IMAGENET_TRAIN = 'ILSVRC2012_img_train.tar'
+IMAGENET_VALIDATION = 'ILSVRC2012_img_val.tar'
+_CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'
+_TIMEOUT_S = 30
+
+Examples = tuple[Sequence[str | int], Callable[[int], dict[str, Any]]]
+"""Stable keys, which decide the order of the records, and a function that reads
+the example of key i, its image as encoded bytes."""
+
+
+def prepare(name: str, data_dir: str) -> str:
+  """Prepares a data set, unless it is there already.
+
+  Args:
+    name: 'cifar10' or 'imagenet2012'.
+    data_dir: folder of prepared data sets. Archives that were downloaded by
+      hand are looked for in its folder downloads/manual.
+
+  Returns:
+    The directory of the prepared data set.
+
+  Raises:
+    ValueError: it cannot be prepared here, or an archive is missing or damaged.
+    OSError: the disk is full.
+  """
+  known = {
+    'cifar10': ('3.0.2', _cifar10, 1),
+    'imagenet2012': ('5.1.0', _imagenet, 256),
+  }
+  if name not in known:
+    base = name.partition(':')[0]
+    raise ValueError(
+      f'tfds:{name} is not prepared in {data_dir}, and only '
+      f'{" and ".join(known)} can be prepared here; prepare it where '
+      f'TensorFlow is installed: tfds build {base} --file_format=array_record '
+      f'--data_dir={data_dir}'
+    )
+  version, open_set, num_shards = known[name]
+  manual = os.path.join(data_dir, 'downloads', 'manual')
+  return write_tfds(
+    name, version, data_dir, lambda: open_set(manual), num_shards=num_shards
+  )
+
+
+def write_tfds(
+  name: str,
+  version: str,
+  data_dir: str,
+  open_set: Callable[[], tuple[dict[str, Any], dict[str, Examples]]],
+  *,
+  num_shards: int = 1,
+) -> str:
+  """Writes a tfds directory of ArrayRecord files, unless it is there already.
+
+  Of several processes one works and the others wait for it.
+
+  Args:
+    name: of the data set.
+    version: of its layout, as '1.0.0'.
+    data_dir: folder of prepared data sets.
+    open_set: returns its tfds features and the examples of each split.
+    num_shards: files of the first split.
+
+  Returns:
+    The directory of the data set.
+  """
+  data_dir = os.path.abspath(os.path.expanduser(data_dir))
+  final = os.path.join(data_dir, name, version)
+  work = os.path.join(data_dir, f'.{name}-{version}-incomplete')
+  with explain_full_disk(data_dir, 'give the same command again: it resumes'):
+    try:
+      os.makedirs(os.path.dirname(final), exist_ok=True)
+      lock = open(os.path.join(data_dir, f'.{name}.lock'), 'w')
+    except OSError as error:
+      raise ValueError(
+        f'cannot write to {data_dir}: {error.strerror}; pass a folder you may '
+        'write to as --config.data.data_dir'
+      ) from error
+    with lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the process ends
+      if not os.path.exists(os.path.join(final, 'dataset_info.json')):
+        logging.info('preparing %s in %s', name, final)
+        _write(name, version, work, *open_set(), num_shards)
+        os.rename(work, final)
+  return final
+
+
+def _write(name, version, work, features, splits, num_shards: int) -> None:
+  """Writes the shards that are missing in `work`, and its description."""
+  os.makedirs(work, exist_ok=True)
+  info = tfds.core.DatasetInfo(
+    builder=tfds.core.dataset_info.DatasetIdentity(
+      name, tfds.core.Version(version), data_dir=work, module_name=''
+    ),
+    features=tfds.features.FeaturesDict(features),
+    supervised_keys=('image', 'label') if 'label' in features else None,
+  )
+  size = -(-len(next(iter(splits.values()))[0]) // num_shards)
+  writer = tfds.core.SequentialWriter(
+    info, size, overwrite=False, file_format='array_record'
+  )
+  writer.initialize_splits(list(splits), fail_if_exists=False)
+  for split, (keys, read) in splits.items():
+    order = hashed_order(split, keys)
+    for start in range(info.splits[split].num_examples, len(order), size):
+      # Writes one shard, and then that it is there.
+      writer.add_examples({split: map(read, order[start : start + size])})
+    writer.close_splits([split])
+
+
+def _cifar10(manual: str):
+  """Opens CIFAR-10, https://www.cs.toronto.edu/~kriz/cifar.html."""
+  path = os.path.join(manual, os.path.basename(CIFAR10_URL))
+  if not os.path.exists(path):
+    _download(CIFAR10_URL, path, CIFAR10_SHA256)
+  if _sha256(path) != CIFAR10_SHA256:
+    raise ValueError(
+      f'{path} is not the official archive: expected sha256 {CIFAR10_SHA256}; '
+      'remove it and give the same command again'
+    )
+  features = {
+    'id': tfds.features.Text(),
+    'image': tfds.features.Image(shape=(32, 32, 3)),
+    'label': tfds.features.ClassLabel(names=_CIFAR10_CLASSES.split()),
+  }
+  train = [f'data_batch_{i}.bin' for i in range(1, 6)]
+  return features, {
+    'train': _cifar10_split(path, 'train', train),
+    'test': _cifar10_split(path, 'test', ['test_batch.bin']),
+  }
+
+
+def _download(url: str, path: str, sha256: str) -> None:
+  """Downloads an archive; only a complete one gets its name."""
+  logging.info('downloading %s', url)
+  partial = f'{path}.partial'
+  try:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with (
+      urllib.request.urlopen(url, timeout=_TIMEOUT_S) as remote,
+      open(partial, 'wb') as local,
+    ):
+      shutil.copyfileobj(remote, local)
+    if _sha256(partial) != sha256:
+      raise OSError('it ended early, or is another file')
+    os.replace(partial, path)
+  except OSError as error:
+    raise ValueError(
+      f'cannot download {url} ({error}); download it elsewhere and put it at '
+      f'{path}'
+    ) from error
+  finally:
+    with contextlib.suppress(OSError):
+      os.remove(partial)
+
+
+def _sha256(path: str) -> str:
+  with open(path, 'rb') as stream:
+    return hashlib.file_digest(stream, 'sha256').hexdigest()
+
+
+def _cifar10_split(path: str, split: str, files: list[str]) -> Examples:
+  """Reads a split; a record is the label, then pixels channel by channel."""
+  with tarfile.open(path, 'r:gz') as archive:
+    data = b''.join(
+      archive.extractfile(f'cifar-10-batches-bin/{file}').read()
+      for file in files
+    )
+  records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+
+  def read(i: int) -> dict[str, Any]:
+    pixels = records[i, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
+    png = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(png, 'PNG')
+    label = int(records[i, 0])
+    return {'id': f'{split}_{i:05d}', 'image': png.getvalue(), 'label': label}
+
+  return range(len(records)), read
+
+
+def _imagenet(manual: str):
+  """Opens ImageNet (ILSVRC 2012) in its two archives.
+
+  A pass over the tar headers finds where each JPEG lies; its bytes are copied
+  as they are, and nothing is unpacked to disk.
+  """
+  paths = [
+    os.path.join(manual, name) for name in (IMAGENET_TRAIN, IMAGENET_VALIDATION)
+  ]
+  missing = [path for path in paths if not os.path.exists(path)]
+  if missing:
+    raise ValueError(
+      f'imagenet2012 needs {" and ".join(missing)}; register at '
+      'https://image-net.org/download-images, download the files of ILSVRC '
+      '2012 and put them there'
+    )
+  folder = tfds.core.tfds_path('datasets/imagenet2012')
+  classes = (folder / 'labels.txt').read_text().split()
+  label = {wnid: i for i, wnid in enumerate(classes)}
+  validation = (folder / 'validation_labels.txt').read_text().split()
+  features = {
+    'image': tfds.features.Image(encoding_format='jpeg'),
+    'label': tfds.features.ClassLabel(names=classes),
+    'file_name': tfds.features.Text(),
+  }
+  numbered = {
+    f'ILSVRC2012_val_{i:08d}.JPEG': label[wnid]
+    for i, wnid in enumerate(validation, 1)
+  }
+  return features, {
+    'train': _tar_examples(paths[0], _index_train, label),
+    'validation': _tar_examples(paths[1], _index_val, numbered),
+  }
+
+
+def _tar_examples(path: str, index, label: dict[str, int]) -> Examples:
+  """Makes examples of the (name, offset, size, label) that `index` yields."""
+  try:
+    entries = list(index(path, label))
+  except (tarfile.TarError, OSError) as error:
+    raise ValueError(
+      f'{path} is not a complete tar archive ({error}); download it again'
+    ) from error
+  if not entries:
+    raise ValueError(f'{path} holds no images; download it again')
+  names = [entry[0] for entry in entries]
+  where = np.array([entry[1:] for entry in entries], np.int64)
+
+  def read(i: int) -> dict[str, Any]:
+    offset, size, label = where[i].tolist()
+    with open(path, 'rb') as stream:
+      stream.seek(offset)
+      image = stream.read(size)
+    return {'image': image, 'label': label, 'file_name': names[i]}
+
+  return names, read
+
+
+def _index_train(path: str, label: dict[str, int]):
+  """Indexes the training archive, a tar of one tar per class."""
+  with tarfile.open(path, 'r:') as outer:
+    for member in _files(outer, path, lambda name: name[:-4] in label):
+      wnid = member.name[:-4]
+      with tarfile.open(fileobj=outer.extractfile(member), mode='r:') as inner:
+        fits = re.compile(rf'{wnid}_\d+\.JPEG').fullmatch
+        for image in _files(inner, f'{path}:{member.name}', fits):
+          offset = member.offset_data + image.offset_data
+          yield image.name, offset, image.size, label[wnid]
+
+
+def _index_val(path: str, label: dict[str, int]):
+  """Indexes the validation archive; the name of an image gives its label."""
+  with tarfile.open(path, 'r:') as archive:
+    for image in _files(archive, path, label.__contains__):
+      yield image.name, image.offset_data, image.size, label[image.name]
+
+
+def _files(archive, path: str, fits) -> Iterator[tarfile.TarInfo]:
+  """Yields the members of an archive; refuses other names, and links."""
+  for member in archive:
+    if not (fits(member.name) and member.isreg()):
+      raise ValueError(
+        f'{path} holds {member.name!r}, which is not a file of the official '
+        'archive; download it again'
+      )
+    yield member
