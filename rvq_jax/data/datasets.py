@@ -11,24 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from rvq_jax.data.sources import Source, Union
+from rvq_jax.data.sources import Selection, Source
 from rvq_jax.data.splits import stratified_split
 
 SPLITS = ('official', 'paper')
-# tfds:photos is what names the embedded set beside a folder called photos.
+# The second names the embedded set beside a folder called photos.
 _PHOTOS = ('photos', 'tfds:photos')
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """The three parts of a data set.
+  """The parts to train on, to choose by and to report on.
 
-  Attributes:
-    name: as given to `open_dataset`.
-    train: images to train on.
-    validation: images to choose by.
-    test: images to report on.
-    note: a line for the log where something must be said, else ''.
+  `note` is a line for the log where something must be said, else ''.
   """
 
   name: str
@@ -56,8 +51,8 @@ def open_dataset(
     seed: of the paper split.
 
   Raises:
-    ValueError: there is no such data set or split, or files are missing; the
-      message says which, and where to put them.
+    ValueError: there is no such data set or split, or files are missing: which,
+      and where to put them.
   """
   if split not in SPLITS:
     raise ValueError(f'expected split to be one of {SPLITS}, got {split!r}')
@@ -71,9 +66,9 @@ def open_dataset(
   # validation split is the one that is reported on.
   if name.startswith('tfds:imagenet2012'):
     splits.pop('test', None)
-  if split == 'paper':
-    return _paper(name, splits, seed)
-  return _official(name, splits)
+  if split == 'official':
+    return _official(name, splits)
+  return _paper(name, splits, seed)
 
 
 def open_images(
@@ -89,9 +84,6 @@ def open_images(
 
   Returns:
     Source by split; 'all' where there are no splits.
-
-  Raises:
-    ValueError: there is no such image, folder, data set or split.
   """
   full = name
   if name == 'photos' and Path(name).exists():
@@ -104,13 +96,11 @@ def open_images(
       )
     full = f'folder:{name}'
   splits = _open(full, data_dir)
-  if split is None:
-    return splits
-  if split not in splits:
+  if split not in (None, *splits):
     raise ValueError(
       f'split: expected one of {", ".join(splits)} of {name}, got {split!r}'
     )
-  return {split: splits[split]}
+  return {split: splits[split]} if split else splits
 
 
 def _open(name: str, data_dir: str | None) -> dict[str, Source]:
@@ -154,15 +144,14 @@ def _paper(name: str, splits: dict[str, Source], seed: int) -> Dataset:
 
   Where no image has a label, all of them are one class.
   """
-  everything = Union(list(splits.values()))
-  labels = everything.labels
+  labels = np.concatenate([source.labels for source in splits.values()])
   kept = np.flatnonzero(labels >= 0)
   if kept.size == 0:
-    kept = np.arange(len(everything))
+    kept = np.arange(len(labels))
   parts = [kept[part] for part in stratified_split(labels[kept], seed)]
   if min(map(len, parts)) == 0:
     raise ValueError(
       f'{name} has {len(kept)} images, too few to divide 70-20-10; expected '
       'several of each class'
     )
-  return Dataset(name, *map(everything.subset, parts))
+  return Dataset(name, *(Selection(splits.values(), part) for part in parts))

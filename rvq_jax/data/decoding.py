@@ -32,10 +32,7 @@ _ATTEMPTS = 4
 
 
 class DecodeErrors:
-  """Names each image that cannot be decoded, once, and limits their share.
-
-  Args:
-    total: number of images in the source.
+  """Names each of `total` images that cannot be decoded, and limits them.
 
   Attributes:
     rows: indices in the source of the images named so far.
@@ -72,9 +69,6 @@ def decode_record(
 
   Returns:
     (image, name, ''), or (None, name, reason) if it cannot be decoded.
-
-  Raises:
-    OSError: there is no memory for the image, which may be intact.
   """
   name = f'record {row}'
   try:
@@ -96,15 +90,13 @@ def decode_ahead(
   rows: Iterable[int],
   transform,
   errors: DecodeErrors,
-  *,
   ahead: int,
 ) -> Iterator[tuple[int, np.ndarray | None, str]]:
   """Decodes images in threads, in order, at most `ahead` before the caller.
 
-  Args: see `decode_record`; `errors` is told of what cannot be decoded.
-
   Yields:
-    (row, image, name); the image is None where it cannot be decoded.
+    (row, image, name); the image is None where it cannot be decoded, of which
+    `errors` is told.
   """
   rows, waiting = iter(rows), collections.deque()
   pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
@@ -128,11 +120,8 @@ def decode_ahead(
 class LoadImage:
   """Decodes and crops one record; a random one stands in for a corrupt one.
 
-  It is drawn from the record's own generator `rng`, so it too is the same
-  whenever the batch is made. Four corrupt ones in a row raise an OSError.
-
-  Returns {'image': uint8 [size, size, 3], 'bad': int64 [4], the rows that
-  cannot be decoded, padded with -1}.
+  It is drawn from the record's own generator, so it too is the same whenever
+  the batch is made. Four corrupt ones in a row raise an OSError.
   """
 
   source: Source
@@ -141,7 +130,7 @@ class LoadImage:
   crop_scale: tuple[float, float]
 
   def __call__(self, row: int, rng: np.random.Generator):
-    """Loads the record at index `row`."""
+    """Returns {'image': uint8 [size, size, 3], 'bad': rows, int64 [4]}."""
     bad, reasons = np.full(_ATTEMPTS, -1, np.int64), []
     cut = functools.partial(self._cut, rng=rng)
     # A small box may need every pixel of a photograph, a square does not.

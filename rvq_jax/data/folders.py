@@ -11,26 +11,15 @@ import numpy as np
 from rvq_jax.data.sources import Record, Source
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp')
-_SPLITS = {
-  'train': 'train',
-  'validation': 'validation',
-  'val': 'validation',
-  'test': 'test',
-}
+SPLITS = ('train', 'validation', 'test')
 
 
 class FolderSource(Source):
-  """Image files with their labels.
-
-  Args:
-    root: folder that `files` are relative to.
-    files: paths of the images.
-    labels: integers [n].
-  """
+  """The images `files`, paths in the folder `root`, with their labels [n]."""
 
   def __init__(self, root: str, files: list[str], labels):
     self._root, self._files = root, files
-    self._labels = np.asarray(labels, np.int32)
+    self.labels = np.asarray(labels, np.int32)
 
   def __len__(self):
     return len(self._files)
@@ -38,12 +27,7 @@ class FolderSource(Source):
   def __getitem__(self, index):
     file = self._files[index]
     with open(os.path.join(self._root, file), 'rb') as stream:
-      return Record(stream.read(), int(self._labels[index]), printable(file))
-
-  @property
-  def labels(self):
-    """The labels, int32 [n]."""
-    return self._labels
+      return Record(stream.read(), int(self.labels[index]), printable(file))
 
   def identity(self):
     """The names of the files."""
@@ -54,16 +38,13 @@ def open_folder(path: str) -> dict[str, Source]:
   """Finds the images under a folder.
 
   Args:
-    path: with the folders train, validation (or val) and test, each holding
-      one folder of images per class or images only; or with no such folders,
-      holding classes or images itself; or one image. `~` is expanded.
+    path: of a folder with the folders train, validation (or val) and test, each
+      holding one folder of images per class or images only; of a folder that
+      holds classes or images itself; or of one image. `~` is expanded.
 
   Returns:
     Source by split name; 'all' where there are no split folders. Labels are
     the ranks of the sorted class names, -1 where there are no class folders.
-
-  Raises:
-    ValueError: the folder is missing, empty, unreadable or ambiguous.
   """
   path = os.path.abspath(os.path.expanduser(path))
   if os.path.isfile(path):
@@ -71,13 +52,13 @@ def open_folder(path: str) -> dict[str, Source]:
     return {'all': FolderSource(root, [file], [-1])}
   found: dict[str, str] = {}
   for folder in _scan(path)[0]:
-    split = _SPLITS.get(folder.lower())
+    split = {'val': 'validation'}.get(folder.lower(), folder.lower())
     if split in found:
       raise ValueError(
         f'{printable(path)} has both {found[split]} and {folder} for the '
         f'{split} split; keep one of them'
       )
-    if split:
+    if split in SPLITS:
       found[split] = folder
   if found and 'train' not in found:
     raise ValueError(
@@ -86,7 +67,7 @@ def open_folder(path: str) -> dict[str, Source]:
     )
   listed = {
     split: _list_images(path, found[split])
-    for split in ('train', 'validation', 'test')
+    for split in SPLITS
     if split in found
   } or {'all': _list_images(path, '')}
   names = {name for files in listed.values() for name, _ in files}

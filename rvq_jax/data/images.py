@@ -20,9 +20,9 @@ def random_flip(
   """Mirrors each image left to right with probability one half.
 
   Args:
-    key: PRNG key, the same on every device; the flip of an image depends on it
-      and on its index in the global batch, whatever the number of devices.
-    images: [B, h, w, 3], any dtype; this device's share under axis_name.
+    key: PRNG key. The flip of an image depends on it and on the index in the
+      global batch alone, whatever the number of devices.
+    images: [B, h, w, 3]; this device's share under axis_name.
     axis_name: mapped axis of the batch under `pmap` or `shard_map`.
   """
   rows = images.shape[0]

@@ -28,8 +28,7 @@ class TrainLoader:
 
   `next(loader)` returns this process's rows of the next batch: {'image': uint8
   [batch_size / process_count, size, size, 3]}. The batch of a step depends on
-  the source, the seed and the global batch size only: not on the batches before
-  it, on the number of workers or on how many processes share it.
+  the source, the seed and the global batch size only.
 
   Attributes:
     num_examples: images in one epoch's permutation, over all processes.
@@ -53,20 +52,12 @@ class TrainLoader:
     return {'step': self._step, 'images': self.num_examples}
 
   def seek(self, position: dict[str, int]) -> None:
-    """Makes the batch at `position` the next one.
-
-    Args:
-      position: from `position()`, also with other workers or processes.
-
-    Raises:
-      ValueError: it is a position in another set of images.
-    """
+    """Makes the batch at `position` the next one; refuses another set's."""
     if position['images'] != self.num_examples:
       raise ValueError(
         f'the training set has {self.num_examples} images that can be decoded '
-        f'and had {position["images"]} at this position, so other batches '
-        'would follow; put the data set back as it was, or start anew in '
-        'another --workdir'
+        f'and had {position["images"]}; put it back as it was, or start anew '
+        'in another --workdir'
       )
     self._step = position['step']
 
@@ -75,17 +66,14 @@ class TrainLoader:
 
 
 class MemoryLoader(TrainLoader):
-  """Batches from images that are decoded, resized and cropped once.
-
-  For small images this is ten to twenty times as fast as decoding each time.
-  """
+  """Batches from images that are decoded and kept, 10 to 20 times as fast."""
 
   def __init__(self, source: Source, image_size: int, seed: int, *shared):
     images = np.empty((len(source), image_size, image_size, 3), np.uint8)
     crop = functools.partial(resize_and_center_crop, size=image_size)
     errors = decoding.DecodeErrors(len(source))
     for row, image, _ in decoding.decode_ahead(
-      source, range(len(source)), crop, errors, ahead=1024
+      source, range(len(source)), crop, errors, 1024
     ):
       if image is not None:
         images[row] = image
@@ -127,16 +115,14 @@ class GrainLoader(TrainLoader):
       if 'terminated unexpectedly' not in str(error):
         raise
       raise ChildProcessError(
-        f'a data worker died ({error}); it may have run out of memory or of '
-        f'/dev/shm: lower data.num_workers (now {self._workers}) or '
-        'batch_size; the same command resumes from the last checkpoint'
+        f'a data worker died ({error}); if it ran out of memory or /dev/shm, '
+        'lower data.num_workers or batch_size; the same command resumes from '
+        'the last checkpoint'
       ) from error
     self._step += 1
-    for row in set(batch['bad'].ravel().tolist()) - {-1} - self._errors.rows:
-      _, name, reason = decoding.decode_record(
-        self._load.source, row, np.asarray
-      )
-      self._errors.add(row, name, reason or 'unreadable at first')
+    for row in sorted({*batch['bad'].flat} - {-1} - self._errors.rows):
+      what = decoding.decode_record(self._load.source, int(row), np.asarray)
+      self._errors.add(row, what[1], what[2] or 'unreadable at first')
     # A copy, because the workers' shared memory must not outlive them.
     return {'image': np.array(batch['image'])}
 
@@ -250,10 +236,6 @@ def eval_batches(
     {'image': uint8 [B, size, size, 3], 'mask': bool [B]} with B = batch_size /
     process_count, as many on every process. Rows that fill the last batch, and
     images that cannot be decoded, are zero and have mask False.
-
-  Raises:
-    ValueError: the processes do not divide the batch, or more than 1 % of the
-      images cannot be decoded.
   """
   local_size = _local_size(batch_size, process_count)
   first = process_index * local_size
@@ -266,7 +248,7 @@ def eval_batches(
     itertools.chain.from_iterable(rows),
     functools.partial(resize_and_center_crop, size=image_size),
     decoding.DecodeErrors(len(source)),
-    ahead=3 * local_size,
+    3 * local_size,
   )
   for some in rows:
     image = np.zeros((local_size, image_size, image_size, 3), np.uint8)

@@ -1,8 +1,7 @@
 """The embedded data set: crops of photographs that ship with scikit-image.
 
-It needs no download and lets a small model learn within two minutes. Training
-and test images come from different photographs: crops of one photograph
-overlap, so a split by crop would test on training pixels.
+Training and test images come from different photographs: crops of one
+photograph overlap, so a split by crop would test on training pixels.
 """
 
 import functools
@@ -28,10 +27,9 @@ _photograph = functools.cache(lambda name: getattr(skimage.data, name)())
 
 
 class PhotoSource(Source):
-  """Crops of the photographs of one split, `train` or `test`.
+  """Crops of the photographs of one split, made when they are read.
 
-  A crop depends on the split and its number only. Crops are in the order that
-  tfds would give them, and made when they are read.
+  A crop depends on the split (train or test) and on its number only.
   """
 
   def __init__(self, split: str):
@@ -39,6 +37,8 @@ class PhotoSource(Source):
     self._order = hashed_order(split, range(COUNTS[split]))
     names = PHOTOGRAPHS[split]
     self._names = [names[i % len(names)] for i in self._order]
+    labels = [_LABELS.index(name) for name in self._names]
+    self.labels = np.array(labels, np.int32)
 
   def __len__(self):
     return len(self._order)
@@ -50,17 +50,11 @@ class PhotoSource(Source):
     if rng.random() < 0.5:
       crop = crop[:, ::-1]
     png = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(crop)).save(
-      png, 'PNG', compress_level=1
-    )
-    label = _LABELS.index(name)
+    image = Image.fromarray(np.ascontiguousarray(crop))
+    image.save(png, 'PNG', compress_level=1)
+    label = int(self.labels[index])
     return Record(png.getvalue(), label, f'{self._split}_{number:05d}')
 
-  @property
-  def labels(self):
-    """Which photograph each crop is of, int32 [n]."""
-    return np.array([_LABELS.index(name) for name in self._names], np.int32)
-
   def identity(self):
-    """The name of the split."""
+    """See `Source`."""
     return ['photos', self._split]

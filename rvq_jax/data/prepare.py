@@ -1,11 +1,10 @@
 """Prepares CIFAR-10 and ImageNet as tfds directories, without TensorFlow.
 
-tfds's own builders need TensorFlow, and so does its shuffle of more than 1 GB.
-Here the records are written one by one in the order that tfds's shuffle would
-give them, so that an index means the same image however it was prepared.
-
-A data set is written shard by shard into a hidden folder, where an interrupted
-preparation resumes, and renamed when it is complete.
+tfds's own builders and its shuffle of more than 1 GB need TensorFlow. Here the
+records are written in the order that its shuffle would give them, so that an
+index means the same image however a set was prepared. They are written shard by
+shard into a hidden folder, where an interrupted preparation resumes, and which
+is renamed when it is complete.
 """
 
 import contextlib
@@ -17,6 +16,7 @@ import os
 import re
 import shutil
 import tarfile
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,25 +28,21 @@ from PIL import Image
 from rvq_jax.data.splits import hashed_order
 from rvq_jax.io import explain_full_disk
 
-CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
-CIFAR10_SHA256 = (
-  'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
-)
-IMAGENET_TRAIN = 'ILSVRC2012_img_train.tar'
-IMAGENET_VALIDATION = 'ILSVRC2012_img_val.tar'
-_CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'
+CIFAR_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+CIFAR_SHA = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
+IMAGENET_ARCHIVES = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
+_CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'
 _TIMEOUT_S = 30
 
 Examples = tuple[Sequence[str | int], Callable[[int], dict[str, Any]]]
-"""Stable keys, which decide the order of the records, and a function that reads
-the example of key i, its image as encoded bytes."""
+"""Stable keys, which decide the order, and a function that reads example i."""
 
 
 def prepare(name: str, data_dir: str) -> str:
-  """Prepares a data set, unless it is there already.
+  """Prepares 'cifar10' or 'imagenet2012', unless it is there already.
 
   Args:
-    name: 'cifar10' or 'imagenet2012'.
+    name: of the data set.
     data_dir: folder of prepared data sets. Archives that were downloaded by
       hand are looked for in its folder downloads/manual.
 
@@ -55,25 +51,18 @@ def prepare(name: str, data_dir: str) -> str:
 
   Raises:
     ValueError: it cannot be prepared here, or an archive is missing or damaged.
-    OSError: the disk is full.
   """
-  known = {
-    'cifar10': ('3.0.2', _cifar10, 1),
-    'imagenet2012': ('5.1.0', _imagenet, 256),
-  }
+  known = {'cifar10': ('3.0.2', _cifar10), 'imagenet2012': ('5.1.0', _imagenet)}
   if name not in known:
     base = name.partition(':')[0]
     raise ValueError(
-      f'tfds:{name} is not prepared in {data_dir}, and only '
-      f'{" and ".join(known)} can be prepared here; prepare it where '
-      f'TensorFlow is installed: tfds build {base} --file_format=array_record '
-      f'--data_dir={data_dir}'
+      f'tfds:{name} is not prepared in {data_dir}, and only cifar10 and '
+      f'imagenet2012 can be prepared here; prepare it with TensorFlow: tfds '
+      f'build {base} --file_format=array_record --data_dir={data_dir}'
     )
-  version, open_set, num_shards = known[name]
+  version, open_set = known[name]
   manual = os.path.join(data_dir, 'downloads', 'manual')
-  return write_tfds(
-    name, version, data_dir, lambda: open_set(manual), num_shards=num_shards
-  )
+  return write_tfds(name, version, data_dir, lambda: open_set(manual))
 
 
 def write_tfds(
@@ -82,7 +71,7 @@ def write_tfds(
   data_dir: str,
   open_set: Callable[[], tuple[dict[str, Any], dict[str, Examples]]],
   *,
-  num_shards: int = 1,
+  shard_size: int = 5005,
 ) -> str:
   """Writes a tfds directory of ArrayRecord files, unless it is there already.
 
@@ -93,10 +82,7 @@ def write_tfds(
     version: of its layout, as '1.0.0'.
     data_dir: folder of prepared data sets.
     open_set: returns its tfds features and the examples of each split.
-    num_shards: files of the first split.
-
-  Returns:
-    The directory of the data set.
+    shard_size: records per file.
   """
   data_dir = os.path.abspath(os.path.expanduser(data_dir))
   final = os.path.join(data_dir, name, version)
@@ -114,74 +100,81 @@ def write_tfds(
       fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the process ends
       if not os.path.exists(os.path.join(final, 'dataset_info.json')):
         logging.info('preparing %s in %s', name, final)
-        _write(name, version, work, *open_set(), num_shards)
+        _write(name, version, work, *open_set(), shard_size)
         os.rename(work, final)
   return final
 
 
-def _write(name, version, work, features, splits, num_shards: int) -> None:
-  """Writes the shards that are missing in `work`, and its description."""
+class _Info(tfds.core.DatasetInfo):
+  """A description whose files are whole at every moment."""
+
+  def write_to_directory(self, folder, all_metadata=True):
+    with tempfile.TemporaryDirectory(prefix=f'{folder}-') as new:
+      super().write_to_directory(new, all_metadata)
+      for file in os.listdir(new):
+        os.replace(os.path.join(new, file), os.path.join(folder, file))
+
+
+def _write(name, version, work, features, splits, shard_size: int) -> None:
+  """Writes the shards that are missing in `work`, and their description."""
   os.makedirs(work, exist_ok=True)
-  info = tfds.core.DatasetInfo(
+  info = _Info(
     builder=tfds.core.dataset_info.DatasetIdentity(
       name, tfds.core.Version(version), data_dir=work, module_name=''
     ),
     features=tfds.features.FeaturesDict(features),
     supervised_keys=('image', 'label') if 'label' in features else None,
   )
-  size = -(-len(next(iter(splits.values()))[0]) // num_shards)
   writer = tfds.core.SequentialWriter(
-    info, size, overwrite=False, file_format='array_record'
+    info, shard_size, overwrite=False, file_format='array_record'
   )
   writer.initialize_splits(list(splits), fail_if_exists=False)
   for split, (keys, read) in splits.items():
-    order = hashed_order(split, keys)
-    for start in range(info.splits[split].num_examples, len(order), size):
-      # Writes one shard, and then that it is there.
-      writer.add_examples({split: map(read, order[start : start + size])})
+    order, done = hashed_order(split, keys), info.splits[split].num_examples
+    for start in range(done, len(order), shard_size):
+      # Writes one shard, and then into the description that it is there.
+      writer.add_examples({split: map(read, order[start : start + shard_size])})
     writer.close_splits([split])
 
 
 def _cifar10(manual: str):
   """Opens CIFAR-10, https://www.cs.toronto.edu/~kriz/cifar.html."""
-  path = os.path.join(manual, os.path.basename(CIFAR10_URL))
+  path = os.path.join(manual, os.path.basename(CIFAR_URL))
   if not os.path.exists(path):
-    _download(CIFAR10_URL, path, CIFAR10_SHA256)
-  if _sha256(path) != CIFAR10_SHA256:
+    _download(path)
+  if _sha256(path) != CIFAR_SHA:
     raise ValueError(
-      f'{path} is not the official archive: expected sha256 {CIFAR10_SHA256}; '
-      'remove it and give the same command again'
+      f'{path} is not the archive with sha256 {CIFAR_SHA}; remove '
+      'it and give the same command again'
     )
   features = {
     'id': tfds.features.Text(),
     'image': tfds.features.Image(shape=(32, 32, 3)),
-    'label': tfds.features.ClassLabel(names=_CIFAR10_CLASSES.split()),
+    'label': tfds.features.ClassLabel(names=_CIFAR_CLASSES.split()),
   }
-  train = [f'data_batch_{i}.bin' for i in range(1, 6)]
-  return features, {
-    'train': _cifar10_split(path, 'train', train),
-    'test': _cifar10_split(path, 'test', ['test_batch.bin']),
+  files = {
+    'train': [f'data_batch_{i}.bin' for i in range(1, 6)],
+    'test': ['test_batch.bin'],
   }
+  return features, {s: _cifar10_split(path, s, files[s]) for s in files}
 
 
-def _download(url: str, path: str, sha256: str) -> None:
-  """Downloads an archive; only a complete one gets its name."""
-  logging.info('downloading %s', url)
+def _download(path: str) -> None:
+  """Downloads the archive; only a complete one gets its name."""
+  logging.info('downloading %s', CIFAR_URL)
   partial = f'{path}.partial'
   try:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with (
-      urllib.request.urlopen(url, timeout=_TIMEOUT_S) as remote,
-      open(partial, 'wb') as local,
-    ):
-      shutil.copyfileobj(remote, local)
-    if _sha256(partial) != sha256:
+    with urllib.request.urlopen(CIFAR_URL, timeout=_TIMEOUT_S) as remote:
+      with open(partial, 'wb') as local:
+        shutil.copyfileobj(remote, local)
+    if _sha256(partial) != CIFAR_SHA:
       raise OSError('it ended early, or is another file')
     os.replace(partial, path)
   except OSError as error:
     raise ValueError(
-      f'cannot download {url} ({error}); download it elsewhere and put it at '
-      f'{path}'
+      f'cannot download {CIFAR_URL} ({error}); download it elsewhere and '
+      f'put it at {path}'
     ) from error
   finally:
     with contextlib.suppress(OSError):
@@ -196,10 +189,8 @@ def _sha256(path: str) -> str:
 def _cifar10_split(path: str, split: str, files: list[str]) -> Examples:
   """Reads a split; a record is the label, then pixels channel by channel."""
   with tarfile.open(path, 'r:gz') as archive:
-    data = b''.join(
-      archive.extractfile(f'cifar-10-batches-bin/{file}').read()
-      for file in files
-    )
+    members = [f'cifar-10-batches-bin/{file}' for file in files]
+    data = b''.join(archive.extractfile(name).read() for name in members)
   records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
 
   def read(i: int) -> dict[str, Any]:
@@ -218,9 +209,7 @@ def _imagenet(manual: str):
   A pass over the tar headers finds where each JPEG lies; its bytes are copied
   as they are, and nothing is unpacked to disk.
   """
-  paths = [
-    os.path.join(manual, name) for name in (IMAGENET_TRAIN, IMAGENET_VALIDATION)
-  ]
+  paths = [os.path.join(manual, name) for name in IMAGENET_ARCHIVES]
   missing = [path for path in paths if not os.path.exists(path)]
   if missing:
     raise ValueError(
@@ -232,18 +221,18 @@ def _imagenet(manual: str):
   classes = (folder / 'labels.txt').read_text().split()
   label = {wnid: i for i, wnid in enumerate(classes)}
   validation = (folder / 'validation_labels.txt').read_text().split()
+  names = [f'ILSVRC2012_val_{i + 1:08d}.JPEG' for i in range(len(validation))]
+  label_of_image = {
+    name: label[wnid] for name, wnid in zip(names, validation, strict=True)
+  }
   features = {
     'image': tfds.features.Image(encoding_format='jpeg'),
     'label': tfds.features.ClassLabel(names=classes),
     'file_name': tfds.features.Text(),
   }
-  numbered = {
-    f'ILSVRC2012_val_{i:08d}.JPEG': label[wnid]
-    for i, wnid in enumerate(validation, 1)
-  }
   return features, {
     'train': _tar_examples(paths[0], _index_train, label),
-    'validation': _tar_examples(paths[1], _index_val, numbered),
+    'validation': _tar_examples(paths[1], _index_val, label_of_image),
   }
 
 
@@ -255,8 +244,6 @@ def _tar_examples(path: str, index, label: dict[str, int]) -> Examples:
     raise ValueError(
       f'{path} is not a complete tar archive ({error}); download it again'
     ) from error
-  if not entries:
-    raise ValueError(f'{path} holds no images; download it again')
   names = [entry[0] for entry in entries]
   where = np.array([entry[1:] for entry in entries], np.int64)
 
@@ -277,7 +264,7 @@ def _index_train(path: str, label: dict[str, int]):
       wnid = member.name[:-4]
       with tarfile.open(fileobj=outer.extractfile(member), mode='r:') as inner:
         fits = re.compile(rf'{wnid}_\d+\.JPEG').fullmatch
-        for image in _files(inner, f'{path}:{member.name}', fits):
+        for image in _files(inner, path, fits):
           offset = member.offset_data + image.offset_data
           yield image.name, offset, image.size, label[wnid]
 
@@ -290,7 +277,8 @@ def _index_val(path: str, label: dict[str, int]):
 
 
 def _files(archive, path: str, fits) -> Iterator[tarfile.TarInfo]:
-  """Yields the members of an archive; refuses other names, and links."""
+  """Yields the members of an archive; refuses other names, links, and none."""
+  member = None
   for member in archive:
     if not (fits(member.name) and member.isreg()):
       raise ValueError(
@@ -298,3 +286,5 @@ def _files(archive, path: str, fits) -> Iterator[tarfile.TarInfo]:
         'archive; download it again'
       )
     yield member
+  if member is None:
+    raise ValueError(f'{path} holds no images; download it again')

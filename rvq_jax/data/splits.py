@@ -1,8 +1,7 @@
 """Seeded permutations and the stratified split of the paper (section 4.1).
 
-They are built from the raw words of NumPy's Philox generator and a stable sort.
-NumPy promises those words for ever and on every platform; it does not promise
-what `Generator.permutation` returns.
+They are built from the raw words of NumPy's Philox generator, which NumPy
+promises for ever and on every platform, unlike `Generator.permutation`.
 """
 
 import hashlib
@@ -15,12 +14,9 @@ FRACTIONS = (0.7, 0.2, 0.1)
 
 
 def seeded_permutation(n: int, *entropy: int) -> np.ndarray:
-  """Returns the permutation of range(n), int64 [n], that belongs to `entropy`.
+  """Returns a permutation of range(n), int64 [n], the same on every machine.
 
-  Args:
-    n: number of elements.
-    *entropy: non-negative integers, for example a seed and an epoch. Every
-      tuple gives its own permutation, the same on every machine.
+  It depends on `entropy`, non-negative integers such as a seed and an epoch.
   """
   words = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(n)
   return np.argsort(words, kind='stable')
@@ -41,16 +37,14 @@ def stratified_split(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
   """Splits indices so that every part holds the same share of each class.
 
   Each class is permuted on its own and cut at the rounded cumulative
-  fractions, so a part has within one image of its share of every class, and
-  the split of one class does not depend on the other classes.
+  fractions, so a part has within one image of its share of every class.
 
   Args:
     labels: integers [n], at least -1; any value is a class.
     seed: non-negative integer.
 
   Returns:
-    Sorted int64 indices of train, validation and test; each index in range(n)
-    is in exactly one of them.
+    The sorted int64 indices of train, validation and test.
   """
   edges = np.cumsum(FRACTIONS)[:-1]
   parts = [[np.empty(0, np.int64)] for _ in FRACTIONS]

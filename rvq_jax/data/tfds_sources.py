@@ -1,9 +1,6 @@
-"""Prepared TensorFlow Datasets directories, read without TensorFlow.
+"""Prepared TensorFlow Datasets directories, read without TensorFlow."""
 
-`tfds.data_source` reads ArrayRecord files with random access; images stay
-encoded (`SkipDecoding`) until a loader decodes them with Pillow.
-"""
-
+import functools
 import io
 import logging
 import os
@@ -16,7 +13,6 @@ from rvq_jax.data import prepare
 from rvq_jax.data.sources import Record, Source
 from rvq_jax.io import write_atomic
 
-DEFAULT_DATA_DIR = '~/tensorflow_datasets'
 SPLITS = ('train', 'validation', 'test')
 _NAME_FEATURES = ('id', 'file_name', 'filename')
 _LABEL_CHUNK = 256
@@ -24,18 +20,14 @@ _CACHE_LABELS_FROM = 100_000
 
 
 class TfdsSource(Source):
-  """One split of a prepared directory.
-
-  Args:
-    directory: with dataset_info.json, such as .../cifar10/3.0.2.
-    split: its name in that directory.
+  """One split of a prepared directory, such as .../cifar10/3.0.2.
 
   Raises:
     ValueError: the data cannot be read at random or have no images.
   """
 
   def __init__(self, directory: str, split: str):
-    self._directory, self._split, self._labels = directory, split, None
+    self._directory, self._split = directory, split
     builder = tfds.builder_from_directory(directory)
     features = dict(builder.info.features.items())
     if not isinstance(features.get('image'), tfds.features.Image):
@@ -73,18 +65,15 @@ class TfdsSource(Source):
   def _label(self, example) -> int:
     return int(example['label']) if self._has_label else -1
 
-  @property
+  @functools.cached_property
   def labels(self):
     """The labels, int32 [n].
 
     tfds keeps label and image in one record, so this reads the whole split.
     The labels of a large one are cached in a file beside it.
     """
-    if self._labels is None and len(self) >= _CACHE_LABELS_FROM:
-      self._labels = self._cached_labels()
-    if self._labels is None:
-      self._labels = self._read_labels()
-    return self._labels
+    large = len(self) >= _CACHE_LABELS_FROM
+    return self._cached_labels() if large else self._read_labels()
 
   def _read_labels(self) -> np.ndarray:
     """Reads the labels from the records."""
@@ -123,7 +112,7 @@ class TfdsSource(Source):
     return labels
 
   def identity(self):
-    """Name, version and split: the names of images are not known unread."""
+    """See `Source`; the names of the images are not known unread."""
     return [*os.path.normpath(self._directory).split(os.sep)[-2:], self._split]
 
   def __reduce__(self):
@@ -140,11 +129,8 @@ def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
 
   Returns:
     Source by split name, of the splits train, validation and test.
-
-  Raises:
-    ValueError: the data set is not there and cannot be prepared.
   """
-  default = os.environ.get('TFDS_DATA_DIR', DEFAULT_DATA_DIR)
+  default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
   data_dir = os.path.expanduser(data_dir or default)
   directory = _find(name, data_dir) or prepare.prepare(name, data_dir)
   info = tfds.builder_from_directory(directory).info

@@ -13,9 +13,7 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 2**26
 """Larger images are refused: they are decompression bombs or mistakes."""
-
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
-_WHITE = (255, 255, 255, 255)
 
 
 class ImageError(ValueError):
@@ -40,7 +38,6 @@ def decode_image(
   Raises:
     ImageError: the image is corrupt, truncated, empty, of another format or has
       more than `MAX_PIXELS` pixels.
-    MemoryError: there is no memory for it, whatever the image is.
   """
   label = f'image {name!r}' if name else 'image'
   if not data:
@@ -49,8 +46,8 @@ def decode_image(
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
       if image.width * image.height > MAX_PIXELS:
         raise ImageError(
-          f'{label} has {image.width} x {image.height} pixels, more than the '
-          f'{MAX_PIXELS} allowed; shrink it or leave it out'
+          f'{label} has {image.width} x {image.height} pixels: expected at '
+          f'most {MAX_PIXELS}'
         )
       if shorter_side:
         image.draft(None, (2 * shorter_side, 2 * shorter_side))
@@ -83,7 +80,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert('RGB')
   if image.has_transparency_data:
     rgba = image.convert('RGBA')
-    white = Image.new('RGBA', rgba.size, _WHITE)
+    white = Image.new('RGBA', rgba.size, 'white')
     return Image.alpha_composite(white, rgba).convert('RGB')
   return image if image.mode == 'RGB' else image.convert('RGB')
 
@@ -109,12 +106,7 @@ def random_crop(
 
 
 def random_resized_crop(
-  image: np.ndarray,
-  size: int,
-  rng: np.random.Generator,
-  *,
-  scale: tuple[float, float] = (0.08, 1.0),
-  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  image: np.ndarray, size: int, rng: np.random.Generator, *, scale=(0.08, 1.0)
 ) -> np.ndarray:
   """Cuts out a box of random area and shape and resizes it (Inception crop).
 
@@ -123,13 +115,13 @@ def random_resized_crop(
     size: side of the result in pixels.
     rng: draws the box; after ten draws that do not fit into the image it is
       the central square.
-    scale: least and greatest share of the image's area.
-    ratio: least and greatest width / height, drawn log-uniformly.
+    scale: least and greatest share of the image's area. Width / height is drawn
+      log-uniformly from 3 / 4 to 4 / 3.
   """
   height, width = image.shape[:2]
   for _ in range(10):
     area = height * width * rng.uniform(*scale)
-    shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    shape = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     box_w = round(math.sqrt(area * shape))
     box_h = round(math.sqrt(area / shape))
     if 0 < box_w <= width and 0 < box_h <= height:

@@ -269,7 +269,9 @@ def _decoded(source, rows, image_size, ahead, skips):
     rows = iter(rows)
     while True:
       for row in itertools.islice(rows, ahead - len(waiting)):
-        waiting.append((row, pool.submit(decode_record, source, row, transform)))
+        waiting.append(
+          (row, pool.submit(decode_record, source, row, transform))
+        )
       if not waiting:
         return
       row, task = waiting.popleft()
