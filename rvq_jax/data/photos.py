@@ -49,11 +49,11 @@ class PhotoSource(Source):
     crop = random_resized_crop(_photograph(name), SIZE, rng, scale=_SCALE)
     if rng.random() < 0.5:
       crop = crop[:, ::-1]
-    png = io.BytesIO()
+    data = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(crop))
-    image.save(png, 'PNG', compress_level=1)
+    image.save(data, 'BMP')
     label = int(self.labels[index])
-    return Record(png.getvalue(), label, f'{self._split}_{number:05d}')
+    return Record(data.getvalue(), label, f'{self._split}_{number:05d}')
 
   def identity(self):
     """See `Source`."""

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import tarfile
-import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -109,10 +108,12 @@ class _Info(tfds.core.DatasetInfo):
   """A description whose files are whole at every moment."""
 
   def write_to_directory(self, folder, all_metadata=True):
-    with tempfile.TemporaryDirectory(prefix=f'{folder}-') as new:
-      super().write_to_directory(new, all_metadata)
-      for file in os.listdir(new):
-        os.replace(os.path.join(new, file), os.path.join(folder, file))
+    new = f'{folder}-info'
+    os.makedirs(new, exist_ok=True)
+    super().write_to_directory(new, all_metadata)
+    for file in os.listdir(new):
+      os.replace(os.path.join(new, file), os.path.join(folder, file))
+    os.rmdir(new)
 
 
 def _write(name, version, work, features, splits, shard_size: int) -> None:

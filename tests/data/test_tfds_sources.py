@@ -44,8 +44,9 @@ def _prepare(data_dir, counts, *, name='toy', label=True, file_name='id'):
     return range(count), read
 
   splits = {s: examples(s, n) for s, n in counts.items()}
+  half = -(-counts['train'] // 2)
   return write_tfds(
-    name, '1.0.0', str(data_dir), lambda: (features, splits), shard_size=5
+    name, '1.0.0', str(data_dir), lambda: (features, splits), shard_size=half
   )
 
 
