@@ -21,10 +21,7 @@ _PHOTOS = ('photos', 'tfds:photos')
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """The parts to train on, to choose by and to report on.
-
-  `note` is a line for the log where something must be said, else ''.
-  """
+  """The parts to train on, to choose by and to report on, and a log line."""
 
   name: str
   train: Source
@@ -34,11 +31,7 @@ class Dataset:
 
 
 def open_dataset(
-  name: str,
-  *,
-  split: str = 'official',
-  data_dir: str | None = None,
-  seed: int = 0,
+  name: str, *, split: str = 'official', data_dir=None, seed: int = 0
 ) -> Dataset:
   """Opens a data set by name and divides it.
 
@@ -49,21 +42,16 @@ def open_dataset(
     data_dir: where tfds keeps prepared data; None for its default,
       ~/tensorflow_datasets.
     seed: of the paper split.
-
-  Raises:
-    ValueError: there is no such data set or split, or files are missing: which,
-      and where to put them.
   """
   if split not in SPLITS:
     raise ValueError(f'expected split to be one of {SPLITS}, got {split!r}')
   if name in _PHOTOS and split == 'paper':
     raise ValueError(
-      'photos has only the split official: its train and test images are '
-      'crops of different photographs; pass --config.data.split=official'
+      'photos: expected --config.data.split=official (train and test are crops '
+      'of different photographs), got paper'
     )
   splits = _open(name, data_dir)
-  # The labels of ImageNet's test split are not public: by convention the
-  # validation split is the one that is reported on.
+  # By convention: the labels of ImageNet's test split are not public.
   if name.startswith('tfds:imagenet2012'):
     splits.pop('test', None)
   if split == 'official':
@@ -72,7 +60,7 @@ def open_dataset(
 
 
 def open_images(
-  name: str, *, data_dir: str | None = None, split: str | None = None
+  name: str, *, data_dir=None, split: str | None = None
 ) -> dict[str, Source]:
   """Opens all images of something that a user named.
 
@@ -132,11 +120,12 @@ def _official(name: str, splits: dict[str, Source]) -> Dataset:
       f'{name}: expected the splits train and one of validation and test, got '
       f'{found}; pass --config.data.split=paper to divide all images 70-20-10'
     )
-  note = ''
-  if len(held_out) == 1:
-    note = f'{name}: validation and test are both its {held_out[0]} split'
-  validation, test = splits[held_out[0]], splits[held_out[-1]]
-  return Dataset(name, splits['train'], validation, test, note)
+  note = f'{name}: validation and test are both its {held_out[0]} split'
+  return Dataset(
+    name,
+    *(splits[split] for split in ('train', held_out[0], held_out[-1])),
+    note=note if len(held_out) == 1 else '',
+  )
 
 
 def _paper(name: str, splits: dict[str, Source], seed: int) -> Dataset:

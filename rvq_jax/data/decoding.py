@@ -32,10 +32,9 @@ _ATTEMPTS = 4
 
 
 class DecodeErrors:
-  """Names each of `total` images that cannot be decoded, and limits them.
+  """Names the images of a source that cannot be decoded, and limits them.
 
-  Attributes:
-    rows: indices in the source of the images named so far.
+  `rows` are their indices in the source, `total` is how many images it has.
   """
 
   def __init__(self, total: int):
@@ -59,13 +58,7 @@ class DecodeErrors:
 def decode_record(
   source: Source, row: int, transform, *, shorter_side: int | None = None
 ) -> tuple[np.ndarray | None, str, str]:
-  """Reads, decodes and transforms one image, if it can be read.
-
-  Args:
-    source: to read from.
-    row: index in the source.
-    transform: applied to the decoded image, uint8 [h, w, 3].
-    shorter_side: see `decode_image`.
+  """Reads, decodes and transforms the image at index `row`, if it can.
 
   Returns:
     (image, name, ''), or (None, name, reason) if it cannot be decoded.
@@ -94,9 +87,7 @@ def decode_ahead(
 ) -> Iterator[tuple[int, np.ndarray | None, str]]:
   """Decodes images in threads, in order, at most `ahead` before the caller.
 
-  Yields:
-    (row, image, name); the image is None where it cannot be decoded, of which
-    `errors` is told.
+  Yields (row, image, name); the image is None where it cannot be decoded.
   """
   rows, waiting = iter(rows), collections.deque()
   pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())

@@ -55,15 +55,14 @@ def open_folder(path: str) -> dict[str, Source]:
     split = {'val': 'validation'}.get(folder.lower(), folder.lower())
     if split in found:
       raise ValueError(
-        f'{printable(path)} has both {found[split]} and {folder} for the '
-        f'{split} split; keep one of them'
+        f'{printable(path)} has both {found[split]} and {folder}; keep one'
       )
     if split in SPLITS:
       found[split] = folder
   if found and 'train' not in found:
     raise ValueError(
       f'{printable(path)} has {", ".join(sorted(found.values()))} but no '
-      'folder train; put the training images there'
+      'folder train'
     )
   listed = {
     split: _list_images(path, found[split])
@@ -73,14 +72,11 @@ def open_folder(path: str) -> dict[str, Source]:
   names = {name for files in listed.values() for name, _ in files}
   # Images outside class folders have class '', which is no class.
   label = {name: i for i, name in enumerate(sorted(names - {''}))}
-  return {
-    split: FolderSource(
-      path,
-      [file for _, file in files],
-      [label.get(name, -1) for name, _ in files],
-    )
-    for split, files in listed.items()
-  }
+  sources = {}
+  for split, files in listed.items():
+    labels = [label.get(name, -1) for name, _ in files]
+    sources[split] = FolderSource(path, [file for _, file in files], labels)
+  return sources
 
 
 def _list_images(root: str, split: str) -> list[tuple[str, str]]:
@@ -89,9 +85,8 @@ def _list_images(root: str, split: str) -> list[tuple[str, str]]:
   folders, images = _scan(where)
   if folders and images:
     raise ValueError(
-      f'{printable(where)} holds both images and folders ('
-      f'{printable(images[0])}, {printable(folders[0])}); expected one folder '
-      'of images per class, or images only'
+      f'{printable(where)}: expected one folder of images per class, or images '
+      f'only, got {printable(images[0])} and {printable(folders[0])}'
     )
   files = []
   for folder in folders or ['']:
@@ -110,22 +105,16 @@ def _list_images(root: str, split: str) -> list[tuple[str, str]]:
 
 def _scan(path: str) -> tuple[list[str], list[str]]:
   """Returns the sorted names of the folders and of the images in `path`."""
-  folders, images = [], []
   try:
     with os.scandir(path) as entries:
-      for entry in entries:
-        if entry.name.startswith('.'):
-          continue
-        if entry.is_dir():
-          folders.append(entry.name)
-        elif entry.name.lower().endswith(EXTENSIONS):
-          images.append(entry.name)
+      shown = [entry for entry in entries if not entry.name.startswith('.')]
   except OSError as error:
     raise ValueError(
-      f'cannot read folder {printable(path)}: {error.strerror}; expected a '
-      'folder of images that you may read'
+      f'cannot read the folder {printable(path)}: {error.strerror}'
     ) from error
-  return sorted(folders), sorted(images)
+  folders = sorted(entry.name for entry in shown if entry.is_dir())
+  files = sorted(entry.name for entry in shown if not entry.is_dir())
+  return folders, [f for f in files if f.lower().endswith(EXTENSIONS)]
 
 
 def printable(name: str) -> str:

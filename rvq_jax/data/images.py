@@ -19,11 +19,8 @@ def random_flip(
 ) -> jax.Array:
   """Mirrors each image left to right with probability one half.
 
-  Args:
-    key: PRNG key. The flip of an image depends on it and on the index in the
-      global batch alone, whatever the number of devices.
-    images: [B, h, w, 3]; this device's share under axis_name.
-    axis_name: mapped axis of the batch under `pmap` or `shard_map`.
+  It depends on the key and on the index in the global batch alone; under
+  `axis_name` images [B, h, w, 3] are the share of one device.
   """
   rows = images.shape[0]
   if axis_name is None:

@@ -6,7 +6,6 @@ import itertools
 import os
 import weakref
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 from absl import flags
@@ -30,9 +29,8 @@ class TrainLoader:
   [batch_size / process_count, size, size, 3]}. The batch of a step depends on
   the source, the seed and the global batch size only.
 
-  Attributes:
-    num_examples: images in one epoch's permutation, over all processes.
-    steps_per_epoch: full global batches in an epoch; the rest is dropped.
+  An epoch is a permutation of `num_examples` images, of which `steps_per_epoch`
+  full global batches are used.
   """
 
   def __init__(self, num_examples, batch_size, process_index, process_count):
@@ -138,17 +136,15 @@ class GrainLoader(TrainLoader):
     """Makes the Grain pipeline, each stage with random access by step."""
     import grain  # takes a second to load
 
-    # Grain shuffles epoch k with seed + k, so that runs with neighbouring
-    # seeds would share their orders; mixing keeps them apart.
-    shuffle_seed, crop_seed = (
-      np.random.SeedSequence(self._seed).generate_state(2).tolist()
-    )
+    # Mixed, as Grain shuffles epoch k with seed + k: neighbouring seeds would
+    # share their orders.
+    mixed = np.random.SeedSequence(self._seed).generate_state(2).tolist()
     used = self.steps_per_epoch * self._local_size * self._process_count
     threads = 1 if self._workers else min(os.cpu_count() or 1, _MAX_THREADS)
     batches = (
       grain.MapDataset.range(self.num_examples)
-      .shuffle(seed=shuffle_seed)
-      .random_map(self._load, seed=crop_seed)[:used]
+      .shuffle(seed=mixed[0])
+      .random_map(self._load, seed=mixed[1])[:used]
       .batch(self._local_size)[self._process_index :: self._process_count]
       .repeat()[self._step :]
       .to_iter_dataset(grain.ReadOptions(threads, threads))
@@ -174,33 +170,28 @@ def make_train_loader(
   *,
   batch_size: int,
   image_size: int,
-  crop: Literal['none', 'random', 'random_resized'] = 'none',
+  crop: str = 'none',
   crop_scale: tuple[float, float] = (0.08, 1.0),
   seed: int = 0,
-  in_memory: Literal['auto'] | bool = 'auto',
+  in_memory: str | bool = 'auto',
   num_workers: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> TrainLoader:
-  """Makes an endless loader of training batches.
+  """Makes an endless loader of training batches, in memory or through Grain.
 
   Args:
     source: the training images.
     batch_size: of all processes together.
     image_size: side of the images in a batch, in pixels.
-    crop: 'none' scales the shorter side and takes the centre; 'random' takes
-      a random square instead; 'random_resized' a box of random size.
+    crop: of the scaled image the centre ('none') or a random square ('random'),
+      or a box of random size ('random_resized').
     crop_scale: least and greatest share of area of a 'random_resized' box.
     seed: of the order and of the crops.
-    in_memory: keep the decoded set in memory; 'auto' does so up to 4 GiB.
-      Random crops are never kept.
+    in_memory: keep the decoded set; 'auto' does so up to 4 GiB without crops.
     num_workers: processes that decode; 0 decodes in threads.
-    process_index: which of the processes that share a batch this is.
-    process_count: how many there are; it divides `batch_size`.
-
-  Raises:
-    ValueError: the arguments contradict each other, the set has less than one
-      batch, or more than 1 % of its images cannot be decoded.
+    process_index: which of the `process_count` that share a batch this is.
+    process_count: divides `batch_size`.
   """
   if crop not in CROPS:
     raise ValueError(f'expected crop to be one of {CROPS}, got {crop!r}')
@@ -211,7 +202,7 @@ def make_train_loader(
   elif in_memory and (crop != 'none' or size > memory):
     raise ValueError(
       f'in_memory: expected crop none and at most {memory / 1e9:,.1f} GB of '
-      f'decoded images, got crop {crop} and {size / 1e9:,.1f} GB'
+      f'images, got crop {crop} and {size / 1e9:,.1f} GB'
     )
   shared = batch_size, process_index, process_count
   if in_memory:
@@ -229,8 +220,6 @@ def eval_batches(
   process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Reads a split once, in order, scaled and centre-cropped.
-
-  Args: see `make_train_loader`.
 
   Yields:
     {'image': uint8 [B, size, size, 3], 'mask': bool [B]} with B = batch_size /

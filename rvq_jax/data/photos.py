@@ -17,8 +17,7 @@ from rvq_jax.data.transforms import random_resized_crop
 
 PHOTOGRAPHS = {'train': ('astronaut', 'coffee', 'rocket'), 'test': ('chelsea',)}
 COUNTS = {'train': 4000, 'test': 400}
-SIZE = 64
-"""Side of a crop in pixels."""
+SIZE = 64  # pixels
 _LABELS = ('astronaut', 'chelsea', 'coffee', 'rocket')
 _SEED = 20240229
 # From about 64 pixels across, nothing but texture, to most of a photograph.
@@ -27,10 +26,7 @@ _photograph = functools.cache(lambda name: getattr(skimage.data, name)())
 
 
 class PhotoSource(Source):
-  """Crops of the photographs of one split, made when they are read.
-
-  A crop depends on the split (train or test) and on its number only.
-  """
+  """Crops that depend on the split and on their number only."""
 
   def __init__(self, split: str):
     self._split = split

@@ -31,25 +31,17 @@ CIFAR_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR_SHA = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
 IMAGENET_ARCHIVES = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 _CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'
-_TIMEOUT_S = 30
 
-Examples = tuple[Sequence[str | int], Callable[[int], dict[str, Any]]]
+Example = dict[str, Any]
+Examples = tuple[Sequence[str | int], Callable[[int], Example]]
 """Stable keys, which decide the order, and a function that reads example i."""
 
 
 def prepare(name: str, data_dir: str) -> str:
   """Prepares 'cifar10' or 'imagenet2012', unless it is there already.
 
-  Args:
-    name: of the data set.
-    data_dir: folder of prepared data sets. Archives that were downloaded by
-      hand are looked for in its folder downloads/manual.
-
-  Returns:
-    The directory of the prepared data set.
-
-  Raises:
-    ValueError: it cannot be prepared here, or an archive is missing or damaged.
+  Archives that were downloaded by hand are looked for in downloads/manual of
+  `data_dir`. Returns the directory of the data set.
   """
   known = {'cifar10': ('3.0.2', _cifar10), 'imagenet2012': ('5.1.0', _imagenet)}
   if name not in known:
@@ -65,25 +57,13 @@ def prepare(name: str, data_dir: str) -> str:
 
 
 def write_tfds(
-  name: str,
-  version: str,
-  data_dir: str,
-  open_set: Callable[[], tuple[dict[str, Any], dict[str, Examples]]],
-  *,
-  shard_size: int = 5005,
+  name: str, version: str, data_dir: str, open_set, *, shard_size: int = 5005
 ) -> str:
   """Writes a tfds directory of ArrayRecord files, unless it is there already.
 
-  Of several processes one works and the others wait for it.
-
-  Args:
-    name: of the data set.
-    version: of its layout, as '1.0.0'.
-    data_dir: folder of prepared data sets.
-    open_set: returns its tfds features and the examples of each split.
-    shard_size: records per file.
+  Of several processes one works and the others wait for it. `open_set` returns
+  the tfds features and the examples of each split.
   """
-  data_dir = os.path.abspath(os.path.expanduser(data_dir))
   final = os.path.join(data_dir, name, version)
   work = os.path.join(data_dir, f'.{name}-{version}-incomplete')
   with explain_full_disk(data_dir, 'give the same command again: it resumes'):
@@ -92,8 +72,8 @@ def write_tfds(
       lock = open(os.path.join(data_dir, f'.{name}.lock'), 'w')
     except OSError as error:
       raise ValueError(
-        f'cannot write to {data_dir}: {error.strerror}; pass a folder you may '
-        'write to as --config.data.data_dir'
+        f'cannot write to {data_dir}: {error.strerror}; pass another folder as '
+        '--config.data.data_dir'
       ) from error
     with lock:
       fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the process ends
@@ -153,10 +133,8 @@ def _cifar10(manual: str):
     'image': tfds.features.Image(shape=(32, 32, 3)),
     'label': tfds.features.ClassLabel(names=_CIFAR_CLASSES.split()),
   }
-  files = {
-    'train': [f'data_batch_{i}.bin' for i in range(1, 6)],
-    'test': ['test_batch.bin'],
-  }
+  train = [f'data_batch_{i}' for i in range(1, 6)]
+  files = {'train': train, 'test': ['test_batch']}
   return features, {s: _cifar10_split(path, s, files[s]) for s in files}
 
 
@@ -166,7 +144,7 @@ def _download(path: str) -> None:
   partial = f'{path}.partial'
   try:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with urllib.request.urlopen(CIFAR_URL, timeout=_TIMEOUT_S) as remote:
+    with urllib.request.urlopen(CIFAR_URL, timeout=30) as remote:
       with open(partial, 'wb') as local:
         shutil.copyfileobj(remote, local)
     if _sha256(partial) != CIFAR_SHA:
@@ -190,11 +168,11 @@ def _sha256(path: str) -> str:
 def _cifar10_split(path: str, split: str, files: list[str]) -> Examples:
   """Reads a split; a record is the label, then pixels channel by channel."""
   with tarfile.open(path, 'r:gz') as archive:
-    members = [f'cifar-10-batches-bin/{file}' for file in files]
+    members = [f'cifar-10-batches-bin/{file}.bin' for file in files]
     data = b''.join(archive.extractfile(name).read() for name in members)
   records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
 
-  def read(i: int) -> dict[str, Any]:
+  def read(i: int) -> Example:
     pixels = records[i, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
     png = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(png, 'PNG')
@@ -207,24 +185,22 @@ def _cifar10_split(path: str, split: str, files: list[str]) -> Examples:
 def _imagenet(manual: str):
   """Opens ImageNet (ILSVRC 2012) in its two archives.
 
-  A pass over the tar headers finds where each JPEG lies; its bytes are copied
-  as they are, and nothing is unpacked to disk.
+  A pass over the tar headers finds where each JPEG lies; nothing is unpacked.
   """
   paths = [os.path.join(manual, name) for name in IMAGENET_ARCHIVES]
   missing = [path for path in paths if not os.path.exists(path)]
   if missing:
     raise ValueError(
-      f'imagenet2012 needs {" and ".join(missing)}; register at '
-      'https://image-net.org/download-images, download the files of ILSVRC '
-      '2012 and put them there'
+      f'imagenet2012 needs {" and ".join(missing)}; register at https://'
+      'image-net.org/download-images, download ILSVRC 2012 and put them there'
     )
   folder = tfds.core.tfds_path('datasets/imagenet2012')
   classes = (folder / 'labels.txt').read_text().split()
   label = {wnid: i for i, wnid in enumerate(classes)}
   validation = (folder / 'validation_labels.txt').read_text().split()
-  names = [f'ILSVRC2012_val_{i + 1:08d}.JPEG' for i in range(len(validation))]
   label_of_image = {
-    name: label[wnid] for name, wnid in zip(names, validation, strict=True)
+    f'ILSVRC2012_val_{i:08d}.JPEG': label[wnid]
+    for i, wnid in enumerate(validation, 1)
   }
   features = {
     'image': tfds.features.Image(encoding_format='jpeg'),
@@ -245,21 +221,19 @@ def _tar_examples(path: str, index, label: dict[str, int]) -> Examples:
     raise ValueError(
       f'{path} is not a complete tar archive ({error}); download it again'
     ) from error
-  names = [entry[0] for entry in entries]
-  where = np.array([entry[1:] for entry in entries], np.int64)
 
-  def read(i: int) -> dict[str, Any]:
-    offset, size, label = where[i].tolist()
+  def read(i: int) -> Example:
+    name, offset, size, label = entries[i]
     with open(path, 'rb') as stream:
       stream.seek(offset)
       image = stream.read(size)
-    return {'image': image, 'label': label, 'file_name': names[i]}
+    return {'image': image, 'label': label, 'file_name': name}
 
-  return names, read
+  return [name for name, *_ in entries], read
 
 
 def _index_train(path: str, label: dict[str, int]):
-  """Indexes the training archive, a tar of one tar per class."""
+  # A tar of one tar per class.
   with tarfile.open(path, 'r:') as outer:
     for member in _files(outer, path, lambda name: name[:-4] in label):
       wnid = member.name[:-4]
@@ -271,7 +245,6 @@ def _index_train(path: str, label: dict[str, int]):
 
 
 def _index_val(path: str, label: dict[str, int]):
-  """Indexes the validation archive; the name of an image gives its label."""
   with tarfile.open(path, 'r:') as archive:
     for image in _files(archive, path, label.__contains__):
       yield image.name, image.offset_data, image.size, label[image.name]

@@ -8,13 +8,7 @@ import numpy as np
 
 
 class Record(NamedTuple):
-  """One image as it is stored.
-
-  Attributes:
-    image: the encoded bytes.
-    label: the class, -1 where there is none.
-    name: what to call the image in a log.
-  """
+  """An encoded image, its class (-1: none) and what to call it in a log."""
 
   image: bytes
   label: int
@@ -25,10 +19,7 @@ class Source:
   """Random access to encoded images; picklable, for worker processes.
 
   A source has `len(source)` records; `source[i]` reads one as a `Record`, and
-  raises an OSError if it cannot.
-
-  Attributes:
-    labels: int32 [n], without decoding images.
+  raises an OSError if it cannot. `labels`, int32 [n], decodes no images.
   """
 
   labels: np.ndarray

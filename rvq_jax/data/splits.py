@@ -9,8 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-FRACTIONS = (0.7, 0.2, 0.1)
-"""Shares of train, validation and test in the paper."""
+FRACTIONS = (0.7, 0.2, 0.1)  # train, validation and test in the paper
 
 
 def seeded_permutation(n: int, *entropy: int) -> np.ndarray:

@@ -20,11 +20,7 @@ _CACHE_LABELS_FROM = 100_000
 
 
 class TfdsSource(Source):
-  """One split of a prepared directory, such as .../cifar10/3.0.2.
-
-  Raises:
-    ValueError: the data cannot be read at random or have no images.
-  """
+  """One split of a prepared directory, such as .../cifar10/3.0.2."""
 
   def __init__(self, directory: str, split: str):
     self._directory, self._split = directory, split
@@ -32,8 +28,8 @@ class TfdsSource(Source):
     features = dict(builder.info.features.items())
     if not isinstance(features.get('image'), tfds.features.Image):
       raise ValueError(
-        f'{directory} has the features {", ".join(features)}; expected one '
-        'called image that is a tfds.features.Image'
+        f'{directory}: expected a feature image, a tfds.features.Image, got '
+        f'{", ".join(features)}'
       )
     self._has_label = 'label' in features and features['label'].shape == ()
     self._name = next((f for f in _NAME_FEATURES if f in features), None)
@@ -43,8 +39,8 @@ class TfdsSource(Source):
       )
     except NotImplementedError as error:
       raise ValueError(
-        f'{directory} is stored as {builder.info.file_format}; expected '
-        'array_record: prepare it with --file_format=array_record'
+        f'{directory} is stored as {builder.info.file_format}: prepare it '
+        'with --file_format=array_record'
       ) from error
 
   def __len__(self):
@@ -67,29 +63,23 @@ class TfdsSource(Source):
 
   @functools.cached_property
   def labels(self):
-    """The labels, int32 [n].
-
-    tfds keeps label and image in one record, so this reads the whole split.
-    The labels of a large one are cached in a file beside it.
-    """
+    """See `Source`; the labels of a large split are cached beside it."""
     large = len(self) >= _CACHE_LABELS_FROM
     return self._cached_labels() if large else self._read_labels()
 
   def _read_labels(self) -> np.ndarray:
     """Reads the labels from the records."""
-    labels = np.full(len(self), -1, np.int32)
-    for start in range(0, len(self) if self._has_label else 0, _LABEL_CHUNK):
-      rows = range(len(self))[start : start + _LABEL_CHUNK]
+    labels, rows = [], range(len(self))
+    for start in rows[::_LABEL_CHUNK] if self._has_label else ():
       try:
-        examples = self._data.__getitems__(rows)
+        some = self._data.__getitems__(rows[start : start + _LABEL_CHUNK])
       except RuntimeError as error:  # the split would change without these
         raise ValueError(
-          f'the labels of {self._split}/{rows.start} to {rows.stop - 1} of '
-          f'{self._directory} cannot be read: {error}; put back a copy of its '
-          'files, or remove it and prepare it again'
+          f'the labels of {self._split} of {self._directory} cannot be read: '
+          f'{error}; put back a copy of its files or prepare it again'
         ) from error
-      labels[rows.start : rows.stop] = [self._label(e) for e in examples]
-    return labels
+      labels += [self._label(example) for example in some]
+    return np.array(labels or [-1] * len(self), np.int32)
 
   def _cached_labels(self) -> np.ndarray:
     """Reads the labels from the cache, which is made where it is not valid."""
@@ -100,8 +90,8 @@ class TfdsSource(Source):
         labels = np.load(cache, allow_pickle=False)
         if labels.shape == (len(self),) and labels.dtype == np.int32:
           return labels
-    except (OSError, ValueError, MemoryError):  # the header may claim anything
-      pass
+    except (OSError, ValueError, MemoryError):
+      pass  # it is made anew
     logging.info('reading the labels of %d records, once', len(self))
     labels, content = self._read_labels(), io.BytesIO()
     np.save(content, labels, allow_pickle=False)
@@ -120,15 +110,14 @@ class TfdsSource(Source):
 
 
 def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
-  """Opens a tfds data set; prepares it first where we know how.
+  """Opens train, validation and test of a tfds data set, as there are.
+
+  CIFAR-10 and ImageNet are prepared first where they are not.
 
   Args:
     name: as tfds writes it: NAME, NAME/CONFIG or NAME:VERSION.
     data_dir: folder of prepared data sets; None for tfds's default, which is
       $TFDS_DATA_DIR or ~/tensorflow_datasets.
-
-  Returns:
-    Source by split name, of the splits train, validation and test.
   """
   default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
   data_dir = os.path.expanduser(data_dir or default)
@@ -149,9 +138,7 @@ def _find(name: str, data_dir: str) -> str | None:
     builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
     return None
-  # A bad name and a damaged directory surface as errors of tfds, of JSON, of
-  # protobuf and of the file system.
-  except Exception as error:
+  except Exception as error:  # of tfds, JSON, protobuf and the file system
     reason = str(error).partition('\n')[0].rstrip('.')
     raise ValueError(
       f'cannot open tfds:{name} in {data_dir}: {reason}; expected NAME, '

@@ -36,8 +36,7 @@ def decode_image(
       an eighth of its size, which is several times faster.
 
   Raises:
-    ImageError: the image is corrupt, truncated, empty, of another format or has
-      more than `MAX_PIXELS` pixels.
+    ImageError: it is corrupt, of another format or over `MAX_PIXELS` pixels.
   """
   label = f'image {name!r}' if name else 'image'
   if not data:
@@ -63,12 +62,11 @@ def decode_image(
 def _upright(image: Image.Image) -> Image.Image:
   """Applies the EXIF orientation; a damaged EXIF block is ignored."""
   try:
-    if image.getexif().get(0x0112, 1) == 1:
-      return image
-    return ImageOps.exif_transpose(image)
+    turned = image.getexif().get(0x0112, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
   except MemoryError:
     raise
-  except Exception:  # the pixels are sound even where the metadata is not
+  except Exception:  # the pixels are intact even where the metadata is not
     return image
 
 
@@ -89,14 +87,11 @@ def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
   """Scales the shorter side to `size` and takes the central square."""
   height, width = image.shape[:2]
   side = min(height, width)
-  return _resample(
-    image, (width - side) // 2, (height - side) // 2, side, side, size
-  )
+  left, top = (width - side) // 2, (height - side) // 2
+  return _resample(image, left, top, side, side, size)
 
 
-def random_crop(
-  image: np.ndarray, size: int, rng: np.random.Generator
-) -> np.ndarray:
+def random_crop(image: np.ndarray, size: int, rng) -> np.ndarray:
   """Scales the shorter side to `size` and takes a random square."""
   height, width = image.shape[:2]
   side = min(height, width)
@@ -110,13 +105,9 @@ def random_resized_crop(
 ) -> np.ndarray:
   """Cuts out a box of random area and shape and resizes it (Inception crop).
 
-  Args:
-    image: uint8 [h, w, 3].
-    size: side of the result in pixels.
-    rng: draws the box; after ten draws that do not fit into the image it is
-      the central square.
-    scale: least and greatest share of the image's area. Width / height is drawn
-      log-uniformly from 3 / 4 to 4 / 3.
+  Its share of the image's area is drawn from `scale`, its width / height
+  log-uniformly from 3 / 4 to 4 / 3. After ten draws that do not fit into the
+  image it is the central square.
   """
   height, width = image.shape[:2]
   for _ in range(10):
@@ -131,9 +122,7 @@ def random_resized_crop(
   return resize_and_center_crop(image, size)
 
 
-def _resample(
-  image: np.ndarray, left: int, top: int, width: int, height: int, size: int
-) -> np.ndarray:
+def _resample(image, left, top, width, height, size: int) -> np.ndarray:
   """Resizes the box of `image` to a square of `size` pixels."""
   if width == height == size:
     return np.ascontiguousarray(image[top : top + size, left : left + size])
