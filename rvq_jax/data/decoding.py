@@ -24,8 +24,7 @@ from rvq_jax.data import transforms
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import ImageError, decode_image
 
-MAX_SHARE = 0.01
-"""A run ends when more than this share of its images cannot be decoded."""
+MAX_SHARE = 0.01  # of the images; more that cannot be decoded end the run
 STOP_SIGNALS = (SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP)
 """What asks a run to stop (SLURM's --signal sends SIGUSR1 or SIGUSR2)."""
 _ATTEMPTS = 4
@@ -49,14 +48,13 @@ class DecodeErrors:
     logging.warning('left out image %s: %s', name, reason)
     if len(self.rows) > MAX_SHARE * self._total:
       raise ValueError(
-        f'{len(self.rows)} of {self._total} images cannot be decoded, more '
-        f'than {MAX_SHARE:.0%}; the last is {name}: {reason}; repair or remove '
-        'them'
+        f'{len(self.rows)} of {self._total} images cannot be decoded, over '
+        f'{MAX_SHARE:.0%}; repair or remove them; the last is {name}: {reason}'
       )
 
 
 def decode_record(
-  source: Source, row: int, transform, *, shorter_side: int | None = None
+  source: Source, row: int, transform, shorter_side: int | None = None
 ) -> tuple[np.ndarray | None, str, str]:
   """Reads, decodes and transforms the image at index `row`, if it can.
 
@@ -74,16 +72,12 @@ def decode_record(
   except MemoryError as error:
     raise OSError(
       f'out of memory while decoding {name}; lower the batch size or the '
-      'number of workers, or free some, and start the same command again'
+      'number of workers and start the same command again'
     ) from error
 
 
 def decode_ahead(
-  source: Source,
-  rows: Iterable[int],
-  transform,
-  errors: DecodeErrors,
-  ahead: int,
+  source: Source, rows: Iterable[int], transform, errors, ahead: int
 ) -> Iterator[tuple[int, np.ndarray | None, str]]:
   """Decodes images in threads, in order, at most `ahead` before the caller.
 
@@ -127,9 +121,7 @@ class LoadImage:
     # A small box may need every pixel of a photograph, a square does not.
     side = None if self.crop == 'random_resized' else self.size
     for attempt in range(_ATTEMPTS):
-      image, name, reason = decode_record(
-        self.source, row, cut, shorter_side=side
-      )
+      image, name, reason = decode_record(self.source, row, cut, side)
       if image is not None:
         return {'image': image, 'bad': bad}
       bad[attempt] = row

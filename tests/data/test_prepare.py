@@ -18,17 +18,24 @@ from rvq_jax.data.datasets import open_dataset
 from rvq_jax.data.transforms import decode_image
 
 CIFAR = os.path.basename(prepare.CIFAR_URL)
+COUNTS = {f'data_batch_{i}.bin': 4 for i in range(1, 6)} | {'test_batch.bin': 3}
+RNG = np.random.default_rng(0)
+RECORDS = {
+  f: RNG.integers(0, 10, (n, 3073), np.uint8) for f, n in COUNTS.items()
+}
 # The first, second and last class in the official order.
 CLASSES = {'n01440764': 0, 'n01443537': 1, 'n15075141': 999}
 # Labels of the first three validation images, from the development kit.
 VALIDATION = {1: 65, 2: 970, 3: 230}
+LINK = tarfile.TarInfo('ILSVRC2012_val_00000001.JPEG')
+LINK.type, LINK.linkname = tarfile.SYMTYPE, '/etc/passwd'
 
 
 def _tar(files, mode='w'):
   buffer = io.BytesIO()
   with tarfile.open(fileobj=buffer, mode=mode) as archive:
     for name, data in files.items():
-      member = tarfile.TarInfo(name)
+      member = name if name is LINK else tarfile.TarInfo(name)
       member.size = len(data)
       archive.addfile(member, io.BytesIO(data))
   return buffer.getvalue()
@@ -43,43 +50,24 @@ def manual(tmp_path):
 
 
 @pytest.fixture
-def records():
-  """Labels and pixels of a CIFAR-10 of 20 + 3 images, by file."""
-  rng = np.random.default_rng(0)
-  count = {f'data_batch_{i}.bin': 4 for i in range(1, 6)} | {
-    'test_batch.bin': 3
-  }
-  return {
-    name: np.hstack(
-      [
-        rng.integers(0, 10, (n, 1), dtype=np.uint8),
-        rng.integers(0, 256, (n, 3072), dtype=np.uint8),
-      ]
-    )
-    for name, n in count.items()
-  }
-
-
-@pytest.fixture
-def cifar(records, monkeypatch):
+def cifar(monkeypatch):
   """The archive, with a member that points out of it."""
-  files = {f'cifar-10-batches-bin/{n}': r.tobytes() for n, r in records.items()}
-  files['../../../../evil'] = b'x'
+  files = {f'cifar-10-batches-bin/{n}': r.tobytes() for n, r in RECORDS.items()}
   # Official tars are not in order either.
-  data = _tar(dict(reversed(files.items())), 'w:gz')
-  digest = hashlib.sha256(data).hexdigest()
-  monkeypatch.setattr(prepare, 'CIFAR_SHA', digest)
+  data = _tar(
+    {'../../../../evil': b'x'} | dict(reversed(files.items())), 'w:gz'
+  )
+  monkeypatch.setattr(prepare, 'CIFAR_SHA', hashlib.sha256(data).hexdigest())
   return data
 
 
-def test_every_cifar_image_and_label_is_the_one_in_the_archive(
-  tmp_path, manual, cifar, records
+def test_cifar_is_what_the_archive_holds_in_the_layout_of_tfds(
+  tmp_path, manual, cifar
 ):
   (manual / CIFAR).write_bytes(cifar)
   dataset = open_dataset('tfds:cifar10', data_dir=str(tmp_path))
-  train = np.concatenate([records[f'data_batch_{i}.bin'] for i in range(1, 6)])
-  test = records['test_batch.bin']
-  for split, expected in (('train', train), ('test', test)):
+  *train, test = RECORDS.values()
+  for split, expected in (('train', np.concatenate(train)), ('test', test)):
     found = {record.name: record for record in getattr(dataset, split)}
     assert len(found) == len(expected)
     for i, record in enumerate(expected):
@@ -88,32 +76,24 @@ def test_every_cifar_image_and_label_is_the_one_in_the_archive(
       planes = decode_image(stored.image).transpose(2, 0, 1)
       np.testing.assert_array_equal(planes.reshape(-1), record[1:])
   assert not list(tmp_path.rglob('*evil*'))
-
-
-def test_layout_and_features_are_those_of_tfds(tmp_path, manual, cifar):
-  (manual / CIFAR).write_bytes(cifar)
-  directory = prepare.prepare('cifar10', str(tmp_path))
-  assert directory == str(tmp_path / 'cifar10' / '3.0.2')
+  directory = str(tmp_path / 'cifar10' / '3.0.2')
   features = tfds.builder_from_directory(directory).info.features
   assert set(features) == {'id', 'image', 'label'}
   assert features['image'].shape == (32, 32, 3)
   assert features['label'].names[6] == 'frog'
 
 
-def test_the_archive_is_downloaded(tmp_path, manual, cifar, monkeypatch):
-  (tmp_path / CIFAR).write_bytes(cifar)
-  monkeypatch.setattr(prepare, 'CIFAR_URL', (tmp_path / CIFAR).as_uri())
-  prepare.prepare('cifar10', str(tmp_path))
-  assert os.listdir(manual) == [CIFAR]
-
-
-@pytest.mark.parametrize('served', [None, 100])
-def test_a_failed_download_leaves_nothing_and_says_where_to_put_the_archive(
+@pytest.mark.parametrize('served', [0, 100, 10**6])
+def test_only_a_complete_download_gets_its_name(
   tmp_path, manual, cifar, monkeypatch, served
 ):
   if served:
     (tmp_path / CIFAR).write_bytes(cifar[:served])
   monkeypatch.setattr(prepare, 'CIFAR_URL', (tmp_path / CIFAR).as_uri())
+  if served > len(cifar):
+    prepare.prepare('cifar10', str(tmp_path))
+    assert os.listdir(manual) == [CIFAR]
+    return
   with pytest.raises(ValueError, match='put it at') as error:
     prepare.prepare('cifar10', str(tmp_path))
   assert str(manual / CIFAR) in str(error.value)
@@ -153,21 +133,13 @@ TRAIN = {
 VAL = {f'ILSVRC2012_val_{i:08d}.JPEG': _jpeg(i) for i in (3, 1, 2)}
 
 
-@pytest.fixture
-def put(manual):
-  """Returns a function that puts the two archives where they are expected."""
-
-  def write(train=TRAIN, validation=VAL):
-    for name, files in zip(
-      prepare.IMAGENET_ARCHIVES, (train, validation), strict=True
-    ):
-      (manual / name).write_bytes(_tar(files))
-
-  return write
+def _put(manual):
+  for name, files in zip(prepare.IMAGENET_ARCHIVES, (TRAIN, VAL), strict=True):
+    (manual / name).write_bytes(_tar(files))
 
 
-def test_imagenet_jpegs_are_untouched_and_labelled(tmp_path, put):
-  put()
+def test_imagenet_jpegs_are_untouched_and_labelled(tmp_path, manual):
+  _put(manual)
   dataset = open_dataset('tfds:imagenet2012', data_dir=str(tmp_path))
   found = {record.name: record for record in dataset.train}
   assert len(found) == 9
@@ -189,45 +161,29 @@ def test_missing_archives_are_named_with_their_place(tmp_path, manual):
 
 
 @pytest.mark.parametrize(
-  'archives, message',
+  'which, files, message',
   [
-    ({'train': {'../n01440764.tar': _tar({})}}, 'not a file of the official'),
-    ({'train': {'/n01440764.tar': _tar({})}}, 'not a file of the official'),
-    (
-      {'train': {'n01440764.tar': _tar({'../../x.JPEG': b''})}},
-      r"'\.\./\.\./x",
-    ),
-    ({'train': {'n00000000.tar': _tar({'x.JPEG': b''})}}, 'n00000000'),
-    ({'validation': {'holiday.JPEG': _jpeg(0)}}, 'holiday'),
-    ({'train': {}}, 'holds no images'),
+    (0, {'../n01440764.tar': _tar({})}, 'not a file of the official'),
+    (0, {'/n01440764.tar': _tar({})}, 'not a file of the official'),
+    (0, {'n01440764.tar': _tar({'../../x.JPEG': b''})}, r"'\.\./\.\./x"),
+    (0, {'n00000000.tar': _tar({'x.JPEG': b''})}, 'n00000000'),
+    (1, {'holiday.JPEG': _jpeg(0)}, 'holiday'),
+    (1, {LINK: b''}, 'not a file of the official'),
+    (0, {}, 'holds no images'),
+    (0, None, 'not a complete tar archive'),
   ],
 )
-def test_hostile_and_wrong_archives_are_refused(
-  tmp_path, put, archives, message
+def test_hostile_wrong_and_truncated_archives_are_refused(
+  tmp_path, manual, which, files, message
 ):
-  put(**archives)
+  _put(manual)
+  path = manual / prepare.IMAGENET_ARCHIVES[which]
+  half = path.read_bytes()[: path.stat().st_size // 2]
+  path.write_bytes(half if files is None else _tar(files))
   with pytest.raises(ValueError, match=message) as error:
     prepare.prepare('imagenet2012', str(tmp_path))
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'imagenet2012' / '5.1.0').exists()
-
-
-def test_links_in_archives_are_refused(tmp_path, put, manual):
-  put()
-  with tarfile.open(manual / prepare.IMAGENET_ARCHIVES[1], 'w') as archive:
-    link = tarfile.TarInfo('ILSVRC2012_val_00000001.JPEG')
-    link.type, link.linkname = tarfile.SYMTYPE, '/etc/passwd'
-    archive.addfile(link)
-  with pytest.raises(ValueError, match='not a file of the official'):
-    prepare.prepare('imagenet2012', str(tmp_path))
-
-
-def test_a_truncated_archive_is_refused(tmp_path, put, manual):
-  put()
-  path = manual / prepare.IMAGENET_ARCHIVES[0]
-  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  with pytest.raises(ValueError, match='not a complete tar archive'):
-    prepare.prepare('imagenet2012', str(tmp_path))
 
 
 def _prepare_toy(data_dir, count=12, read=lambda i: i, shard_size=4):
@@ -241,6 +197,11 @@ def _prepare_toy(data_dir, count=12, read=lambda i: i, shard_size=4):
   return prepare.write_tfds(
     'toy', '1.0.0', data_dir, lambda: (features, splits), shard_size=shard_size
   )
+
+
+def _numbers(folder, split):
+  dataset = open_dataset('tfds:toy', data_dir=str(folder))
+  return sorted(int(record.name) for record in getattr(dataset, split))
 
 
 def test_records_are_in_tfds_order_whatever_the_shards(tmp_path):
@@ -272,9 +233,8 @@ def test_an_interrupted_preparation_resumes_after_the_last_shard(tmp_path):
   _prepare_toy(str(tmp_path), read=interrupted)
   assert len(reads) == 11 + 4 + 12  # two of six shards were there
   assert os.listdir(tmp_path / 'toy') == ['1.0.0']
-  dataset = open_dataset('tfds:toy', data_dir=str(tmp_path))
-  for source in (dataset.train, dataset.test):
-    assert sorted(int(r.name) for r in source) == list(range(12))
+  for split in ('train', 'test'):
+    assert _numbers(tmp_path, split) == list(range(12))
 
 
 def _prepare_slowly(data_dir):
@@ -284,10 +244,8 @@ def _prepare_slowly(data_dir):
 @pytest.mark.slow
 def test_a_killed_preparation_resumes_and_two_at_once_do_no_harm(tmp_path):
   context = multiprocessing.get_context('spawn')
-  runs = [
-    context.Process(target=_prepare_slowly, args=(str(tmp_path),))
-    for _ in range(3)
-  ]
+  arguments = {'target': _prepare_slowly, 'args': (str(tmp_path),)}
+  runs = [context.Process(**arguments) for _ in range(3)]
   runs[0].start()
   shard = tmp_path / '.toy-1.0.0-incomplete/toy-train.array_record-00003'
   deadline = time.monotonic() + 60
@@ -301,8 +259,7 @@ def test_a_killed_preparation_resumes_and_two_at_once_do_no_harm(tmp_path):
   for run in runs[1:]:
     run.join(60)
     assert run.exitcode == 0
-  train = open_dataset('tfds:toy', data_dir=str(tmp_path)).train
-  assert sorted(int(r.name) for r in train) == list(range(100))
+  assert _numbers(tmp_path, 'train') == list(range(100))
   assert not list(tmp_path.glob('.toy*incomplete*'))
 
 
@@ -314,8 +271,7 @@ def test_a_full_disk_is_one_line_and_the_rest_resumes(make_disk):
   assert '\n' not in str(error.value)
   (disk / 'other').unlink()
   _prepare_toy(str(disk), 100, shard_size=25)
-  train = open_dataset('tfds:toy', data_dir=str(disk)).train
-  assert sorted(int(r.name) for r in train) == list(range(100))
+  assert _numbers(disk, 'train') == list(range(100))
 
 
 def test_a_folder_one_may_not_write_to_is_named(tmp_path):
