@@ -54,9 +54,7 @@ def test_one_held_out_split_serves_as_both_and_is_noted(tmp_path, only):
   assert dataset.note.endswith(f'validation and test are both its {only} split')
 
 
-def test_a_flat_folder_needs_the_paper_split_drawn_by_its_seed(
-  tmp_path,
-):
+def test_a_flat_folder_needs_the_paper_split_and_its_seed(tmp_path):
   _fill(tmp_path, *(f'{i}.png' for i in range(40)))
   with pytest.raises(ValueError, match=r'--config\.data\.split=paper'):
     _open(tmp_path)
@@ -167,9 +165,7 @@ def test_photos_refuse_the_paper_split(name):
 
 
 @pytest.mark.parametrize('name', ['photos', './photos', 'folder:photos'])
-def test_a_folder_called_photos_goes_before_the_data_set(
-  tmp_path, monkeypatch, caplog, name
-):
+def test_a_folder_called_photos_wins(tmp_path, monkeypatch, caplog, name):
   monkeypatch.chdir(tmp_path)
   assert len(open_images('photos')['test']) == 400
   _fill(tmp_path, 'photos/a.png', 'photos/b.png')

@@ -19,17 +19,19 @@ OPTIONS = {'batch_size': 4, 'image_size': 8}
 CROPS = ['none', 'random', 'random_resized']
 KINDS = [
   {'in_memory': True},
-  *({'in_memory': False, 'crop': crop} for crop in CROPS),
+  *({'in_memory': 0, 'crop': crop} for crop in CROPS),
 ]
 both = pytest.mark.parametrize('in_memory', [True, False])
 
 
 @pytest.fixture
-def make():
-  """Makes loaders and closes them."""
+def make(make_source):
+  """Makes loaders, of a source or of n images, and closes them."""
   made = []
 
-  def build(source, **options):
+  def build(source, *, bad=(), **options):
+    if isinstance(source, int):
+      source = make_source(source, bad=bad)
     made.append(make_train_loader(source, **{**OPTIONS, **options}))
     return made[-1]
 
@@ -42,9 +44,7 @@ def _take(loader, n):
   return [next(loader)['image'] for _ in range(n)]
 
 
-def test_only_a_set_up_to_the_limit_is_kept_in_memory(
-  make, make_source, monkeypatch
-):
+def test_only_a_small_set_is_kept_in_memory(make, make_source, monkeypatch):
   source = make_source(10)
   assert isinstance(make(source), loaders.MemoryLoader)
   assert isinstance(make(source, crop='random'), loaders.GrainLoader)
@@ -54,10 +54,8 @@ def test_only_a_set_up_to_the_limit_is_kept_in_memory(
 
 @both
 @pytest.mark.parametrize('n', [12, 11])
-def test_epochs_are_permutations_that_drop_different_images(
-  make, make_source, ids, in_memory, n
-):
-  loader = make(make_source(n), in_memory=in_memory)
+def test_epochs_are_different_permutations(make, ids, in_memory, n):
+  loader = make(n, in_memory=in_memory)
   steps = loader.steps_per_epoch
   assert (loader.num_examples, steps) == (n, n // 4)
   epochs = [
@@ -91,23 +89,20 @@ def test_resuming_gives_the_identical_batches(make, make_source, kind, steps):
 
 
 @pytest.mark.parametrize('kind', KINDS, ids=str)
-def test_processes_share_each_batch_without_overlap_or_loss(
-  make, make_source, kind
-):
+def test_processes_share_each_batch_without_loss(make, make_source, kind):
   source = make_source(13, height=20, width=30)
   whole = make(source, **kind)
-  parts = [
+  one, two = (
     make(source, process_index=i, process_count=2, **kind) for i in (0, 1)
-  ]
+  )
   for _ in range(7):
-    joined = np.concatenate([next(part)['image'] for part in parts])
+    joined = np.concatenate([next(one)['image'], next(two)['image']])
     np.testing.assert_array_equal(joined, next(whole)['image'])
 
 
 @both
-def test_a_position_in_another_set_is_refused(make, make_source, in_memory):
-  loader = make(make_source(10), in_memory=in_memory)
-  other = make(make_source(11), in_memory=in_memory)
+def test_a_position_in_another_set_is_refused(make, in_memory):
+  loader, other = (make(n, in_memory=in_memory) for n in (10, 11))
   with pytest.raises(ValueError, match='has 11 images .* had 10') as caught:
     other.seek(loader.position())
   assert '\n' not in str(caught.value)
@@ -123,10 +118,8 @@ def test_crops_of_one_image_differ_between_epochs(make, tmp_path):
 
 
 @both
-def test_a_corrupt_image_is_left_out_and_named_once(
-  make, make_source, ids, caplog, in_memory
-):
-  loader = make(make_source(100, bad=[7]), in_memory=in_memory)
+def test_a_corrupt_image_is_left_out_and_named(make, ids, caplog, in_memory):
+  loader = make(100, bad=[7], in_memory=in_memory)
   assert loader.num_examples == (99 if in_memory else 100)
   seen = sum((ids(next(loader)) for _ in range(75)), [])
   assert set(seen) == set(range(100)) - {7}
@@ -136,20 +129,15 @@ def test_a_corrupt_image_is_left_out_and_named_once(
 
 @both
 @pytest.mark.parametrize('n, bad', [(20, [2]), (100, [2, 90])])
-def test_more_than_one_percent_corrupt_ends_the_run(
-  make, make_source, n, bad, in_memory
-):
+def test_over_one_percent_corrupt_ends_the_run(make, n, bad, in_memory):
   with pytest.raises(ValueError, match=f'{len(bad)} of {n} images') as caught:
-    _take(make(make_source(n, bad=bad), in_memory=in_memory), n // 4)
+    _take(make(n, bad=bad, in_memory=in_memory), n // 4)
   assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize('num_workers', [0, 1])
-def test_four_records_in_a_row_that_cannot_be_read_are_an_oserror(
-  make, make_source, num_workers
-):
-  source = make_source(8, bad=range(8))
-  loader = make(source, in_memory=False, num_workers=num_workers)
+def test_four_unreadable_records_in_a_row_are_an_oserror(make, num_workers):
+  loader = make(8, bad=range(8), in_memory=False, num_workers=num_workers)
   with pytest.raises(OSError, match=r'4 records .* \(0000\d.png: ') as caught:
     next(loader)
   assert 'resumes from the last checkpoint' in str(caught.value)
@@ -157,15 +145,13 @@ def test_four_records_in_a_row_that_cannot_be_read_are_an_oserror(
 
 
 @both
-def test_out_of_memory_is_not_taken_for_a_corrupt_image(
-  make, make_source, monkeypatch, in_memory
-):
+def test_out_of_memory_is_no_corrupt_image(make, monkeypatch, in_memory):
   def full(*arguments, **options):
     raise MemoryError
 
   monkeypatch.setattr(decoding, 'decode_image', full)
   with pytest.raises(OSError, match='out of memory while decoding 0') as caught:
-    next(make(make_source(8), in_memory=in_memory))
+    next(make(8, in_memory=in_memory))
   assert '\n' not in str(caught.value)
 
 
@@ -180,9 +166,9 @@ def test_out_of_memory_is_not_taken_for_a_corrupt_image(
     ({'image_size': 2**20, 'in_memory': True}, r'at most .* GB'),
   ],
 )
-def test_bad_arguments_are_refused(make, make_source, options, message):
+def test_bad_arguments_are_refused(make, options, message):
   with pytest.raises(ValueError, match=message):
-    make(make_source(10), **options)
+    make(10, **options)
 
 
 @pytest.mark.slow
@@ -199,8 +185,8 @@ def test_workers_give_the_batches_that_threads_give(make, make_source, caplog):
   assert caplog.text.count('00007.png: ') == 2
 
 
-def test_the_death_of_a_worker_is_raised_within_seconds(make, make_source):
-  loader = make(make_source(12), in_memory=False, num_workers=1)
+def test_the_death_of_a_worker_is_raised_within_seconds(make):
+  loader = make(12, in_memory=False, num_workers=1)
   _take(loader, 2)
   [worker] = multiprocessing.active_children()
   os.kill(worker.pid, signal.SIGKILL)
@@ -260,9 +246,7 @@ def test_processes_evaluate_equally_many_batches_and_all_rows(make_source, n):
       np.testing.assert_array_equal(joined, batch[key])
 
 
-def test_evaluation_masks_and_names_corrupt_images_up_to_one_percent(
-  make_source, ids, caplog
-):
+def test_evaluation_masks_and_names_corrupt_images(make_source, ids, caplog):
   batches = eval_batches(make_source(100, bad=[50]), **OPTIONS)
   assert _valid(batches, ids) == [i for i in range(100) if i != 50]
   assert caplog.text.count('left out image 00050.png') == 1

@@ -61,9 +61,7 @@ def cifar(monkeypatch):
   return data
 
 
-def test_cifar_is_what_the_archive_holds_in_the_layout_of_tfds(
-  tmp_path, manual, cifar
-):
+def test_cifar_is_its_archive_in_the_layout_of_tfds(tmp_path, manual, cifar):
   (manual / CIFAR).write_bytes(cifar)
   dataset = open_dataset('tfds:cifar10', data_dir=str(tmp_path))
   *train, test = RECORDS.values()
@@ -173,9 +171,7 @@ def test_missing_archives_are_named_with_their_place(tmp_path, manual):
     (0, None, 'not a complete tar archive'),
   ],
 )
-def test_hostile_wrong_and_truncated_archives_are_refused(
-  tmp_path, manual, which, files, message
-):
+def test_a_wrong_archive_is_refused(tmp_path, manual, which, files, message):
   _put(manual)
   path = manual / prepare.IMAGENET_ARCHIVES[which]
   half = path.read_bytes()[: path.stat().st_size // 2]

@@ -59,9 +59,8 @@ def test_image_of_the_right_size_is_untouched():
 
 def test_center_crop_without_scaling_is_the_central_square():
   image = _noise(20, 33)
-  np.testing.assert_array_equal(
-    resize_and_center_crop(image, 20), image[:, 6:26]
-  )
+  expected = image[:, 6:26]
+  np.testing.assert_array_equal(resize_and_center_crop(image, 20), expected)
 
 
 def test_center_crop_shrinks_with_antialiasing():
