@@ -39,8 +39,7 @@ def open_dataset(
     name: `tfds:NAME`, `folder:PATH` or `photos`.
     split: 'official' for the data set's own splits; 'paper' for 70-20-10 of
       all its labelled images, stratified by class.
-    data_dir: where tfds keeps prepared data; None for its default,
-      ~/tensorflow_datasets.
+    data_dir: where tfds keeps prepared data; None: ~/tensorflow_datasets.
     seed: of the paper split.
   """
   if split not in SPLITS:

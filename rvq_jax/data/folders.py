@@ -1,7 +1,7 @@
 """Images in folders: PATH/{train,validation,test}/CLASS/*.
 
-Class folders may be left out (no labels), and so may the split folders (the
-images can then only be divided by the paper's split).
+Class folders may be left out (no labels), and so may the split folders (only
+the paper's split can then divide the images).
 """
 
 import os

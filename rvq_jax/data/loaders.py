@@ -19,7 +19,6 @@ CROPS = ('none', 'random', 'random_resized')
 MEMORY_LIMIT = 4 * 2**30
 """Bytes of decoded images up to which 'auto' keeps a set in memory."""
 STOP_SIGNALS = decoding.STOP_SIGNALS
-_MAX_THREADS = 16
 
 
 class TrainLoader:
@@ -120,7 +119,7 @@ class GrainLoader(TrainLoader):
     self._step += 1
     for row in sorted({*batch['bad'].flat} - {-1} - self._errors.rows):
       what = decoding.decode_record(self._load.source, int(row), np.asarray)
-      self._errors.add(row, what[1], what[2] or 'unreadable at first')
+      self._errors.add(int(row), what[1], what[2] or 'unreadable at first')
     # A copy, because the workers' shared memory must not outlive them.
     return {'image': np.array(batch['image'])}
 
@@ -140,7 +139,7 @@ class GrainLoader(TrainLoader):
     # share their orders.
     mixed = np.random.SeedSequence(self._seed).generate_state(2).tolist()
     used = self.steps_per_epoch * self._local_size * self._process_count
-    threads = 1 if self._workers else min(os.cpu_count() or 1, _MAX_THREADS)
+    threads = 1 if self._workers else min(os.cpu_count() or 1, 16)
     batches = (
       grain.MapDataset.range(self.num_examples)
       .shuffle(seed=mixed[0])
@@ -249,7 +248,6 @@ def eval_batches(
 
 
 def _local_size(batch_size: int, process_count: int) -> int:
-  """Returns how many rows of a global batch one process reads."""
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(
       'expected a positive global batch size that the number of processes '

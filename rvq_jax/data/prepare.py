@@ -61,8 +61,8 @@ def write_tfds(
 ) -> str:
   """Writes a tfds directory of ArrayRecord files, unless it is there already.
 
-  Of several processes one works and the others wait for it. `open_set` returns
-  the tfds features and the examples of each split.
+  Of several processes one works and the others wait. `open_set` returns the
+  tfds features and the examples of each split.
   """
   final = os.path.join(data_dir, name, version)
   work = os.path.join(data_dir, f'.{name}-{version}-incomplete')
@@ -152,8 +152,7 @@ def _download(path: str) -> None:
     os.replace(partial, path)
   except OSError as error:
     raise ValueError(
-      f'cannot download {CIFAR_URL} ({error}); download it elsewhere and '
-      f'put it at {path}'
+      f'cannot download {CIFAR_URL} ({error}); put it at {path}'
     ) from error
   finally:
     with contextlib.suppress(OSError):

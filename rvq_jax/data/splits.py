@@ -42,8 +42,7 @@ def stratified_split(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
     labels: integers [n], at least -1; any value is a class.
     seed: non-negative integer.
 
-  Returns:
-    The sorted int64 indices of train, validation and test.
+  Returns: the sorted int64 indices of train, validation and test.
   """
   edges = np.cumsum(FRACTIONS)[:-1]
   parts = [[np.empty(0, np.int64)] for _ in FRACTIONS]

@@ -31,9 +31,8 @@ def decode_image(
   Args:
     data: JPEG, PNG, WebP, GIF or BMP.
     name: what to call the image in an error.
-    shorter_side: to which the caller will shrink the shorter side, in pixels.
-      A JPEG more than twice as large is then decoded at a half, a quarter or
-      an eighth of its size, which is several times faster.
+    shorter_side: to which the caller will shrink it, in pixels. A JPEG more
+      than twice as large is decoded several times faster at 1/2, 1/4 or 1/8.
 
   Raises:
     ImageError: it is corrupt, of another format or over `MAX_PIXELS` pixels.
