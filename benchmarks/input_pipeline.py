@@ -7,23 +7,25 @@ Without --data it prepares 1,024 JPEG crops of scikit-image's photographs of
 ImageNet's mean size (about 500 x 375, 110 kB) as an ArrayRecord data set.
 
   pillow    one process: Image.open, convert, resize of a random box
-  decoders  one process a core: what `LoadImage` does to a record, no more
-  threads   batches of `StreamLoader` with num_workers=0
+  decoders  one process per core: what `LoadImage` does to a record, no more
+  threads   batches of `GrainLoader` with num_workers=0
   workers   the same with that many worker processes
-  float32   the same with batches that are made float32 where they are decoded
   memory    batches of `MemoryLoader` (decoded once, no random crops)
 
-The routes take turns; printed are medians, and of the ratios to the decoders.
+The routes take turns; printed are the medians of the rates and of their ratios
+to the decoders.
 """
 
 import argparse
 import io
 import multiprocessing
 import os
+import platform
 import statistics
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +35,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rvq_jax.data import builders, datasets, loaders  # noqa: E402
+from rvq_jax.data import datasets, loaders, prepare  # noqa: E402
+from rvq_jax.data.decoding import LoadImage  # noqa: E402
 from rvq_jax.data.sources import Source  # noqa: E402
 from rvq_jax.data.splits import seeded_rng  # noqa: E402
-from rvq_jax.data.stream import LoadImage  # noqa: E402
 from rvq_jax.data.transforms import random_resized_crop  # noqa: E402
 from rvq_jax.evaluation.report import hardware, versions  # noqa: E402
 
@@ -62,24 +64,14 @@ def jpegs(data_dir: str) -> Source:
     )
     return {'image': buffer.getvalue(), 'label': i % len(photographs)}
 
-  recipe = builders.Recipe(
-    name='jpegs',
-    version='1.0.0',
-    description='Crops of photographs in scikit-image.',
-    homepage='https://scikit-image.org',
-    num_shards=4,
-    features=lambda: tfds.features.FeaturesDict(
-      {
-        'image': tfds.features.Image(encoding_format='jpeg'),
-        'label': tfds.features.ClassLabel(names=list(_PHOTOGRAPHS)),
-      }
-    ),
-    splits=lambda _: {
-      'train': builders.Examples(range(_COUNT), read),
-      'test': builders.Examples(range(1), read),
-    },
+  features = {
+    'image': tfds.features.Image(encoding_format='jpeg'),
+    'label': tfds.features.ClassLabel(names=list(_PHOTOGRAPHS)),
+  }
+  splits = {'train': (range(_COUNT), read), 'test': (range(1), read)}
+  prepare.write_tfds(
+    'jpegs', '1.0.0', data_dir, lambda: (features, splits), shard_size=256
   )
-  builders.prepare_recipe(recipe, data_dir)
   return datasets.open_dataset('tfds:jpegs', data_dir=data_dir).train
 
 
@@ -109,11 +101,11 @@ def _decode(source, size, count, seed, ready, rates) -> None:
   """One of the processes of `decoders_rate`."""
   load = LoadImage(source, size, _CROP, _SCALE)
   rng = np.random.default_rng(seed)
-  load.random_map(0, rng)
+  load(0, rng)
   ready.wait()
   start = time.perf_counter()
   for _ in range(count):
-    load.random_map(int(rng.integers(len(source))), rng)
+    load(int(rng.integers(len(source))), rng)
   rates.put(count / (time.perf_counter() - start))
 
 
@@ -136,18 +128,11 @@ def decoders_rate(source, size: int, count: int, processes: int) -> float:
   return total
 
 
-def _as_float32(batch):
-  """What a pipeline does that scales images on the host."""
-  return batch | {'image': batch['image'].astype(np.float32) / 127.5 - 1}
-
-
-def loader_rate(source, size, batch, batches, *, float32=False, **options):
+def loader_rate(source, size, batch, batches, **options):
   """Images/s of a loader, from its third batch on."""
   loader = loaders.make_train_loader(
     source, batch_size=batch, image_size=size, **options
   )
-  if float32:
-    loader._batches = loader._batches.map(_as_float32)
   try:
     for _ in range(2):
       next(loader)
@@ -194,16 +179,6 @@ def main() -> None:
       routes[f'workers={workers}'] = lambda workers=workers: loader_rate(
         source, size, batch, batches, num_workers=workers, **random
       )
-    for name, workers in (('threads', 0), (f'workers={cores}', cores)):
-      routes[f'{name}, float32'] = lambda workers=workers: loader_rate(
-        source,
-        size,
-        batch,
-        batches,
-        float32=True,
-        num_workers=workers,
-        **random,
-      )
     routes['memory'] = lambda: loader_rate(
       source, size, min(batch, len(source)), 8 * batches, in_memory=True
     )
@@ -212,15 +187,18 @@ def main() -> None:
       for name, rate in routes.items():
         seen[name].append(rate())
   print(f'{options.data or "jpegs"} at {size} x {size}, batch {batch}')
-  print(f'{hardware()}; {versions("pillow", "grain")}')
-  print(f'{"route":<20}{"images/s":>10}{"a core":>8}{"of decoders":>13}')
+  versions = (
+    f'{name} {metadata.version(name)}' for name in ('pillow', 'grain')
+  )
+  print(f'{cores} cores of {platform.machine()}; {", ".join(versions)}')
+  print(f'{"route":<20}{"images/s":>10}{"per core":>10}{"of decoders":>13}')
   for name, rates in seen.items():
     rate = statistics.median(rates)
     ratio = statistics.median(
       a / b for a, b in zip(rates, seen['decoders'], strict=True)
     )
     used = 1 if name == 'pillow' else cores
-    print(f'{name:<20}{rate:>10.0f}{rate / used:>8.0f}{ratio:>13.2f}')
+    print(f'{name:<20}{rate:>10.0f}{rate / used:>10.0f}{ratio:>13.2f}')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Images in folders: PATH/{train,validation,test}/CLASS/*.
 
-Class folders may be left out (no labels), and so may the split folders (the
-images can then only be divided by the paper's split).
+Class folders may be left out (no labels), and so may the split folders (only
+the paper's split can then divide the images).
 """
 
 import os
@@ -11,27 +11,15 @@ import numpy as np
 from rvq_jax.data.sources import Record, Source
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp')
-_SPLITS = {
-  'train': 'train',
-  'validation': 'validation',
-  'val': 'validation',
-  'test': 'test',
-}
+SPLITS = ('train', 'validation', 'test')
 
 
 class FolderSource(Source):
-  """Image files with their labels.
+  """The images `files`, paths in the folder `root`, with their labels [n]."""
 
-  Args:
-    root: folder that `files` are relative to.
-    files: paths of the images.
-    labels: integers [n].
-  """
-
-  def __init__(self, root: str, files: list[str], labels: np.ndarray):
-    self._root = root
-    self._files = files
-    self._labels = np.asarray(labels, np.int32)
+  def __init__(self, root: str, files: list[str], labels):
+    self._root, self._files = root, files
+    self.labels = np.asarray(labels, np.int32)
 
   def __len__(self):
     return len(self._files)
@@ -39,121 +27,94 @@ class FolderSource(Source):
   def __getitem__(self, index):
     file = self._files[index]
     with open(os.path.join(self._root, file), 'rb') as stream:
-      return Record(stream.read(), int(self._labels[index]), printable(file))
-
-  @property
-  def labels(self):
-    """The labels, int32 [n]."""
-    return self._labels
+      return Record(stream.read(), int(self.labels[index]), printable(file))
 
   def identity(self):
     """The names of the files."""
     return list(self._files)
-
-  def __repr__(self):
-    return f'FolderSource({printable(self._root)!r}, n={len(self)})'
 
 
 def open_folder(path: str) -> dict[str, Source]:
   """Finds the images under a folder.
 
   Args:
-    path: with the folders train, validation (or val) and test, each holding
-      one folder of images per class or images only; or with no such folders,
-      holding classes or images itself. `~` is expanded.
+    path: of a folder with the folders train, validation (or val) and test, each
+      holding one folder of images per class or images only; of a folder that
+      holds classes or images itself; or of one image. `~` is expanded.
 
   Returns:
     Source by split name; 'all' where there are no split folders. Labels are
     the ranks of the sorted class names, -1 where there are no class folders.
-
-  Raises:
-    ValueError: if the folder is missing, empty, unreadable or ambiguous.
   """
   path = os.path.abspath(os.path.expanduser(path))
-  folders, _ = _scan(path)
+  if os.path.isfile(path):
+    root, file = os.path.split(path)
+    return {'all': FolderSource(root, [file], [-1])}
   found: dict[str, str] = {}
-  for folder in folders:
-    split = _SPLITS.get(folder.lower())
+  for folder in _scan(path)[0]:
+    split = {'val': 'validation'}.get(folder.lower(), folder.lower())
     if split in found:
       raise ValueError(
-        f'{printable(path)} has both {found[split]} and {folder} for the '
-        f'{split} split; keep one of them'
+        f'{printable(path)} has both {found[split]} and {folder}; keep one'
       )
-    if split:
+    if split in SPLITS:
       found[split] = folder
   if found and 'train' not in found:
     raise ValueError(
       f'{printable(path)} has {", ".join(sorted(found.values()))} but no '
-      'folder train; put the training images there'
+      'folder train'
     )
   listed = {
-    split: _list_split(path, found[split])
-    for split in ('train', 'validation', 'test')
+    split: _list_images(path, found[split])
+    for split in SPLITS
     if split in found
-  } or {'all': _list_split(path, '')}
-  names = {folder for files in listed.values() for folder, _ in files}
+  } or {'all': _list_images(path, '')}
+  names = {name for files in listed.values() for name, _ in files}
   # Images outside class folders have class '', which is no class.
   label = {name: i for i, name in enumerate(sorted(names - {''}))}
-  return {
-    split: FolderSource(
-      path,
-      [file for _, file in files],
-      np.array([label.get(folder, -1) for folder, _ in files]),
-    )
-    for split, files in listed.items()
-  }
+  sources = {}
+  for split, files in listed.items():
+    labels = [label.get(name, -1) for name, _ in files]
+    sources[split] = FolderSource(path, [file for _, file in files], labels)
+  return sources
 
 
-def _list_split(root: str, split: str) -> list[tuple[str, str]]:
+def _list_images(root: str, split: str) -> list[tuple[str, str]]:
   """Lists (class, path relative to root) of one split, sorted."""
   where = os.path.join(root, split)
   folders, images = _scan(where)
   if folders and images:
     raise ValueError(
-      f'{printable(where)} holds both images and folders ('
-      f'{printable(images[0])}, {printable(folders[0])}); expected one folder '
-      'of images per class, or images only'
+      f'{printable(where)}: expected one folder of images per class, or images '
+      f'only, got {printable(images[0])} and {printable(folders[0])}'
     )
-  if not folders and not images:
-    raise ValueError(
-      f'{printable(where)} holds no images; expected {_kinds()} files, or one '
-      'folder of them per class'
-    )
-  files = [('', os.path.join(split, image)) for image in images]
-  for folder in folders:
-    _, images = _scan(os.path.join(where, folder))
+  files = []
+  for folder in folders or ['']:
+    inside = os.path.join(split, folder)
+    where = os.path.normpath(os.path.join(root, inside))
+    if folder:
+      _, images = _scan(where)
     if not images:
       raise ValueError(
-        f'class folder {printable(os.path.join(where, folder))} holds no '
-        f'images; expected {_kinds()} files, or remove the folder'
+        f'{printable(where)} holds no images; expected '
+        f'{", ".join(EXTENSIONS)} files, or one folder of them per class'
       )
-    files += [(folder, os.path.join(split, folder, image)) for image in images]
+    files += [(folder, os.path.join(inside, image)) for image in images]
   return files
 
 
 def _scan(path: str) -> tuple[list[str], list[str]]:
   """Returns the sorted names of the folders and of the images in `path`."""
-  folders, images = [], []
   try:
     with os.scandir(path) as entries:
-      for entry in entries:
-        if entry.name.startswith('.'):
-          continue
-        if entry.is_dir():
-          folders.append(entry.name)
-        elif entry.name.lower().endswith(EXTENSIONS):
-          images.append(entry.name)
+      shown = [entry for entry in entries if not entry.name.startswith('.')]
   except OSError as error:
     raise ValueError(
-      f'cannot read folder {printable(path)}: {error.strerror}; expected a '
-      'folder of images that you may read'
+      f'cannot read the folder {printable(path)}: {error.strerror}'
     ) from error
-  return sorted(folders), sorted(images)
-
-
-def _kinds() -> str:
-  """Lists the file extensions."""
-  return ', '.join(EXTENSIONS)
+  folders = sorted(entry.name for entry in shown if entry.is_dir())
+  files = sorted(entry.name for entry in shown if not entry.is_dir())
+  return folders, [f for f in files if f.lower().endswith(EXTENSIONS)]
 
 
 def printable(name: str) -> str:

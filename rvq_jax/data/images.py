@@ -19,16 +19,8 @@ def random_flip(
 ) -> jax.Array:
   """Mirrors each image left to right with probability one half.
 
-  An image's fate depends on the key and its place in the global batch alone,
-  whatever the number of devices.
-
-  Args:
-    key: PRNG key, the same on every device.
-    images: [B, h, w, 3], any dtype; this device's share under axis_name.
-    axis_name: mapped axis of the batch under `pmap` or `shard_map`.
-
-  Returns:
-    An array like `images`.
+  It depends on the key and on the index in the global batch alone; under
+  `axis_name` images [B, h, w, 3] are the share of one device.
   """
   rows = images.shape[0]
   if axis_name is None:

@@ -1,110 +1,60 @@
-"""Where images come from: random access to encoded images.
+"""Where images come from: random access to encoded images."""
 
-A `Source` gives random access to encoded images. Three kinds of data set
-open to three sources, for training, validation and test:
-
-  tfds:NAME    a prepared TensorFlow Datasets directory (tfds_sources.py)
-  folder:PATH  PATH/{train,validation,test}/CLASS/* (folders.py)
-  photos       crops of scikit-image's photographs, embedded (photos.py)
-"""
-
-import abc
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 
 class Record(NamedTuple):
-  """One image as it is stored.
-
-  Attributes:
-    image: the encoded bytes.
-    label: the class, -1 where there is none.
-    name: what to call the image in a log.
-  """
+  """An encoded image, its class (-1: none) and what to call it in a log."""
 
   image: bytes
   label: int
   name: str
 
 
-class Source(abc.ABC):
-  """Random access to encoded images; picklable, for worker processes."""
+class Source:
+  """Random access to encoded images; picklable, for worker processes.
 
-  @abc.abstractmethod
-  def __len__(self) -> int:
-    """Returns the number of records."""
+  A source has `len(source)` records; `source[i]` reads one as a `Record`, and
+  raises an OSError if it cannot. `labels`, int32 [n], decodes no images.
+  """
 
-  @abc.abstractmethod
-  def __getitem__(self, index: int) -> Record:
-    """Reads one record.
-
-    Raises:
-      OSError: if it cannot be read; the loaders then skip it.
-    """
-
-  @property
-  @abc.abstractmethod
-  def labels(self) -> np.ndarray:
-    """The labels, int32 [n], read once and without decoding images."""
+  labels: np.ndarray
 
   def identity(self) -> list[str] | None:
     """Names that differ where the records do; None where none are known."""
     return None
 
+  def subset(self, indices: np.ndarray) -> 'Source':
+    """Returns the records at `indices`, in that order, as a source."""
+    return Selection([self], indices)
+
   def __iter__(self):
     return (self[i] for i in range(len(self)))
 
-  def subset(self, indices: np.ndarray) -> 'Source':
-    """Returns the records at `indices`, in that order, as a source."""
-    return Subset(self, indices)
 
+class Selection(Source):
+  """Some records of several sources, which are counted one after the other."""
 
-class Subset(Source):
-  """Some records of another source."""
-
-  def __init__(self, source: Source, indices: np.ndarray):
-    self._source = source
+  def __init__(self, sources: Iterable[Source], indices: np.ndarray):
+    self._sources = list(sources)
+    self._ends = np.cumsum([len(source) for source in self._sources])
     self._indices = np.asarray(indices, np.int64)
-    self._indices.setflags(write=False)
 
   def __len__(self):
     return len(self._indices)
 
   def __getitem__(self, index):
-    return self._source[int(self._indices[index])]
-
-  @property
-  def labels(self):
-    """The labels, int32 [n]."""
-    return self._source.labels[self._indices]
-
-  def __repr__(self):
-    return f'Subset({self._source!r}, n={len(self)})'
-
-
-class Union(Source):
-  """Several sources one after the other."""
-
-  def __init__(self, sources: Sequence[Source]):
-    self._sources = tuple(sources)
-    self._ends = np.cumsum([len(source) for source in self._sources])
-
-  def __len__(self):
-    return int(self._ends[-1])
-
-  def __getitem__(self, index):
+    index = self._indices[index]
     which = int(np.searchsorted(self._ends, index, side='right'))
-    if index < 0 or which == len(self._sources):
-      raise IndexError(f'expected an index below {len(self)}, got {index}')
     source = self._sources[which]
-    return source[int(index - self._ends[which] + len(source))]
+    return source[int(index - self._ends[which]) + len(source)]
 
-  @property
+  @functools.cached_property
   def labels(self):
-    """The labels, int32 [n]."""
-    return np.concatenate([source.labels for source in self._sources])
-
-  def __repr__(self):
-    return f'Union({", ".join(map(repr, self._sources))})'
+    """See `Source`."""
+    labels = [source.labels for source in self._sources]
+    return np.concatenate(labels)[self._indices]

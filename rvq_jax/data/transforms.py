@@ -1,8 +1,8 @@
 """Image transforms on the host: decoding, cropping, resampling.
 
-An image is uint8 [h, w, 3], RGB. Every crop is taken in the coordinates of the
-source image and resampled once, bicubic with antialiasing; an image that
-already has the size asked for is returned as it is.
+An image is uint8 [h, w, 3], RGB; a crop of it is uint8 [size, size, 3]. Every
+crop is taken in the coordinates of the source image and resampled once, bicubic
+with antialiasing; an image of the right size is returned as it is.
 """
 
 import io
@@ -13,10 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
 """Larger images are refused: they are decompression bombs or mistakes."""
-
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
-_ORIENTATION = 0x0112
-_WHITE = (255, 255, 255, 255)
 
 
 class ImageError(ValueError):
@@ -34,17 +31,11 @@ def decode_image(
   Args:
     data: JPEG, PNG, WebP, GIF or BMP.
     name: what to call the image in an error.
-    shorter_side: the size in pixels to which the caller will shrink the
-      shorter side. A JPEG more than twice as large is then decoded at a
-      half, a quarter or an eighth of its size, which is several times faster.
-
-  Returns:
-    uint8 [h, w, 3].
+    shorter_side: to which the caller will shrink it, in pixels. A JPEG more
+      than twice as large is decoded several times faster at 1/2, 1/4 or 1/8.
 
   Raises:
-    ImageError: if the image is corrupt, truncated, empty, of another format
-      or has more than `MAX_PIXELS` pixels.
-    MemoryError: if there is no memory for it, whatever the image is.
+    ImageError: it is corrupt, of another format or over `MAX_PIXELS` pixels.
   """
   label = f'image {name!r}' if name else 'image'
   if not data:
@@ -53,8 +44,8 @@ def decode_image(
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
       if image.width * image.height > MAX_PIXELS:
         raise ImageError(
-          f'{label} has {image.width} x {image.height} pixels, more than the '
-          f'{MAX_PIXELS} allowed; shrink it or leave it out'
+          f'{label} has {image.width} x {image.height} pixels: expected at '
+          f'most {MAX_PIXELS}'
         )
       if shorter_side:
         image.draft(None, (2 * shorter_side, 2 * shorter_side))
@@ -62,9 +53,7 @@ def decode_image(
       return np.asarray(_to_rgb(_upright(image)))
   except (ImageError, MemoryError):
     raise
-  # Pillow reports damage through a dozen exception types, from SyntaxError
-  # to struct.error; to the caller they all mean the same.
-  except Exception as error:
+  except Exception as error:  # Pillow reports damage through a dozen types
     reason = ' '.join(str(error).split()) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):  # which names an object
       reason = f'expected one of {", ".join(_FORMATS)}'
@@ -74,12 +63,11 @@ def decode_image(
 def _upright(image: Image.Image) -> Image.Image:
   """Applies the EXIF orientation; a damaged EXIF block is ignored."""
   try:
-    if image.getexif().get(_ORIENTATION, 1) == 1:
-      return image
-    return ImageOps.exif_transpose(image)
+    turned = image.getexif().get(0x0112, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
   except MemoryError:
     raise
-  except Exception:  # the pixels are sound even where the metadata is not
+  except Exception:  # the pixels are intact even where the metadata is not
     return image
 
 
@@ -91,41 +79,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert('RGB')
   if image.has_transparency_data:
     rgba = image.convert('RGBA')
-    white = Image.new('RGBA', rgba.size, _WHITE)
+    white = Image.new('RGBA', rgba.size, 'white')
     return Image.alpha_composite(white, rgba).convert('RGB')
   return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
-  """Scales the shorter side to `size` and keeps the central square.
-
-  Args:
-    image: uint8 [h, w, 3].
-    size: side of the result in pixels.
-
-  Returns:
-    uint8 [size, size, 3].
-  """
+  """Scales the shorter side to `size` and takes the central square."""
   height, width = image.shape[:2]
   side = min(height, width)
-  return _resample(
-    image, (width - side) // 2, (height - side) // 2, side, side, size
-  )
+  left, top = (width - side) // 2, (height - side) // 2
+  return _resample(image, left, top, side, side, size)
 
 
-def random_crop(
-  image: np.ndarray, size: int, rng: np.random.Generator
-) -> np.ndarray:
-  """Scales the shorter side to `size` and keeps a random square.
-
-  Args:
-    image: uint8 [h, w, 3].
-    size: side of the result in pixels.
-    rng: places the square, uniformly along the longer side.
-
-  Returns:
-    uint8 [size, size, 3].
-  """
+def random_crop(image: np.ndarray, size: int, rng) -> np.ndarray:
+  """Scales the shorter side to `size` and takes a random square."""
   height, width = image.shape[:2]
   side = min(height, width)
   left = int(rng.integers(width - side + 1))
@@ -134,30 +102,18 @@ def random_crop(
 
 
 def random_resized_crop(
-  image: np.ndarray,
-  size: int,
-  rng: np.random.Generator,
-  *,
-  scale: tuple[float, float] = (0.08, 1.0),
-  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  image: np.ndarray, size: int, rng: np.random.Generator, *, scale=(0.08, 1.0)
 ) -> np.ndarray:
   """Cuts out a box of random area and shape and resizes it (Inception crop).
 
-  Args:
-    image: uint8 [h, w, 3].
-    size: side of the result in pixels.
-    rng: draws the box.
-    scale: least and greatest share of the image's area.
-    ratio: least and greatest width / height, drawn log-uniformly.
-
-  Returns:
-    uint8 [size, size, 3]. Where ten draws do not fit into the image it is
-    the central square.
+  Its share of the image's area is drawn from `scale`, its width / height
+  log-uniformly from 3 / 4 to 4 / 3. After ten draws that do not fit into the
+  image it is the central square.
   """
   height, width = image.shape[:2]
   for _ in range(10):
     area = height * width * rng.uniform(*scale)
-    shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    shape = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     box_w = round(math.sqrt(area * shape))
     box_h = round(math.sqrt(area / shape))
     if 0 < box_w <= width and 0 < box_h <= height:
@@ -167,9 +123,7 @@ def random_resized_crop(
   return resize_and_center_crop(image, size)
 
 
-def _resample(
-  image: np.ndarray, left: int, top: int, width: int, height: int, size: int
-) -> np.ndarray:
+def _resample(image, left, top, width, height, size: int) -> np.ndarray:
   """Resizes the box of `image` to a square of `size` pixels."""
   if width == height == size:
     return np.ascontiguousarray(image[top : top + size, left : left + size])

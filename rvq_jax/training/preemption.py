@@ -5,7 +5,7 @@ import threading
 
 import jax
 
-from rvq_jax.data.stream import STOPS
+from rvq_jax.data.loaders import STOP_SIGNALS
 from rvq_jax.training import multihost
 
 
@@ -29,7 +29,7 @@ class StopSignal:
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
-      for number in STOPS:
+      for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
           self._old[number] = signal.signal(number, self._request)
     return self

@@ -3,7 +3,6 @@
 from collections import Counter
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,17 +15,10 @@ LABELS = st.lists(st.integers(-1, 6), min_size=0, max_size=200)
 
 @settings(max_examples=60, deadline=None)
 @given(LABELS, st.integers(0, 2**31))
-def test_every_index_is_in_exactly_one_split(labels, seed):
+def test_parts_are_a_partition_with_the_share_of_each_class(labels, seed):
   parts = stratified_split(np.array(labels, np.int32), seed=seed)
   assert sorted(i for part in parts for i in part) == list(range(len(labels)))
   assert all(list(part) == sorted(part) for part in parts)
-  assert all(part.dtype == np.int64 for part in parts)
-
-
-@settings(max_examples=60, deadline=None)
-@given(LABELS, st.integers(0, 2**31))
-def test_each_class_is_within_one_image_of_its_share(labels, seed):
-  parts = stratified_split(np.array(labels, np.int32), seed=seed)
   whole = Counter(labels)
   for part, fraction in zip(parts, (0.7, 0.2, 0.1), strict=True):
     counts = Counter(labels[i] for i in part)
@@ -58,19 +50,10 @@ def test_split_is_the_one_written_down():
   assert len(train) == 14
 
 
-@pytest.mark.parametrize('fractions', [(0.7, 0.2), (1.2, -0.2), (), (1.0, 0.0)])
-def test_bad_fractions_are_refused(fractions):
-  with pytest.raises(ValueError, match='add up to 1'):
-    stratified_split(np.zeros(4, np.int32), fractions=fractions)
-
-
-def test_labels_that_are_not_a_vector_are_refused():
-  with pytest.raises(ValueError, match=r'shape \[n\]'):
-    stratified_split(np.zeros((4, 2), np.int32))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 500), st.integers(0, 2**62), st.integers(0, 99))
-def test_permutation_holds_each_index_once(n, seed, epoch):
-  order = seeded_permutation(n, seed, epoch)
-  np.testing.assert_array_equal(np.sort(order), np.arange(n))
+def test_a_permutation_holds_each_index_once_and_depends_on_every_word():
+  orders = [
+    seeded_permutation(500, *words) for words in ((0, 1), (1, 0), (0, 2))
+  ]
+  for order in orders:
+    np.testing.assert_array_equal(np.sort(order), np.arange(500))
+  assert len({order.tobytes() for order in orders}) == 3

@@ -74,7 +74,7 @@ def test_a_stopped_process_resumes_to_the_same_bits(
 STALLED = """
 import sys, time
 sys.path.insert(0, 'launch')
-from rvq_jax.data.memory import MemoryLoader
+from rvq_jax.data.loaders import MemoryLoader
 load = MemoryLoader.__next__
 def stall(loader):
   if loader.position()['step'] == 3:

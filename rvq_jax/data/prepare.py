@@ -1,0 +1,263 @@
+"""Prepares CIFAR-10 and ImageNet as tfds directories, without TensorFlow.
+
+tfds's own builders and its shuffle of more than 1 GB need TensorFlow. Here the
+records are written in the order that its shuffle would give them, so that an
+index means the same image however a set was prepared. They are written shard by
+shard into a hidden folder, where an interrupted preparation resumes, and which
+is renamed when it is complete.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import re
+import shutil
+import tarfile
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from rvq_jax.data.splits import hashed_order
+from rvq_jax.io import explain_full_disk
+
+CIFAR_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+CIFAR_SHA = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
+IMAGENET_ARCHIVES = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
+_CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'
+
+Example = dict[str, Any]
+Examples = tuple[Sequence[str | int], Callable[[int], Example]]
+"""Stable keys, which decide the order, and a function that reads example i."""
+
+
+def prepare(name: str, data_dir: str) -> str:
+  """Prepares 'cifar10' or 'imagenet2012', unless it is there already.
+
+  Archives that were downloaded by hand are looked for in downloads/manual of
+  `data_dir`. Returns the directory of the data set.
+  """
+  known = {'cifar10': ('3.0.2', _cifar10), 'imagenet2012': ('5.1.0', _imagenet)}
+  if name not in known:
+    base = name.partition(':')[0]
+    raise ValueError(
+      f'tfds:{name} is not prepared in {data_dir}, and only cifar10 and '
+      f'imagenet2012 can be prepared here; prepare it with TensorFlow: tfds '
+      f'build {base} --file_format=array_record --data_dir={data_dir}'
+    )
+  version, open_set = known[name]
+  manual = os.path.join(data_dir, 'downloads', 'manual')
+  return write_tfds(name, version, data_dir, lambda: open_set(manual))
+
+
+def write_tfds(
+  name: str, version: str, data_dir: str, open_set, *, shard_size: int = 5005
+) -> str:
+  """Writes a tfds directory of ArrayRecord files, unless it is there already.
+
+  Of several processes one works and the others wait. `open_set` returns the
+  tfds features and the examples of each split.
+  """
+  final = os.path.join(data_dir, name, version)
+  work = os.path.join(data_dir, f'.{name}-{version}-incomplete')
+  with explain_full_disk(data_dir, 'give the same command again: it resumes'):
+    try:
+      os.makedirs(os.path.dirname(final), exist_ok=True)
+      lock = open(os.path.join(data_dir, f'.{name}.lock'), 'w')
+    except OSError as error:
+      raise ValueError(
+        f'cannot write to {data_dir}: {error.strerror}; pass another folder as '
+        '--config.data.data_dir'
+      ) from error
+    with lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the process ends
+      if not os.path.exists(os.path.join(final, 'dataset_info.json')):
+        logging.info('preparing %s in %s', name, final)
+        _write(name, version, work, *open_set(), shard_size)
+        os.rename(work, final)
+  return final
+
+
+class _Info(tfds.core.DatasetInfo):
+  """A description whose files are whole at every moment."""
+
+  def write_to_directory(self, folder, all_metadata=True):
+    new = f'{folder}-info'
+    os.makedirs(new, exist_ok=True)
+    super().write_to_directory(new, all_metadata)
+    for file in os.listdir(new):
+      os.replace(os.path.join(new, file), os.path.join(folder, file))
+    os.rmdir(new)
+
+
+def _write(name, version, work, features, splits, shard_size: int) -> None:
+  """Writes the shards that are missing in `work`, and their description."""
+  os.makedirs(work, exist_ok=True)
+  info = _Info(
+    builder=tfds.core.dataset_info.DatasetIdentity(
+      name, tfds.core.Version(version), data_dir=work, module_name=''
+    ),
+    features=tfds.features.FeaturesDict(features),
+    supervised_keys=('image', 'label') if 'label' in features else None,
+  )
+  writer = tfds.core.SequentialWriter(
+    info, shard_size, overwrite=False, file_format='array_record'
+  )
+  writer.initialize_splits(list(splits), fail_if_exists=False)
+  for split, (keys, read) in splits.items():
+    order, done = hashed_order(split, keys), info.splits[split].num_examples
+    for start in range(done, len(order), shard_size):
+      # Writes one shard, and then into the description that it is there.
+      writer.add_examples({split: map(read, order[start : start + shard_size])})
+    writer.close_splits([split])
+
+
+def _cifar10(manual: str):
+  """Opens CIFAR-10, https://www.cs.toronto.edu/~kriz/cifar.html."""
+  path = os.path.join(manual, os.path.basename(CIFAR_URL))
+  if not os.path.exists(path):
+    _download(path)
+  if _sha256(path) != CIFAR_SHA:
+    raise ValueError(
+      f'{path} is not the archive with sha256 {CIFAR_SHA}; remove '
+      'it and give the same command again'
+    )
+  features = {
+    'id': tfds.features.Text(),
+    'image': tfds.features.Image(shape=(32, 32, 3)),
+    'label': tfds.features.ClassLabel(names=_CIFAR_CLASSES.split()),
+  }
+  train = [f'data_batch_{i}' for i in range(1, 6)]
+  files = {'train': train, 'test': ['test_batch']}
+  return features, {s: _cifar10_split(path, s, files[s]) for s in files}
+
+
+def _download(path: str) -> None:
+  """Downloads the archive; only a complete one gets its name."""
+  logging.info('downloading %s', CIFAR_URL)
+  partial = f'{path}.partial'
+  try:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with urllib.request.urlopen(CIFAR_URL, timeout=30) as remote:
+      with open(partial, 'wb') as local:
+        shutil.copyfileobj(remote, local)
+    if _sha256(partial) != CIFAR_SHA:
+      raise OSError('it ended early, or is another file')
+    os.replace(partial, path)
+  except OSError as error:
+    raise ValueError(
+      f'cannot download {CIFAR_URL} ({error}); put it at {path}'
+    ) from error
+  finally:
+    with contextlib.suppress(OSError):
+      os.remove(partial)
+
+
+def _sha256(path: str) -> str:
+  with open(path, 'rb') as stream:
+    return hashlib.file_digest(stream, 'sha256').hexdigest()
+
+
+def _cifar10_split(path: str, split: str, files: list[str]) -> Examples:
+  """Reads a split; a record is the label, then pixels channel by channel."""
+  with tarfile.open(path, 'r:gz') as archive:
+    members = [f'cifar-10-batches-bin/{file}.bin' for file in files]
+    data = b''.join(archive.extractfile(name).read() for name in members)
+  records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+
+  def read(i: int) -> Example:
+    pixels = records[i, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
+    png = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(png, 'PNG')
+    label = int(records[i, 0])
+    return {'id': f'{split}_{i:05d}', 'image': png.getvalue(), 'label': label}
+
+  return range(len(records)), read
+
+
+def _imagenet(manual: str):
+  """Opens ImageNet (ILSVRC 2012) in its two archives.
+
+  A pass over the tar headers finds where each JPEG lies; nothing is unpacked.
+  """
+  paths = [os.path.join(manual, name) for name in IMAGENET_ARCHIVES]
+  missing = [path for path in paths if not os.path.exists(path)]
+  if missing:
+    raise ValueError(
+      f'imagenet2012 needs {" and ".join(missing)}; register at https://'
+      'image-net.org/download-images, download ILSVRC 2012 and put them there'
+    )
+  folder = tfds.core.tfds_path('datasets/imagenet2012')
+  classes = (folder / 'labels.txt').read_text().split()
+  label = {wnid: i for i, wnid in enumerate(classes)}
+  validation = (folder / 'validation_labels.txt').read_text().split()
+  label_of_image = {
+    f'ILSVRC2012_val_{i:08d}.JPEG': label[wnid]
+    for i, wnid in enumerate(validation, 1)
+  }
+  features = {
+    'image': tfds.features.Image(encoding_format='jpeg'),
+    'label': tfds.features.ClassLabel(names=classes),
+    'file_name': tfds.features.Text(),
+  }
+  return features, {
+    'train': _tar_examples(paths[0], _index_train, label),
+    'validation': _tar_examples(paths[1], _index_val, label_of_image),
+  }
+
+
+def _tar_examples(path: str, index, label: dict[str, int]) -> Examples:
+  """Makes examples of the (name, offset, size, label) that `index` yields."""
+  try:
+    entries = list(index(path, label))
+  except (tarfile.TarError, OSError) as error:
+    raise ValueError(
+      f'{path} is not a complete tar archive ({error}); download it again'
+    ) from error
+
+  def read(i: int) -> Example:
+    name, offset, size, label = entries[i]
+    with open(path, 'rb') as stream:
+      stream.seek(offset)
+      image = stream.read(size)
+    return {'image': image, 'label': label, 'file_name': name}
+
+  return [name for name, *_ in entries], read
+
+
+def _index_train(path: str, label: dict[str, int]):
+  # A tar of one tar per class.
+  with tarfile.open(path, 'r:') as outer:
+    for member in _files(outer, path, lambda name: name[:-4] in label):
+      wnid = member.name[:-4]
+      with tarfile.open(fileobj=outer.extractfile(member), mode='r:') as inner:
+        fits = re.compile(rf'{wnid}_\d+\.JPEG').fullmatch
+        for image in _files(inner, path, fits):
+          offset = member.offset_data + image.offset_data
+          yield image.name, offset, image.size, label[wnid]
+
+
+def _index_val(path: str, label: dict[str, int]):
+  with tarfile.open(path, 'r:') as archive:
+    for image in _files(archive, path, label.__contains__):
+      yield image.name, image.offset_data, image.size, label[image.name]
+
+
+def _files(archive, path: str, fits) -> Iterator[tarfile.TarInfo]:
+  """Yields the members of an archive; refuses other names, links, and none."""
+  member = None
+  for member in archive:
+    if not (fits(member.name) and member.isreg()):
+      raise ValueError(
+        f'{path} holds {member.name!r}, which is not a file of the official '
+        'archive; download it again'
+      )
+    yield member
+  if member is None:
+    raise ValueError(f'{path} holds no images; download it again')

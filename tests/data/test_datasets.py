@@ -1,0 +1,188 @@
+"""Data sets by name; folders: what is found, and one line for what is not."""
+
+import logging
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rvq_jax.data.datasets import open_dataset, open_images
+from rvq_jax.data.transforms import decode_image
+
+
+def _fill(root, *paths):
+  for path in paths:
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (4, 4)).save(file, 'PNG')
+
+
+def _open(root, split='official', **options):
+  return open_dataset(f'folder:{root}', split=split, **options)
+
+
+def _parts(dataset):
+  return dataset.train, dataset.validation, dataset.test
+
+
+def _names(source):
+  return [record.name for record in source]
+
+
+def test_splits_and_classes_are_found_in_sorted_order(tmp_path):
+  train = ['train/cat/z.jpeg', 'train/dog/a.jpg', 'train/dog/b.PNG']
+  _fill(tmp_path, *reversed(train), 'val/dog/q.webp', 'test/cat/r.png')
+  (tmp_path / 'train/dog/notes.txt').write_text('not an image')
+  (tmp_path / 'train/.DS_Store').write_text('')
+  dataset = _open(tmp_path)
+  assert _names(dataset.train) == train
+  labels = [source.labels.tolist() for source in _parts(dataset)]
+  assert labels == [[0, 1, 1], [1], [0]]
+  assert dataset.note == ''
+  [record] = dataset.test
+  assert record.image == (tmp_path / 'test/cat/r.png').read_bytes()
+
+
+@pytest.mark.parametrize('only', ['validation', 'test'])
+def test_one_held_out_split_serves_as_both_and_is_noted(tmp_path, only):
+  _fill(tmp_path, 'train/x.png', f'{only}/y.png')
+  dataset = _open(tmp_path)
+  assert dataset.train.labels.tolist() == [-1]  # no class folders
+  assert _names(dataset.validation) == _names(dataset.test) == [f'{only}/y.png']
+  assert dataset.note.endswith(f'validation and test are both its {only} split')
+
+
+def test_a_flat_folder_needs_the_paper_split_and_its_seed(tmp_path):
+  _fill(tmp_path, *(f'{i}.png' for i in range(40)))
+  with pytest.raises(ValueError, match=r'--config\.data\.split=paper'):
+    _open(tmp_path)
+  first, again, other = (_open(tmp_path, 'paper', seed=s) for s in (1, 1, 2))
+  assert [len(part) for part in _parts(first)] == [28, 8, 4]
+  assert _names(first.test) == _names(again.test) != _names(other.test)
+
+
+def test_the_paper_split_unites_all_splits_and_is_stratified(tmp_path):
+  for name, count in (('train', 10), ('val', 6), ('test', 4)):
+    for i in range(count):
+      _fill(tmp_path, f'{name}/a/{i}.png', f'{name}/b/{i}.png')
+  parts = _parts(_open(tmp_path, 'paper'))
+  counts = [np.bincount(part.labels).tolist() for part in parts]
+  assert counts == [[14, 14], [4, 4], [2, 2]]
+  assert len({name for part in parts for name in _names(part)}) == 40
+  for part in parts:
+    assert [record.label for record in part] == part.labels.tolist()
+
+
+def test_a_subset_keeps_the_order_of_its_indices_and_can_be_pickled(tmp_path):
+  _fill(tmp_path, 'train/a/x.png', 'train/b/y.png', 'test/a/z.png')
+  subset = _open(tmp_path).train.subset(np.array([1, 0, 1]))
+  assert [record.label for record in subset] == [1, 0, 1]
+  assert subset.labels.tolist() == [1, 0, 1]
+  copy = pickle.loads(pickle.dumps(subset))  # noqa: S301, made here
+  assert list(copy) == list(subset)
+
+
+@pytest.mark.parametrize(
+  'files, message',
+  [
+    ([], 'nowhere: No such file'),
+    (['notes.txt'], 'holds no images'),
+    (['a.png', 'b.png'], 'too few'),
+    (['test/a/x.png'], 'no folder train'),
+    (['train/a/x.png'], 'one of validation and test'),
+    (['train/a/x.png', 'val/x.png', 'validation/x.png'], 'keep one'),
+    (['train/x.png', 'train/a/x.png', 'test/x.png'], 'or images only'),
+    (['train/a/x.png', 'train/b/.x', 'test/y.png'], 'train/b holds no'),
+  ],
+)
+def test_a_wrong_layout_is_one_clear_line(tmp_path, files, message):
+  _fill(tmp_path, *files)
+  split = 'paper' if 'too few' in message else 'official'
+  with pytest.raises(ValueError, match=message) as error:
+    _open(tmp_path if files else tmp_path / 'nowhere', split)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('closed', ['train', 'train/b', 'test/a'])
+def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch, closed):
+  _fill(tmp_path, 'train/a/x.png', 'train/b/y.png', 'test/a/z.png')
+
+  def scandir(path, real=os.scandir):
+    if os.fspath(path).endswith(closed):
+      raise PermissionError(13, 'Permission denied')
+    return real(path)
+
+  monkeypatch.setattr(os, 'scandir', scandir)
+  with pytest.raises(ValueError, match=f'{closed}: Permission denied') as error:
+    _open(tmp_path)
+  assert '\n' not in str(error.value)
+
+
+def test_a_name_that_is_not_utf8_is_read_and_printed_safely(tmp_path):
+  _fill(tmp_path, 'train/a/x.png', 'test/a/x.png')
+  folder = os.fsencode(tmp_path / 'test' / 'a')
+  try:
+    os.rename(folder + b'/x.png', folder + b'/caf\xe9.png')
+  except OSError:
+    pytest.skip('this file system takes UTF-8 names only')
+  [record] = _open(tmp_path).test
+  assert record.name == 'test/a/caf\\xe9.png'
+  assert record.image.startswith(b'\x89PNG')
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+  _fill(tmp_path, 'set/train/x.png', 'set/test/y.png')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert len(open_dataset('folder:~/set').train) == 1
+  assert set(open_images('~/set')) == {'train', 'test'}
+
+
+@pytest.mark.parametrize('name', ['', 'cifar10', 'tfds:', 'folder:', 'photos:'])
+def test_an_unknown_kind_or_split_lists_the_choices(name):
+  with pytest.raises(ValueError, match=r'tfds:NAME \| folder:PATH \| photos'):
+    open_dataset(name)
+  with pytest.raises(ValueError, match="'official', 'paper'"):
+    open_dataset(name, split='random')
+
+
+def test_photos_are_the_same_crops_each_time():
+  one, two = open_dataset('photos'), open_dataset('photos')
+  assert (len(one.train), len(one.test)) == (4000, 400)
+  for i in (0, 77, 399):
+    assert one.test[i] == two.test[i]
+    assert decode_image(one.test[i].image).shape == (64, 64, 3)
+  assert 'both its test split' in one.note
+  # Crops of different photographs.
+  assert [set(s.labels) for s in (one.train, one.test)] == [{0, 2, 3}, {1}]
+
+
+@pytest.mark.parametrize('name', ['photos', 'tfds:photos'])
+def test_photos_refuse_the_paper_split(name):
+  with pytest.raises(ValueError, match='split=official .* got paper'):
+    open_dataset(name, split='paper')
+
+
+@pytest.mark.parametrize('name', ['photos', './photos', 'folder:photos'])
+def test_a_folder_called_photos_wins(tmp_path, monkeypatch, caplog, name):
+  monkeypatch.chdir(tmp_path)
+  assert len(open_images('photos')['test']) == 400
+  _fill(tmp_path, 'photos/a.png', 'photos/b.png')
+  with caplog.at_level(logging.INFO):
+    assert _names(open_images(name)['all']) == ['a.png', 'b.png']
+  assert ('tfds:photos' in caplog.text) == (name == 'photos')
+  assert len(open_images('tfds:photos')['test']) == 400
+
+
+def test_images_of_a_file_and_of_one_split_can_be_opened(tmp_path):
+  _fill(tmp_path, 'train/a/x.png', 'test/a/y.png')
+  path = str(tmp_path / 'test/a/y.png')
+  for name in (path, f'folder:{path}'):
+    assert _names(open_images(name)['all']) == ['y.png']
+  [(split, source)] = open_images(str(tmp_path), split='test').items()
+  assert (split, _names(source)) == ('test', ['test/a/y.png'])
+  with pytest.raises(ValueError, match="one of train, test .* got 'val'"):
+    open_images(str(tmp_path), split='val')
+  with pytest.raises(ValueError, match='there is no .*nothing: expected an'):
+    open_images(str(tmp_path / 'nothing'))

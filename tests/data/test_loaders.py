@@ -1,0 +1,251 @@
+"""Training and evaluation batches: order, position, processes, workers."""
+
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rvq_jax.data import decoding, loaders
+from rvq_jax.data.folders import open_folder
+from rvq_jax.data.loaders import eval_batches, make_train_loader
+
+OPTIONS = {'batch_size': 4, 'image_size': 8}
+KINDS = [{'in_memory': True}, {'in_memory': False}]
+KINDS += [{'crop': 'random'}, {'crop': 'random_resized'}]
+both = pytest.mark.parametrize('in_memory', [True, False])
+
+
+@pytest.fixture
+def make(make_source):
+  """Makes loaders, of a source or of n images, and closes them."""
+  made = []
+
+  def build(source, *, bad=(), **options):
+    if isinstance(source, int):
+      source = make_source(source, bad=bad)
+    made.append(make_train_loader(source, **{**OPTIONS, **options}))
+    return made[-1]
+
+  yield build
+  for loader in made:
+    loader.close()
+
+
+def _take(loader, n):
+  return [next(loader)['image'] for _ in range(n)]
+
+
+def test_only_a_small_set_is_kept_in_memory(make, make_source, monkeypatch):
+  source = make_source(10)
+  assert isinstance(make(source), loaders.MemoryLoader)
+  assert isinstance(make(source, crop='random'), loaders.GrainLoader)
+  monkeypatch.setattr(loaders, 'MEMORY_LIMIT', 10 * 8 * 8 * 3 - 1)
+  assert isinstance(make(source), loaders.GrainLoader)
+
+
+@both
+@pytest.mark.parametrize('n', [12, 11])
+def test_epochs_are_different_permutations(make, ids, in_memory, n):
+  loader = make(n, in_memory=in_memory)
+  steps = loader.steps_per_epoch
+  assert (loader.num_examples, steps) == (n, n // 4)
+  epochs = [
+    sum((ids(next(loader)) for _ in range(steps)), []) for _ in range(8)
+  ]
+  assert all(len(set(epoch)) == 4 * steps for epoch in epochs)
+  assert set().union(*epochs) == set(range(n))
+  assert len(set(map(tuple, epochs))) == 8
+
+
+@both
+def test_neighbouring_seeds_share_no_order(make, make_source, ids, in_memory):
+  source, orders = make_source(32), set()
+  for seed in range(3):
+    loader = make(source, seed=seed, batch_size=32, in_memory=in_memory)
+    orders |= {tuple(ids(next(loader))) for _ in range(3)}
+  assert len(orders) == 9
+
+
+@pytest.mark.parametrize('kind', KINDS, ids=str)
+@pytest.mark.parametrize('steps', [0, 2, 5])
+def test_resuming_gives_the_identical_batches(make, make_source, kind, steps):
+  source = make_source(101, bad=[7], height=20, width=30)
+  whole, resumed = make(source, **kind), make(source, **kind)
+  _take(whole, steps)
+  _take(resumed, 1)  # seek works in a loader that is running
+  resumed.seek(json.loads(json.dumps(whole.position())))
+  np.testing.assert_array_equal(_take(resumed, 40), _take(whole, 40))
+  assert resumed.position() == whole.position()
+  assert whole.position()['step'] == steps + 40
+
+
+@pytest.mark.parametrize('kind', KINDS, ids=str)
+def test_processes_share_each_batch_without_loss(make, make_source, kind):
+  source = make_source(13, height=20, width=30)
+  whole = make(source, **kind)
+  one, two = (
+    make(source, process_index=i, process_count=2, **kind) for i in (0, 1)
+  )
+  for _ in range(7):
+    joined = np.concatenate([next(one)['image'], next(two)['image']])
+    np.testing.assert_array_equal(joined, next(whole)['image'])
+
+
+@both
+def test_a_position_in_another_set_is_refused(make, in_memory):
+  loader, other = (make(n, in_memory=in_memory) for n in (10, 11))
+  with pytest.raises(ValueError, match='has 11 images .* had 10') as caught:
+    other.seek(loader.position())
+  assert '\n' not in str(caught.value)
+
+
+def test_crops_of_one_image_differ_between_epochs(make, tmp_path):
+  noise = np.random.default_rng(0).integers(0, 256, (30, 90, 3), np.uint8)
+  Image.fromarray(noise).save(tmp_path / 'noise.png')
+  source = open_folder(str(tmp_path))['all']
+  for crop in ('random', 'random_resized'):
+    loader = make(source, crop=crop, batch_size=1)
+    assert len({image.tobytes() for image in _take(loader, 8)}) > 5
+
+
+@both
+def test_a_corrupt_image_is_left_out_and_named(make, ids, caplog, in_memory):
+  loader = make(100, bad=[7], in_memory=in_memory)
+  assert loader.num_examples == (99 if in_memory else 100)
+  seen = sum((ids(next(loader)) for _ in range(75)), [])
+  assert set(seen) == set(range(100)) - {7}
+  assert caplog.text.count('left out image 00007.png') == 1
+  assert 'cannot be decoded' in caplog.text
+
+
+@both
+@pytest.mark.parametrize('n, bad', [(20, [2]), (100, [2, 90])])
+def test_over_one_percent_corrupt_ends_the_run(make, n, bad, in_memory):
+  with pytest.raises(ValueError, match=f'{len(bad)} of {n} images') as caught:
+    _take(make(n, bad=bad, in_memory=in_memory), n // 4)
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_four_unreadable_records_in_a_row_are_an_oserror(make, num_workers):
+  loader = make(8, bad=range(8), in_memory=False, num_workers=num_workers)
+  with pytest.raises(OSError, match=r'4 records .* \(0000\d.png: ') as caught:
+    next(loader)
+  assert 'resumes from the last checkpoint' in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+@both
+def test_out_of_memory_is_no_corrupt_image(make, monkeypatch, in_memory):
+  def full(*arguments, **options):
+    raise MemoryError
+
+  monkeypatch.setattr(decoding, 'decode_image', full)
+  with pytest.raises(OSError, match='out of memory while decoding 0') as caught:
+    next(make(8, in_memory=in_memory))
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'batch_size': 5, 'process_count': 2}, 'divides'),
+    ({'batch_size': 0}, 'positive global batch size'),
+    ({'batch_size': 11}, 'the training split has 10'),
+    ({'crop': 'centre'}, "'random_resized'"),
+    ({'crop': 'random', 'in_memory': True}, 'got crop random'),
+    ({'image_size': 2**20, 'in_memory': True}, r'at most .* GB'),
+  ],
+)
+def test_bad_arguments_are_refused(make, options, message):
+  with pytest.raises(ValueError, match=message):
+    make(10, **options)
+
+
+@pytest.mark.slow
+def test_workers_give_the_batches_that_threads_give(make, make_source, caplog):
+  source = make_source(100, bad=[7], height=20, width=30)
+  batches = []
+  for num_workers in (0, 2):
+    loader = make(source, crop='random_resized', num_workers=num_workers)
+    loader.seek({'step': 3, 'images': 100})
+    batches.append(_take(loader, 40))
+    loader.close()
+    assert not multiprocessing.active_children()
+  np.testing.assert_array_equal(*batches)
+  assert caplog.text.count('00007.png: ') == 2
+
+
+def test_the_death_of_a_worker_is_raised_within_seconds(make):
+  loader = make(12, in_memory=False, num_workers=1)
+  _take(loader, 2)
+  [worker] = multiprocessing.active_children()
+  os.kill(worker.pid, signal.SIGKILL)
+  start = time.monotonic()
+  with pytest.raises(ChildProcessError, match='a data worker died') as caught:
+    _take(loader, 50)
+  assert time.monotonic() - start < 20
+  assert '\n' not in str(caught.value)
+
+
+def test_a_worker_ignores_stop_signals_and_ends_with_its_loader(make_source):
+  source = make_source(12)
+  loader = make_train_loader(source, in_memory=False, num_workers=1, **OPTIONS)
+  next(loader)
+  [worker] = multiprocessing.active_children()
+  for number in loaders.STOP_SIGNALS:
+    os.kill(worker.pid, number)
+  _take(loader, 20)
+  assert worker.is_alive()
+  del loader
+  gc.collect()
+  worker.join(timeout=10)
+  assert not multiprocessing.active_children()
+
+
+def _valid(batches, ids):
+  return [
+    i
+    for batch in batches
+    for i, valid in zip(ids(batch), batch['mask'], strict=True)
+    if valid
+  ]
+
+
+@pytest.mark.parametrize('n', [1, 4, 11, 30])
+def test_evaluation_reads_each_image_once_in_order(make_source, ids, n):
+  batches = list(eval_batches(make_source(n), **OPTIONS))
+  assert len(batches) == -(-n // 4)
+  assert all(batch['image'].shape == (4, 8, 8, 3) for batch in batches)
+  assert _valid(batches, ids) == list(range(n))
+  filled = batches[-1]
+  assert filled['mask'].tolist() == [i < (n - 1) % 4 + 1 for i in range(4)]
+  assert not filled['image'][~filled['mask']].any()
+
+
+@pytest.mark.parametrize('n', [1, 5, 8, 11])
+def test_processes_evaluate_equally_many_batches_and_all_rows(make_source, n):
+  source = make_source(n)
+  whole = eval_batches(source, **OPTIONS)
+  parts = [
+    eval_batches(source, process_index=i, process_count=2, **OPTIONS)
+    for i in range(2)
+  ]
+  for one, two, batch in zip(*parts, whole, strict=True):
+    for key in batch:
+      joined = np.concatenate([one[key], two[key]])
+      np.testing.assert_array_equal(joined, batch[key])
+
+
+def test_evaluation_masks_and_names_corrupt_images(make_source, ids, caplog):
+  batches = eval_batches(make_source(100, bad=[50]), **OPTIONS)
+  assert _valid(batches, ids) == [i for i in range(100) if i != 50]
+  assert caplog.text.count('left out image 00050.png') == 1
+  with pytest.raises(ValueError, match='1 of 20 images'):
+    list(eval_batches(make_source(20, bad=[9]), **OPTIONS))

@@ -1,0 +1,276 @@
+"""CIFAR-10 and ImageNet from tiny archives of the official shape."""
+
+import hashlib
+import io
+import multiprocessing
+import os
+import signal
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from rvq_jax.data import prepare
+from rvq_jax.data.datasets import open_dataset
+from rvq_jax.data.transforms import decode_image
+
+CIFAR = os.path.basename(prepare.CIFAR_URL)
+COUNTS = {f'data_batch_{i}.bin': 4 for i in range(1, 6)} | {'test_batch.bin': 3}
+RNG = np.random.default_rng(0)
+RECORDS = {
+  f: RNG.integers(0, 10, (n, 3073), np.uint8) for f, n in COUNTS.items()
+}
+# The first, second and last class in the official order.
+CLASSES = {'n01440764': 0, 'n01443537': 1, 'n15075141': 999}
+# Labels of the first three validation images, from the development kit.
+VALIDATION = {1: 65, 2: 970, 3: 230}
+LINK = tarfile.TarInfo('ILSVRC2012_val_00000001.JPEG')
+LINK.type, LINK.linkname = tarfile.SYMTYPE, '/etc/passwd'
+
+
+def _tar(files, mode='w'):
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode=mode) as archive:
+    for name, data in files.items():
+      member = name if name is LINK else tarfile.TarInfo(name)
+      member.size = len(data)
+      archive.addfile(member, io.BytesIO(data))
+  return buffer.getvalue()
+
+
+@pytest.fixture
+def manual(tmp_path):
+  """Where archives are put by hand."""
+  folder = tmp_path / 'downloads' / 'manual'
+  folder.mkdir(parents=True)
+  return folder
+
+
+@pytest.fixture
+def cifar(monkeypatch):
+  """The archive, with a member that points out of it."""
+  files = {f'cifar-10-batches-bin/{n}': r.tobytes() for n, r in RECORDS.items()}
+  # Official tars are not in order either.
+  data = _tar(
+    {'../../../../evil': b'x'} | dict(reversed(files.items())), 'w:gz'
+  )
+  monkeypatch.setattr(prepare, 'CIFAR_SHA', hashlib.sha256(data).hexdigest())
+  return data
+
+
+def test_cifar_is_its_archive_in_the_layout_of_tfds(tmp_path, manual, cifar):
+  (manual / CIFAR).write_bytes(cifar)
+  dataset = open_dataset('tfds:cifar10', data_dir=str(tmp_path))
+  *train, test = RECORDS.values()
+  for split, expected in (('train', np.concatenate(train)), ('test', test)):
+    found = {record.name: record for record in getattr(dataset, split)}
+    assert len(found) == len(expected)
+    for i, record in enumerate(expected):
+      stored = found[f'{split}_{i:05d}']
+      assert stored.label == record[0]
+      planes = decode_image(stored.image).transpose(2, 0, 1)
+      np.testing.assert_array_equal(planes.reshape(-1), record[1:])
+  assert not list(tmp_path.rglob('*evil*'))
+  directory = str(tmp_path / 'cifar10' / '3.0.2')
+  features = tfds.builder_from_directory(directory).info.features
+  assert set(features) == {'id', 'image', 'label'}
+  assert features['image'].shape == (32, 32, 3)
+  assert features['label'].names[6] == 'frog'
+
+
+@pytest.mark.parametrize('served', [0, 100, 10**6])
+def test_only_a_complete_download_gets_its_name(
+  tmp_path, manual, cifar, monkeypatch, served
+):
+  if served:
+    (tmp_path / CIFAR).write_bytes(cifar[:served])
+  monkeypatch.setattr(prepare, 'CIFAR_URL', (tmp_path / CIFAR).as_uri())
+  if served > len(cifar):
+    prepare.prepare('cifar10', str(tmp_path))
+    assert os.listdir(manual) == [CIFAR]
+    return
+  with pytest.raises(ValueError, match='put it at') as error:
+    prepare.prepare('cifar10', str(tmp_path))
+  assert str(manual / CIFAR) in str(error.value)
+  assert '\n' not in str(error.value)
+  assert os.listdir(manual) == []
+
+
+def test_an_archive_with_another_checksum_is_refused(tmp_path, manual, cifar):
+  (manual / CIFAR).write_bytes(cifar + b'x')
+  with pytest.raises(ValueError, match=prepare.CIFAR_SHA) as error:
+    prepare.prepare('cifar10', str(tmp_path))
+  assert '\n' not in str(error.value)
+  assert (manual / CIFAR).exists()
+  assert not (tmp_path / 'cifar10' / '3.0.2').exists()
+
+
+@pytest.mark.parametrize('name', ['cifar10:9.9.9', 'nosuch'])
+def test_a_set_that_cannot_be_prepared_says_how_it_can(tmp_path, name):
+  with pytest.raises(ValueError, match='tfds build') as error:
+    open_dataset(f'tfds:{name}', data_dir=str(tmp_path))
+  assert str(tmp_path) in str(error.value)
+  assert '\n' not in str(error.value)
+  assert not os.listdir(tmp_path)
+
+
+def _jpeg(i):
+  buffer = io.BytesIO()
+  Image.new('RGB', (8, 8), (i * 5, 0, 0)).save(buffer, 'JPEG')
+  return buffer.getvalue()
+
+
+TRAIN = {
+  f'{wnid}.tar': _tar({f'{wnid}_{i}.JPEG': _jpeg(i) for i in range(3)})
+  for wnid in reversed(CLASSES)
+}
+# In the official tar the images are not in order of their numbers.
+VAL = {f'ILSVRC2012_val_{i:08d}.JPEG': _jpeg(i) for i in (3, 1, 2)}
+
+
+def _put(manual):
+  for name, files in zip(prepare.IMAGENET_ARCHIVES, (TRAIN, VAL), strict=True):
+    (manual / name).write_bytes(_tar(files))
+
+
+def test_imagenet_jpegs_are_untouched_and_labelled(tmp_path, manual):
+  _put(manual)
+  dataset = open_dataset('tfds:imagenet2012', data_dir=str(tmp_path))
+  found = {record.name: record for record in dataset.train}
+  assert len(found) == 9
+  for wnid, label in CLASSES.items():
+    for i in range(3):
+      record = found[f'{wnid}_{i}.JPEG']
+      assert (record.label, record.image) == (label, _jpeg(i))
+  assert {
+    int(record.name[15:23]): record.label for record in dataset.validation
+  } == VALIDATION
+
+
+def test_missing_archives_are_named_with_their_place(tmp_path, manual):
+  with pytest.raises(ValueError, match='image-net.org') as error:
+    open_dataset('tfds:imagenet2012', data_dir=str(tmp_path))
+  for name in prepare.IMAGENET_ARCHIVES:
+    assert str(manual / name) in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'which, files, message',
+  [
+    (0, {'../n01440764.tar': _tar({})}, 'not a file of the official'),
+    (0, {'/n01440764.tar': _tar({})}, 'not a file of the official'),
+    (0, {'n01440764.tar': _tar({'../../x.JPEG': b''})}, r"'\.\./\.\./x"),
+    (0, {'n00000000.tar': _tar({'x.JPEG': b''})}, 'n00000000'),
+    (1, {'holiday.JPEG': _jpeg(0)}, 'holiday'),
+    (1, {LINK: b''}, 'not a file of the official'),
+    (0, {}, 'holds no images'),
+    (0, None, 'not a complete tar archive'),
+  ],
+)
+def test_a_wrong_archive_is_refused(tmp_path, manual, which, files, message):
+  _put(manual)
+  path = manual / prepare.IMAGENET_ARCHIVES[which]
+  half = path.read_bytes()[: path.stat().st_size // 2]
+  path.write_bytes(half if files is None else _tar(files))
+  with pytest.raises(ValueError, match=message) as error:
+    prepare.prepare('imagenet2012', str(tmp_path))
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'imagenet2012' / '5.1.0').exists()
+
+
+def _prepare_toy(data_dir, count=12, read=lambda i: i, shard_size=4):
+  """Prepares a set of records that hold their own number; returns its path."""
+
+  def example(i):
+    return {'image': _jpeg(0), 'id': f'{read(i)}'}
+
+  features = {'image': tfds.features.Image(), 'id': tfds.features.Text()}
+  splits = {s: (range(count), example) for s in ('train', 'test')}
+  return prepare.write_tfds(
+    'toy', '1.0.0', data_dir, lambda: (features, splits), shard_size=shard_size
+  )
+
+
+def _numbers(folder, split):
+  dataset = open_dataset('tfds:toy', data_dir=str(folder))
+  return sorted(int(record.name) for record in getattr(dataset, split))
+
+
+def test_records_are_in_tfds_order_whatever_the_shards(tmp_path):
+  """tfds's order: md5 of the split's name followed by the key."""
+
+  def hashed(i):
+    return hashlib.md5(b'train' + str(i).encode()).hexdigest()
+
+  for shard_size, shards in ((5, 3), (100, 1)):
+    folder = tmp_path / str(shard_size)
+    directory = _prepare_toy(str(folder), shard_size=shard_size)
+    assert sum('-train.' in f for f in os.listdir(directory)) == shards
+    train = open_dataset('tfds:toy', data_dir=str(folder)).train
+    assert [int(r.name) for r in train] == sorted(range(12), key=hashed)
+
+
+def test_an_interrupted_preparation_resumes_after_the_last_shard(tmp_path):
+  reads = []
+
+  def interrupted(i):
+    reads.append(i)
+    if len(reads) == 11:
+      raise KeyboardInterrupt
+    return i
+
+  with pytest.raises(KeyboardInterrupt):
+    _prepare_toy(str(tmp_path), read=interrupted)
+  assert not (tmp_path / 'toy' / '1.0.0').exists()
+  _prepare_toy(str(tmp_path), read=interrupted)
+  assert len(reads) == 11 + 4 + 12  # two of six shards were there
+  assert os.listdir(tmp_path / 'toy') == ['1.0.0']
+  for split in ('train', 'test'):
+    assert _numbers(tmp_path, split) == list(range(12))
+
+
+def _prepare_slowly(data_dir):
+  _prepare_toy(data_dir, 100, lambda i: time.sleep(0.01) or i)
+
+
+@pytest.mark.slow
+def test_a_killed_preparation_resumes_and_two_at_once_do_no_harm(tmp_path):
+  context = multiprocessing.get_context('spawn')
+  arguments = {'target': _prepare_slowly, 'args': (str(tmp_path),)}
+  runs = [context.Process(**arguments) for _ in range(3)]
+  runs[0].start()
+  shard = tmp_path / '.toy-1.0.0-incomplete/toy-train.array_record-00003'
+  deadline = time.monotonic() + 60
+  while not shard.exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  os.kill(runs[0].pid, signal.SIGKILL)
+  runs[0].join()
+  assert not (tmp_path / 'toy' / '1.0.0').exists()
+  for run in runs[1:]:
+    run.start()
+  for run in runs[1:]:
+    run.join(60)
+    assert run.exitcode == 0
+  assert _numbers(tmp_path, 'train') == list(range(100))
+  assert not list(tmp_path.glob('.toy*incomplete*'))
+
+
+def test_a_full_disk_is_one_line_and_the_rest_resumes(make_disk):
+  disk = make_disk('4m')
+  (disk / 'other').write_bytes(bytes(3_600_000))
+  with pytest.raises(OSError, match='No space left .*it resumes') as error:
+    _prepare_toy(str(disk), 100, shard_size=25)
+  assert '\n' not in str(error.value)
+  (disk / 'other').unlink()
+  _prepare_toy(str(disk), 100, shard_size=25)
+  assert _numbers(disk, 'train') == list(range(100))
+
+
+def test_a_folder_one_may_not_write_to_is_named(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='cannot write to .*data_dir'):
+    _prepare_toy(str(tmp_path / 'file'))
