@@ -40,7 +40,6 @@ from rvq_jax.data.decoding import LoadImage  # noqa: E402
 from rvq_jax.data.sources import Source  # noqa: E402
 from rvq_jax.data.splits import seeded_rng  # noqa: E402
 from rvq_jax.data.transforms import random_resized_crop  # noqa: E402
-from rvq_jax.evaluation.report import hardware, versions  # noqa: E402
 
 _PHOTOGRAPHS = ('astronaut', 'coffee', 'rocket', 'chelsea')
 _COUNT = 1024

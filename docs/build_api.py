@@ -16,8 +16,7 @@ import rvq_jax
 MODULES = (
   'rvq_jax',
   'rvq_jax.quantize.base',
-  'rvq_jax.tokens.shards',
-  'rvq_jax.tokens.records',
+  'rvq_jax.tokens.dataset',
 )
 
 
