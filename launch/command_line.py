@@ -51,8 +51,7 @@ def config_name(flag) -> str:
   path, _, variant = given.partition(':')
   if not Path(path).is_file():
     names = ', '.join(sorted(map(str, Path('configs').glob('*.py'))))
-    got = f', got {path}' if path else ''
-    fail(f'expected --config=configs/NAME.py; there are {names}{got}')
+    fail(f'expected --config=configs/NAME.py; there are {names}; got {path!r}')
   return Path(path).stem + (f'_{variant}' if variant else '')
 
 
@@ -82,12 +81,13 @@ def prepare_backend() -> None:
 
   if not jax.config.jax_compilation_cache_dir:
     info = Path('/proc/cpuinfo')
-    cpu = re.search(
-      '^flags.*|$', info.read_text() if info.exists() else '', re.M
+    text = info.read_text() if info.exists() else ''
+    flags_of_cpu = re.search('^flags.*|$', text, re.M)[0].encode()
+    kind = (
+      f'{platform.machine()}-{hashlib.sha256(flags_of_cpu).hexdigest()[:8]}'
     )
-    kind = hashlib.sha256(cpu[0].encode()).hexdigest()[:8]
-    home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-    folder = home / f'rvq_jax/compiled/{platform.machine()}-{kind}'
+    home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    folder = Path(home, 'rvq_jax', 'compiled', kind)
     jax.config.update('jax_compilation_cache_dir', str(folder))
   plugins = importlib.metadata.entry_points(group='jax_plugins')
   on_cpu = (jax.config.jax_platforms or ('' if plugins else 'cpu')) == 'cpu'
@@ -112,23 +112,6 @@ def _parse(argv, positional):
   return rest
 
 
-def _set_up_logging():
-  """Our lines alone, without what libraries log of each file and error."""
-  logging.basicConfig(
-    format='%(asctime)s %(message)s',
-    datefmt='%H:%M:%S',
-    level=logging.INFO,
-    force=True,
-  )
-  for name in ('jax', 'orbax', 'tensorboardX', 'absl', 'asyncio'):
-    noisy = name in ('absl', 'asyncio')
-    logging.getLogger(name).setLevel('CRITICAL' if noisy else 'ERROR')
-  # Of a thread that writes: `main` fails with the cause.
-  threading.excepthook = lambda args: (
-    isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
-  )
-
-
 def run(main, *, positional: int = 0) -> None:
   """Runs main(*paths) as a program, with at most `positional` paths.
 
@@ -138,7 +121,15 @@ def run(main, *, positional: int = 0) -> None:
   """
 
   def guarded(argv):
-    _set_up_logging()
+    form = {'format': '%(asctime)s %(message)s', 'datefmt': '%H:%M:%S'}
+    logging.basicConfig(**form, level=logging.INFO, force=True)
+    # What libraries log of each file, and of errors that they raise anyway.
+    for name in ('jax', 'orbax', 'tensorboardX', 'absl', 'asyncio'):
+      logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Of a thread that writes files: main fails with the cause.
+    threading.excepthook = lambda args: (
+      isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
+    )
     try:
       main(*argv[1:])
     except Exception as error:
@@ -151,10 +142,10 @@ def run(main, *, positional: int = 0) -> None:
       from rvq_jax.training.multihost import peer_is_lost
 
       if peer_is_lost(error):
+        reason = str(error).splitlines()[0]
         fail(
           'another process of the run is gone or out of reach, see its log; '
-          'the same command resumes from the last checkpoint '
-          f'({str(error).splitlines()[0]})',
+          f'the same command resumes from the last checkpoint ({reason})',
           _LOST,
         )
       traceback.print_exc()

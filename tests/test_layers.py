@@ -45,8 +45,10 @@ def imported(path):
         full = f'{node.module}.{alias.name}'
         yield full if full in MODULES else node.module
     elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-      if node.value in MODULES and node.value != 'rvq_jax':
-        yield node.value
+      module = node.value if node.value in MODULES else None
+      module = module or node.value.rpartition('.')[0]  # or of a class in one
+      if module in MODULES - {'rvq_jax'}:
+        yield module
 
 
 def ours(path):
@@ -79,8 +81,13 @@ def test_imports_by_string_are_seen(tmp_path):
   file.write_text(
     'def f():\n  import rvq_jax.metrics\n'
     "  importlib.import_module('rvq_jax.data.splits')\n"
+    "NAMES = {'x': 'rvq_jax.models.vqvae.VQVAE'}\n"
   )
-  assert set(imported(file)) == {'rvq_jax.metrics', 'rvq_jax.data.splits'}
+  assert set(imported(file)) == {
+    'rvq_jax.metrics',
+    'rvq_jax.data.splits',
+    'rvq_jax.models.vqvae',
+  }
 
 
 def test_importlib_is_given_whole_names():
