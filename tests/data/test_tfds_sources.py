@@ -183,12 +183,9 @@ def test_a_damaged_record_is_left_out_and_named(damaged, in_memory, caplog):
   assert len({image.tobytes() for b in batches for image in b}) >= 180
 
 
-def test_a_damaged_record_is_masked_in_evaluation(damaged):
+def test_a_damaged_record_is_masked_and_has_no_label(damaged):
   batches = eval_batches(damaged, batch_size=20, image_size=4)
   assert sum(batch['mask'].sum() for batch in batches) == 199
-
-
-def test_labels_of_a_damaged_record_are_one_line(damaged):
   with pytest.raises(ValueError, match='cannot be read.*prepare it') as caught:
     _ = damaged.labels
   assert '\n' not in str(caught.value)
