@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rvq_jax.data.datasets import open_dataset, open_images
-from rvq_jax.data.skips import try_image
+from rvq_jax.data.decoding import decode_record
 from rvq_jax.data.transforms import decode_image, resize_and_center_crop
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.explorer import content
@@ -64,7 +64,7 @@ def example_images(
   rows, shown = np.random.default_rng(0).permutation(len(images)), []
   rows[:count].sort()
   for row in rows.tolist():
-    image, name, reason = try_image(images, row, transform)
+    image, name, reason = decode_record(images, row, transform)
     if image is None:
       logging.warning('skipped %s: %s', name, reason)
     else:

@@ -7,13 +7,12 @@ meta.json   model, K, factor, source, rows_done, and the skipped rows: images
             that could not be decoded; their ids are 0
 """
 
-import concurrent.futures
 import functools
 import hashlib
+import itertools
 import json
-import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rvq_jax.data.skips import MAX_SHARE, try_image
+from rvq_jax.data.decoding import DecodeErrors, decode_ahead
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import resize_and_center_crop
 from rvq_jax.evaluation.tokenizer import Tokenizer
@@ -130,6 +129,19 @@ def _resume(folder, wanted) -> dict[str, Any]:
   return meta
 
 
+class _Skipped(DecodeErrors):
+  """Keeps the reasons in meta.json, which may hold some already."""
+
+  def __init__(self, meta):
+    super().__init__(meta['num_images'])
+    self._entries = meta['skipped']
+    self.rows.update(entry['row'] for entry in self._entries)
+
+  def add(self, row, name, reason):
+    super().add(row, name, reason)
+    self._entries.append({'row': row, 'reason': reason})
+
+
 def _encode_rows(tokenizer, source, folder, meta) -> None:
   """Encodes the rows from rows_done on.
 
@@ -137,6 +149,11 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
   write raises, a memory map ends the process by SIGBUS.
   """
   count, done, size = len(source), meta['rows_done'], meta['image_size']
+  batch = batch_size(size)
+  crop = functools.partial(resize_and_center_crop, size=size)
+  rows = decode_ahead(
+    source, range(done, count), crop, _Skipped(meta), 2 * batch
+  )
   with (
     tqdm(total=count, initial=done, unit='image', disable=None) as bar,
     open(folder / 'ids.npy', 'r+b') as ids_file,
@@ -144,49 +161,21 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
   ):
     row_bytes = np.load(folder / 'ids.npy', mmap_mode='r')[0].nbytes
     ids_file.seek((done - count) * row_bytes, os.SEEK_END)
-    for images, names, skipped in _batches(source, done, size):
-      for row, reason in skipped.items():
-        logging.warning('skipped: %s', reason)
-        meta['skipped'].append({'row': row, 'reason': reason})
-      if len(meta['skipped']) > MAX_SHARE * count:
-        raise ValueError(
-          f'{len(meta["skipped"])} of {count} images cannot be decoded, more '
-          f'than {MAX_SHARE:.0%}; the last: {meta["skipped"][-1]["reason"]}; '
-          'repair or remove them'
-        )
-      ids = tiling.encode_images(tokenizer, images)[: len(names)]
-      ids[[row - done for row in skipped]] = 0
+    while part := list(itertools.islice(rows, batch)):
+      # The last batch is filled up: another shape would compile again.
+      images = np.zeros((batch, size, size, 3), np.uint8)
+      for i, (_, image, _) in enumerate(part):
+        images[i] = 0 if image is None else image
+      ids = tiling.encode_images(tokenizer, images)[: len(part)]
+      ids[[image is None for _, image, _ in part]] = 0
       ids_file.write(ids.tobytes())
-      names_file.writelines(f'{name}\n' for name in names)
-      bar.update(len(names))
-      meta['rows_done'] = done = done + len(names)
+      names_file.writelines(f'{repr(name)[1:-1]}\n' for *_, name in part)
       for file in (ids_file, names_file):
         file.flush()
         os.fsync(file.fileno())
+      meta['rows_done'] += len(part)
       write_atomic(folder / META, json.dumps(meta))
-
-
-def _batches(source, first, size) -> Iterator[tuple[np.ndarray, list, dict]]:
-  """Yields (images, names, {row: reason}); decodes one batch ahead."""
-  batch, count = batch_size(size), len(source)
-  crop = functools.partial(resize_and_center_crop, size=size)
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-
-    def submit(start):
-      rows = range(start, min(start + batch, count))
-      return [pool.submit(try_image, source, row, crop) for row in rows]
-
-    tasks = submit(first)
-    for start in range(first, count, batch):
-      results, tasks = [x.result() for x in tasks], submit(start + batch)
-      # The last batch is filled up: another shape would compile again.
-      images, skipped = np.zeros((batch, size, size, 3), np.uint8), {}
-      for i, (image, _, reason) in enumerate(results):
-        if image is None:
-          skipped[start + i] = reason
-        else:
-          images[i] = image
-      yield images, [repr(x[1])[1:-1] for x in results], skipped
+      bar.update(len(part))
 
 
 def _open(folder):

@@ -29,7 +29,7 @@ def make_tokenizer(tiny_config):
 
 @pytest.fixture
 def images():
-  """Two images of other sizes, the first of which holds two colours."""
+  """Two images of other sizes, the first of which holds two colors."""
   rng = np.random.default_rng(0)
   one = np.zeros((16, 24, 3), np.uint8)
   one[:, 12:] = (200, 120, 40)

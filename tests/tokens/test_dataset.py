@@ -103,9 +103,8 @@ def test_several_codes_per_position_are_a_last_axis(
 
 def test_it_is_a_grain_source_also_for_worker_processes(tokens):
   stored = TokenDataset(tokens[1])
-  assert stored.ids.filename and len(stored) == 40  # a memory map
-  loader = grain.MapDataset.source(stored).batch(10)
-  batch = loader[1]
+  assert isinstance(stored.ids, np.memmap) and len(stored) == 40
+  batch = grain.MapDataset.source(stored).batch(10)[1]
   np.testing.assert_array_equal(batch['ids'], stored.ids[10:20])
   np.testing.assert_array_equal(batch['label'], stored.labels[10:20])
   assert batch['name'].tolist() == stored.names[10:20]
@@ -167,13 +166,12 @@ def test_kills_at_any_moment_resume_to_the_same_files(
 ):
   def run(folder, at):
     """Encodes in a process that is killed when it opens its at-th file."""
-    done = subprocess.run(
+    return subprocess.run(
       [sys.executable, '-c', KILLED, tiny_run, image_folder, folder, str(at)],
       env=os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
       cwd=Path(__file__).resolve().parents[2],
       timeout=280,
-    )
-    return done.returncode
+    ).returncode
 
   assert run(tmp_path / 'whole', 0) == 0
   codes = [run(tmp_path / 'tokens', at) for at in (1, 2, 4, 5, 9, 12, 14, 15)]
@@ -228,7 +226,7 @@ def test_an_undecodable_image_has_ids_0_and_a_reason(
   folder = tmp_path / 'tokens'
   (skipped,) = encode_dataset(tokenizer, source, folder)['skipped']
   assert skipped['row'] == 5 and '005.png' in skipped['reason']
-  assert caplog.messages == [f'skipped: {skipped["reason"]}']
+  assert len(caplog.messages) == 1 and skipped['reason'] in caplog.text
   stored = TokenDataset(folder)
   assert len(stored) == 120 and stored[5]['name'] == '005.png'
   assert not stored.ids[5].any() and stored.ids[6].any()
@@ -318,13 +316,10 @@ def test_a_full_disk_is_one_line_and_resumes(
   assert content(disk / 'tokens') == content(tmp_path / 'whole')
 
 
-@pytest.mark.parametrize('limit', [100, 700])
-def test_a_limit_on_the_size_of_files_is_one_line(
-  tokens, source, tmp_path, limit
-):
+def test_a_limit_on_the_size_of_files_is_one_line(tokens, source, tmp_path):
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+  resource.setrlimit(resource.RLIMIT_FSIZE, (700, before[1]))
   try:
     with pytest.raises(OSError, match='^File too large while writing'):
       encode_dataset(tokens[0], source, tmp_path / 'limited')
