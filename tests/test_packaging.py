@@ -73,7 +73,7 @@ def test_the_wheel_holds_its_licence_and_its_dependencies(wheel):
   version = project['version']
   assert f'rvq_jax-{version}.dist-info/licenses/LICENSE' in names
   assert 'License-Expression: Apache-2.0' in about
-  for name in ('jax', 'flax', 'safetensors', 'msgpack'):
+  for name in ('jax', 'flax', 'safetensors'):
     assert f'Requires-Dist: {name}' in about
   for extra in project['optional-dependencies']:
     assert f'Provides-Extra: {extra}' in about
