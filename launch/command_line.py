@@ -119,6 +119,11 @@ def _set_up_logging():
   threading.excepthook = lambda args: (
     isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
   )
+  # TensorStore's threads, when they answer a save that has failed.
+  sys.unraisablehook = lambda args: (
+    str(args.exc_value) == 'Event loop is closed'
+    or sys.__unraisablehook__(args)
+  )
 
 
 def run(main, *, positional: int = 0) -> None:
