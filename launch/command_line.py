@@ -130,6 +130,11 @@ def run(main, *, positional: int = 0) -> None:
     threading.excepthook = lambda args: (
       isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
     )
+    # Of TensorStore's threads, when they answer a save that has failed.
+    sys.unraisablehook = lambda args: (
+      'Event loop is closed' in str(args.exc_value)
+      or sys.__unraisablehook__(args)
+    )
     try:
       main(*argv[1:])
     except Exception as error:

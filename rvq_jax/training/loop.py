@@ -60,7 +60,7 @@ def train(config, workdir) -> dict[str, float]:
     start = int(state.step)
     kinds = ()
     if jax.process_index() == 0:
-      kinds = (writers.JsonlWriter, writers.TensorBoardWriter)
+      kinds = (writers.TensorBoardWriter, writers.JsonlWriter)
       write_atomic(workdir / 'config.json', config_lib.to_json(config))
       _log_overview(run, state, start)
     writer = writers.MultiWriter(w(workdir, start_step=start) for w in kinds)

@@ -81,8 +81,11 @@ class TensorBoardWriter:
 
   def close(self) -> None:
     """Flushes and closes the file, unless it could not be written."""
-    if self._events._worker.is_alive():
-      self._writer.close()
+    try:
+      if self._events._worker.is_alive():
+        self._writer.close()
+    finally:
+      self._events._closed = True  # else tensorboardX tries again at exit
 
   def _add(self, add, step, values, **options):
     self._check()

@@ -20,7 +20,7 @@ IMAGES = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 3)).astype('f')
 RATE = 0.3
 QUANTIZERS = {
   'vq': {'codebook_size': 40, 'decay': 0.7, 'dead_code_threshold': 0.0},
-  'replaced': {'codebook_size': 40, 'decay': 0.7},
+  'replaced': {'codebook_size': 40, 'decay': 0.3, 'dead_code_threshold': 2.0},
   'learned': {'codebook_size': 40, 'ema': False},
   'residual': {'name': 'residual', 'codebook_size': 20, 'depth': 2},
 }
