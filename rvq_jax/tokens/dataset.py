@@ -105,7 +105,7 @@ def _create(folder, meta, labels, dtype) -> None:
     partial.mkdir(parents=True, exist_ok=True)
     shape = (meta['num_images'], *meta['grid'])
     np.lib.format.open_memmap(partial / 'ids.npy', 'w+', dtype, shape)
-    np.save(partial / 'labels.npy', labels)
+    np.save(partial / 'labels.npy', labels, allow_pickle=False)
     write_atomic(partial / 'names.txt', '')
     write_atomic(partial / META, json.dumps(meta))
     os.rename(partial, folder)
@@ -159,7 +159,8 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
     open(folder / 'ids.npy', 'r+b') as ids_file,
     open(folder / 'names.txt', 'a', encoding='utf-8') as names_file,
   ):
-    row_bytes = np.load(folder / 'ids.npy', mmap_mode='r')[0].nbytes
+    ids = np.load(folder / 'ids.npy', mmap_mode='r', allow_pickle=False)
+    row_bytes = ids[0].nbytes
     ids_file.seek((done - count) * row_bytes, os.SEEK_END)
     while part := list(itertools.islice(rows, batch)):
       # The last batch is filled up: another shape would compile again.
