@@ -45,11 +45,16 @@ def test_a_finished_run_is_left_as_it_is(tiny_config, tmp_path):
 
 
 def test_a_second_interrupt_stops_at_once():
-  with loop.StopSignal() as stop, pytest.raises(KeyboardInterrupt):
-    signal.raise_signal(signal.SIGINT)
-    assert stop.agreed(ask=False)
-    assert stop.exit_code == 130
-    signal.raise_signal(signal.SIGINT)
+  # A shell starts background jobs with SIGINT ignored.
+  old = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with loop.StopSignal() as stop, pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+      assert stop.agreed(ask=False)
+      assert stop.exit_code == 130
+      signal.raise_signal(signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGINT, old)
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
