@@ -88,6 +88,7 @@ class Run:
         optimizer,
         key,
         image_size=config['data.image_size'],
+        batch_size=config['batch_size'] // config['accumulate_steps'],
         params_ema=config['optimizer.params_ema'] > 0,
       )
 

@@ -52,21 +52,25 @@ def create_state(
   key: jax.Array,
   *,
   image_size: int,
+  batch_size: int,
   params_ema: bool = False,
 ) -> TrainState:
   """The state before the first step.
 
-  Call under `jax.jit`: every leaf gets its own buffer, which donation needs.
+  Call under `jax.jit`: every leaf gets its own buffer, which donation needs,
+  and the forward pass, whose result nothing uses, is not computed.
 
   Args:
     model: a `VQVAE`.
     optimizer: an optax transformation, from `make_optimizer`.
     key: random key of the initial parameters.
     image_size: side of the training images in pixels.
+    batch_size: images of a forward pass, over all devices: codes of
+      `init_from='normal'` start with the count that they expect in it.
     params_ema: keep a moving average of the parameters.
   """
-  images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
-  variables = model.init(key, images, train=True)
+  shape = (batch_size, image_size, image_size, 3)
+  variables = model.init(key, jnp.zeros(shape, jnp.float32), train=True)
   params = variables['params']
   return TrainState(
     step=jnp.zeros((), jnp.int32),

@@ -158,9 +158,7 @@ def test_imagenet_jpegs_are_untouched_and_labelled(tmp_path, manual):
 
 def test_missing_archives_are_named_with_their_place(tmp_path, manual):
   archives = [str(manual / name) for name in prepare.IMAGENET_ARCHIVES]
-    str(manual / name) for name in prepare.IMAGENET_ARCHIVES
-  )
-  with pytest.raises(ValueError, match=" and ".join(archives)) as error:
+  with pytest.raises(ValueError, match=' and '.join(archives)) as error:
     open_dataset('tfds:imagenet2012', data_dir=str(tmp_path))
   assert '\n' not in str(error.value)
 

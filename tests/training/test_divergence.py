@@ -52,7 +52,12 @@ def build():
   optimizer = make_optimizer(lambda _: 1e-2)
   state = jax.jit(
     lambda: create_state(
-      model, optimizer, jax.random.key(0), image_size=8, params_ema=True
+      model,
+      optimizer,
+      jax.random.key(0),
+      image_size=8,
+      batch_size=4,
+      params_ema=True,
     )
   )()
   step = make_train_step(model, optimizer, params_ema_decay=0.5, flip=False)
