@@ -105,6 +105,21 @@ def test_a_first_batch_smaller_than_the_codebook_leaves_the_rest_to_later():
   assert sizes[-1] == 50
 
 
+@pytest.mark.parametrize('cosine', [False, True])
+def test_codes_beyond_the_first_batch_keep_their_place_until_used(cosine):
+  layer, start = make(codebook_size=200, dead_code_threshold=0, cosine=cosine)
+  variables, used = start, np.zeros(200)
+  for step in range(20):
+    z = np.random.default_rng(step).normal(size=Z.shape).astype(np.float32)
+    out, variables = train(layer, variables, z=z)
+    used += np.asarray(out.counts)
+  unused = used == 0
+  unused &= np.asarray(variables['codebook']['cluster_size']) == 0
+  assert unused.sum() > 5
+  before, after = (v['codebook']['embedding'] for v in (start, variables))
+  np.testing.assert_allclose(after[unused], before[unused], rtol=1e-6)
+
+
 def test_ids_are_nearest_and_quantized_is_the_code_bit_exact():
   layer, variables = make(init_from='normal')
   out = evaluate(layer, variables)
