@@ -241,9 +241,10 @@ def test_projections_lead_to_code_dim_and_back():
 
 
 def test_cosine_codes_have_unit_norm_and_win_by_angle():
-  layer, variables = make(cosine=True)
+  layer, variables = make(cosine=True, dead_code_threshold=1.2)
   for _ in range(3):
     out, variables = train(layer, variables)
+  assert out.metrics['replaced_codes'] > 0  # they too
   codes = np.asarray(variables['codebook']['embedding'])
   np.testing.assert_allclose(np.linalg.norm(codes, axis=1), 1, rtol=1e-5)
   out = evaluate(layer, variables)
@@ -377,6 +378,18 @@ def test_frozen_codes_stay_and_the_encoder_still_learns():
   assert 'replaced_codes' not in out.metrics
   gradient = jax.grad(lambda z: layer.apply(variables, z, train=True).loss)
   assert np.any(np.asarray(gradient(jnp.asarray(Z))))
+
+
+def test_frozen_codes_are_filled_from_the_first_batch_and_then_stay():
+  layer, variables = make(freeze=True)
+  _, filled = train(layer, variables)
+  rows = {tuple(x) for x in Z.reshape(-1, 6).round(4)}
+  codes = np.asarray(filled['codebook']['embedding']).round(4)
+  assert all(tuple(c) in rows for c in codes)
+  _, later = train(layer, filled, z=Z + 100)
+  assert_same_bits(later, filled)
+  out = layer.apply(filled, Z, train=True)  # not mutable
+  assert_same_bits(out.quantized, train(layer, filled)[0].quantized)
 
 
 @pytest.mark.parametrize('form', ['two_weights', 'paper_eq5'])
