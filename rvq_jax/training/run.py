@@ -80,6 +80,7 @@ class Run:
       self.schedule,
       weight_decay=config['optimizer.weight_decay'],
       clip_norm=config['optimizer.clip_norm'],
+      freeze_codes=self.model.quantizer.get('freeze', False),
     )
 
     def init(key):

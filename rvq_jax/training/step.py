@@ -14,6 +14,7 @@ import optax
 
 from rvq_jax.data.images import prepare_images, random_flip
 from rvq_jax.metrics import diversity
+from rvq_jax.training.optimizer import set_step
 from rvq_jax.training.state import TrainState
 
 MAX_NONFINITE_STREAK = 10
@@ -46,7 +47,8 @@ def make_train_step(
   loss (paper eq. 5). Randomness depends on (seed, step) and on an image's index
   in the global batch alone, so any number of devices takes the same step. If
   the loss, the gradient, the new statistics or the new codebook are not finite,
-  the whole state stays as it was but for `step` and `nonfinite_streak`; after
+  the whole state stays as it was but for `step`, which the schedule of the
+  learning rate follows, and `nonfinite_streak`; after
   ten such steps in a row so it does in every step.
 
   Args:
@@ -77,7 +79,8 @@ def make_train_step(
 
     grads = _mean(result.grads, axis_name)
     grad_norm = optax.tree.norm(grads)
-    steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    opt_state = set_step(state.opt_state, state.step)
+    steps, opt_state = optimizer.update(grads, opt_state, state.params)
     params = optax.apply_updates(state.params, steps)
     params_ema = state.params_ema
     if params_ema is not None:

@@ -130,6 +130,31 @@ def test_nine_spoilt_steps_are_forgiven_and_ten_are_not():
     assert after.nonfinite_streak == (0 if forgiven else count + 1)
 
 
+def test_a_skipped_step_leaves_its_line_of_the_log_readable(
+  tiny_config, tmp_path, log_of, monkeypatch
+):
+  tiny_config.num_steps = 4
+  build_steps = loop.Run._build_steps
+
+  def spoil(run):
+    build_steps(run)
+    step = run.train_step
+
+    def train_step(state, batch):
+      spoilt = int(state.step) == 0
+      return step(
+        state, {'image': batch['image'] * (np.nan if spoilt else 1.0)}
+      )
+
+    run.train_step = train_step
+
+  monkeypatch.setattr(loop.Run, '_build_steps', spoil)
+  loop.train(tiny_config, tmp_path)
+  log = log_of(tmp_path)
+  assert (log[2, 'train/skipped'], log[4, 'train/skipped']) == (0.5, 0)
+  assert None not in log.values()
+
+
 def test_a_learning_rate_of_a_million_stops_the_run(
   tiny_config, tmp_path, steps_of
 ):

@@ -43,13 +43,14 @@ class Affine(nn.Module):
 def affine_steps(make_step_config, make_step):
   """Returns a function of fields of the optimizer: states of three steps."""
 
-  def take(**fields):
+  def take(skipped=None, **fields):
     named = {f'optimizer.{name}': value for name, value in fields.items()}
     flat = check_config(make_step_config(named))
     state, step = make_step(flat, Affine())
     states = [state]
-    for _ in range(3):
-      state, _ = step(state, {'image': IMAGES})
+    for i in range(3):
+      spoilt = np.nan if i == skipped else 1
+      state, _ = step(state, {'image': IMAGES * np.float32(spoilt)})
       states.append(state)
     return states
 
@@ -76,6 +77,13 @@ def test_learning_rate_schedule_and_warmup_scale_the_steps(affine_steps):
   expect(cosine, learning_rate=1e-3)
   warm = {'warmup_steps': 2, 'schedule': 'constant'}
   expect([0, 5e-4, 1e-3], learning_rate=1e-3, **warm)
+
+
+def test_the_schedule_counts_skipped_steps(affine_steps):
+  fields = {'learning_rate': 1e-3, 'weight_decay': 0.0}
+  got = sizes(affine_steps(skipped=0, **fields))
+  cosine = 1e-3 * 0.5 * (1 + np.cos(np.pi * np.arange(3) / 4))
+  np.testing.assert_allclose(got, [0, *cosine[1:]], rtol=2e-2, atol=1e-7)
 
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees(affine_steps):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rvq_jax.training.loop import train
 from rvq_jax.training.run import Run
 
 
@@ -19,3 +20,20 @@ def test_random_codes_expect_the_mean_count_of_the_training_batch(
   np.testing.assert_allclose(
     book['embedding_sum'], expected * np.asarray(book['embedding']), rtol=1e-6
   )
+
+
+def test_learned_codes_that_are_frozen_on_resume_stay(
+  tiny_config, tmp_path, final_bits
+):
+  tiny_config.model.ema = False
+  tiny_config.num_steps = 2
+  train(tiny_config, tmp_path)
+  before = final_bits(tiny_config, tmp_path)
+  tiny_config.num_steps, tiny_config.model.freeze = 4, True
+  train(tiny_config, tmp_path)
+  after = final_bits(tiny_config, tmp_path)
+  assert before['.step'] != after['.step']
+  codes = ".params['vq']['embedding']"
+  assert before[codes] == after[codes]
+  kernel = ".params['encoder']['conv0']['kernel']"
+  assert before[kernel] != after[kernel]

@@ -195,12 +195,12 @@ def test_every_field_of_a_model_belongs_to_some_part():
 
 
 @pytest.fixture(scope='module')
-def run_program(make_step_config, tmp_path_factory):
+def run_program(make_step_config):
   """Returns a function of fields: the program of a run's train step."""
 
   @functools.cache
   def program(items):
-    run = Run(make_step_config(dict(items)), tmp_path_factory.mktemp('run'))
+    run = Run(make_step_config(dict(items)))
     images = jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.uint8)
     state = jax.eval_shape(run.init, run.key)
     return str(jax.make_jaxpr(run.train_step)(state, {'image': images}))
@@ -232,8 +232,8 @@ def test_every_field_of_the_optimizer_has_a_case():
   assert {f for f in FIELDS if f.startswith('optimizer.')} <= tried
 
 
-def test_the_seed_chooses_parameters_and_order(make_step_config, tmp_path):
-  runs = [Run(make_step_config({'seed': s}), tmp_path) for s in (0, 1)]
+def test_the_seed_chooses_parameters_and_order(make_step_config):
+  runs = [Run(make_step_config({'seed': s})) for s in (0, 1)]
   kernels, orders = [], []
   for run in runs:
     params = run.init(run.key).params
