@@ -240,6 +240,7 @@ class VectorQuantizer(nn.Module):
       form=self.loss_form,
       commitment_weight=self.commitment_weight,
       codebook_weight=self.codebook_weight if learned else 0.0,
+      axis_name=base.mapped_axis(self),
     )
 
   def _update(self, book, e, ids, mask, expected):

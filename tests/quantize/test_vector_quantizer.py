@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from rvq_jax import VectorQuantizer, rotate
+from rvq_jax import ResidualQuantizer, VectorQuantizer, rotate
+from rvq_jax.quantize.gumbel import GumbelQuantizer
+from rvq_jax.quantize.simvq import SimVQ
 
 Z = np.random.default_rng(0).normal(size=(2, 4, 4, 6)).astype(np.float32)
 
@@ -195,6 +198,51 @@ def mse_and_gradients(form, ema):
   d = Z - np.asarray(out.quantized)
   to_z = jax.grad(lambda z: layer.apply(variables, z).loss)(jnp.asarray(Z))
   return float(out.loss), d, np.asarray(to_z), layer, variables, out
+
+
+@pytest.mark.parametrize('form', ['two_weights', 'paper_eq5', 'paper_eq8'])
+def test_commitment_loss_is_what_trains_the_encoder(form):
+  # A quadratic form: half of z - q times its gradient.
+  _, d, to_z, *_, out = mse_and_gradients(form, False)
+  want = 0.5 * np.sum(d * to_z)
+  np.testing.assert_allclose(out.metrics['commitment_loss'], want, rtol=1e-4)
+
+
+def masked_losses(layer, variables, z, mask):
+  """Loss of a masked batch: on one device, and as the mean over eight."""
+  mesh = jax.make_mesh(
+    (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+
+  def loss(variables, z, mask):
+    out = layer.clone(axis_name='data').apply(variables, z, mask=mask)
+    return jax.lax.pmean(out.loss, 'data')
+
+  mapped = jax.shard_map(
+    loss, mesh=mesh, in_specs=(P(), P('data'), P('data')), out_specs=P()
+  )
+  one = jax.jit(layer.apply)(variables, z, mask=mask).loss
+  return float(one), float(jax.jit(mapped)(variables, z, mask))
+
+
+@pytest.mark.parametrize(
+  'layer',
+  [
+    VectorQuantizer(8, init_from='normal'),
+    ResidualQuantizer(8, init_from='normal', depth=2),
+    SimVQ(8),
+    GumbelQuantizer(8),
+  ],
+  ids=lambda layer: type(layer).__name__,
+)
+def test_a_masked_loss_over_devices_is_that_of_the_global_batch(layer):
+  rng = np.random.default_rng(0)
+  z = rng.normal(size=(64, 6)) * np.arange(64)[:, None]
+  z = z.astype(np.float32)
+  mask = np.arange(64) ** 2 % 64 < np.arange(64)
+  mask[:8] = False  # a device without a valid row
+  one, eight = masked_losses(layer, layer.init(jax.random.key(0), z), z, mask)
+  np.testing.assert_allclose(eight, one, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
