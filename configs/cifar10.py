@@ -74,5 +74,5 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   optimizer.schedule = 'cosine'  # to 0 at the end; or 'constant'
   optimizer.warmup_steps = 0
   optimizer.clip_norm = 0.0  # 0: gradients are not clipped
-  optimizer.params_ema = 0.0  # decay of averaged parameters; 0: none
+  optimizer.params_ema = 0.0  # decay of averages for evaluation; 0: none
   return config

@@ -56,7 +56,7 @@ def make_train_step(
     optimizer: from `make_optimizer`.
     seed: of flips and of the replacement of codes.
     flip: mirror each image with probability 1/2.
-    params_ema_decay: of the averaged parameters, where the state has them.
+    params_ema_decay: of the state's averages, where it has them.
     accumulate_steps: microbatches per step; see `_accumulate`.
     axis_name: mapped axis under `pmap` or `shard_map`; None under `jit`.
 
@@ -82,17 +82,20 @@ def make_train_step(
     opt_state = set_step(state.opt_state, state.step)
     steps, opt_state = optimizer.update(grads, opt_state, state.params)
     params = optax.apply_updates(state.params, steps)
-    params_ema = state.params_ema
-    if params_ema is not None:
-      params_ema = optax.incremental_update(
-        params, params_ema, 1 - params_ema_decay
+    batch_stats = result.updates.get('batch_stats', {})
+    averages = state.averages
+    if averages is not None:
+      averages = optax.incremental_update(
+        {'params': params, 'batch_stats': batch_stats},
+        averages,
+        1 - params_ema_decay,
       )
     proposed = state.replace(
       params=params,
-      batch_stats=result.updates.get('batch_stats', {}),
+      batch_stats=batch_stats,
       codebook=result.updates.get('codebook', {}),
       opt_state=opt_state,
-      params_ema=params_ema,
+      averages=averages,
     )
     finite = jnp.isfinite(result.loss) & jnp.isfinite(grad_norm)
     # A variance that overflows divides to zero: loss and gradient stay finite.

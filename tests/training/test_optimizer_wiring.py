@@ -95,12 +95,13 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(affine_steps):
 
 
 def test_averaged_parameters_follow_at_the_configs_decay(affine_steps):
-  assert affine_steps()[0].params_ema is None
+  assert affine_steps()[0].averages is None
   states = affine_steps(params_ema=0.75, learning_rate=0.1)
   average = 1.0
   for state in states[1:]:
     average = 0.75 * average + 0.25 * np.asarray(state.params['bias'])
-    np.testing.assert_allclose(state.params_ema['bias'], average, rtol=1e-5)
+    got = state.averages['params']['bias']
+    np.testing.assert_allclose(got, average, rtol=1e-5)
 
 
 def test_a_step_mirrors_half_of_the_images(make_step_config, make_step):
