@@ -24,6 +24,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config.accumulate_steps = 1
   config.num_epochs = 300
   config.num_steps = placeholder(int)  # if set, counts instead of num_epochs
+  config.deterministic = False  # True: bit-exact on GPUs too, but slower
   config.log_every = 50  # steps between two log lines
   config.eval_every = 1640  # steps between evaluations; 0: at the end only
   config.checkpoint_every = 1640  # steps; 0: with each evaluation

@@ -29,7 +29,8 @@ def train(config, workdir) -> dict[str, float]:
   """Trains a model, or resumes the run in workdir.
 
   Writes config.json, metrics.jsonl, tensorboard/ and checkpoints/. A run that
-  was interrupted ends in the same bits as one that was not.
+  was interrupted ends in the same bits as one that was not: on CPU, and on GPUs
+  with config.deterministic=True.
 
   Args:
     config: ConfigDict or nested mapping; see configs/cifar10.py.

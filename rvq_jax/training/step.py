@@ -81,18 +81,17 @@ def make_train_step(
     grad_norm = optax.tree.norm(grads)
     opt_state = set_step(state.opt_state, state.step)
     steps, opt_state = optimizer.update(grads, opt_state, state.params)
-    params = optax.apply_updates(state.params, steps)
-    batch_stats = result.updates.get('batch_stats', {})
+    averaged = {
+      'params': optax.apply_updates(state.params, steps),
+      'batch_stats': result.updates.get('batch_stats', {}),
+    }
     averages = state.averages
     if averages is not None:
       averages = optax.incremental_update(
-        {'params': params, 'batch_stats': batch_stats},
-        averages,
-        1 - params_ema_decay,
+        averaged, averages, 1 - params_ema_decay
       )
     proposed = state.replace(
-      params=params,
-      batch_stats=batch_stats,
+      **averaged,
       codebook=result.updates.get('codebook', {}),
       opt_state=opt_state,
       averages=averages,
