@@ -41,6 +41,7 @@ def initial_state(path: str):
       make_optimizer(lambda _: 1e-4),
       jax.random.key(0),
       image_size=flat['data.image_size'],
+      batch_size=flat['batch_size'],
     )
   )()
 

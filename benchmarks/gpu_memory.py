@@ -71,7 +71,9 @@ def compile_step(mesh, dtype, remat, batch_size, image_size):
   model = config_lib.build_model(config_lib.check_config(config))
   optimizer = make_optimizer(2e-4, weight_decay=0.01)
   state = jax.eval_shape(
-    lambda key: create_state(model, optimizer, key, image_size=image_size),
+    lambda key: create_state(
+      model, optimizer, key, image_size=image_size, batch_size=batch_size
+    ),
     jax.random.key(0),
   )
   shape = (batch_size, image_size, image_size, 3)

@@ -70,7 +70,9 @@ def our_step(side, batch, dtype):
   model = config_lib.build_model(config_lib.check_config(config))
   optimizer = make_optimizer(2e-4, weight_decay=0.01)
   state = jax.jit(
-    lambda key: create_state(model, optimizer, key, image_size=side)
+    lambda key: create_state(
+      model, optimizer, key, image_size=side, batch_size=batch
+    )
   )(jax.random.key(0))
   rng = np.random.default_rng(0)
   images = {'image': rng.integers(0, 256, (batch, side, side, 3), np.uint8)}

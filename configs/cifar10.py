@@ -24,6 +24,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config.accumulate_steps = 1
   config.num_epochs = 300
   config.num_steps = placeholder(int)  # if set, counts instead of num_epochs
+  config.deterministic = False  # True: bit-exact on GPUs too, but slower
   config.log_every = 50  # steps between two log lines
   config.eval_every = 1640  # steps between evaluations; 0: at the end only
   config.checkpoint_every = 1640  # steps; 0: with each evaluation
@@ -74,5 +75,5 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   optimizer.schedule = 'cosine'  # to 0 at the end; or 'constant'
   optimizer.warmup_steps = 0
   optimizer.clip_norm = 0.0  # 0: gradients are not clipped
-  optimizer.params_ema = 0.0  # decay of averaged parameters; 0: none
+  optimizer.params_ema = 0.0  # decay of averages for evaluation; 0: none
   return config

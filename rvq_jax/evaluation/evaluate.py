@@ -11,12 +11,12 @@ from PIL import Image
 
 from rvq_jax import metrics
 from rvq_jax.data import datasets, loaders
+from rvq_jax.data.images import prepare_images
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation import perceptual as networks
 from rvq_jax.evaluation.export import check_new
 from rvq_jax.evaluation.load import load
 from rvq_jax.io import write_atomic
-from rvq_jax.training import config as config_lib
 from rvq_jax.training import sharding
 from rvq_jax.training.validation import UNITS, evaluate_split, make_eval_step
 from rvq_jax.training.writers import read_jsonl
@@ -65,7 +65,9 @@ def evaluate_run(
     definitions: adds usage and perplexity by `metrics.CodeDefinitions`.
 
   Returns:
-    The metrics named in `UNITS`, those of `perceptual`, and 'definitions'.
+    The metrics named in `UNITS`, roundtrip_error (of a few images: the largest
+    difference between decode(encode(x)) and the model's forward pass), those of
+    `perceptual`, and 'definitions'.
 
   Raises:
     ValueError: no such split, no data, or save_images holds files.
@@ -100,6 +102,8 @@ def evaluate_run(
       position += len(mask)
 
     result, counts = _measure(tokenizer, split, data_dir, on_batch)
+    if jax.process_index() == 0:
+      result |= _roundtrip_error(tokenizer, originals)
     if perceptual:
       result |= networks.perceptual_metrics(saved)
   if definitions:
@@ -121,10 +125,22 @@ def _reconstruct(tokenizer, images) -> np.ndarray:
   return np.asarray(metrics.to_uint8(tokenizer.reconstruct(images)))
 
 
+def _roundtrip_error(tokenizer, images) -> dict:
+  images = prepare_images(np.asarray(images))
+  forward = jax.jit(tokenizer.model.apply)(tokenizer.variables, images)
+  error = abs(tokenizer.reconstruct(images) - forward.reconstruction)
+  return {
+    'roundtrip_error': float(error.max(initial=0.0)),
+    'roundtrip_error_definition': 'max |decode(encode(x)) - forward pass| on '
+    f'[-1, 1], {len(images)} images',
+  }
+
+
 def _measure(tokenizer, split, data_dir, on_batch):
   """The metrics and code counts of a split."""
   config, mesh = tokenizer.config, sharding.data_mesh()
-  config_lib.check_devices(config['batch_size'], mesh.size)
+  # As many rows on each device; those without an image are masked.
+  batch_size = -(-config['batch_size'] // mesh.size) * mesh.size
   dataset = datasets.open_dataset(
     config['data.name'],
     split=config['data.split'],
@@ -134,7 +150,7 @@ def _measure(tokenizer, split, data_dir, on_batch):
     logging.info('%s', dataset.note)
   batches = loaders.eval_batches(
     getattr(dataset, split),
-    batch_size=config['batch_size'],
+    batch_size=batch_size,
     image_size=config['data.image_size'],
     process_index=jax.process_index(),
     process_count=jax.process_count(),

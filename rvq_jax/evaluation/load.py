@@ -41,7 +41,8 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
       the newest. An export holds one step and takes no other.
 
   Returns:
-    A `Tokenizer`, on the first device, with averaged parameters if there are.
+    A `Tokenizer`, on the first device, with averages of parameters and batch
+    statistics if there are.
 
   Raises:
     FileNotFoundError: there is no such run or step.
@@ -75,9 +76,10 @@ def _load_run(workdir, step) -> Tokenizer:
     config = checkpoints.meta(step)['config']
     model, shapes = _model(config, workdir)
     if config['optimizer.params_ema']:
-      shapes['params_ema'] = shapes['params']
+      names = ('params', 'batch_stats')
+      shapes['averages'] = {name: shapes[name] for name in names}
     variables = checkpoints.restore_model(shapes, step)
-  variables['params'] = variables.pop('params_ema', variables['params'])
+  variables |= variables.pop('averages', {})
   return Tokenizer(model, variables, config=config, step=step)
 
 

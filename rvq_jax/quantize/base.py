@@ -112,7 +112,8 @@ class QuantizerOutput:
   Attributes:
     quantized: the codes in place of the inputs, [..., C] in the input's dtype.
     ids: index of each code, [...] int32; [..., L] with L codes per position.
-    loss: weighted commitment and codebook loss, float32 scalar.
+    loss: weighted commitment and codebook loss, float32 scalar; with an
+      axis_name the global batch's is the mean over devices.
     counts: how often each code was chosen in the global batch, float32 [K];
       [L, K] with L codes per position, each from a codebook of its own.
     metrics: name -> float32 scalar over this device's batch; see

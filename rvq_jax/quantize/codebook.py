@@ -46,6 +46,10 @@ class Codebook:
     return cls(embedding, size, size[:, None] * embedding)
 
 
+LEAST_SIZE = 0.01
+"""Average size under which a code that no vector chooses stays as it is."""
+
+
 def unit(x: jax.Array) -> jax.Array:
   """x/|x| along the last axis [..., D]; 0 stays 0, also in the gradient."""
   square = jnp.sum(x * x, axis=-1, keepdims=True)
@@ -103,8 +107,10 @@ def ema_update(
       m'_k   = decay m_k + (1 - decay) sum_k
       code_k = m'_k / ((n'_k + eps)/(sum_j n'_j + K eps) sum_j n'_j)
 
-  The denominator is the Laplace-smoothed size. Rows that hold a NaN or an Inf
-  are left out: they never reach the codebook.
+  The denominator is the Laplace-smoothed size. A code that no vector chose, and
+  whose n'_k is 0 or under `LEAST_SIZE`, keeps its embedding: with n'_k near eps
+  the formula would pull it to the origin. Rows that hold a NaN or an Inf are
+  left out: they never reach the codebook.
 
   Two vectors chose code 0, none code 1. The first code moves a tenth of the way
   to their mean; the second stays, and its average count falls:
@@ -148,9 +154,10 @@ def ema_update(
     embedding_sum = decayed + jax.lax.psum(sums, axis_name)
   total = jnp.sum(cluster_size)
   smoothed = (cluster_size + eps) / (total + size * eps) * total
+  idle = (cluster_size == 0) | ((counts == 0) & (cluster_size < LEAST_SIZE))
   embedding = jnp.where(
-    total > 0,
-    embedding_sum / jnp.where(total > 0, smoothed, 1.0)[:, None],
+    idle[:, None],
     codebook.embedding,
+    embedding_sum / jnp.where(idle, 1.0, smoothed)[:, None],
   )
   return Codebook(embedding, cluster_size, embedding_sum)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rvq_jax.metrics import diversity
 from rvq_jax.quantize import base
 from rvq_jax.quantize.codebook import draw_codes
-from rvq_jax.quantize.losses import masked_mean
+from rvq_jax.quantize.losses import masked_mean, share_of_loss
 
 
 class GumbelQuantizer(nn.Module):
@@ -80,6 +80,7 @@ class GumbelQuantizer(nn.Module):
     log_p = jax.nn.log_softmax(logits)
     kl = math.log(self.codebook_size) + jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     kl = masked_mean(kl, mask)
+    loss = share_of_loss(self.kl_weight * kl, mask, base.mapped_axis(self))
     counts = base.count(self, ids, e, mask)
     metrics = diversity(counts) | {
       'quantization_error': masked_mean((mixture - q) ** 2, mask),
@@ -87,7 +88,7 @@ class GumbelQuantizer(nn.Module):
       'temperature': temperature,
     }
     quantized = mixture if sampling else q
-    return base.finish(z, quantized, ids, self.kl_weight * kl, counts, metrics)
+    return base.finish(z, quantized, ids, loss, counts, metrics)
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
     """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""

@@ -17,6 +17,7 @@ def quantizer_loss(
   form: str,
   commitment_weight: float,
   codebook_weight: float,
+  axis_name=None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Commitment and codebook loss (paper eq. 5 and 8).
 
@@ -29,10 +30,12 @@ def quantizer_loss(
       'paper_eq8': commitment_weight/2 |e - sg q|^2, summed over D.
     commitment_weight: beta.
     codebook_weight: of the codes' own loss, in 'two_weights'.
+    axis_name: mapped axis or axes of the batch; see `share_of_loss`.
 
   Returns:
-    The loss, and quantization_error, commitment_loss and codebook_loss, all
-    float32 scalars.
+    The loss, and of this device's rows quantization_error, commitment_loss (the
+    part of the loss that trains the encoder) and codebook_loss (not weighted),
+    all float32 scalars.
   """
   weight = mask.astype(jnp.float32)[:, None]
   size = jnp.maximum(jnp.sum(weight), 1.0) * e.shape[1]
@@ -43,18 +46,37 @@ def quantizer_loss(
 
   to_encoder, to_codes = mse(e, stop(q)), mse(stop(e), q)
   if form == 'two_weights':
-    loss = commitment_weight * to_encoder
+    loss = commitment = commitment_weight * to_encoder
     if codebook_weight:
       loss += codebook_weight * to_codes
   elif form == 'paper_eq5':
+    commitment = to_encoder
     loss = mse(q, e) + commitment_weight * mse(q, stop(e))
   else:
-    loss = 0.5 * commitment_weight * e.shape[1] * to_encoder
-  return loss, {
+    loss = commitment = 0.5 * commitment_weight * e.shape[1] * to_encoder
+  return share_of_loss(loss, mask, axis_name), {
     'quantization_error': to_encoder,
-    'commitment_loss': commitment_weight * to_encoder,
+    'commitment_loss': commitment,
     'codebook_loss': to_codes,
   }
+
+
+def share_of_loss(loss: jax.Array, mask: jax.Array, axis_name) -> jax.Array:
+  """A device's loss weighted so that the mean over devices is the global one.
+
+  The loss is a mean over this device's valid rows, of which others may have
+  more or fewer.
+
+  Args:
+    loss: scalar.
+    mask: valid rows [N], bool.
+    axis_name: mapped axis or axes of the batch; None: loss as it is.
+  """
+  if axis_name is None:
+    return loss
+  count = jnp.sum(mask.astype(jnp.float32))
+  mean = jax.lax.pmean(count, axis_name)
+  return loss * (count / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

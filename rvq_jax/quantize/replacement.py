@@ -99,8 +99,9 @@ def fill_codebook(
   """Puts codes onto vectors of a first batch (data-dependent initialisation).
 
   A codebook with any cluster_size above zero is returned as it is. With fewer
-  vectors than codes the others keep a cluster_size of zero: they are dead, and
-  `replace_codes` moves them.
+  vectors than codes the others keep their place with a cluster_size of zero:
+  they are dead, `replace_codes` moves them, or else the first vectors that
+  choose them.
 
   Args:
     codebook: K codes of D dimensions.

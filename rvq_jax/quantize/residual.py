@@ -9,6 +9,9 @@ from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.losses import direction_metrics
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
+LEAST_RESIDUAL = 1e-5
+"""Share of |e| under which a residual trains no further level."""
+
 
 class ResidualQuantizer(VectorQuantizer):
   """Quantizes what the codes so far leave over, `depth` times (RQ-VAE).
@@ -19,7 +22,9 @@ class ResidualQuantizer(VectorQuantizer):
   estimate per level, which other implementations take, multiplies the gradient
   by the depth. The loss is the mean over the levels of MSE(e, sg(q_0 + ... +
   q_d)) and, for learned codes, of the codebook losses (Lee et al., CVPR 2022,
-  eq. 7).
+  eq. 7). In training, a vector that lies on its codes up to rounding
+  (`LEAST_RESIDUAL`) is not valid for the levels after them: with K at least the
+  number of vectors each step with `init_from='data'` fills one more level.
 
   ids are [..., depth], coarsest first; counts [depth, K]. `metrics` holds the
   means over the levels, except for quantization_error, mean_angle,
@@ -60,11 +65,15 @@ class ResidualQuantizer(VectorQuantizer):
     dim = self.code_dim or z.shape[-1]
     e = base.project_in(e, dim)
 
-    outputs, total, left = [], None, e
+    outputs, total, left, valid = [], None, e, mask
     for level in base.make_parts(
       self, VectorQuantizer, 'level', self.depth, dim
     ):
-      out = level(left, train=train, mask=mask)
+      if train and total is not None:
+        # What rounding leaves of a vector on its code must not fill a level.
+        length = jnp.linalg.norm(e, axis=1)
+        valid &= jnp.linalg.norm(left, axis=1) > LEAST_RESIDUAL * length
+      out = level(left, train=train, mask=valid)
       q = jax.lax.stop_gradient(out.quantized)
       total = q if total is None else total + q
       left = e - total

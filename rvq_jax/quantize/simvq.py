@@ -73,6 +73,7 @@ class SimVQ(nn.Module):
       form='two_weights',
       commitment_weight=self.commitment_weight,
       codebook_weight=self.codebook_weight,
+      axis_name=base.mapped_axis(self),
     )
     counts = base.count(self, ids, e, mask)
     metrics |= diversity(counts) | losses.direction_metrics(e, q, mask)

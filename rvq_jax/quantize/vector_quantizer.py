@@ -83,7 +83,8 @@ class VectorQuantizer(nn.Module):
       cluster_size is 0. 'normal': Gaussian codes of norm about 1 that expect
       the count N/K of the batch given to `init`. Without ema always 'normal'.
     max_scale: upper bound of |q|/|e| in the gradient.
-    freeze: never update the codes, in training either.
+    freeze: codes stay as they are in training too; an empty codebook is filled
+      first (`init_from='data'`).
     axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
   """
 
@@ -127,12 +128,17 @@ class VectorQuantizer(nn.Module):
     e = base.project_in(e, self.code_dim or z.shape[-1])
     if self.cosine:
       e = unit(e)
-    update = train and self.ema and not self.freeze
-    update = update and not self.is_initializing()
+    update = train and self.ema and not self.is_initializing()
+    # Frozen codes are filled too, and may lie in a collection that is not
+    # mutable once they are.
+    fill = update and self.init_from == 'data'
+    if self.freeze:
+      fill = fill and self.is_mutable_collection('codebook')
+      update = False
 
     book, write = self._codebook(batch=len(e), dim=e.shape[1])
     expected = self._expected_count(e, mask)
-    if update and self.init_from == 'data':
+    if fill:
       book = self._fill(book, e, mask, expected)
     ids = nearest_codes(e, book.embedding)
     q = jnp.take(book.embedding, ids, axis=0)
@@ -146,6 +152,7 @@ class VectorQuantizer(nn.Module):
     if update:
       book, replaced = self._update(book, e, ids, mask, expected)
       metrics['replaced_codes'] = replaced.astype(jnp.float32)
+    if update or fill:
       write(book)
     return base.finish(z, quantized, ids, loss, counts, metrics)
 
@@ -233,6 +240,7 @@ class VectorQuantizer(nn.Module):
       form=self.loss_form,
       commitment_weight=self.commitment_weight,
       codebook_weight=self.codebook_weight if learned else 0.0,
+      axis_name=base.mapped_axis(self),
     )
 
   def _update(self, book, e, ids, mask, expected):
@@ -241,11 +249,10 @@ class VectorQuantizer(nn.Module):
     book = ema_update(
       book, e, ids, decay=self.decay, eps=self.eps, axis_name=axis, mask=mask
     )
-    if self.cosine:
-      book = book.replace(embedding=unit(book.embedding))
+    book = self._on_sphere(book)
     if not self.dead_code_threshold:
       return book, jnp.zeros((), jnp.int32)
-    return replace_codes(
+    book, replaced = replace_codes(
       book,
       self._dead(book, expected),
       key,
@@ -256,3 +263,10 @@ class VectorQuantizer(nn.Module):
       axis_name=axis,
       mask=mask,
     )
+    return self._on_sphere(book), replaced
+
+  def _on_sphere(self, book):
+    """The codebook with codes of unit norm if cosine is set."""
+    if not self.cosine:
+      return book
+    return book.replace(embedding=unit(book.embedding))

@@ -27,7 +27,7 @@ class DamagedError(ValueError):
 class Checkpoints:
   """The checkpoints of one run, in WORKDIR/checkpoints/STEP.
 
-  Each holds three items: `model` (params, batch_stats, codebook, params_ema),
+  Each holds three items: `model` (params, batch_stats, codebook, averages),
   `optimizer` (the rest of the state) and `meta` (JSON: config, data position,
   score, and the digests of the other items and of itself). Readers check what
   they read. The newest `keep` steps stay, and the one with the lowest score.
@@ -153,7 +153,7 @@ class Checkpoints:
       self._read_arrays(step, name, jax.tree.map(_abstract, item), digests)
       for name, item in _items(state).items()
     )
-    return TrainState(**{'params_ema': None} | model | optimizer)
+    return TrainState(**{'averages': None} | model | optimizer)
 
   def restore_model(self, abstract: dict[str, Any], step: int):
     """The item `model` alone; ValueError if damaged.
@@ -274,8 +274,8 @@ class Checkpoints:
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
   """The state as Orbax items: what evaluation needs, and the rest."""
   model = dict(state.variables)
-  if state.params_ema is not None:
-    model['params_ema'] = state.params_ema
+  if state.averages is not None:
+    model['averages'] = state.averages
   names = ('step', 'nonfinite_streak', 'opt_state')
   return {'model': model, 'optimizer': {n: getattr(state, n) for n in names}}
 

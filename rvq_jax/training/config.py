@@ -32,6 +32,7 @@ FIELDS = {
   'accumulate_steps': Field(int, 1, _INT32),
   'num_epochs': Field(int, 1, 10**7),
   'num_steps': Field(int, 1, _INT32, optional=True),
+  'deterministic': Field(bool),
   'log_every': Field(int, 1, _INT32),
   'eval_every': Field(int, 0, _INT32),
   'checkpoint_every': Field(int, 0, _INT32),
@@ -64,7 +65,7 @@ FIELDS = {
 RESUMABLE = {
   *('num_epochs', 'num_steps', 'log_every', 'eval_every', 'checkpoint_every'),
   *('keep_checkpoints', 'data.data_dir', 'data.num_workers', 'model.remat'),
-  'model.freeze',
+  *('model.freeze', 'deterministic'),
 }
 """Fields that may differ from the config that a run was started with."""
 

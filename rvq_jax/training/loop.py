@@ -29,7 +29,8 @@ def train(config, workdir) -> dict[str, float]:
   """Trains a model, or resumes the run in workdir.
 
   Writes config.json, metrics.jsonl, tensorboard/ and checkpoints/. A run that
-  was interrupted ends in the same bits as one that was not.
+  was interrupted ends in the same bits as one that was not: on CPU, and on GPUs
+  with config.deterministic=True.
 
   Args:
     config: ConfigDict or nested mapping; see configs/cifar10.py.
@@ -91,9 +92,10 @@ def _steps(run, state, start, checkpoints, writer, progress, stop):
     stopping = stop.agreed(ask=due['log'])
     last = step == run.num_steps or stopping
     if last or due['log']:
+      window = jax.device_get(window)
+      _stop_if_not_finite(state, step, window)
       scalars = _window_scalars(window, run.schedule, step, config['log_every'])
       window = []
-      _stop_if_not_finite(state, step, scalars)
       scalars |= progress.report(step, scalars, waited=prefetch.waited())
       writer.write_scalars(step, {f'train/{n}': x for n, x in scalars.items()})
     score = None
@@ -196,15 +198,17 @@ def _log_overview(run, state, start):
 def _window_scalars(window, schedule, step, log_every):
   """Means over the steps since the last report; codes from summed counts.
 
+  Skipped steps, whose numbers may not be finite, stay out of the means.
   Usage and perplexity of fewer steps than `log_every`, as at the end of a run,
   do not compare with the others' and are left out.
   """
-  window = jax.device_get(window)
   counts = np.sum([w.pop('counts') for w in window], axis=0, dtype=np.float64)
   codes = metrics.code_statistics(counts)
+  taken = [w for w in window if not w['skipped']] or window
   scalars = {
-    name: float(np.mean([w[name] for w in window])) for name in window[0]
+    name: float(np.mean([w[name] for w in taken])) for name in taken[0]
   }
+  scalars['skipped'] = float(np.mean([w['skipped'] for w in window]))
   for name in ('usage', 'perplexity'):
     del scalars[name]
     if len(window) == log_every:
@@ -212,14 +216,15 @@ def _window_scalars(window, schedule, step, log_every):
   return scalars | {'learning_rate': float(schedule(step - 1))}
 
 
-def _stop_if_not_finite(state, step, scalars):
+def _stop_if_not_finite(state, step, window):
   streak = int(state.nonfinite_streak)
   if streak < MAX_NONFINITE_STREAK:
     return
   what = 'the running statistics of BatchNorm or the codebook overflowed'
   for name in ('grad_norm', 'loss'):
-    if not np.isfinite(scalars[name]):
-      what = f'the {name} was {scalars[name]}'
+    values = [w[name] for w in window if not np.isfinite(w[name])]
+    if values:
+      what = f'the {name} was {values[0]}'
   first = step - streak + 1
   raise FloatingPointError(
     f'stopped at step {first + MAX_NONFINITE_STREAK - 1}: for '

@@ -55,6 +55,7 @@ def make_optimizer(
   *,
   weight_decay: float = 0.01,
   clip_norm: float = 0.0,
+  freeze_codes: bool = False,
 ) -> optax.GradientTransformation:
   """AdamW (beta 0.9, 0.999) with decay on kernels only.
 
@@ -62,8 +63,33 @@ def make_optimizer(
     schedule: step -> learning rate.
     weight_decay: decoupled weight decay.
     clip_norm: upper bound of the global gradient norm; 0 does not clip.
+    freeze_codes: learned codes (parameters called 'embedding') stay as they
+      are, which a gradient of 0 does not ensure: Adam has momentum.
   """
   adamw = optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask)
   if clip_norm > 0:
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
-  return adamw
+    adamw = optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+  return _keep_codes(adamw) if freeze_codes else adamw
+
+
+def _keep_codes(optimizer):
+  """`optimizer`, with the same state, without its updates of codes."""
+
+  def update(grads, state, params=None):
+    updates, state = optimizer.update(grads, state, params)
+    updates = jax.tree_util.tree_map_with_path(
+      lambda path, x: 0 * x if path[-1].key == 'embedding' else x, updates
+    )
+    return updates, state
+
+  return optax.GradientTransformation(optimizer.init, update)
+
+
+def set_step(opt_state, step: jax.Array):
+  """opt_state with its schedule at `step`, which counts skipped steps too."""
+  is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+  return jax.tree.map(
+    lambda x: x._replace(count=step) if is_schedule(x) else x,
+    opt_state,
+    is_leaf=is_schedule,
+  )

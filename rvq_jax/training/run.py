@@ -1,7 +1,10 @@
 """A run's parts, built from its config."""
 
+import os
+
 import jax
 import numpy as np
+from jax._src.xla_bridge import backends_are_initialized
 
 from rvq_jax import metrics
 from rvq_jax.data import datasets, loaders
@@ -15,6 +18,24 @@ from rvq_jax.training.step import make_train_step
 from rvq_jax.training.validation import evaluate_split, make_eval_step
 
 GRID_IMAGES = 8
+DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
+
+
+def make_deterministic() -> None:
+  """Has XLA compile programs for GPUs without atomics in an unknown order.
+
+  Raises:
+    ValueError: JAX has started its backend, and with it read XLA_FLAGS.
+  """
+  flags = os.environ.get('XLA_FLAGS', '')
+  if DETERMINISTIC in flags.split():
+    return
+  if backends_are_initialized():
+    raise ValueError(
+      'config.deterministic: expected to be set before JAX starts its devices; '
+      f'start the process with XLA_FLAGS={DETERMINISTIC}'
+    )
+  os.environ['XLA_FLAGS'] = f'{flags} {DETERMINISTIC}'.strip()
 
 
 class Run:
@@ -33,6 +54,8 @@ class Run:
 
   def __init__(self, config):
     self.config = config_lib.check_config(config)
+    if self.config['deterministic']:
+      make_deterministic()
     config_lib.check_devices(
       self.config['batch_size'],
       jax.device_count(),
@@ -80,6 +103,7 @@ class Run:
       self.schedule,
       weight_decay=config['optimizer.weight_decay'],
       clip_norm=config['optimizer.clip_norm'],
+      freeze_codes=self.model.quantizer.get('freeze', False),
     )
 
     def init(key):
@@ -88,6 +112,7 @@ class Run:
         optimizer,
         key,
         image_size=config['data.image_size'],
+        batch_size=config['batch_size'] // config['accumulate_steps'],
         params_ema=config['optimizer.params_ema'] > 0,
       )
 

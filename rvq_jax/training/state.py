@@ -17,7 +17,8 @@ class TrainState:
     batch_stats: running means and variances of BatchNorm.
     codebook: the collection 'codebook'; empty with a learned codebook.
     opt_state: the optimizer's state.
-    params_ema: moving average of params for evaluation, or None.
+    averages: moving averages of params and batch_stats for evaluation, or None.
+      The running statistics of `params` are not those of averaged parameters.
     nonfinite_streak: steps skipped in a row because loss or gradient was not
       finite, int32.
   """
@@ -27,7 +28,7 @@ class TrainState:
   batch_stats: Any
   codebook: Any
   opt_state: Any
-  params_ema: Any
+  averages: dict[str, Any] | None
   nonfinite_streak: jax.Array
 
   @property
@@ -41,9 +42,8 @@ class TrainState:
 
   @property
   def eval_variables(self) -> dict[str, Any]:
-    """The model's collections with averaged parameters where there are any."""
-    params = self.params if self.params_ema is None else self.params_ema
-    return self.variables | {'params': params}
+    """The model's collections, averaged where there are averages."""
+    return self.variables | (self.averages or {})
 
 
 def create_state(
@@ -52,28 +52,33 @@ def create_state(
   key: jax.Array,
   *,
   image_size: int,
+  batch_size: int,
   params_ema: bool = False,
 ) -> TrainState:
   """The state before the first step.
 
-  Call under `jax.jit`: every leaf gets its own buffer, which donation needs.
+  Call under `jax.jit`: every leaf gets its own buffer, which donation needs,
+  and the forward pass, whose result nothing uses, is not computed.
 
   Args:
     model: a `VQVAE`.
     optimizer: an optax transformation, from `make_optimizer`.
     key: random key of the initial parameters.
     image_size: side of the training images in pixels.
-    params_ema: keep a moving average of the parameters.
+    batch_size: images of a forward pass, over all devices: codes of
+      `init_from='normal'` start with the count that they expect in it.
+    params_ema: keep moving averages of the parameters and batch statistics.
   """
-  images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
-  variables = model.init(key, images, train=True)
-  params = variables['params']
+  shape = (batch_size, image_size, image_size, 3)
+  variables = model.init(key, jnp.zeros(shape, jnp.float32), train=True)
+  params, batch_stats = variables['params'], variables.get('batch_stats', {})
+  averaged = {'params': params, 'batch_stats': batch_stats}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    batch_stats=variables.get('batch_stats', {}),
+    batch_stats=batch_stats,
     codebook=variables.get('codebook', {}),
     opt_state=optimizer.init(params),
-    params_ema=jax.tree.map(jnp.copy, params) if params_ema else None,
+    averages=jax.tree.map(jnp.copy, averaged) if params_ema else None,
     nonfinite_streak=jnp.zeros((), jnp.int32),
   )

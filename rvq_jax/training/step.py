@@ -14,6 +14,7 @@ import optax
 
 from rvq_jax.data.images import prepare_images, random_flip
 from rvq_jax.metrics import diversity
+from rvq_jax.training.optimizer import set_step
 from rvq_jax.training.state import TrainState
 
 MAX_NONFINITE_STREAK = 10
@@ -46,7 +47,8 @@ def make_train_step(
   loss (paper eq. 5). Randomness depends on (seed, step) and on an image's index
   in the global batch alone, so any number of devices takes the same step. If
   the loss, the gradient, the new statistics or the new codebook are not finite,
-  the whole state stays as it was but for `step` and `nonfinite_streak`; after
+  the whole state stays as it was but for `step`, which the schedule of the
+  learning rate follows, and `nonfinite_streak`; after
   ten such steps in a row so it does in every step.
 
   Args:
@@ -54,7 +56,7 @@ def make_train_step(
     optimizer: from `make_optimizer`.
     seed: of flips and of the replacement of codes.
     flip: mirror each image with probability 1/2.
-    params_ema_decay: of the averaged parameters, where the state has them.
+    params_ema_decay: of the state's averages, where it has them.
     accumulate_steps: microbatches per step; see `_accumulate`.
     axis_name: mapped axis under `pmap` or `shard_map`; None under `jit`.
 
@@ -77,19 +79,22 @@ def make_train_step(
 
     grads = _mean(result.grads, axis_name)
     grad_norm = optax.tree.norm(grads)
-    steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, steps)
-    params_ema = state.params_ema
-    if params_ema is not None:
-      params_ema = optax.incremental_update(
-        params, params_ema, 1 - params_ema_decay
+    opt_state = set_step(state.opt_state, state.step)
+    steps, opt_state = optimizer.update(grads, opt_state, state.params)
+    averaged = {
+      'params': optax.apply_updates(state.params, steps),
+      'batch_stats': result.updates.get('batch_stats', {}),
+    }
+    averages = state.averages
+    if averages is not None:
+      averages = optax.incremental_update(
+        averaged, averages, 1 - params_ema_decay
       )
     proposed = state.replace(
-      params=params,
-      batch_stats=result.updates.get('batch_stats', {}),
+      **averaged,
       codebook=result.updates.get('codebook', {}),
       opt_state=opt_state,
-      params_ema=params_ema,
+      averages=averages,
     )
     finite = jnp.isfinite(result.loss) & jnp.isfinite(grad_norm)
     # A variance that overflows divides to zero: loss and gradient stay finite.

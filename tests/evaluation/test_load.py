@@ -55,19 +55,20 @@ print(*(
   assert len(ours) <= 20, ours
 
 
-def test_the_averaged_parameters_are_loaded(run):
+def test_the_averages_are_loaded(run):
   variables = load(run).variables
   with Checkpoints(run, read_only=True) as checkpoints:
-    wanted = variables | {'params_ema': variables['params']}
+    names = ('params', 'batch_stats')
+    wanted = variables | {'averages': {n: variables[n] for n in names}}
     wanted = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       wanted,
     )
     stored = checkpoints.restore_model(wanted, 6)
   for got, averaged, last in zip(
-    jax.tree.leaves(variables['params']),
-    jax.tree.leaves(stored['params_ema']),
-    jax.tree.leaves(stored['params']),
+    jax.tree.leaves({n: variables[n] for n in names}),
+    jax.tree.leaves(stored['averages']),
+    jax.tree.leaves({n: stored[n] for n in names}),
     strict=True,
   ):
     np.testing.assert_array_equal(got, averaged)

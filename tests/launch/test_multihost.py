@@ -140,6 +140,7 @@ def load(workdir, devices=1):
         make_optimizer(lambda _: 1e-3),
         jax.random.key(0),
         image_size=16,
+        batch_size=8,
       )
     )
     template = jax.tree.map(

@@ -42,7 +42,9 @@ def oracle(book, e, ids, decay, eps):
     m[k] = decay * m[k] + (1 - decay) * mine.sum(0)
   codes = np.empty_like(m)
   for k in range(size):
-    codes[k] = m[k] / ((n[k] + eps) / (n.sum() + size * eps) * n.sum())
+    codes[k] = book.embedding[k]
+    if n[k] > 0:
+      codes[k] = m[k] / ((n[k] + eps) / (n.sum() + size * eps) * n.sum())
   return codes, n, m
 
 
@@ -84,6 +86,23 @@ def test_ema_update_of_an_empty_codebook_keeps_its_codes():
     decay=0.9,
   )
   np.testing.assert_array_equal(book.embedding, codes)
+
+
+@pytest.mark.parametrize('start', [4.0, 1e-4, 0.0])
+def test_a_code_that_no_vector_chooses_stays_where_it_is(start):
+  book = Codebook.create([[1.0, 0.0], [3.0, 4.0]], jnp.array([4.0, start]))
+  e, ids = jnp.ones((4, 2)), jnp.zeros(4, jnp.int32)
+  book = jax.lax.fori_loop(
+    0, 3000, lambda _, book: ema_update(book, e, ids, decay=0.99), book
+  )
+  np.testing.assert_allclose(book.embedding, [[1, 1], [3, 4]], rtol=2e-3)
+
+
+def test_a_code_of_size_zero_jumps_to_the_first_vectors_that_choose_it():
+  book = Codebook.create([[1.0, 0.0], [3.0, 4.0]], jnp.array([4.0, 0.0]))
+  e = jnp.array([[2.0, 4.0], [4.0, 6.0]])
+  book = ema_update(book, e, jnp.array([1, 1]), decay=0.99)
+  np.testing.assert_allclose(book.embedding[1], [3, 5], rtol=2e-3)
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])

@@ -66,6 +66,22 @@ def test_residual_codes_are_the_greedy_ones():
     )
 
 
+@pytest.mark.parametrize('threshold', [0.0, 0.9])
+def test_levels_of_more_codes_than_vectors_are_filled_with_residuals(threshold):
+  layer = ResidualQuantizer(
+    codebook_size=64, depth=3, dead_code_threshold=threshold
+  )
+  variables = init(layer)
+  for seed in range(4):
+    z = np.random.default_rng(seed).normal(size=Z.shape).astype(np.float32)
+    _, variables = step(layer, variables, z=z)
+  for d in range(3):
+    book = variables['codebook'][f'level_{d}']
+    used = np.asarray(book['cluster_size']) > 0
+    lengths = np.linalg.norm(book['embedding'], axis=1)[used]
+    assert used.sum() >= 40 and np.mean(lengths > 0.01) > 0.9
+
+
 def test_residual_decodes_a_prefix_of_its_codes():
   layer = ResidualQuantizer(codebook_size=K, depth=3)
   variables = trained(layer)

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from rvq_jax import VectorQuantizer, rotate
+from rvq_jax import ResidualQuantizer, VectorQuantizer, rotate
+from rvq_jax.quantize.gumbel import GumbelQuantizer
+from rvq_jax.quantize.simvq import SimVQ
 
 Z = np.random.default_rng(0).normal(size=(2, 4, 4, 6)).astype(np.float32)
 
@@ -105,6 +108,21 @@ def test_a_first_batch_smaller_than_the_codebook_leaves_the_rest_to_later():
   assert sizes[-1] == 50
 
 
+@pytest.mark.parametrize('cosine', [False, True])
+def test_codes_beyond_the_first_batch_keep_their_place_until_used(cosine):
+  layer, start = make(codebook_size=200, dead_code_threshold=0, cosine=cosine)
+  variables, used = start, np.zeros(200)
+  for step in range(20):
+    z = np.random.default_rng(step).normal(size=Z.shape).astype(np.float32)
+    out, variables = train(layer, variables, z=z)
+    used += np.asarray(out.counts)
+  unused = used == 0
+  unused &= np.asarray(variables['codebook']['cluster_size']) == 0
+  assert unused.sum() > 5
+  before, after = (v['codebook']['embedding'] for v in (start, variables))
+  np.testing.assert_allclose(after[unused], before[unused], rtol=1e-6)
+
+
 def test_ids_are_nearest_and_quantized_is_the_code_bit_exact():
   layer, variables = make(init_from='normal')
   out = evaluate(layer, variables)
@@ -182,6 +200,51 @@ def mse_and_gradients(form, ema):
   return float(out.loss), d, np.asarray(to_z), layer, variables, out
 
 
+@pytest.mark.parametrize('form', ['two_weights', 'paper_eq5', 'paper_eq8'])
+def test_commitment_loss_is_what_trains_the_encoder(form):
+  # A quadratic form: half of z - q times its gradient.
+  _, d, to_z, *_, out = mse_and_gradients(form, False)
+  want = 0.5 * np.sum(d * to_z)
+  np.testing.assert_allclose(out.metrics['commitment_loss'], want, rtol=1e-4)
+
+
+def masked_losses(layer, variables, z, mask):
+  """Loss of a masked batch: on one device, and as the mean over eight."""
+  mesh = jax.make_mesh(
+    (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+
+  def loss(variables, z, mask):
+    out = layer.clone(axis_name='data').apply(variables, z, mask=mask)
+    return jax.lax.pmean(out.loss, 'data')
+
+  mapped = jax.shard_map(
+    loss, mesh=mesh, in_specs=(P(), P('data'), P('data')), out_specs=P()
+  )
+  one = jax.jit(layer.apply)(variables, z, mask=mask).loss
+  return float(one), float(jax.jit(mapped)(variables, z, mask))
+
+
+@pytest.mark.parametrize(
+  'layer',
+  [
+    VectorQuantizer(8, init_from='normal'),
+    ResidualQuantizer(8, init_from='normal', depth=2),
+    SimVQ(8),
+    GumbelQuantizer(8),
+  ],
+  ids=lambda layer: type(layer).__name__,
+)
+def test_a_masked_loss_over_devices_is_that_of_the_global_batch(layer):
+  rng = np.random.default_rng(0)
+  z = rng.normal(size=(64, 6)) * np.arange(64)[:, None]
+  z = z.astype(np.float32)
+  mask = np.arange(64) ** 2 % 64 < np.arange(64)
+  mask[:8] = False  # a device without a valid row
+  one, eight = masked_losses(layer, layer.init(jax.random.key(0), z), z, mask)
+  np.testing.assert_allclose(eight, one, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   ('form', 'ema', 'value', 'encoder'),
   [
@@ -226,9 +289,10 @@ def test_projections_lead_to_code_dim_and_back():
 
 
 def test_cosine_codes_have_unit_norm_and_win_by_angle():
-  layer, variables = make(cosine=True)
+  layer, variables = make(cosine=True, dead_code_threshold=1.2)
   for _ in range(3):
     out, variables = train(layer, variables)
+  assert out.metrics['replaced_codes'] > 0  # they too
   codes = np.asarray(variables['codebook']['embedding'])
   np.testing.assert_allclose(np.linalg.norm(codes, axis=1), 1, rtol=1e-5)
   out = evaluate(layer, variables)
@@ -362,6 +426,18 @@ def test_frozen_codes_stay_and_the_encoder_still_learns():
   assert 'replaced_codes' not in out.metrics
   gradient = jax.grad(lambda z: layer.apply(variables, z, train=True).loss)
   assert np.any(np.asarray(gradient(jnp.asarray(Z))))
+
+
+def test_frozen_codes_are_filled_from_the_first_batch_and_then_stay():
+  layer, variables = make(freeze=True)
+  _, filled = train(layer, variables)
+  rows = {tuple(x) for x in Z.reshape(-1, 6).round(4)}
+  codes = np.asarray(filled['codebook']['embedding']).round(4)
+  assert all(tuple(c) in rows for c in codes)
+  _, later = train(layer, filled, z=Z + 100)
+  assert_same_bits(later, filled)
+  out = layer.apply(filled, Z, train=True)  # not mutable
+  assert_same_bits(out.quantized, train(layer, filled)[0].quantized)
 
 
 @pytest.mark.parametrize('form', ['two_weights', 'paper_eq5'])

@@ -132,6 +132,7 @@ def _make_step(flat, model, **options):
       optimizer,
       jax.random.key(flat['seed']),
       image_size=8,
+      batch_size=8,
       params_ema=average > 0,
     )
   )()

@@ -55,7 +55,9 @@ def start(quantizer):
   """A state whose codebook is filled: after one step of the whole batch."""
   model, optimizer, step = build(quantizer)
   state = jax.jit(
-    lambda: create_state(model, optimizer, jax.random.key(0), image_size=8)
+    lambda: create_state(
+      model, optimizer, jax.random.key(0), image_size=8, batch_size=16
+    )
   )()
   with nn.intercept_methods(without_batch_norm):
     return jax.device_get(jax.jit(step)(state, {'image': IMAGES})[0])

@@ -44,7 +44,9 @@ def start():
   model, optimizer, _ = build()
   return jax.device_get(
     jax.jit(
-      lambda: create_state(model, optimizer, jax.random.key(0), image_size=8)
+      lambda: create_state(
+        model, optimizer, jax.random.key(0), image_size=8, batch_size=16
+      )
     )()
   )
 
@@ -163,7 +165,9 @@ def test_a_step_gathers_no_vectors_of_other_devices():
   everywhere = sharding.replicated(mesh)
   model, optimizer, step = build(codebook_size=4096)
   state = jax.eval_shape(
-    lambda: create_state(model, optimizer, jax.random.key(0), image_size=8)
+    lambda: create_state(
+      model, optimizer, jax.random.key(0), image_size=8, batch_size=16
+    )
   )
   step = jax.jit(
     step,

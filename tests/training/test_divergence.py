@@ -52,7 +52,12 @@ def build():
   optimizer = make_optimizer(lambda _: 1e-2)
   state = jax.jit(
     lambda: create_state(
-      model, optimizer, jax.random.key(0), image_size=8, params_ema=True
+      model,
+      optimizer,
+      jax.random.key(0),
+      image_size=8,
+      batch_size=4,
+      params_ema=True,
     )
   )()
   step = make_train_step(model, optimizer, params_ema_decay=0.5, flip=False)
@@ -123,6 +128,31 @@ def test_nine_spoilt_steps_are_forgiven_and_ten_are_not():
     assert (bits(after) != bits(state)) == forgiven
     assert metrics['skipped'] == (not forgiven)
     assert after.nonfinite_streak == (0 if forgiven else count + 1)
+
+
+def test_a_skipped_step_leaves_its_line_of_the_log_readable(
+  tiny_config, tmp_path, log_of, monkeypatch
+):
+  tiny_config.num_steps = 4
+  build_steps = loop.Run._build_steps
+
+  def spoil(run):
+    build_steps(run)
+    step = run.train_step
+
+    def train_step(state, batch):
+      spoilt = int(state.step) == 0
+      return step(
+        state, {'image': batch['image'] * (np.nan if spoilt else 1.0)}
+      )
+
+    run.train_step = train_step
+
+  monkeypatch.setattr(loop.Run, '_build_steps', spoil)
+  loop.train(tiny_config, tmp_path)
+  log = log_of(tmp_path)
+  assert (log[2, 'train/skipped'], log[4, 'train/skipped']) == (0.5, 0)
+  assert None not in log.values()
 
 
 def test_a_learning_rate_of_a_million_stops_the_run(

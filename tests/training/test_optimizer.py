@@ -1,5 +1,6 @@
 """The schedule's values and what decays."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,6 +47,24 @@ def test_only_kernels_decay():
   updates, _ = optimizer.update(zero, optimizer.init(PARAMS), PARAMS)
   np.testing.assert_allclose(updates['conv']['kernel'], -0.05, rtol=1e-6)
   np.testing.assert_array_equal(updates['vq']['embedding'], 0)
+
+
+def test_frozen_codes_ignore_the_momentum_and_keep_the_state():
+  grads = {k: {n: x for n, x in v.items()} for k, v in PARAMS.items()}
+  zero = {k: {n: 0 * x for n, x in v.items()} for k, v in PARAMS.items()}
+  free, frozen = (
+    make_optimizer(lambda _: 0.1, freeze_codes=freeze)
+    for freeze in (False, True)
+  )
+  _, state = free.update(grads, free.init(PARAMS), PARAMS)
+  want, want_state = free.update(zero, state, PARAMS)
+  updates, after = frozen.update(zero, state, PARAMS)
+  assert jnp.all(want['vq']['embedding'] < -0.01)  # Adam goes on
+  want['vq']['embedding'] = jnp.zeros(3)
+  for got, expected in ((updates, want), (after, want_state)):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for x, y in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+      np.testing.assert_array_equal(x, y)
 
 
 def test_clipping_bounds_the_gradient():

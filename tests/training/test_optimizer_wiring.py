@@ -43,13 +43,14 @@ class Affine(nn.Module):
 def affine_steps(make_step_config, make_step):
   """Returns a function of fields of the optimizer: states of three steps."""
 
-  def take(**fields):
+  def take(skipped=None, **fields):
     named = {f'optimizer.{name}': value for name, value in fields.items()}
     flat = check_config(make_step_config(named))
     state, step = make_step(flat, Affine())
     states = [state]
-    for _ in range(3):
-      state, _ = step(state, {'image': IMAGES})
+    for i in range(3):
+      spoilt = np.nan if i == skipped else 1
+      state, _ = step(state, {'image': IMAGES * np.float32(spoilt)})
       states.append(state)
     return states
 
@@ -78,6 +79,13 @@ def test_learning_rate_schedule_and_warmup_scale_the_steps(affine_steps):
   expect([0, 5e-4, 1e-3], learning_rate=1e-3, **warm)
 
 
+def test_the_schedule_counts_skipped_steps(affine_steps):
+  fields = {'learning_rate': 1e-3, 'weight_decay': 0.0}
+  got = sizes(affine_steps(skipped=0, **fields))
+  cosine = 1e-3 * 0.5 * (1 + np.cos(np.pi * np.arange(3) / 4))
+  np.testing.assert_allclose(got, [0, *cosine[1:]], rtol=2e-2, atol=1e-7)
+
+
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees(affine_steps):
   free = affine_steps()[1]
   clipped = affine_steps(clip_norm=1e-2)[1]
@@ -87,12 +95,13 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(affine_steps):
 
 
 def test_averaged_parameters_follow_at_the_configs_decay(affine_steps):
-  assert affine_steps()[0].params_ema is None
+  assert affine_steps()[0].averages is None
   states = affine_steps(params_ema=0.75, learning_rate=0.1)
   average = 1.0
   for state in states[1:]:
     average = 0.75 * average + 0.25 * np.asarray(state.params['bias'])
-    np.testing.assert_allclose(state.params_ema['bias'], average, rtol=1e-5)
+    got = state.averages['params']['bias']
+    np.testing.assert_allclose(got, average, rtol=1e-5)
 
 
 def test_a_step_mirrors_half_of_the_images(make_step_config, make_step):

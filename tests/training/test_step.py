@@ -27,7 +27,12 @@ def build():
   optimizer = make_optimizer(lambda _: 1e-2)
   state = jax.jit(
     lambda: create_state(
-      model, optimizer, jax.random.key(0), image_size=8, params_ema=True
+      model,
+      optimizer,
+      jax.random.key(0),
+      image_size=8,
+      batch_size=4,
+      params_ema=True,
     )
   )()
   step = make_train_step(model, optimizer, params_ema_decay=0.5)
@@ -41,7 +46,7 @@ def bits(tree):
 def test_a_step_moves_every_part_of_the_state():
   _, step, state = build()
   after, metrics = step(state, {'image': IMAGES})
-  for name in ('params', 'batch_stats', 'codebook', 'opt_state', 'params_ema'):
+  for name in ('params', 'batch_stats', 'codebook', 'opt_state', 'averages'):
     assert bits(getattr(after, name)) != bits(getattr(state, name)), name
   assert after.step == 1
   assert metrics['skipped'] == 0
@@ -65,14 +70,22 @@ def test_repeated_steps_lower_the_loss():
   assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
 
 
-def test_the_averaged_parameters_follow_at_their_decay():
+def test_the_averages_of_parameters_and_statistics_follow_at_their_decay():
   _, step, state = build()
   after, _ = step(state, {'image': IMAGES})
   for new, average, old in zip(
-    *map(jax.tree.leaves, (after.params, after.params_ema, state.params)),
+    *map(
+      jax.tree.leaves,
+      (
+        (after.params, after.batch_stats),
+        (after.averages['params'], after.averages['batch_stats']),
+        (state.params, state.batch_stats),
+      ),
+    ),
     strict=True,
   ):
     np.testing.assert_allclose(average, 0.5 * old + 0.5 * new, atol=1e-6)
+  assert after.eval_variables == after.variables | after.averages
 
 
 def test_uint8_images_are_the_floats_they_stand_for():

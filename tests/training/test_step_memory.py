@@ -23,7 +23,9 @@ def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
   model = config_lib.build_model(flat)
   optimizer = make_optimizer(2e-4, weight_decay=0.01)
   state = jax.eval_shape(
-    lambda key: create_state(model, optimizer, key, image_size=SIDE),
+    lambda key: create_state(
+      model, optimizer, key, image_size=SIDE, batch_size=BATCH
+    ),
     jax.random.key(0),
   )
   images = jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, 3), jnp.uint8)
@@ -36,3 +38,20 @@ def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
   vectors = BATCH * (SIDE // flat['model.factor']) ** 2
   assert BATCH * SIDE * SIDE * 3 in sizes  # the shapes were found
   assert max(sizes) < vectors * flat['model.codebook_size']
+
+
+def test_making_the_state_takes_no_memory_for_the_batch(load_config):
+  flat = config_lib.check_config(load_config('photos'))
+  model = config_lib.build_model(flat)
+  optimizer = make_optimizer(2e-4, weight_decay=0.01)
+
+  def memory(batch_size):
+    make = jax.jit(
+      lambda key: create_state(
+        model, optimizer, key, image_size=64, batch_size=batch_size
+      )
+    )
+    compiled = make.lower(jax.random.key(0)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert memory(1000) == memory(1)

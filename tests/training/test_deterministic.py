@@ -1,0 +1,79 @@
+"""`config.deterministic`: programs for GPUs that add in a fixed order."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from rvq_jax.training.run import DETERMINISTIC, Run
+
+
+def run_python(program, **environment):
+  return subprocess.run(
+    [sys.executable, '-c', program],
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_it_sets_the_flag_before_the_devices_start():
+  program = """
+import os, jax
+from rvq_jax.training.run import make_deterministic
+make_deterministic()
+assert jax.device_count() == 8  # what was set stays
+make_deterministic()
+print(os.environ['XLA_FLAGS'])
+"""
+  done = run_python(program)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.split().count(DETERMINISTIC) == 1
+
+
+def test_it_is_refused_once_they_have_started(tiny_config):
+  jax.devices()
+  tiny_config.deterministic = True
+  with pytest.raises(ValueError, match='before JAX starts') as caught:
+    Run(tiny_config)
+  assert '\n' not in str(caught.value) and DETERMINISTIC in str(caught.value)
+
+
+COMPILE = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from benchmarks.gpu_memory import H100
+from rvq_jax import Codebook, ema_update
+(device,) = topologies.get_topology_desc(
+  platform='cuda', target_config=H100, topology='1x1x1'
+).devices
+where = jax.sharding.SingleDeviceSharding(device)
+struct = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
+  shape, dtype, sharding=where
+)
+book = Codebook(struct(512, 64), struct(512), struct(512, 64))
+update = jax.jit(lambda *x: ema_update(*x, decay=0.99))
+lowered = update.lower(book, struct(4096, 64), struct(4096, dtype=jnp.int32))
+print(lowered.compile({'xla_gpu_autotune_level': 0}).as_text())
+"""
+
+
+@pytest.mark.slow
+def test_its_update_of_the_codebook_has_no_scatter_by_atomics():
+  # For a GPU that is not there; a scatter over unique indices needs no atomics.
+  atomic, deterministic = (
+    run_python(COMPILE, XLA_FLAGS=flags) for flags in ('', DETERMINISTIC)
+  )
+  if 'NotImplementedError' in atomic.stderr:
+    pytest.skip('needs the CUDA plugin')
+  assert atomic.returncode == deterministic.returncode == 0, atomic.stderr
+
+  def scatters(done):
+    lines = done.stdout.splitlines()
+    found = [line for line in lines if ' scatter(' in line]
+    return [line for line in found if 'unique_indices=true' not in line]
+
+  assert scatters(atomic)
+  assert not scatters(deterministic)
