@@ -6,15 +6,23 @@ photos       crops of scikit-image's photographs, embedded (photos.py)
 """
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 
 import numpy as np
 
+from rvq_jax.data.decoding import MAX_SHARE
+from rvq_jax.data.folders import open_folder, printable
 from rvq_jax.data.sources import Selection, Source
-from rvq_jax.data.splits import stratified_split
+from rvq_jax.data.splits import hashed_split, stratified_split
+from rvq_jax.io import read_json, write_atomic
 
 SPLITS = ('official', 'paper')
+PARTS = ('train', 'validation', 'test')
+SPLIT_FILE = 'split.json'
+"""In a workdir: the names in each part of a folder that the run divided."""
+_MAX_SPLIT_BYTES = 2**30
 # The second names the embedded set beside a folder called photos.
 _PHOTOS = ('photos', 'tfds:photos')
 
@@ -28,10 +36,17 @@ class Dataset:
   validation: Source
   test: Source
   note: str = ''
+  names: dict[str, list[str]] | None = None  # per part, of a divided folder
+
+  def write_split(self, path) -> None:
+    """Writes the names of each part, for `open_dataset`; none: no file."""
+    if self.names:
+      content = {'data': self.name} | self.names
+      write_atomic(path, json.dumps(content, indent=0))
 
 
 def open_dataset(
-  name: str, *, split: str = 'official', data_dir=None, seed: int = 0
+  name: str, *, split: str = 'official', data_dir=None, split_file=None
 ) -> Dataset:
   """Opens a data set by name and divides it.
 
@@ -40,7 +55,12 @@ def open_dataset(
     split: 'official' for the data set's own splits; 'paper' for 70-20-10 of
       all its labelled images, stratified by class.
     data_dir: where tfds keeps prepared data; None: ~/tensorflow_datasets.
-    seed: of the paper split.
+    split_file: of `Dataset.write_split`, where a run divided this folder: if it
+      exists, the parts are those, without images that are missing or new.
+
+  Raises:
+    ValueError: no such data set or split, or over 1 % of the images in
+      `split_file` are missing.
   """
   if split not in SPLITS:
     raise ValueError(f'expected split to be one of {SPLITS}, got {split!r}')
@@ -55,7 +75,9 @@ def open_dataset(
     splits.pop('test', None)
   if split == 'official':
     return _official(name, splits)
-  return _paper(name, splits, seed)
+  if name.startswith('folder:'):
+    return _paper_folder(name, splits, split_file)
+  return _paper(name, splits)
 
 
 def open_images(
@@ -98,8 +120,6 @@ def _open(name: str, data_dir: str | None) -> dict[str, Source]:
 
     return {split: PhotoSource(split) for split in ('train', 'test')}
   if kind == 'folder' and rest:
-    from rvq_jax.data.folders import open_folder
-
     return open_folder(rest)
   if kind == 'tfds' and rest:
     from rvq_jax.data.tfds_sources import open_tfds
@@ -127,19 +147,84 @@ def _official(name: str, splits: dict[str, Source]) -> Dataset:
   )
 
 
-def _paper(name: str, splits: dict[str, Source], seed: int) -> Dataset:
-  """Divides all labelled images 70-20-10, stratified by class (paper 4.1).
+def _paper(name: str, splits: dict[str, Source]) -> Dataset:
+  """Divides all labelled images 70-20-10, stratified by class (paper 4.1)."""
+  labels, kept = _labelled(name, splits)
+  return _divided(name, splits, [kept[i] for i in stratified_split(labels)])
 
-  Where no image has a label, all of them are one class.
-  """
+
+def _paper_folder(name: str, splits: dict[str, Source], split_file) -> Dataset:
+  """The same of a folder, by the names of its images, or as recorded."""
+  files = [file for source in splits.values() for file in source.identity()]
+  recorded = _read_split(split_file, name) if split_file else None
+  if recorded:
+    parts = _recorded_parts(name, files, recorded)
+  else:
+    labels, kept = _labelled(name, splits)
+    keys = [key for source in splits.values() for key in source.keys]
+    keys = [keys[i] for i in kept]
+    # Labels are the ranks of the sorted class names.
+    parts = [kept[i] for i in hashed_split(labels.tolist(), keys)]
+  names = [[files[i] for i in part] for part in parts]
+  return dataclasses.replace(
+    _divided(name, splits, parts), names=dict(zip(PARTS, names, strict=True))
+  )
+
+
+def _labelled(name, splits) -> tuple[np.ndarray, np.ndarray]:
+  """Labels and indices of the labelled images; of all if none has a label."""
   labels = np.concatenate([source.labels for source in splits.values()])
   kept = np.flatnonzero(labels >= 0)
   if kept.size == 0:
     kept = np.arange(len(labels))
-  parts = [kept[part] for part in stratified_split(labels[kept], seed)]
+  elif kept.size < labels.size:
+    count = labels.size - kept.size
+    logging.info('%s: left out %d images that have no class', name, count)
+  return labels[kept], kept
+
+
+def _divided(name, splits, parts) -> Dataset:
   if min(map(len, parts)) == 0:
     raise ValueError(
-      f'{name} has {len(kept)} images, too few to divide 70-20-10; expected '
-      'several of each class'
+      f'{name} has {sum(map(len, parts))} images, too few to divide 70-20-10'
     )
   return Dataset(name, *(Selection(splits.values(), part) for part in parts))
+
+
+def _read_split(path, name: str) -> dict[str, list[str]] | None:
+  """The recorded names; None without a record of this data set."""
+  if not Path(path).exists():
+    return None
+  found = read_json(path, _MAX_SPLIT_BYTES) or {}
+  if any(not isinstance(found.get(part), list) for part in PARTS):
+    raise ValueError(
+      f'{path} is damaged; it says which images were trained on: put back a '
+      'copy, or start anew in another --workdir'
+    )
+  return found if found.get('data') == name else None
+
+
+def _recorded_parts(name, files, recorded) -> list[np.ndarray]:
+  """Indices of the recorded images that are there."""
+  index = {file: i for i, file in enumerate(files)}
+  names = [file for part in PARTS for file in recorded[part]]
+  missing = [file for file in names if file not in index]
+  if len(missing) > MAX_SHARE * len(names):
+    raise ValueError(
+      f'{name}: {len(missing)} of the {len(names)} images that the run '
+      f'divided are missing, over {MAX_SHARE:.0%}; put them back, such as '
+      f'{printable(missing[0])}, or start anew in another --workdir'
+    )
+  new = len(files) - (len(names) - len(missing))
+  for count, what in ((len(missing), 'missing'), (new, 'new')):
+    if count:
+      logging.warning(
+        '%s: %s since the run divided it, and left out: %d of %d images',
+        *(name, what, count, len(names)),
+      )
+  return [
+    np.sort(
+      np.array([index[f] for f in recorded[part] if f in index], np.int64)
+    )
+    for part in PARTS
+  ]
