@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import fcntl
 import logging
 import sys
 import time
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from rvq_jax import metrics
+from rvq_jax import io, metrics
 from rvq_jax.data.datasets import SPLIT_FILE
 from rvq_jax.io import explain_full_disk, write_atomic
 from rvq_jax.training import config as config_lib
@@ -163,17 +162,11 @@ def lock(workdir) -> Iterator[None]:
       f'cannot make the folder {workdir}: {error.strerror}; give another '
       '--workdir'
     ) from error
-  with open(Path(workdir) / '.lock', 'a') as stream:
-    if jax.process_index() == 0:
-      try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
-        raise ValueError(
-          f'{workdir} is in use by another process; wait for it, stop it, or '
-          'give another --workdir'
-        ) from error
-      except OSError as error:  # some network file systems have no locks
-        logging.warning('%s cannot be locked: %s', workdir, error.strerror)
+  if jax.process_index():
+    yield
+    return
+  path = Path(workdir) / '.lock'
+  with io.lock(path, workdir, 'give another --workdir'):
     yield
 
 
