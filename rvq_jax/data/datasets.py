@@ -8,6 +8,7 @@ photos       crops of scikit-image's photographs, embedded (photos.py)
 import dataclasses
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def open_images(
     logging.info('photos is the folder ./photos; tfds:photos is the data set')
     full = 'folder:photos'
   elif name not in _PHOTOS and not name.startswith(('tfds:', 'folder:')):
-    if not Path(name).expanduser().exists():
+    if not os.path.exists(os.path.expanduser(name)):
       raise ValueError(
         f'there is no {name}: expected an image, a folder, tfds:NAME or photos'
       )

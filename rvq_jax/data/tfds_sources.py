@@ -121,6 +121,11 @@ def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
   """
   default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
   data_dir = os.path.expanduser(data_dir or default)
+  if data_dir.startswith('~'):
+    raise ValueError(
+      f'there is no home directory for {data_dir}; pass a folder as '
+      '--config.data.data_dir or --data_dir'
+    )
   directory = _find(name, data_dir) or prepare.prepare(name, data_dir)
   info = tfds.builder_from_directory(directory).info
   for split in (s for s in SPLITS if s in info.splits):
