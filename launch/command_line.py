@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -83,13 +84,22 @@ def _expand(path: str) -> str:
   return expanded
 
 
+def _reason(error: Exception) -> str:
+  """What flags raised, as a sentence."""
+  text = str(error) or type(error).__name__
+  if isinstance(error, KeyError | AttributeError):
+    return 'the config has no field ' + text.strip('\'"')
+  if 'Traceback' in text:  # of a config file; the last line says why
+    text = re.sub(r'^\w+Error: ', '', text.strip().splitlines()[-1])
+  # Several arguments of an exception read as a tuple.
+  return re.sub(r"\('(.*)', '(.*)'\)$", r"\1: '\2'", text)
+
+
 def _parse(argv, positional):
   try:
     rest = flags.FLAGS(argv)
   except Exception as error:  # config_flags lets any exception through
-    # It quotes the traceback of a config file; the last line says why.
-    lines = (str(error).strip('\'"') or repr(error)).splitlines()
-    fail(lines[-1] if 'Traceback' in str(error) else ' '.join(lines))
+    fail(_reason(error))
   if len(rest) > 1 + positional:
     more = f'at most {positional} paths and ' if positional else 'only '
     fail(f'expected {more}flags (--name=value), got {" ".join(rest[1:])!r}')

@@ -64,7 +64,7 @@ def open_dataset(
       `split_file` are missing.
   """
   if split not in SPLITS:
-    raise ValueError(f'expected split to be one of {SPLITS}, got {split!r}')
+    raise ValueError(f'split: expected official or paper, got {split!r}')
   if name in _PHOTOS and split == 'paper':
     raise ValueError(
       'photos: expected --config.data.split=official (train and test are crops '

@@ -204,7 +204,7 @@ def make_train_loader(
     process_count: divides `batch_size`.
   """
   if crop not in CROPS:
-    raise ValueError(f'expected crop to be one of {CROPS}, got {crop!r}')
+    raise ValueError(f'crop: expected one of {", ".join(CROPS)}, got {crop!r}')
   size = len(source) * image_size**2 * 3
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   if in_memory == 'auto':

@@ -82,7 +82,9 @@ def evaluate_run(
     ImportError: `perceptual` needs a package that is missing.
   """
   if split not in SPLITS:
-    raise ValueError(f'split: expected one of {SPLITS}, got {split!r}')
+    raise ValueError(
+      f'split: expected one of {", ".join(SPLITS)}, got {split!r}'
+    )
   if perceptual:
     networks.import_packages()
   if (save_images or perceptual) and jax.process_count() > 1:

@@ -277,7 +277,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
 def test_an_unknown_kind_or_split_lists_the_choices(name):
   with pytest.raises(ValueError, match=r'tfds:NAME \| folder:PATH \| photos'):
     open_dataset(name)
-  with pytest.raises(ValueError, match="'official', 'paper'"):
+  with pytest.raises(ValueError, match='expected official or paper, got'):
     open_dataset(name, split='random')
 
 

@@ -169,7 +169,7 @@ def test_out_of_memory_is_no_corrupt_image(make, monkeypatch, in_memory):
     ({'batch_size': 5, 'process_count': 2}, 'divides'),
     ({'batch_size': 0}, 'positive global batch size'),
     ({'batch_size': 11}, 'the training split has 10'),
-    ({'crop': 'centre'}, "'random_resized'"),
+    ({'crop': 'centre'}, "one of none, random, random_resized, got 'cen"),
     ({'crop': 'random', 'in_memory': True}, 'got crop random'),
     ({'image_size': 2**20, 'in_memory': True}, r'at most .* GB'),
   ],

@@ -118,7 +118,7 @@ def test_perceptual_metrics_are_stored_and_shown(run, monkeypatch, tmp_path):
 
 def test_wrong_requests_end_before_the_work(run, monkeypatch, tmp_path):
   monkeypatch.setattr(evaluate, 'load', None)
-  with pytest.raises(ValueError, match="'train', 'validation', 'test'"):
+  with pytest.raises(ValueError, match='one of train, validation, test, got'):
     evaluate_run(run, split='dev')
   (tmp_path / 'mine.txt').write_text('mine')
   with pytest.raises(ValueError, match='expected a new or empty folder'):
