@@ -30,14 +30,17 @@ _PHOTOS = ('photos', 'tfds:photos')
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """The parts to train on, to choose by and to report on, and a log line."""
+  """The parts to train on, to choose by and to report on, and a log line.
+
+  `names` are those of the images in each part, where a folder was divided.
+  """
 
   name: str
   train: Source
   validation: Source
   test: Source
   note: str = ''
-  names: dict[str, list[str]] | None = None  # per part, of a divided folder
+  names: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
   def write_split(self, path) -> None:
     """Writes the names of each part, for `open_dataset`; none: no file."""
@@ -76,9 +79,7 @@ def open_dataset(
     splits.pop('test', None)
   if split == 'official':
     return _official(name, splits)
-  if name.startswith('folder:'):
-    return _paper_folder(name, splits, split_file)
-  return _paper(name, splits)
+  return _paper(name, splits, split_file)
 
 
 def open_images(
@@ -148,53 +149,47 @@ def _official(name: str, splits: dict[str, Source]) -> Dataset:
   )
 
 
-def _paper(name: str, splits: dict[str, Source]) -> Dataset:
-  """Divides all labelled images 70-20-10, stratified by class (paper 4.1)."""
-  labels, kept = _labelled(name, splits)
-  return _divided(name, splits, [kept[i] for i in stratified_split(labels)])
+def _paper(name: str, splits: dict[str, Source], split_file) -> Dataset:
+  """Divides all labelled images 70-20-10, stratified by class (paper 4.1).
 
-
-def _paper_folder(name: str, splits: dict[str, Source], split_file) -> Dataset:
-  """The same of a folder, by the names of its images, or as recorded."""
-  files = [file for source in splits.values() for file in source.identity()]
-  recorded = _read_split(split_file, name) if split_file else None
-  if recorded:
-    parts = _recorded_parts(name, files, recorded)
-  else:
-    labels, kept = _labelled(name, splits)
-    keys = [key for source in splits.values() for key in source.keys]
-    keys = [keys[i] for i in kept]
-    # Labels are the ranks of the sorted class names.
-    parts = [kept[i] for i in hashed_split(labels.tolist(), keys)]
-  names = [[files[i] for i in part] for part in parts]
-  return dataclasses.replace(
-    _divided(name, splits, parts), names=dict(zip(PARTS, names, strict=True))
-  )
-
-
-def _labelled(name, splits) -> tuple[np.ndarray, np.ndarray]:
-  """Labels and indices of the labelled images; of all if none has a label."""
+  Where no image has a label, all of them are one class. A folder is divided by
+  its names, or as recorded.
+  """
   labels = np.concatenate([source.labels for source in splits.values()])
   kept = np.flatnonzero(labels >= 0)
   if kept.size == 0:
     kept = np.arange(len(labels))
-  elif kept.size < labels.size:
-    count = labels.size - kept.size
-    logging.info('%s: left out %d images that have no class', name, count)
-  return labels[kept], kept
-
-
-def _divided(name, splits, parts) -> Dataset:
+  files = recorded = None
+  if name.startswith('folder:'):
+    files = [file for source in splits.values() for file in source.identity()]
+    recorded = _read_split(split_file, name)
+  if recorded:
+    parts = _recorded_parts(name, files, recorded)
+  else:
+    if kept.size < labels.size:
+      count = labels.size - kept.size
+      logging.info('%s: left out %d images that have no class', name, count)
+    if files:
+      keys = [key for source in splits.values() for key in source.keys]
+      parts = hashed_split(labels[kept], [keys[i] for i in kept])
+    else:
+      parts = stratified_split(labels[kept])
+    parts = [kept[part] for part in parts]
   if min(map(len, parts)) == 0:
     raise ValueError(
       f'{name} has {sum(map(len, parts))} images, too few to divide 70-20-10'
     )
-  return Dataset(name, *(Selection(splits.values(), part) for part in parts))
+  named = [[files[i] for i in part] for part in parts] if files else ()
+  return Dataset(
+    name,
+    *(Selection(splits.values(), part) for part in parts),
+    names=dict(zip(PARTS, named, strict=False)),
+  )
 
 
 def _read_split(path, name: str) -> dict[str, list[str]] | None:
   """The recorded names; None without a record of this data set."""
-  if not Path(path).exists():
+  if path is None or not Path(path).exists():
     return None
   found = read_json(path, _MAX_SPLIT_BYTES) or {}
   if any(not isinstance(found.get(part), list) for part in PARTS):

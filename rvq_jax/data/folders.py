@@ -104,28 +104,24 @@ def _split_folders(path: str) -> dict[str, str]:
 
 def _list_images(root: str, split: str, left_out) -> list[tuple[str, str]]:
   """Lists (class, path relative to root) of one split, sorted."""
-  folders, images, others = _scan(os.path.join(root, split))
   where = os.path.normpath(os.path.join(root, split))
+  folders, images, _ = _scan(where)
   if folders and images:
     raise ValueError(
       f'{printable(where)}: expected one folder of images per class, or images '
       f'only, got {printable(images[0])} and {printable(folders[0])}'
     )
-  left_out += [os.path.join(split, name) for name in others]
-  files = [('', os.path.join(split, image)) for image in images]
-  for folder in folders:
-    inside = _walk(root, os.path.join(split, folder), left_out)
-    files += [(folder, file) for file in inside]
-    if not inside:
-      where = os.path.join(where, folder)
-      files = []
-      break
-  if not files:
+  listed = _walk(root, split, left_out)
+  depth = len(os.path.join(split, '_')) - 1
+  named = [(x[depth:].partition('/')[0] if folders else '', x) for x in listed]
+  empty = sorted({*(folders or [''])} - {folder for folder, _ in named})
+  if empty:
+    where = os.path.normpath(os.path.join(where, empty[0]))
     raise ValueError(
       f'{printable(where)} holds no images; expected files such as .jpg, .png '
       'or .webp, or one folder of them per class'
     )
-  return files
+  return named
 
 
 def _walk(root: str, inside: str, left_out: list[str]) -> list[str]:

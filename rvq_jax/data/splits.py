@@ -5,6 +5,7 @@ promises for ever and on every platform, unlike `Generator.permutation`.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -57,38 +58,28 @@ def stratified_split(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
   return [np.sort(np.concatenate(part)) for part in parts]
 
 
-def hashed_split(
-  classes: Sequence[str], keys: Sequence[str]
-) -> list[np.ndarray]:
-  """Splits by name, so that few images move where few files change.
+def hashed_split(labels: np.ndarray, keys: Sequence[str]) -> list[np.ndarray]:
+  """Splits by name: 70-20-10 over the whole set, classes as even as can be.
 
-  Classes in sorted order, each ordered by SHA-256 of the key, are laid end to
-  end; a class that ends at image C of that row is cut so that the classes up to
-  it have round(0.7 C) training images and round(0.9 C) of training and
-  validation. So the shares hold over the whole set, and a part has within one
-  image of its share of every class.
+  The classes, each in the order of the SHA-256 of its keys, are laid end to
+  end, and a class that ends at C is cut where the classes up to it have
+  round(0.7 C) training images and round(0.9 C) of training and validation.
 
   Args:
-    classes: of each image.
+    labels: integers [n].
     keys: names of the images, such as CLASS/NAME.
 
   Returns: the sorted int64 indices of train, validation and test.
   """
-  members: dict[str, list[int]] = {name: [] for name in sorted({*classes})}
-  for index, name in enumerate(classes):
-    members[name].append(index)
-  hashes = [
-    hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest()
-    for key in keys
-  ]
-  parts, end = ([], [], []), 0
-  for indices in members.values():
-    indices.sort(key=hashes.__getitem__)
-    start, end = end, end + len(indices)
-    # Rounded in integers: the same on every machine.
-    one, two = ((s * end + 5) // 10 - (s * start + 5) // 10 for s in (7, 9))
-    for part, piece in zip(
-      parts, (indices[:one], indices[one:two], indices[two:]), strict=True
-    ):
-      part += piece
-  return [np.sort(np.array(part, np.int64)) for part in parts]
+  hashes = [hashlib.sha256(os.fsencode(key)).digest() for key in keys]
+  order = sorted(range(len(keys)), key=lambda i: (labels[i], hashes[i]))
+  ends = np.cumsum(np.unique(labels, return_counts=True)[1])
+  # Rounded in integers: the same on every machine.
+  edges = np.append(0, ends)
+  cuts = np.diff([(share * edges + 5) // 10 for share in (7, 9)]).T
+  parts = [[], [], []]
+  members = np.split(np.array(order, np.int64), ends[:-1])
+  for some, cut in zip(members, cuts, strict=True):
+    for part, piece in zip(parts, np.split(some, cut), strict=True):
+      part.append(piece)
+  return [np.sort(np.concatenate(part)) for part in parts]

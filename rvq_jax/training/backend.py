@@ -7,12 +7,9 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-
-_PLUGINS = ('jax-cuda12-plugin', 'jax-cuda13-plugin')
 
 
 def prepare_backend() -> None:
@@ -42,44 +39,34 @@ def prepare_backend() -> None:
     # because those of threads cannot grow beyond 64 MiB.
     for option in ((-4, 0), (-1, -1), (-8, 1)):
       ctypes.CDLL(None).mallopt(*option)
-  if not jax.config.jax_platforms:
-    gpus = Path('/proc/driver/nvidia/gpus')
-    advice = gpu_advice(_versions(), gpus.is_dir() and any(gpus.iterdir()))
-    if advice:
-      logging.warning('%s', advice)
+  gpu = any(Path('/proc/driver/nvidia/gpus').glob('*'))
+  advice = '' if jax.config.jax_platforms else gpu_advice(gpu)
+  if advice:
+    logging.warning('%s', advice)
 
 
-def _versions() -> dict[str, str]:
-  """Versions of jaxlib and of the CUDA plugins that are installed."""
-  versions = {}
-  for name in ('jaxlib', *_PLUGINS):
-    try:
-      versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      pass
-  return versions
-
-
-def gpu_advice(versions: Mapping[str, str], gpu: bool) -> str:
+def gpu_advice(gpu: bool) -> str:
   """What to install where JAX cannot use an NVIDIA GPU; '' if it can.
 
   JAX leaves a plugin of another version than jaxlib aside, and runs on the CPU.
 
   Args:
-    versions: of the installed ones of jaxlib and the CUDA plugins.
-    gpu: whether the machine has an NVIDIA GPU.
+    gpu: whether the machine has one.
   """
-  jaxlib, plugins = versions['jaxlib'], [n for n in _PLUGINS if n in versions]
-  if any(versions[name] == jaxlib for name in plugins):
-    return ''
-  for name in plugins:
-    extra = name.split('-')[1]
-    return (
-      f'{name} {versions[name]} does not fit jaxlib {jaxlib}, so that JAX sees '
-      f'no GPU: pip install "jax[{extra}]=={jaxlib}"'
+  jaxlib, others = importlib.metadata.version('jaxlib'), ''
+  for cuda in ('cuda12', 'cuda13'):
+    try:
+      found = importlib.metadata.version(f'jax-{cuda}-plugin')
+    except importlib.metadata.PackageNotFoundError:
+      continue
+    if found == jaxlib:
+      return ''
+    others = (
+      f'jax-{cuda}-plugin {found} does not fit jaxlib {jaxlib}, so that JAX '
+      f'sees no GPU: pip install "jax[{cuda}]=={jaxlib}"'
     )
-  if not gpu:
-    return ''
+  if others or not gpu:
+    return others
   return (
     'this machine has an NVIDIA GPU that JAX does not see: pip install '
     f'"jax[cuda12]=={jaxlib}", or cuda13, whichever the driver has'
