@@ -68,15 +68,22 @@ def _divide(root, split_file=None):
 
 
 def test_a_folder_is_divided_by_the_hashes_of_its_names(tmp_path):
-  names = [f'{c}/{i}.png' for c in ('a', 'b') for i in range(10)]
+  # Up to a, b and c: 3, 7 and 13 images; 0.7 and 0.9 of them, rounded: 2 and
+  # 3, 5 and 6, 9 and 12.
+  cuts = {
+    'a': ((0, 2), (2, 3), (3, 3)),
+    'b': ((0, 3), (3, 3), (3, 4)),
+    'c': ((0, 4), (4, 6), (6, 6)),
+  }
+  names = [f'{c}/{i}.png' for c in cuts for i in range(cuts[c][2][1])]
   _fill(tmp_path, *names)
   expected = [set(), set(), set()]
-  for c in ('a', 'b'):
+  for c in cuts:
     order = sorted(
       (name for name in names if name[0] == c),
       key=lambda name: hashlib.sha256(name.encode()).hexdigest(),
     )
-    for part, cut in zip(expected, ((0, 7), (7, 9), (9, 10)), strict=True):
+    for part, cut in zip(expected, cuts[c], strict=True):
       part.update(order[slice(*cut)])
   assert _divide(tmp_path) == expected
 
@@ -172,10 +179,10 @@ def _read(root, *files):
 
 
 def test_a_class_called_train_is_no_split(tmp_path, caplog):
-  files = ['bus/x.png', 'car/y.png', 'train/z.png']
+  files = ['bus/x.png', 'test/y.png', 'train/z.png']
   with caplog.at_level(logging.INFO):
     assert _read(tmp_path, *files) == {'all': (files, [0, 1, 2])}
-  assert 'all 3 images, 3 folders read as classes (bus, car, tr' in caplog.text
+  assert 'all 3 images, 3 folders read as classes (bus, test, tr' in caplog.text
 
 
 @pytest.mark.parametrize(
