@@ -1,11 +1,7 @@
 """What the launchers share: flags, logging, the backend, one-line errors."""
 
-import ctypes
-import hashlib
-import importlib.metadata
 import logging
 import os
-import platform
 import re
 import sys
 import threading
@@ -19,6 +15,7 @@ from ml_collections import config_flags
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))  # configs import each other and the package
 _EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
+_PATHS = ('workdir', 'input', 'output', 'data_dir', 'save_images')
 _LOST = 75  # EX_TEMPFAIL: the same command resumes the run
 
 
@@ -50,8 +47,10 @@ def config_name(flag) -> str:
   given = config_flags.get_config_filename(flag) if flag.present else ''
   path, _, variant = given.partition(':')
   if not Path(path).is_file():
-    names = ', '.join(sorted(map(str, Path('configs').glob('*.py'))))
-    fail(f'expected --config=configs/NAME.py; there are {names}; got {path!r}')
+    configs = sorted(map(os.path.relpath, (ROOT / 'configs').glob('*.py')))
+    names = ', '.join(configs)
+    what = path or 'none'
+    fail(f'expected --config=configs/NAME.py; there are {names}; got {what}')
   return Path(path).stem + (f'_{variant}' if variant else '')
 
 
@@ -71,45 +70,43 @@ def check_output(path: str, suffix: str) -> None:
 
 
 def prepare_backend() -> None:
-  """Keeps compiled programs on disk and freed memory; what users set wins.
+  """See `rvq_jax.training.backend`, which takes a moment to import."""
+  from rvq_jax.training import backend
 
-  Programs are kept per kind of CPU, since home directories are shared. XLA:CPU
-  allocates its temporaries in each call: glibc would return them to the kernel,
-  and page faults would be a third of a step (docs/scale.md).
-  """
-  import jax
+  backend.prepare_backend()
 
-  if not jax.config.jax_compilation_cache_dir:
-    info = Path('/proc/cpuinfo')
-    text = info.read_text() if info.exists() else ''
-    flags_of_cpu = re.search('^flags.*|$', text, re.M)[0].encode()
-    kind = (
-      f'{platform.machine()}-{hashlib.sha256(flags_of_cpu).hexdigest()[:8]}'
-    )
-    home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    folder = Path(home, 'rvq_jax', 'compiled', kind)
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-  plugins = importlib.metadata.entry_points(group='jax_plugins')
-  on_cpu = (jax.config.jax_platforms or ('' if plugins else 'cpu')) == 'cpu'
-  chosen = re.search('MALLOC_|GLIBC_TUNABLES', ' '.join(os.environ))
-  if on_cpu and not chosen and platform.libc_ver()[0] == 'glibc':
-    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of malloc.h; one arena,
-    # because those of threads cannot grow beyond 64 MiB.
-    for option in ((-4, 0), (-1, -1), (-8, 1)):
-      ctypes.CDLL(None).mallopt(*option)
+
+def _expand(path: str) -> str:
+  """Replaces a leading ~, which shells leave in --name=~/value."""
+  expanded = os.path.expanduser(path)
+  if expanded == '~' or expanded.startswith('~/'):
+    fail(f'there is no home directory for {path}; give the whole path')
+  return expanded
+
+
+def _reason(error: Exception) -> str:
+  """What flags raised, as a sentence."""
+  text = str(error) or type(error).__name__
+  if isinstance(error, KeyError | AttributeError):
+    return 'the config has no field ' + text.strip('\'"')
+  if 'Traceback' in text:  # of a config file; the last line says why
+    text = re.sub(r'^\w+Error: ', '', text.strip().splitlines()[-1])
+  # Several arguments of an exception read as a tuple.
+  return re.sub(r"\('(.*)', '(.*)'\)$", r"\1: '\2'", text)
 
 
 def _parse(argv, positional):
   try:
     rest = flags.FLAGS(argv)
   except Exception as error:  # config_flags lets any exception through
-    # It quotes the traceback of a config file; the last line says why.
-    lines = (str(error).strip('\'"') or repr(error)).splitlines()
-    fail(lines[-1] if 'Traceback' in str(error) else ' '.join(lines))
+    fail(_reason(error))
   if len(rest) > 1 + positional:
     more = f'at most {positional} paths and ' if positional else 'only '
     fail(f'expected {more}flags (--name=value), got {" ".join(rest[1:])!r}')
-  return rest
+  for name in _PATHS:
+    if name in flags.FLAGS and flags.FLAGS[name].value:
+      flags.FLAGS[name].value = _expand(flags.FLAGS[name].value)
+  return [rest[0], *map(_expand, rest[1:])]
 
 
 def run(main, *, positional: int = 0) -> None:

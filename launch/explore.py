@@ -27,6 +27,7 @@ def main():
   if not _WORKDIR.value:
     command_line.fail('expected --workdir=DIR, of a run or an export')
   step = command_line.parse_step(_STEP.value)
+  from rvq_jax.data.datasets import SPLIT_FILE
   from rvq_jax.evaluation.load import load
   from rvq_jax.explorer import page
 
@@ -34,7 +35,11 @@ def main():
   page.check_output(_OUTPUT.value)
   tokenizer = load(_WORKDIR.value, step)
   images = page.example_images(
-    tokenizer, _IMAGES.value, source=_INPUT.value, data_dir=_DATA_DIR.value
+    tokenizer,
+    _IMAGES.value,
+    source=_INPUT.value,
+    data_dir=_DATA_DIR.value,
+    split_file=Path(_WORKDIR.value) / SPLIT_FILE,
   )
   name = Path(_WORKDIR.value).resolve().name
   page.write_page(_OUTPUT.value, page.page_data(tokenizer, name, images))

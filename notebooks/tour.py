@@ -30,11 +30,12 @@ root = Path.cwd()
 while not (root / 'configs' / 'photos.py').exists() and root != root.parent:
   root = root.parent
 if not (root / 'configs' / 'photos.py').exists():
+  root = Path('rvq_jax').resolve()  # a clone, after a restart of the runtime
+if not (root / 'configs' / 'photos.py').exists():
   if not REPOSITORY:
     raise SystemExit('Set REPOSITORY, or open the notebook in a checkout.')
   clone = ['git', 'clone', '--depth=1', REPOSITORY, 'rvq_jax']
   subprocess.run(clone, check=True)
-  root = Path('rvq_jax').resolve()
   install = [sys.executable, '-m', 'pip', 'install', '-q', '-e', str(root)]
   subprocess.run(install, check=True)
 os.chdir(root)

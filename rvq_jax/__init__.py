@@ -8,6 +8,8 @@ from rvq_jax.quantize.gradients import reflect, rotate, straight_through
 from rvq_jax.quantize.search import nearest_codes
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
+__version__ = '0.1.0'
+
 __all__ = [
   'VQVAE',
   'Codebook',

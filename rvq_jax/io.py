@@ -1,9 +1,11 @@
-"""Files that are whole or absent, digests of arrays, and a full disk."""
+"""Files that are whole or absent, locks, digests of arrays, a full disk."""
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -42,6 +44,35 @@ def write_atomic(path, content: str | bytes) -> None:
   finally:
     with contextlib.suppress(OSError):
       partial.unlink()
+
+
+@contextlib.contextmanager
+def lock(path, name, advice: str) -> Iterator[None]:
+  """Holds the lock of a file or folder, which the system frees at any end.
+
+  Args:
+    path: of a folder, or of a file that is made where there is none.
+    name: what to call it in an error.
+    advice: what to do instead, in an error.
+
+  Raises:
+    ValueError: another process holds it.
+  """
+  flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT
+  descriptor = os.open(path, flags, 0o666)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(
+        f'{name} is in use by another process; wait for it, stop it, or '
+        f'{advice}'
+      ) from error
+    except OSError as error:  # some network file systems have no locks
+      logging.warning('%s cannot be locked: %s', name, error.strerror)
+    yield
+  finally:
+    os.close(descriptor)
 
 
 def read_json(path, max_bytes: int = 2**20) -> dict[str, Any] | None:

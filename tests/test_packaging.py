@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import rvq_jax
 from rvq_jax.evaluation.export import export_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,8 +71,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel):
 def test_the_wheel_holds_its_licence_and_its_dependencies(wheel):
   names, about = wheel
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-  version = project['version']
-  assert f'rvq_jax-{version}.dist-info/licenses/LICENSE' in names
+  assert f'rvq_jax-{rvq_jax.__version__}.dist-info/licenses/LICENSE' in names
   assert 'License-Expression: Apache-2.0' in about
   for name in ('jax', 'flax', 'safetensors'):
     assert f'Requires-Dist: {name}' in about

@@ -6,32 +6,51 @@ photos       crops of scikit-image's photographs, embedded (photos.py)
 """
 
 import dataclasses
+import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 
+from rvq_jax.data.decoding import MAX_SHARE
+from rvq_jax.data.folders import open_folder, printable
 from rvq_jax.data.sources import Selection, Source
-from rvq_jax.data.splits import stratified_split
+from rvq_jax.data.splits import hashed_split, stratified_split
+from rvq_jax.io import read_json, write_atomic
 
 SPLITS = ('official', 'paper')
+PARTS = ('train', 'validation', 'test')
+SPLIT_FILE = 'split.json'
+"""In a workdir: the names in each part of a folder that the run divided."""
+_MAX_SPLIT_BYTES = 2**30
 # The second names the embedded set beside a folder called photos.
 _PHOTOS = ('photos', 'tfds:photos')
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """The parts to train on, to choose by and to report on, and a log line."""
+  """The parts to train on, to choose by and to report on, and a log line.
+
+  `names` are those of the images in each part, where a folder was divided.
+  """
 
   name: str
   train: Source
   validation: Source
   test: Source
   note: str = ''
+  names: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+  def write_split(self, path) -> None:
+    """Writes the names of each part, for `open_dataset`; none: no file."""
+    if self.names:
+      content = {'data': self.name} | self.names
+      write_atomic(path, json.dumps(content, indent=0))
 
 
 def open_dataset(
-  name: str, *, split: str = 'official', data_dir=None, seed: int = 0
+  name: str, *, split: str = 'official', data_dir=None, split_file=None
 ) -> Dataset:
   """Opens a data set by name and divides it.
 
@@ -40,10 +59,15 @@ def open_dataset(
     split: 'official' for the data set's own splits; 'paper' for 70-20-10 of
       all its labelled images, stratified by class.
     data_dir: where tfds keeps prepared data; None: ~/tensorflow_datasets.
-    seed: of the paper split.
+    split_file: of `Dataset.write_split`, where a run divided this folder: if it
+      exists, the parts are those, without images that are missing or new.
+
+  Raises:
+    ValueError: no such data set or split, or over 1 % of the images in
+      `split_file` are missing.
   """
   if split not in SPLITS:
-    raise ValueError(f'expected split to be one of {SPLITS}, got {split!r}')
+    raise ValueError(f'split: expected official or paper, got {split!r}')
   if name in _PHOTOS and split == 'paper':
     raise ValueError(
       'photos: expected --config.data.split=official (train and test are crops '
@@ -55,7 +79,7 @@ def open_dataset(
     splits.pop('test', None)
   if split == 'official':
     return _official(name, splits)
-  return _paper(name, splits, seed)
+  return _paper(name, splits, split_file)
 
 
 def open_images(
@@ -77,7 +101,7 @@ def open_images(
     logging.info('photos is the folder ./photos; tfds:photos is the data set')
     full = 'folder:photos'
   elif name not in _PHOTOS and not name.startswith(('tfds:', 'folder:')):
-    if not Path(name).expanduser().exists():
+    if not os.path.exists(os.path.expanduser(name)):
       raise ValueError(
         f'there is no {name}: expected an image, a folder, tfds:NAME or photos'
       )
@@ -98,8 +122,6 @@ def _open(name: str, data_dir: str | None) -> dict[str, Source]:
 
     return {split: PhotoSource(split) for split in ('train', 'test')}
   if kind == 'folder' and rest:
-    from rvq_jax.data.folders import open_folder
-
     return open_folder(rest)
   if kind == 'tfds' and rest:
     from rvq_jax.data.tfds_sources import open_tfds
@@ -127,19 +149,78 @@ def _official(name: str, splits: dict[str, Source]) -> Dataset:
   )
 
 
-def _paper(name: str, splits: dict[str, Source], seed: int) -> Dataset:
+def _paper(name: str, splits: dict[str, Source], split_file) -> Dataset:
   """Divides all labelled images 70-20-10, stratified by class (paper 4.1).
 
-  Where no image has a label, all of them are one class.
+  Where no image has a label, all of them are one class. A folder is divided by
+  its names, or as recorded.
   """
   labels = np.concatenate([source.labels for source in splits.values()])
   kept = np.flatnonzero(labels >= 0)
   if kept.size == 0:
     kept = np.arange(len(labels))
-  parts = [kept[part] for part in stratified_split(labels[kept], seed)]
+  files = recorded = None
+  if name.startswith('folder:'):
+    files = [file for source in splits.values() for file in source.identity()]
+    recorded = _read_split(split_file, name)
+  if recorded:
+    parts = _recorded_parts(name, files, recorded)
+  else:
+    if kept.size < labels.size:
+      count = labels.size - kept.size
+      logging.info('%s: left out %d images that have no class', name, count)
+    if files:
+      keys = [key for source in splits.values() for key in source.keys]
+      parts = hashed_split(labels[kept], [keys[i] for i in kept])
+    else:
+      parts = stratified_split(labels[kept])
+    parts = [kept[part] for part in parts]
   if min(map(len, parts)) == 0:
     raise ValueError(
-      f'{name} has {len(kept)} images, too few to divide 70-20-10; expected '
-      'several of each class'
+      f'{name} has {sum(map(len, parts))} images, too few to divide 70-20-10'
     )
-  return Dataset(name, *(Selection(splits.values(), part) for part in parts))
+  named = [[files[i] for i in part] for part in parts] if files else ()
+  return Dataset(
+    name,
+    *(Selection(splits.values(), part) for part in parts),
+    names=dict(zip(PARTS, named, strict=False)),
+  )
+
+
+def _read_split(path, name: str) -> dict[str, list[str]] | None:
+  """The recorded names; None without a record of this data set."""
+  if path is None or not Path(path).exists():
+    return None
+  found = read_json(path, _MAX_SPLIT_BYTES) or {}
+  if any(not isinstance(found.get(part), list) for part in PARTS):
+    raise ValueError(
+      f'{path} is damaged; it says which images were trained on: put back a '
+      'copy, or start anew in another --workdir'
+    )
+  return found if found.get('data') == name else None
+
+
+def _recorded_parts(name, files, recorded) -> list[np.ndarray]:
+  """Indices of the recorded images that are there."""
+  index = {file: i for i, file in enumerate(files)}
+  names = [file for part in PARTS for file in recorded[part]]
+  missing = [file for file in names if file not in index]
+  if len(missing) > MAX_SHARE * len(names):
+    raise ValueError(
+      f'{name}: {len(missing)} of the {len(names)} images that the run '
+      f'divided are missing, over {MAX_SHARE:.0%}; put them back, such as '
+      f'{printable(missing[0])}, or start anew in another --workdir'
+    )
+  new = len(files) - (len(names) - len(missing))
+  for count, what in ((len(missing), 'missing'), (new, 'new')):
+    if count:
+      logging.warning(
+        '%s: %s since the run divided it, and left out: %d of %d images',
+        *(name, what, count, len(names)),
+      )
+  return [
+    np.sort(
+      np.array([index[f] for f in recorded[part] if f in index], np.int64)
+    )
+    for part in PARTS
+  ]

@@ -4,21 +4,26 @@ Class folders may be left out (no labels), and so may the split folders (only
 the paper's split can then divide the images).
 """
 
+import logging
 import os
 
 import numpy as np
 
 from rvq_jax.data.sources import Record, Source
+from rvq_jax.data.transforms import extensions
 
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp')
 SPLITS = ('train', 'validation', 'test')
+_SHOWN = 5  # names in a line of the log
 
 
 class FolderSource(Source):
-  """The images `files`, paths in the folder `root`, with their labels [n]."""
+  """The images `files`, paths in the folder `root`, with their labels [n].
 
-  def __init__(self, root: str, files: list[str], labels):
-    self._root, self._files = root, files
+  `keys` name them as CLASS/NAME, whatever split folder they are in.
+  """
+
+  def __init__(self, root: str, files: list[str], labels, keys: list[str]):
+    self._root, self._files, self.keys = root, files, keys
     self.labels = np.asarray(labels, np.int32)
 
   def __len__(self):
@@ -35,12 +40,14 @@ class FolderSource(Source):
 
 
 def open_folder(path: str) -> dict[str, Source]:
-  """Finds the images under a folder.
+  """Finds the images under a folder; logs what was read as what.
 
   Args:
-    path: of a folder with the folders train, validation (or val) and test, each
-      holding one folder of images per class or images only; of a folder that
-      holds classes or images itself; or of one image. `~` is expanded.
+    path: of a folder that holds nothing but the folders train, validation (or
+      val) and test, each with one folder of images per class or images only; of
+      a folder that holds classes or images itself; or of one image. A lone
+      train is a split if it holds folders. Folders in a class belong to it. `~`
+      is expanded.
 
   Returns:
     Source by split name; 'all' where there are no split folders. Labels are
@@ -49,62 +56,86 @@ def open_folder(path: str) -> dict[str, Source]:
   path = os.path.abspath(os.path.expanduser(path))
   if os.path.isfile(path):
     root, file = os.path.split(path)
-    return {'all': FolderSource(root, [file], [-1])}
+    return {'all': FolderSource(root, [file], [-1], [file])}
+  left_out: list[str] = []
+  found = _split_folders(path)
+  folders = {split: found[split] for split in SPLITS if split in found}
+  listed = {
+    split: _list_images(path, folder, left_out)
+    for split, folder in (folders or {'all': ''}).items()
+  }
+  # Images outside class folders have class '', which is no class.
+  names = sorted(
+    {name for files in listed.values() for name, _ in files} - {''}
+  )
+  label = {name: i for i, name in enumerate(names)}
+  sources = {}
+  for split, files in listed.items():
+    labels = [label.get(name, -1) for name, _ in files]
+    files = [file for _, file in files]
+    keys = [os.path.relpath(file, folders.get(split, '.')) for file in files]
+    sources[split] = FolderSource(path, files, labels, keys)
+  _log(path, sources, names, left_out)
+  return sources
+
+
+def _split_folders(path: str) -> dict[str, str]:
+  """The folder of each split; none where other folders or images are there."""
+  folders, images, _ = _scan(path)
   found: dict[str, str] = {}
-  for folder in _scan(path)[0]:
+  for folder in folders:
     split = {'val': 'validation'}.get(folder.lower(), folder.lower())
+    if split not in SPLITS or images:
+      return {}
     if split in found:
       raise ValueError(
         f'{printable(path)} has both {found[split]} and {folder}; keep one'
       )
-    if split in SPLITS:
-      found[split] = folder
+    found[split] = folder
   if found and 'train' not in found:
     raise ValueError(
       f'{printable(path)} has {", ".join(sorted(found.values()))} but no '
       'folder train'
     )
-  listed = {
-    split: _list_images(path, found[split])
-    for split in SPLITS
-    if split in found
-  } or {'all': _list_images(path, '')}
-  names = {name for files in listed.values() for name, _ in files}
-  # Images outside class folders have class '', which is no class.
-  label = {name: i for i, name in enumerate(sorted(names - {''}))}
-  sources = {}
-  for split, files in listed.items():
-    labels = [label.get(name, -1) for name, _ in files]
-    sources[split] = FolderSource(path, [file for _, file in files], labels)
-  return sources
+  if len(found) == 1 and not _scan(os.path.join(path, found['train']))[0]:
+    return {}
+  return found
 
 
-def _list_images(root: str, split: str) -> list[tuple[str, str]]:
+def _list_images(root: str, split: str, left_out) -> list[tuple[str, str]]:
   """Lists (class, path relative to root) of one split, sorted."""
-  where = os.path.join(root, split)
-  folders, images = _scan(where)
+  where = os.path.normpath(os.path.join(root, split))
+  folders, images, _ = _scan(where)
   if folders and images:
     raise ValueError(
       f'{printable(where)}: expected one folder of images per class, or images '
       f'only, got {printable(images[0])} and {printable(folders[0])}'
     )
-  files = []
-  for folder in folders or ['']:
-    inside = os.path.join(split, folder)
-    where = os.path.normpath(os.path.join(root, inside))
-    if folder:
-      _, images = _scan(where)
-    if not images:
-      raise ValueError(
-        f'{printable(where)} holds no images; expected '
-        f'{", ".join(EXTENSIONS)} files, or one folder of them per class'
-      )
-    files += [(folder, os.path.join(inside, image)) for image in images]
+  listed = _walk(root, split, left_out)
+  depth = len(os.path.join(split, '_')) - 1
+  named = [(x[depth:].partition('/')[0] if folders else '', x) for x in listed]
+  empty = sorted({*(folders or [''])} - {folder for folder, _ in named})
+  if empty:
+    where = os.path.normpath(os.path.join(where, empty[0]))
+    raise ValueError(
+      f'{printable(where)} holds no images; expected files such as .jpg, .png '
+      'or .webp, or one folder of them per class'
+    )
+  return named
+
+
+def _walk(root: str, inside: str, left_out: list[str]) -> list[str]:
+  """Lists the images in a folder and in those below it."""
+  folders, images, others = _scan(os.path.join(root, inside))
+  left_out += [os.path.join(inside, name) for name in others]
+  files = [os.path.join(inside, image) for image in images]
+  for folder in folders:
+    files += _walk(root, os.path.join(inside, folder), left_out)
   return files
 
 
-def _scan(path: str) -> tuple[list[str], list[str]]:
-  """Returns the sorted names of the folders and of the images in `path`."""
+def _scan(path: str) -> tuple[list[str], list[str], list[str]]:
+  """Returns the sorted names of folders, images and other files in `path`."""
   try:
     with os.scandir(path) as entries:
       shown = [entry for entry in entries if not entry.name.startswith('.')]
@@ -112,9 +143,28 @@ def _scan(path: str) -> tuple[list[str], list[str]]:
     raise ValueError(
       f'cannot read the folder {printable(path)}: {error.strerror}'
     ) from error
-  folders = sorted(entry.name for entry in shown if entry.is_dir())
-  files = sorted(entry.name for entry in shown if not entry.is_dir())
-  return folders, [f for f in files if f.lower().endswith(EXTENSIONS)]
+  found = [], [], []
+  for entry in sorted(shown, key=lambda entry: entry.name):
+    image = entry.name.lower().endswith(extensions()) and entry.is_file()
+    found[0 if entry.is_dir() else 1 if image else 2].append(entry.name)
+  return found
+
+
+def _log(path, sources, classes, left_out) -> None:
+  """One line on what was read as what."""
+  counts = [f'{name} {len(source):,}' for name, source in sources.items()]
+  text = f'{printable(path)}: {", ".join(counts)} images'
+  if classes:
+    text += f', {len(classes):,} folders read as classes ({_some(classes)})'
+  if left_out:
+    text += f'; left out {len(left_out):,} files that are no images'
+    text += f' ({_some(left_out)})'
+  logging.info('%s', text)
+
+
+def _some(names: list[str]) -> str:
+  shown = ', '.join(map(printable, names[:_SHOWN]))
+  return shown + (', ...' if len(names) > _SHOWN else '')
 
 
 def printable(name: str) -> str:

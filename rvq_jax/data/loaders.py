@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import weakref
 from collections.abc import Iterator
@@ -49,12 +50,22 @@ class TrainLoader:
     return {'step': self._step, 'images': self.num_examples}
 
   def seek(self, position: dict[str, int]) -> None:
-    """Makes the batch at `position` the next one; refuses another set's."""
-    if position['images'] != self.num_examples:
+    """Makes the batch at `position` the next one; refuses another set's.
+
+    A set that has lost up to 2 % of its images is taken, with one line: 1 % of
+    a divided set may all be of its training part.
+    """
+    had, count = position['images'], self.num_examples
+    if not had * (1 - 2 * decoding.MAX_SHARE) <= count <= had:
       raise ValueError(
-        f'the training set has {self.num_examples} images that can be decoded '
-        f'and had {position["images"]}; put it back as it was, or start anew '
-        'in another --workdir'
+        f'the training set has {count} images that can be decoded and had '
+        f'{had}; put it back as it was, or start anew in another --workdir'
+      )
+    if count < had:
+      logging.warning(
+        'the training set has %d images that can be decoded and had %d: the '
+        'run resumes, but not bit-exact',
+        *(count, had),
       )
     self._step = position['step']
 
@@ -193,7 +204,7 @@ def make_train_loader(
     process_count: divides `batch_size`.
   """
   if crop not in CROPS:
-    raise ValueError(f'expected crop to be one of {CROPS}, got {crop!r}')
+    raise ValueError(f'crop: expected one of {", ".join(CROPS)}, got {crop!r}')
   size = len(source) * image_size**2 * 3
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   if in_memory == 'auto':

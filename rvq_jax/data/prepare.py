@@ -29,6 +29,8 @@ from rvq_jax.io import explain_full_disk
 
 CIFAR_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR_SHA = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
+KNOWN = {'cifar10': '3.0.2', 'imagenet2012': '5.1.0'}
+"""Sets that can be prepared without TensorFlow, and their versions."""
 IMAGENET_ARCHIVES = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 _CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'
 
@@ -37,23 +39,23 @@ Examples = tuple[Sequence[str | int], Callable[[int], Example]]
 """Stable keys, which decide the order, and a function that reads example i."""
 
 
-def prepare(name: str, data_dir: str) -> str:
-  """Prepares 'cifar10' or 'imagenet2012', unless it is there already.
+def prepare(name: str, data_dir: str, folder: str = '') -> str:
+  """Prepares one of `KNOWN` in `folder` of `data_dir`, unless it is there.
 
   Archives that were downloaded by hand are looked for in downloads/manual of
   `data_dir`. Returns the directory of the data set.
   """
-  known = {'cifar10': ('3.0.2', _cifar10), 'imagenet2012': ('5.1.0', _imagenet)}
-  if name not in known:
+  if name not in KNOWN:
     base = name.partition(':')[0]
     raise ValueError(
       f'tfds:{name} is not prepared in {data_dir}, and only cifar10 and '
       f'imagenet2012 can be prepared here; prepare it with TensorFlow: tfds '
       f'build {base} --file_format=array_record --data_dir={data_dir}'
     )
-  version, open_set = known[name]
+  open_set = {'cifar10': _cifar10, 'imagenet2012': _imagenet}[name]
   manual = os.path.join(data_dir, 'downloads', 'manual')
-  return write_tfds(name, version, data_dir, lambda: open_set(manual))
+  folder = os.path.join(data_dir, folder)
+  return write_tfds(name, KNOWN[name], folder, lambda: open_set(manual))
 
 
 def write_tfds(

@@ -15,6 +15,7 @@ from rvq_jax.io import write_atomic
 
 SPLITS = ('train', 'validation', 'test')
 _NAME_FEATURES = ('id', 'file_name', 'filename')
+_SPLIT_NAMES = {'val': 'validation'}
 _LABEL_CHUNK = 256
 _CACHE_LABELS_FROM = 100_000
 
@@ -31,7 +32,12 @@ class TfdsSource(Source):
         f'{directory}: expected a feature image, a tfds.features.Image, got '
         f'{", ".join(features)}'
       )
-    self._has_label = 'label' in features and features['label'].shape == ()
+    label = features.get('label')  # text is no class
+    self._has_label = (
+      label is not None
+      and label.shape == ()
+      and np.issubdtype(label.np_dtype, np.integer)
+    )
     self._name = next((f for f in _NAME_FEATURES if f in features), None)
     try:
       self._data = builder.as_data_source(
@@ -55,7 +61,10 @@ class TfdsSource(Source):
       ) from error
     name = f'{self._split}/{index}'
     if self._name is not None:
-      name = example[self._name].decode('utf-8', 'backslashreplace')
+      name = example[self._name]  # some sets number their images
+      if isinstance(name, bytes):
+        name = name.decode('utf-8', 'backslashreplace')
+      name = str(name)
     return Record(example['image'], self._label(example), name)
 
   def _label(self, example) -> int:
@@ -121,15 +130,31 @@ def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
   """
   default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
   data_dir = os.path.expanduser(data_dir or default)
+  if data_dir.startswith('~'):
+    raise ValueError(
+      f'there is no home directory for {data_dir}; pass a folder as '
+      '--config.data.data_dir or --data_dir'
+    )
   directory = _find(name, data_dir) or prepare.prepare(name, data_dir)
   info = tfds.builder_from_directory(directory).info
-  for split in (s for s in SPLITS if s in info.splits):
-    for path in info.splits[split].filepaths:
+  if info.file_format.value != 'array_record' and name in prepare.KNOWN:
+    # TensorFlow's records stay; ours go beside them.
+    directory = prepare.prepare(name, data_dir, folder='array_record')
+    info = tfds.builder_from_directory(directory).info
+  found = {_SPLIT_NAMES.get(split, split): split for split in info.splits}
+  splits = {split: found[split] for split in SPLITS if split in found}
+  if not splits:
+    raise ValueError(
+      f'tfds:{name}: expected one of the splits {", ".join(SPLITS)}, got '
+      f'{", ".join(info.splits) or "none"}'
+    )
+  for own in splits.values():
+    for path in info.splits[own].filepaths:
       if not os.path.exists(path):
         raise ValueError(
           f'{path} is missing; remove {directory} and prepare it again'
         )
-  return {s: TfdsSource(directory, s) for s in SPLITS if s in info.splits}
+  return {split: TfdsSource(directory, own) for split, own in splits.items()}
 
 
 def _find(name: str, data_dir: str) -> str | None:

@@ -5,19 +5,38 @@ crop is taken in the coordinates of the source image and resampled once, bicubic
 with antialiasing; an image of the right size is returned as it is.
 """
 
+import functools
 import io
 import math
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
 """Larger images are refused: they are decompression bombs or mistakes."""
-_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
+_MAX_WIDE_PIXELS = MAX_PIXELS // 4  # of 16 or 32 bits each
+_COMMON = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # tried first
+# Need a program or a plugin beside Pillow, or hold no pictures.
+_UNREADABLE = {'BUFR', 'EPS', 'FITS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
+_SRGB = ('sRGB', 'sRGB built-in', 'sRGB IEC61966-2.1')
 
 
 class ImageError(ValueError):
   """The bytes are not an image that can be decoded."""
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+  """Pillow's names of the formats that are read."""
+  Image.init()
+  return tuple(dict.fromkeys([*_COMMON, *sorted({*Image.OPEN} - _UNREADABLE)]))
+
+
+@functools.cache
+def extensions() -> tuple[str, ...]:
+  """How the names of files in these formats end, in lower case."""
+  known, read = Image.registered_extensions(), formats()
+  return tuple(end for end in known if known[end] in read)
 
 
 def decode_image(
@@ -25,27 +44,33 @@ def decode_image(
 ) -> np.ndarray:
   """Decodes an encoded image to RGB as a viewer would show it.
 
-  EXIF orientation is applied, transparency is composited over white, CMYK is
-  converted, 16 bits are scaled to 8, and an animation gives its first frame.
+  EXIF orientation is applied, a colour profile is converted to sRGB,
+  transparency is composited over white, CMYK is converted, 16 bits are scaled
+  to 8, and an animation gives its first frame.
 
   Args:
-    data: JPEG, PNG, WebP, GIF or BMP.
+    data: in one of `formats()`.
     name: what to call the image in an error.
     shorter_side: to which the caller will shrink it, in pixels. A JPEG more
       than twice as large is decoded several times faster at 1/2, 1/4 or 1/8.
 
   Raises:
-    ImageError: it is corrupt, of another format or over `MAX_PIXELS` pixels.
+    ImageError: it is corrupt, of another format, of float pixels, or has over
+      `MAX_PIXELS` pixels, a quarter of that with 16 bits.
   """
   label = f'image {name!r}' if name else 'image'
   if not data:
     raise ImageError(f'{label} is empty (0 bytes)')
   try:
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-      if image.width * image.height > MAX_PIXELS:
+    with Image.open(io.BytesIO(data), formats=formats()) as image:
+      if image.mode == 'F':
+        raise ImageError(f'{label} has float pixels: expected integers')
+      wide = image.mode.startswith('I')
+      limit = _MAX_WIDE_PIXELS if wide else MAX_PIXELS
+      if image.width * image.height > limit:
         raise ImageError(
           f'{label} has {image.width} x {image.height} pixels: expected at '
-          f'most {MAX_PIXELS}'
+          f'most {limit}'
         )
       if shorter_side:
         image.draft(None, (2 * shorter_side, 2 * shorter_side))
@@ -56,7 +81,7 @@ def decode_image(
   except Exception as error:  # Pillow reports damage through a dozen types
     reason = ' '.join(str(error).split()) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):  # which names an object
-      reason = f'expected one of {", ".join(_FORMATS)}'
+      reason = 'it is in no format that Pillow reads'
     raise ImageError(f'{label} cannot be decoded: {reason}') from error
 
 
@@ -74,14 +99,31 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
   """Converts any Pillow mode to RGB over a white background."""
   if image.mode.startswith('I'):  # 16-bit grey: convert('L') would clip at 255
-    wide = np.asarray(image).astype(np.int64)
-    grey = np.clip((wide + 128) // 257, 0, 255).astype(np.uint8)
+    wide = np.clip(np.asarray(image), 0, 65535).astype(np.int32)
+    grey = ((wide + 128) // 257).astype(np.uint8)
     return Image.fromarray(grey).convert('RGB')
   if image.has_transparency_data:
-    rgba = image.convert('RGBA')
+    rgba = _to_srgb(image.convert('RGBA'))
     white = Image.new('RGBA', rgba.size, 'white')
     return Image.alpha_composite(white, rgba).convert('RGB')
+  image = _to_srgb(image.convert('RGB') if image.mode == 'P' else image)
   return image if image.mode == 'RGB' else image.convert('RGB')
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+  """Applies an ICC profile; a damaged one is ignored."""
+  data = image.info.get('icc_profile')
+  if not data or image.mode not in ('RGB', 'RGBA', 'L', 'CMYK'):
+    return image
+  mode = 'RGBA' if image.mode == 'RGBA' else 'RGB'
+  try:
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+    if ImageCms.getProfileDescription(profile).strip() in _SRGB:
+      return image
+    srgb = ImageCms.createProfile('sRGB')
+    return ImageCms.profileToProfile(image, profile, srgb, outputMode=mode)
+  except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+    return image
 
 
 def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:

@@ -123,7 +123,7 @@ def _check_same(folder, config):
   path = folder / 'config.json'
   found = json.loads(path.read_text()) if path.exists() else config
   differ = [
-    f'config.{name}: {found.get(name)!r} there, {value!r} wanted'
+    f'config.{name}: {found.get(name)} there, {value} wanted'
     for name, value in config.items()
     if found.get(name) != value and name != 'data.data_dir'
   ]

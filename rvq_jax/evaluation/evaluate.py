@@ -1,7 +1,9 @@
 """Evaluates a checkpoint over a split: metrics as JSON, figures, images."""
 
+import errno
 import json
 import logging
+import os
 import tempfile
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from rvq_jax.data.images import prepare_images
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation import perceptual as networks
 from rvq_jax.evaluation.export import check_new
-from rvq_jax.evaluation.load import load
+from rvq_jax.evaluation.load import HUB, is_export, load
 from rvq_jax.io import write_atomic
 from rvq_jax.training import sharding
 from rvq_jax.training.validation import UNITS, evaluate_split, make_eval_step
@@ -43,6 +45,8 @@ def evaluate_run(
   split: str = 'test',
   step: int | str | None = None,
   data_dir: str | None = None,
+  images: str | None = None,
+  output: str | None = None,
   save_images: str | None = None,
   perceptual: bool = False,
   definitions: bool = False,
@@ -52,13 +56,17 @@ def evaluate_run(
   Writes WORKDIR/evaluation/SPLIT/metrics.json (with step, data set and the
   variant of SSIM), reconstructions.png, samples.png (the first images above
   their reconstructions, pixel by pixel), code_usage.png, code_counts.npy and,
-  one level up, curves.png.
+  one level up, curves.png. SPLIT is input where `images` is given.
 
   Args:
-    workdir: directory of a run.
+    workdir: directory of a run, an export or a name of the Hub; see `load`.
     split: 'train', 'validation' or 'test' of the run's data set.
     step: a saved step, 'best', or None for the newest.
     data_dir: where the data set is now; None: where it was in training.
+    images: an image, a folder or a data set to measure instead; of the splits
+      that it has `split` is taken.
+    output: folder to write to instead of WORKDIR/evaluation; the folder of the
+      split in it must be new or empty.
     save_images: new or empty folder for the whole split and its reconstructions
       as PNG files; see `perceptual.save_pairs`.
     perceptual: adds rFID, IS and LPIPS; see `perceptual.perceptual_metrics`.
@@ -70,12 +78,15 @@ def evaluate_run(
     `perceptual`, and 'definitions'.
 
   Raises:
-    ValueError: no such split, no data, or save_images holds files.
+    ValueError: no such split, no data, save_images or output holds files, or
+      there is no right to write.
     FileNotFoundError: there is no such run or step.
     ImportError: `perceptual` needs a package that is missing.
   """
   if split not in SPLITS:
-    raise ValueError(f'split: expected one of {SPLITS}, got {split!r}')
+    raise ValueError(
+      f'split: expected one of {", ".join(SPLITS)}, got {split!r}'
+    )
   if perceptual:
     networks.import_packages()
   if (save_images or perceptual) and jax.process_count() > 1:
@@ -85,7 +96,15 @@ def evaluate_run(
     )
   if save_images:
     check_new(save_images, 'save_images')
+  if str(workdir).startswith(HUB) and not output:
+    raise ValueError(f'expected --output=FOLDER for the results of {workdir}')
+  folder = Path(output or Path(workdir) / 'evaluation')
+  folder /= 'input' if images else split
+  if output:
+    check_new(folder, 'output')
   tokenizer = load(workdir, step)
+  _make_folder(folder)
+  source = _open_source(workdir, tokenizer.config, split, data_dir, images)
   codes, originals, position = metrics.CodeDefinitions(), (), 0
 
   with tempfile.TemporaryDirectory() as scratch:
@@ -93,15 +112,15 @@ def evaluate_run(
 
     def on_batch(batch, sums):
       nonlocal originals, position
-      images, mask = batch['image'], batch['mask']
+      image, mask = batch['image'], batch['mask']
       codes.add(sums['counts'])
-      originals = originals if len(originals) else images[mask][:SHOWN_IMAGES]
+      originals = originals if len(originals) else image[mask][:SHOWN_IMAGES]
       if saved:
-        pair = images, _reconstruct(tokenizer, images)
+        pair = image, _reconstruct(tokenizer, image)
         networks.save_pairs(saved, position, pair, mask)
       position += len(mask)
 
-    result, counts = _measure(tokenizer, split, data_dir, on_batch)
+    result, counts = _measure(tokenizer, source, on_batch)
     if jax.process_index() == 0:
       result |= _roundtrip_error(tokenizer, originals)
     if perceptual:
@@ -109,16 +128,58 @@ def evaluate_run(
   if definitions:
     result['definitions'] = codes.result()
   if jax.process_index() == 0:
-    folder = Path(workdir) / 'evaluation' / split
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {'step': tokenizer.step, 'data': tokenizer.config['data.name']}
-    about |= {'data_split': tokenizer.config['data.split'], 'split': split}
+    config, about = tokenizer.config, {'step': tokenizer.step, 'split': split}
+    about |= {'data': config['data.name'], 'data_split': config['data.split']}
+    if images:
+      about |= {'data': images, 'data_split': None}
     about['ssim_variant'] = metrics.SSIM_VARIANT
     text = json.dumps(about | result, indent=2) + '\n'
     write_atomic(folder / 'metrics.json', text)
     np.save(folder / 'code_counts.npy', counts, allow_pickle=False)
-    _draw(folder, tokenizer, originals, counts)
+    log = Path(workdir) / 'metrics.jsonl'
+    _draw(folder, tokenizer, originals, counts, log)
   return result
+
+
+def _make_folder(folder: Path) -> None:
+  """Makes the folder to write to, before the work."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+      raise PermissionError(errno.EACCES, 'Permission denied')
+  except OSError as error:
+    raise ValueError(
+      f'cannot write to {folder}: {error.strerror}; pass --output=FOLDER'
+    ) from error
+
+
+def _open_source(workdir, config, split, data_dir, images):
+  """The images to measure."""
+  data_dir = data_dir or config['data.data_dir']
+  if images:
+    splits = datasets.open_images(images, data_dir=data_dir)
+    if 'all' not in splits and split not in splits:
+      raise ValueError(
+        f'split: expected one of {", ".join(splits)} of {images}, got {split}'
+      )
+    return splits['all' if 'all' in splits else split]
+  name = config['data.name']
+  if name.startswith('folder:') and (
+    str(workdir).startswith(HUB) or is_export(workdir)
+  ):
+    raise ValueError(
+      'expected --input=IMAGES: an export does not tell where the images of '
+      'its run lie, nor which of them it was trained on'
+    )
+  dataset = datasets.open_dataset(
+    name,
+    split=config['data.split'],
+    data_dir=data_dir,
+    split_file=Path(workdir) / datasets.SPLIT_FILE,
+  )
+  if dataset.note:
+    logging.info('%s', dataset.note)
+  return getattr(dataset, split)
 
 
 def _reconstruct(tokenizer, images) -> np.ndarray:
@@ -136,20 +197,13 @@ def _roundtrip_error(tokenizer, images) -> dict:
   }
 
 
-def _measure(tokenizer, split, data_dir, on_batch):
-  """The metrics and code counts of a split."""
+def _measure(tokenizer, source, on_batch):
+  """The metrics and code counts of a source."""
   config, mesh = tokenizer.config, sharding.data_mesh()
   # As many rows on each device; those without an image are masked.
   batch_size = -(-config['batch_size'] // mesh.size) * mesh.size
-  dataset = datasets.open_dataset(
-    config['data.name'],
-    split=config['data.split'],
-    data_dir=data_dir or config['data.data_dir'],
-  )
-  if dataset.note:
-    logging.info('%s', dataset.note)
   batches = loaders.eval_batches(
-    getattr(dataset, split),
+    source,
     batch_size=batch_size,
     image_size=config['data.image_size'],
     process_index=jax.process_index(),
@@ -167,7 +221,7 @@ def _measure(tokenizer, split, data_dir, on_batch):
   )
 
 
-def _draw(folder, tokenizer, originals, counts):
+def _draw(folder, tokenizer, originals, counts, log):
   """The figures of a split, and the curves of the run beside it."""
   name, images = f'step {tokenizer.step:,}', _reconstruct(tokenizer, originals)
   strip = metrics.reconstruction_grid(originals, images)
@@ -176,7 +230,6 @@ def _draw(folder, tokenizer, originals, counts):
     'reconstructions': figures.reconstructions(originals, {name: images}),
     'code_usage': figures.code_usage({name: counts}),
   }
-  log = folder.parents[1] / 'metrics.jsonl'
   if log.exists():
     drawn['../curves'] = figures.curves({'this run': [read_jsonl(log)]})
   for file, figure in drawn.items():

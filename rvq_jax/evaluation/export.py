@@ -158,7 +158,7 @@ def _results(workdir, folder, step) -> str:
   text = ''
   for path in sorted(workdir.glob('evaluation/*/metrics.json')):
     split, metrics = path.parent.name, read_json(path) or {}
-    if metrics.get('step') == step:
+    if metrics.get('step') == step and split != 'input':
       text += f'| {split} split | value | |\n|---|---|---|\n'
       for name in (n for n in UNITS if n in metrics):
         text += f'| {name} | {metrics[name]:.6g} | {UNITS[name]} |\n'

@@ -4,6 +4,8 @@ An export is model.safetensors, whose tensors bear the names of the linen
 variables joined by dots (`params.encoder.conv0.kernel`), and config.json.
 """
 
+import contextlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,7 @@ def _load_run(workdir, step) -> Tokenizer:
     )
   from rvq_jax.training.checkpoints import Checkpoints  # Orbax takes seconds
 
-  with Checkpoints(workdir, read_only=True) as checkpoints:
+  with _quiet(), Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve(step)
     config = checkpoints.meta(step)['config']
     model, shapes = _model(config, workdir)
@@ -81,6 +83,18 @@ def _load_run(workdir, step) -> Tokenizer:
     variables = checkpoints.restore_model(shapes, step)
   variables |= variables.pop('averages', {})
   return Tokenizer(model, variables, config=config, step=step)
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Keeps Orbax from warning that a run is opened for reading."""
+  logger = logging.getLogger('absl')
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
 
 
 def _load_export(folder: Path, step) -> Tokenizer:
@@ -124,8 +138,9 @@ def _read_config(path: Path) -> dict[str, Any]:
   about = (read_json(path) if path.is_file() else None) or {}
   same = all(about.get(name) == value for name, value in FORMAT.items())
   if not same or any(type(about.get(n)) is not k for n, k in _FIELDS.items()):
+    wanted = ', '.join(f'{name} {value}' for name, value in FORMAT.items())
     raise ValueError(
-      f'{path}: expected JSON as launch/export.py writes it, with {FORMAT} and '
+      f'{path}: expected JSON as launch/export.py writes it, with {wanted} and '
       f'{", ".join(_FIELDS)}'
     )
   return about

@@ -127,7 +127,8 @@ def codec_points(
 
   Args:
     images: uint8 [n, h, w, 3].
-    formats: Pillow's names; those that it cannot write are left out.
+    formats: Pillow's names; those that it cannot write are left out, as WebP
+      with a side above 16,383.
     qualities: 0 to 100.
 
   Returns:
@@ -138,7 +139,7 @@ def codec_points(
   for codec in formats:
     try:
       _encode(images[0], codec, qualities[0])
-    except (KeyError, OSError):  # unknown, or Pillow was built without it
+    except (KeyError, OSError, ValueError):  # Pillow lacks it; too large
       continue
     for quality in qualities:
       files = [_encode(image, codec, quality) for image in images]

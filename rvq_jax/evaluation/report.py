@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from rvq_jax.data import datasets, loaders
+from rvq_jax.data.splits import seeded_permutation
 from rvq_jax.evaluation import figures, rate_distortion
 from rvq_jax.evaluation.ablation import (
   CELLS,
@@ -88,7 +89,7 @@ def write_report(config, workdir, records, *, tables, command: str) -> str:
   folder = Path(workdir) / 'report'
   folder.mkdir(parents=True, exist_ok=True)
   summary = summarise(records)
-  curve, rates = _rate_distortion(config, summary)
+  curve, rates = _rate_distortion(config, summary, records)
   about = _about(config, command, records) | {'Gaussian curve': curve}
   drawn = _figures(records) | {'rate_distortion': rates}
   for name, figure in drawn.items():
@@ -119,18 +120,36 @@ def _about(config, command, records):
   }
 
 
-def _rate_distortion(config, summary):
+def drawn(source, count: int):
+  """At most `count` images, drawn with a fixed seed.
+
+  Those of a folder are in the order of their classes; other sets are shuffled.
+  """
+  return source.subset(np.sort(seeded_permutation(len(source), 0)[:count]))
+
+
+def _rate_distortion(config, summary, records):
   """The Gaussian curve in words; a figure with the codecs and the methods."""
   logging.info('rate-distortion curve of the training split')
   size = config.data.image_size
   dataset = datasets.open_dataset(
-    config.data.name, split=config.data.split, data_dir=config.data.data_dir
-  )
-  train, test = (
-    loaders.eval_batches(source, batch_size=CODEC_IMAGES, image_size=size)
-    for source in (dataset.train, dataset.test)
+    config.data.name,
+    split=config.data.split,
+    data_dir=config.data.data_dir,
+    split_file=Path(records[0]['workdir']) / datasets.SPLIT_FILE,
   )
   limit = max(1000, CURVE_PIXELS // size**2)  # minutes, not hours
+  train, test = (
+    loaders.eval_batches(
+      drawn(source, count) if dataset.name.startswith('folder:') else source,
+      batch_size=CODEC_IMAGES,
+      image_size=size,
+    )
+    for source, count in (
+      (dataset.train, limit),
+      (dataset.test, CODEC_IMAGES),
+    )
+  )
   bound = rate_distortion.gaussian_bound(
     train, image_size=size, max_images=limit
   )

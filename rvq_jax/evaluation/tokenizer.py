@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rvq_jax.data.images import prepare_images
 from rvq_jax.io import tree_digest
@@ -107,12 +108,13 @@ class Tokenizer:
     Raises:
       ValueError: another shape or dtype, or an id out of range.
     """
-    ids = jnp.asarray(ids)
+    # Not through jnp: it would wrap 64 bits to 32 before the check.
+    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     shape = '[B, H, W, L]' if self.codes_per_position else '[B, H, W]'
     axes = shape.count(',') + 1
-    if ids.ndim != axes or not jnp.issubdtype(ids.dtype, jnp.integer):
+    if ids.ndim != axes or not np.issubdtype(ids.dtype, np.integer):
       raise ValueError(
-        f'expected ids {shape} of integers, got {ids.dtype} {ids.shape}'
+        f'expected ids {shape} of integers, got {ids.dtype} {list(ids.shape)}'
       )
     last = self.codebook_size - 1
     if ids.size and not 0 <= ids.min() <= ids.max() <= last:
@@ -120,7 +122,7 @@ class Tokenizer:
         f'expected ids from 0 to {last}, got {ids.min()} to {ids.max()}; are '
         'they of another model?'
       )
-    return self._decode(self.variables, ids.astype(jnp.int32))
+    return self._decode(self.variables, jnp.asarray(ids, jnp.int32))
 
   def reconstruct(self, images) -> jax.Array:
     """decode(encode(images)); see there."""

@@ -26,6 +26,7 @@ def example_images(
   *,
   source: str | None = None,
   data_dir: str | None = None,
+  split_file=None,
 ) -> list[tuple[str, np.ndarray]]:
   """Draws images for the page with a fixed seed.
 
@@ -35,6 +36,7 @@ def example_images(
     source: an image, a folder or a data set, shown at its own size; None for
       the test images of the run, cropped as in evaluation.
     data_dir: where tfds keeps prepared data; None: as in training.
+    split_file: of the run; see `open_dataset`.
 
   Returns:
     (name, uint8 [h, w, 3]) of each.
@@ -56,6 +58,7 @@ def example_images(
         config['data.name'],
         split=config['data.split'],
         data_dir=data_dir or config['data.data_dir'],
+        split_file=split_file,
       ).test
     except ValueError as error:
       raise ValueError(f'{error}; or name images by --input') from error

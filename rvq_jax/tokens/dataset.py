@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from rvq_jax.data.decoding import DecodeErrors, decode_ahead
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import resize_and_center_crop
 from rvq_jax.evaluation.tokenizer import Tokenizer
-from rvq_jax.io import explain_full_disk, read_json, write_atomic
+from rvq_jax.io import explain_full_disk, lock, read_json, write_atomic
 from rvq_jax.tokens import tiling
 
 META, FORMAT = 'meta.json', 'rvq_jax tokens 1'
@@ -61,8 +62,8 @@ def encode_dataset(
     The content of meta.json.
 
   Raises:
-    ValueError: the folder holds something else, or more than 1 % of the images
-      cannot be decoded.
+    ValueError: the folder holds something else or is in use, or more than 1 %
+      of the images cannot be decoded.
     OSError: the disk is full.
   """
   folder = Path(folder).resolve()
@@ -84,10 +85,14 @@ def encode_dataset(
     'skipped': [],
   }
   with explain_full_disk(folder, 'run the same command again: it resumes'):
-    if not (folder / META).exists():
-      _create(folder, meta, labels, dtype)
-    meta = _resume(folder, meta)
-    _encode_rows(tokenizer, source, folder, meta)
+    new = not (folder / META).exists()
+    made = _make_partial(folder) if new else folder
+    # The lock stays with the folder when it is renamed.
+    with lock(made, folder, 'name another output folder'):
+      if new:
+        _create(made, folder, meta, labels, dtype)
+      meta = _resume(folder, meta)
+      _encode_rows(tokenizer, source, folder, meta)
   return meta
 
 
@@ -97,20 +102,29 @@ def check_new(folder: Path) -> None:
     raise ValueError(f'expected a new or empty output folder, got {folder}')
 
 
-def _create(folder, meta, labels, dtype) -> None:
-  """Makes a folder whose ids are 0; it has its name once it is complete."""
+def _make_partial(folder: Path) -> Path:
+  """Makes the folder that bears its name once it is complete."""
   check_new(folder)
   partial = folder.with_name(f'.{folder.name}.partial')
   try:
     partial.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
+  return partial
+
+
+def _create(partial, folder, meta, labels, dtype) -> None:
+  """Fills a new folder, whose ids are 0; a failure leaves nothing of it."""
+  try:
     shape = (meta['num_images'], *meta['grid'])
     np.lib.format.open_memmap(partial / 'ids.npy', 'w+', dtype, shape)
     np.save(partial / 'labels.npy', labels, allow_pickle=False)
     write_atomic(partial / 'names.txt', '')
     write_atomic(partial / META, json.dumps(meta))
     os.rename(partial, folder)
-  except (FileExistsError, NotADirectoryError, PermissionError) as error:
-    raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
+  except OSError:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
 
 
 def _resume(folder, wanted) -> dict[str, Any]:
@@ -159,8 +173,7 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
     open(folder / 'ids.npy', 'r+b') as ids_file,
     open(folder / 'names.txt', 'a', encoding='utf-8') as names_file,
   ):
-    ids = np.load(folder / 'ids.npy', mmap_mode='r', allow_pickle=False)
-    row_bytes = ids[0].nbytes
+    row_bytes = _open(folder)[1][0].nbytes
     ids_file.seek((done - count) * row_bytes, os.SEEK_END)
     while part := list(itertools.islice(rows, batch)):
       # The last batch is filled up: another shape would compile again.

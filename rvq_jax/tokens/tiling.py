@@ -11,7 +11,6 @@ alone, so encoder and decoder agree on them.
 import io
 import itertools
 
-import jax.numpy as jnp
 import numpy as np
 
 from rvq_jax.data.transforms import MAX_PIXELS
@@ -105,7 +104,7 @@ def decode_ids(
   images = np.empty((len(ids), rows * f, columns * f, 3), np.uint8)
   windows = itertools.product(spans(rows), spans(columns))
   for (y, top, bottom), (x, left, right) in windows:
-    window = jnp.asarray(ids[:, y : y + WINDOW, x : x + WINDOW])
+    window = ids[:, y : y + WINDOW, x : x + WINDOW]
     result = np.asarray(to_uint8(tokenizer.decode(window)))
     images[:, top * f : bottom * f, left * f : right * f] = result[
       :, (top - y) * f : (bottom - y) * f, (left - x) * f : (right - x) * f
@@ -150,9 +149,10 @@ def load_image(tokenizer: Tokenizer, path) -> np.ndarray:
       f'{path}: expected an .npz file of launch/encode.py: {reason}'
     ) from error
   check_model(tokenizer, model_hash, path)
-  expected = ids_type(tokenizer, height, width)
-  if (ids.shape, ids.dtype) != expected:
+  shape, dtype = ids_type(tokenizer, height, width)
+  if (ids.shape, ids.dtype) != (shape, dtype):
     raise ValueError(
-      f'{path} is damaged: expected ids {expected}, got {ids.shape} {ids.dtype}'
+      f'{path} is damaged: expected ids {dtype} {list(shape)}, got {ids.dtype} '
+      f'{list(ids.shape)}'
     )
   return decode_ids(tokenizer, ids[None], height, width)[0]

@@ -7,6 +7,7 @@ of `rvq_jax.quantize.base.FIELDS`.
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,8 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
   """Checks every field of a nested mapping; gives it as flat JSON values.
 
+  The path of a folder of images becomes absolute.
+
   Raises:
     ValueError: one line that names the field, what was expected and what came.
   """
@@ -100,6 +103,10 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if fault:
       raise ValueError(f'config.{name}: expected {fault}, got {flat[name]!r}')
   _check_together(flat)
+  kind, _, path = flat['data.name'].partition(':')
+  if kind == 'folder' and path:
+    path = os.path.abspath(os.path.expanduser(path))
+    flat['data.name'] = f'folder:{path}'
   return flat
 
 

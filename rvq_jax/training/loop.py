@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import fcntl
 import logging
 import sys
 import time
@@ -13,7 +12,8 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from rvq_jax import metrics
+from rvq_jax import io, metrics
+from rvq_jax.data.datasets import SPLIT_FILE
 from rvq_jax.io import explain_full_disk, write_atomic
 from rvq_jax.training import config as config_lib
 from rvq_jax.training import sharding, writers
@@ -28,9 +28,10 @@ MAX_STEPS_IN_FLIGHT = 2
 def train(config, workdir) -> dict[str, float]:
   """Trains a model, or resumes the run in workdir.
 
-  Writes config.json, metrics.jsonl, tensorboard/ and checkpoints/. A run that
-  was interrupted ends in the same bits as one that was not: on CPU, and on GPUs
-  with config.deterministic=True.
+  Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, where it
+  divides a folder of images, split.json. A run that was interrupted ends in the
+  same bits as one that was not: on CPU, and on GPUs with
+  config.deterministic=True.
 
   Args:
     config: ConfigDict or nested mapping; see configs/cifar10.py.
@@ -47,7 +48,7 @@ def train(config, workdir) -> dict[str, float]:
     SystemExit: a signal asked to stop; the state is saved.
     jax.errors.JaxRuntimeError: another process of the run is lost.
   """
-  workdir, run = Path(workdir), Run(config)
+  workdir, run = Path(workdir), Run(config, workdir)
   config = run.config
   advice = 'start the same command again: it resumes from the last checkpoint'
   with (
@@ -63,6 +64,8 @@ def train(config, workdir) -> dict[str, float]:
     if jax.process_index() == 0:
       kinds = (writers.TensorBoardWriter, writers.JsonlWriter)
       write_atomic(workdir / 'config.json', config_lib.to_json(config))
+      if not start:
+        run.dataset.write_split(workdir / SPLIT_FILE)
       _log_overview(run, state, start)
     writer = writers.MultiWriter(w(workdir, start_step=start) for w in kinds)
     with (
@@ -161,17 +164,11 @@ def lock(workdir) -> Iterator[None]:
       f'cannot make the folder {workdir}: {error.strerror}; give another '
       '--workdir'
     ) from error
-  with open(Path(workdir) / '.lock', 'a') as stream:
-    if jax.process_index() == 0:
-      try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
-        raise ValueError(
-          f'{workdir} is in use by another process; wait for it, stop it, or '
-          'give another --workdir'
-        ) from error
-      except OSError as error:  # some network file systems have no locks
-        logging.warning('%s cannot be locked: %s', workdir, error.strerror)
+  if jax.process_index():
+    yield
+    return
+  path = Path(workdir) / '.lock'
+  with io.lock(path, workdir, 'give another --workdir'):
     yield
 
 

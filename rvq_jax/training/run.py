@@ -1,6 +1,7 @@
 """A run's parts, built from its config."""
 
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -43,6 +44,7 @@ class Run:
 
   Args:
     config: ConfigDict or nested mapping; see configs/cifar10.py.
+    workdir: directory of the run, whose split file is used if it exists.
 
   Attributes:
     config: the checked flat config.
@@ -52,10 +54,12 @@ class Run:
       the state.
   """
 
-  def __init__(self, config):
+  def __init__(self, config, workdir=None):
     self.config = config_lib.check_config(config)
     if self.config['deterministic']:
       make_deterministic()
+    if workdir is not None:
+      _check_apart(self.config['data.name'], workdir)
     config_lib.check_devices(
       self.config['batch_size'],
       jax.device_count(),
@@ -65,6 +69,7 @@ class Run:
       self.config['data.name'],
       split=self.config['data.split'],
       data_dir=self.config['data.data_dir'],
+      split_file=workdir and Path(workdir) / datasets.SPLIT_FILE,
     )
     self.mesh = sharding.data_mesh()
     self.model = config_lib.build_model(self.config)
@@ -190,3 +195,14 @@ class Run:
     samples = first['image'][first['mask']]
     images = self.reconstruct(state.eval_variables, samples)
     return metrics.reconstruction_grid(samples, np.asarray(images))
+
+
+def _check_apart(name: str, workdir) -> None:
+  """Refuses a workdir among the images, whose figures would be read as such."""
+  kind, _, folder = name.partition(':')
+  if kind == 'folder' and Path(workdir).resolve().is_relative_to(
+    Path(folder).resolve()
+  ):
+    raise ValueError(
+      f'expected a --workdir outside of the images in {folder}, got {workdir}'
+    )

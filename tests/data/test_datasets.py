@@ -1,5 +1,6 @@
 """Data sets by name; folders: what is found, and one line for what is not."""
 
+import hashlib
 import logging
 import os
 import pickle
@@ -54,13 +55,108 @@ def test_one_held_out_split_serves_as_both_and_is_noted(tmp_path, only):
   assert dataset.note.endswith(f'validation and test are both its {only} split')
 
 
-def test_a_flat_folder_needs_the_paper_split_and_its_seed(tmp_path):
+def test_a_flat_folder_needs_the_paper_split(tmp_path):
   _fill(tmp_path, *(f'{i}.png' for i in range(40)))
   with pytest.raises(ValueError, match=r'--config\.data\.split=paper'):
     _open(tmp_path)
-  first, again, other = (_open(tmp_path, 'paper', seed=s) for s in (1, 1, 2))
-  assert [len(part) for part in _parts(first)] == [28, 8, 4]
-  assert _names(first.test) == _names(again.test) != _names(other.test)
+  assert [len(x) for x in _parts(_open(tmp_path, 'paper'))] == [28, 8, 4]
+
+
+def _divide(root, split_file=None):
+  dataset = _open(root, 'paper', split_file=split_file)
+  return [set(_names(part)) for part in _parts(dataset)]
+
+
+def test_a_folder_is_divided_by_the_hashes_of_its_names(tmp_path):
+  # Up to a, b and c: 3, 7 and 13 images; 0.7 and 0.9 of them, rounded: 2 and
+  # 3, 5 and 6, 9 and 12.
+  cuts = {
+    'a': ((0, 2), (2, 3), (3, 3)),
+    'b': ((0, 3), (3, 3), (3, 4)),
+    'c': ((0, 4), (4, 6), (6, 6)),
+  }
+  names = [f'{c}/{i}.png' for c in cuts for i in range(cuts[c][2][1])]
+  _fill(tmp_path, *names)
+  expected = [set(), set(), set()]
+  for c in cuts:
+    order = sorted(
+      (name for name in names if name[0] == c),
+      key=lambda name: hashlib.sha256(name.encode()).hexdigest(),
+    )
+    for part, cut in zip(expected, cuts[c], strict=True):
+      part.update(order[slice(*cut)])
+  assert _divide(tmp_path) == expected
+
+
+@pytest.mark.parametrize('classes, each', [(100, 5), (30, 1), (7, 3)])
+def test_small_classes_are_divided_70_20_10_over_the_whole(
+  tmp_path, classes, each
+):
+  _fill(
+    tmp_path,
+    *(f'{c}/{i}' + '.png' for c in range(classes) for i in range(each)),
+  )
+  parts = _parts(_open(tmp_path, 'paper'))
+  for part, share in zip(parts, (0.7, 0.2, 0.1), strict=True):
+    assert abs(len(part) - share * classes * each) <= 1
+    counts = np.bincount(part.labels, minlength=classes)
+    assert np.abs(counts - share * each).max() <= 1
+
+
+@pytest.fixture
+def divided(tmp_path):
+  """A folder of 200 images, its parts, and the file that records them."""
+  root, file = tmp_path / 'set', tmp_path / 'split.json'
+  _fill(root, *(f'{c}/{i:02d}.png' for c in 'ab' for i in range(100)))
+  _open(root, 'paper').write_split(file)
+  return root, _divide(root), file
+
+
+def test_a_recorded_split_outlives_changes_of_the_folder(divided, caplog):
+  root, parts, file = divided
+  gone = min(parts[0])
+  (root / gone).unlink()
+  renamed = min(parts[2])
+  (root / renamed).rename(root / 'a/new.png')
+  _fill(root, *(f'a/x{i}.png' for i in range(5)))
+  assert _divide(root, file) == [
+    parts[0] - {gone},
+    parts[1],
+    parts[2] - {renamed},
+  ]
+  assert (
+    'missing since the run divided it, and left out: 2 of 200' in caplog.text
+  )
+  assert 'new since the run divided it, and left out: 6 of 200' in caplog.text
+  assert _divide(root) != parts  # what the record is for
+
+
+def test_a_record_refuses_over_one_percent_missing_and_damage(divided):
+  root, parts, file = divided
+  for name in sorted(parts[0])[:3]:
+    (root / name).unlink()
+  with pytest.raises(
+    ValueError, match='3 of the 200 images .* over 1%'
+  ) as error:
+    _divide(root, file)
+  assert '\n' not in str(error.value)
+  file.write_text(file.read_text()[:-9])
+  with pytest.raises(ValueError, match='split.json is damaged'):
+    _divide(root, file)
+
+
+def test_a_record_of_another_folder_is_not_used(divided, tmp_path):
+  _, _, file = divided
+  _fill(tmp_path / 'other', *(f'{i}.png' for i in range(10)))
+  assert [len(x) for x in _divide(tmp_path / 'other', file)] == [7, 2, 1]
+
+
+def test_images_without_a_class_are_left_out_and_counted(tmp_path, caplog):
+  files = [f'train/a/{i}.png' for i in range(10)] + ['test/x.png', 'test/y.png']
+  _fill(tmp_path, *files)
+  with caplog.at_level(logging.INFO):
+    assert set.union(*_divide(tmp_path)) == set(files[:10])
+  assert 'left out 2 images that have no class' in caplog.text
 
 
 def test_the_paper_split_unites_all_splits_and_is_stratified(tmp_path):
@@ -73,6 +169,51 @@ def test_the_paper_split_unites_all_splits_and_is_stratified(tmp_path):
   assert len({name for part in parts for name in _names(part)}) == 40
   for part in parts:
     assert [record.label for record in part] == part.labels.tolist()
+
+
+def _read(root, *files):
+  """(names, labels) per split of a folder that holds these images."""
+  _fill(root, *files)
+  found = open_images(str(root))
+  return {split: (_names(x), x.labels.tolist()) for split, x in found.items()}
+
+
+def test_a_class_called_train_is_no_split(tmp_path, caplog):
+  files = ['bus/x.png', 'test/y.png', 'train/z.png']
+  with caplog.at_level(logging.INFO):
+    assert _read(tmp_path, *files) == {'all': (files, [0, 1, 2])}
+  assert 'all 3 images, 3 folders read as classes (bus, test, tr' in caplog.text
+
+
+@pytest.mark.parametrize(
+  'files, expected',
+  [
+    (['train/a/x.png', 'train/b/y.png'], {'train': [0, 1]}),
+    (['train/x.png', 'train/y.png'], {'all': [0, 0]}),
+  ],
+)
+def test_a_lone_train_is_a_split_if_it_holds_folders(tmp_path, files, expected):
+  found = _read(tmp_path, *files)
+  assert found == {split: (files, x) for split, x in expected.items()}
+
+
+def test_folders_in_a_class_belong_to_it(tmp_path):
+  files = ['a/x.png', 'a/one/deep/y.png', 'b/two/z.png']
+  assert _read(tmp_path, *files) == {'all': (files, [0, 0, 1])}
+
+
+def test_all_that_pillow_opens_is_read_and_the_rest_counted(tmp_path, caplog):
+  for end in ('bmp', 'gif', 'jpg', 'jp2', 'png', 'ppm', 'tga', 'tif', 'webp'):
+    Image.new('RGB', (4, 4)).save(tmp_path / f'x.{end}')
+  for name in ('notes.txt', 'x.heic', 'x.eps'):
+    (tmp_path / name).write_text('no image')
+  os.mkfifo(tmp_path / 'fifo.jpg')  # to open it would wait for ever
+  with caplog.at_level(logging.INFO):
+    source = open_images(str(tmp_path))['all']
+  assert len(source) == 9
+  for record in source:
+    assert decode_image(record.image).shape == (4, 4, 3)
+  assert 'left out 4 files that are no images (fifo.jpg, notes' in caplog.text
 
 
 def test_a_subset_keeps_the_order_of_its_indices_and_can_be_pickled(tmp_path):
@@ -89,7 +230,7 @@ def test_a_subset_keeps_the_order_of_its_indices_and_can_be_pickled(tmp_path):
   [
     ([], 'nowhere: No such file'),
     (['notes.txt'], 'holds no images'),
-    (['a.png', 'b.png'], 'too few'),
+    (['a.png'], 'too few'),
     (['test/a/x.png'], 'no folder train'),
     (['train/a/x.png'], 'one of validation and test'),
     (['train/a/x.png', 'val/x.png', 'validation/x.png'], 'keep one'),
@@ -143,7 +284,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
 def test_an_unknown_kind_or_split_lists_the_choices(name):
   with pytest.raises(ValueError, match=r'tfds:NAME \| folder:PATH \| photos'):
     open_dataset(name)
-  with pytest.raises(ValueError, match="'official', 'paper'"):
+  with pytest.raises(ValueError, match='expected official or paper, got'):
     open_dataset(name, split='random')
 
 

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from rvq_jax.data.transforms import ImageError, decode_image
 
@@ -143,10 +143,49 @@ def test_animation_gives_its_first_frame(fmt):
   assert (decode_image(data) == [255, 0, 0]).all()
 
 
-@pytest.mark.parametrize('width', [2**14, 2**13 + 1])
-def test_a_huge_header_is_refused_before_decoding(width):
-  with pytest.raises(ImageError, match="'bomb'"):
-    decode_image(_png(width, 2**13, 8, 2, b''), name='bomb')
+@pytest.mark.parametrize(
+  'width, height, bits, kind, limit',
+  [
+    (2**14, 2**13, 8, 2, 'exceeds limit'),  # Pillow's own
+    (2**13 + 1, 2**13, 8, 2, 'expected at most 67108864'),
+    (2**12 + 1, 2**12, 16, 0, 'expected at most 16777216'),
+  ],
+)
+def test_a_huge_header_is_refused_before_decoding(
+  width, height, bits, kind, limit
+):
+  with pytest.raises(ImageError, match=f"'bomb' .*{limit}"):
+    decode_image(_png(width, height, bits, kind, b''), name='bomb')
+
+
+def test_float_pixels_are_refused():
+  data = _encode(Image.fromarray(np.ones((4, 4), np.float32)), 'TIFF')
+  with pytest.raises(ImageError, match='float pixels'):
+    decode_image(data)
+
+
+def _swapped_profile():
+  """An sRGB profile with red and green exchanged, under another name."""
+  data = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+  for old, new in ((b'r', b'x'), (b'g', b'r'), (b'x', b'g')):
+    data = data.replace(old + b'XYZ', new + b'XYZ', 1)
+  return data.replace(b'\0s\0R\0G\0B', b'\0m\0i\0n\0e')
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'P'])
+@pytest.mark.parametrize(
+  'profile, expected',
+  [
+    (_swapped_profile(), [0, 255, 0]),
+    (_swapped_profile()[:200], [255, 0, 0]),
+    (b'damaged', [255, 0, 0]),
+  ],
+  ids=['whole', 'cut', 'damaged'],
+)
+def test_a_colour_profile_is_converted_to_srgb(mode, profile, expected):
+  image = Image.new('RGB', (2, 2), '#ff0000').convert(mode)
+  decoded = decode_image(_encode(image, 'PNG', icc_profile=profile))
+  assert np.abs(decoded.astype(int) - expected).max() <= 1
 
 
 DAMAGE = {

@@ -98,11 +98,22 @@ def test_processes_share_each_batch_without_loss(make, make_source, kind):
 
 
 @both
-def test_a_position_in_another_set_is_refused(make, in_memory):
-  loader, other = (make(n, in_memory=in_memory) for n in (10, 11))
-  with pytest.raises(ValueError, match='has 11 images .* had 10') as caught:
+@pytest.mark.parametrize('n', [11, 9])
+def test_a_position_in_another_set_is_refused(make, in_memory, n):
+  loader, other = (make(n, in_memory=in_memory) for n in (10, n))
+  with pytest.raises(ValueError, match=f'has {n} images .* had 10') as caught:
     other.seek(loader.position())
   assert '\n' not in str(caught.value)
+
+
+@both
+def test_a_set_that_lost_two_percent_resumes_with_one_line(
+  make, caplog, in_memory
+):
+  loader, fewer = (make(n, in_memory=in_memory) for n in (100, 98))
+  fewer.seek(loader.position())
+  assert 'has 98 images that can be decoded and had 100' in caplog.text
+  assert next(fewer)['image'].shape == (4, 8, 8, 3)
 
 
 def test_crops_of_one_image_differ_between_epochs(make, tmp_path):
@@ -158,7 +169,7 @@ def test_out_of_memory_is_no_corrupt_image(make, monkeypatch, in_memory):
     ({'batch_size': 5, 'process_count': 2}, 'divides'),
     ({'batch_size': 0}, 'positive global batch size'),
     ({'batch_size': 11}, 'the training split has 10'),
-    ({'crop': 'centre'}, "'random_resized'"),
+    ({'crop': 'centre'}, "one of none, random, random_resized, got 'cen"),
     ({'crop': 'random', 'in_memory': True}, 'got crop random'),
     ({'image_size': 2**20, 'in_memory': True}, r'at most .* GB'),
   ],

@@ -7,6 +7,7 @@ import os
 import signal
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,20 @@ def test_cifar_is_its_archive_in_the_layout_of_tfds(tmp_path, manual, cifar):
   assert set(features) == {'id', 'image', 'label'}
   assert features['image'].shape == (32, 32, 3)
   assert features['label'].names[6] == 'frog'
+
+
+def test_cifar_of_tensorflow_is_prepared_beside_it(tmp_path, manual, cifar):
+  (manual / CIFAR).write_bytes(cifar)
+  theirs = Path(prepare.prepare('cifar10', str(tmp_path)))
+  info = theirs / 'dataset_info.json'
+  info.write_text(info.read_text().replace('array_record', 'tfrecord'))
+  for file in theirs.glob('*array_record*'):
+    file.rename(str(file).replace('array_record', 'tfrecord'))
+  before = sorted(path.name for path in theirs.iterdir())
+  for _ in range(2):  # prepares, and finds
+    dataset = open_dataset('tfds:cifar10', data_dir=str(tmp_path))
+    assert (len(dataset.train), len(dataset.test)) == (20, 3)
+  assert sorted(path.name for path in theirs.iterdir()) == before
 
 
 @pytest.fixture

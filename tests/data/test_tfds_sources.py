@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from rvq_jax.data import tfds_sources
-from rvq_jax.data.datasets import open_dataset
+from rvq_jax.data.datasets import open_dataset, open_images
 from rvq_jax.data.loaders import eval_batches, make_train_loader
 from rvq_jax.data.prepare import write_tfds
 
@@ -28,19 +28,24 @@ def _image(i):
   return buffer.getvalue()
 
 
-def _prepare(folder, counts=(9, 3), *, name='toy', fields=LABEL | ID):
-  """Writes train (two files), test and validation; image i has label i % 3."""
+NAMES = ('train', 'test', 'validation')
+
+
+def _prepare(
+  folder, counts=(9, 3), *, name='toy', fields=LABEL | ID, names=NAMES, **values
+):
+  """Writes splits, the first in two files; image i has label i % 3."""
 
   def examples(split, count):
     known = split != 'test' or name != 'imagenet2012'
 
     def read(i):
       example = {'label': i % 3 if known else -1, 'id': f'{split}_{i}'}
+      example |= values
       return {'image': _image(i)} | {field: example[field] for field in fields}
 
     return range(count), read
 
-  names = ('train', 'test', 'validation')
   splits = {s: examples(s, n) for s, n in zip(names, counts, strict=False)}
   features = {'image': tfds.features.Image(shape=(4, 4, 3))} | fields
   half = -(-counts[0] // 2)
@@ -96,6 +101,28 @@ def test_without_names_and_labels_index_and_minus_one_stand_in(tmp_path):
   assert train[2].name == 'train/2'
   assert train[2].label == -1
   assert train.labels.tolist() == [-1] * 9
+
+
+def test_a_number_is_a_name_and_a_text_no_class(tmp_path):
+  fields = {
+    'id': tfds.features.Scalar(np.int64),
+    'label': tfds.features.Text(),
+  }
+  _prepare(tmp_path, fields=fields, id=7, label='cat')
+  train = _open(tmp_path).train
+  assert (train[2].name, train[2].label) == ('7', -1)
+  assert train.labels.tolist() == [-1] * 9
+
+
+def test_val_is_validation(tmp_path):
+  _prepare(tmp_path, names=('train', 'val'))
+  assert len(_open(tmp_path).validation) == 3
+
+
+def test_a_set_without_known_splits_is_one_line(tmp_path):
+  _prepare(tmp_path, names=('part_a', 'part_b'))
+  with pytest.raises(ValueError, match='validation, test, got part_a, part_b'):
+    open_images('tfds:toy', data_dir=str(tmp_path))
 
 
 def test_a_source_survives_pickling(tmp_path):

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rvq_jax.evaluation import ablation, report
 from rvq_jax.training import config as config_lib
@@ -139,6 +140,33 @@ def test_the_page_loads_nothing_and_escapes_what_it_is_given(summary):
   assert not re.search(r'(src|href)="(?!data:|#)', text)
   assert '<script' not in text and '@import' not in text
   assert 'color-scheme: light dark' in text and 'name="viewport"' in text
+
+
+def test_the_curve_of_a_folder_is_of_images_of_every_class(
+  tiny_config, tmp_path, monkeypatch
+):
+  """Two classes of one grey each: all the variance is between them."""
+  for split in ('train', 'test'):
+    for i in range(2000):
+      grey = 255 * (i // 1000)
+      path = tmp_path / 'set' / split / str(grey) / f'{i}.png'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.new('L', (8, 8), grey).save(path)
+  tiny_config.data.name = f'folder:{tmp_path / "set"}'
+  tiny_config.data.image_size = 8
+  monkeypatch.setattr(report, 'CURVE_PIXELS', 0)  # 1,000 images
+  monkeypatch.setattr(report.figures, 'rate_figure', lambda *_: None)
+  seen = []
+  monkeypatch.setattr(
+    report.rate_distortion,
+    'codec_points',
+    lambda images: seen.append(images) or [{'bits_per_image': 9.0}],
+  )
+  row, records = {'entropy_bits': 8.0, 'bits': 0}, [{'workdir': tmp_path}]
+  words, _ = report._rate_distortion(tiny_config, {'x': row}, records)
+  mse = float(words.split()[1])  # at no bits: the variance of -1 and 1
+  assert mse == pytest.approx(1, abs=0.02)
+  assert len(seen[0]) == 256 and abs(seen[0].mean() - 127.5) < 30
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Evaluation of a run over a split."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,10 +10,12 @@ from PIL import Image
 
 from rvq_jax import VectorQuantizer, load, metrics
 from rvq_jax.data import loaders
+from rvq_jax.data.datasets import PARTS
 from rvq_jax.data.images import to_float
 from rvq_jax.evaluation import evaluate
 from rvq_jax.evaluation.evaluate import UNITS, evaluate_run, format_table
 from rvq_jax.training import sharding
+from rvq_jax.training.loop import train
 
 
 def shown(images):
@@ -137,7 +140,7 @@ def test_perceptual_metrics_are_stored_and_shown(run, monkeypatch, tmp_path):
 
 def test_wrong_requests_end_before_the_work(run, monkeypatch, tmp_path):
   monkeypatch.setattr(evaluate, 'load', None)
-  with pytest.raises(ValueError, match="'train', 'validation', 'test'"):
+  with pytest.raises(ValueError, match='one of train, validation, test, got'):
     evaluate_run(run, split='dev')
   (tmp_path / 'mine.txt').write_text('mine')
   with pytest.raises(ValueError, match='expected a new or empty folder'):
@@ -146,6 +149,66 @@ def test_wrong_requests_end_before_the_work(run, monkeypatch, tmp_path):
   monkeypatch.setattr(evaluate.jax, 'process_count', lambda: 2)
   with pytest.raises(ValueError, match='single process, got 2'):
     evaluate_run(run, save_images=tmp_path / 'new')
+
+
+def test_an_export_measures_the_images_it_is_given(
+  run, exported, image_folder, tmp_path
+):
+  with pytest.raises(ValueError, match='expected --input=IMAGES: an export'):
+    evaluate_run(exported)
+  images = image_folder / 'test'
+  result = evaluate_run(exported, images=str(images), output=tmp_path / 'x')
+  expected = evaluate_run(run)
+  np.testing.assert_allclose(result['mse'], expected['mse'], rtol=1e-5)
+  stored = json.loads((tmp_path / 'x/input/metrics.json').read_text())
+  assert stored['data'] == str(images)
+  both = str(image_folder)
+  result = evaluate_run(exported, images=both, split='validation')
+  assert result['images'] == 12
+  with pytest.raises(ValueError, match='expected a new or empty folder'):
+    evaluate_run(exported, images=both, output=tmp_path / 'x')
+
+
+def test_what_cannot_be_written_ends_before_the_work(run, monkeypatch):
+  monkeypatch.setattr(evaluate, '_measure', None)
+  with pytest.raises(ValueError, match='--output=FOLDER for .* hf:me/tiny'):
+    evaluate_run('hf:me/tiny')
+  monkeypatch.setattr(evaluate.os, 'access', lambda *_: False)
+  with pytest.raises(ValueError, match='evaluation/test: Permission denied'):
+    evaluate_run(run)
+
+
+def test_a_divided_folder_stays_divided_in_resume_and_evaluation(
+  tiny_config, image_folder, tmp_path, caplog
+):
+  data, workdir = tmp_path / 'set', tmp_path / 'run'
+  files = sorted(image_folder.rglob('*.png'))
+  for i in range(120):
+    (data / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+    shutil.copy(files[i % 60], data / 'ab'[i % 2] / f'{i:03d}.png')
+  tiny_config.data.name = f'folder:{data}'
+  tiny_config.data.split = 'paper'
+  tiny_config.eval_every, tiny_config.num_steps = 0, 2
+  train(tiny_config, workdir)
+  before = evaluate_run(workdir)
+  recorded = json.loads((workdir / 'split.json').read_text())
+  assert [len(recorded[x]) for x in PARTS] == [84, 24, 12]
+  # By the names alone, an image of each other part would take its place.
+  for i in range(40):
+    shutil.copy(files[i], data / 'a' / f'new{i}.png')
+  assert evaluate_run(workdir)['mse'] == before['mse']
+  (data / recorded['train'][0]).unlink()
+  tiny_config.num_steps = 3
+  train(tiny_config, workdir)
+  assert 'missing since the run divided it, and left out: 1 of' in caplog.text
+  assert 'new since the run divided it, and left out: 40 of' in caplog.text
+  assert json.loads((workdir / 'split.json').read_text()) == recorded
+
+
+def test_a_workdir_among_the_images_is_refused(tiny_config, image_folder):
+  with pytest.raises(ValueError, match='a --workdir outside of the images'):
+    train(tiny_config, image_folder / 'runs/x')
+  assert not (image_folder / 'runs').exists()
 
 
 def test_the_table_names_every_metric():

@@ -178,3 +178,6 @@ def test_formats_that_pillow_cannot_write_are_left_out():
     smooth(1), formats=('NO_SUCH', 'JPEG'), qualities=(50,)
   )
   assert [record['codec'] for record in points] == ['JPEG']
+  wide = np.zeros((1, 8, 2**14, 3), np.uint8)  # WebP takes one pixel less
+  points = rate_distortion.codec_points(wide, qualities=(50,))
+  assert [record['codec'] for record in points] == ['JPEG']

@@ -125,7 +125,7 @@ def test_floats_and_other_sizes_are_encoded_too(run, test_images):
     (np.zeros((1, 15, 16, 3), np.uint8), 'multiples of 4, got 15x16'),
     (np.zeros((1, 16, 16, 3), np.int32), 'uint8 or float'),
     (np.full((1, 16, 16, 3), 255.0), r'in \[-1, 1\], got values from 255'),
-    (np.full((1, 16, 16, 3), np.nan), r'in \[-1, 1\]'),
+    (np.eye(1, 768).reshape(1, 16, 16, 3) * np.nan, r'in \[-1, 1\]'),
     (np.zeros((16, 16, 3), np.uint8), r'\[B, h, w, 3\]'),
   ],
 )
@@ -139,6 +139,8 @@ def test_other_inputs_are_refused(run, images, message):
   [
     (np.full((1, 4, 4), 16), 'from 0 to 15, got 16 to 16'),
     (np.full((1, 4, 4), -1), 'from 0 to 15, got -1'),
+    (np.full((1, 4, 4), 2**32), 'from 0 to 15, got 4294967296 to'),
+    (np.full((1, 4, 4), 2**64 - 1, np.uint64), 'from 0 to 15, got 184467'),
     (np.zeros((4, 4), int), r'ids \[B, H, W\]'),
     (np.zeros((1, 4, 4)), 'integers'),
   ],

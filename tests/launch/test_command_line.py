@@ -1,6 +1,7 @@
 """Freed memory stays for the next step; programs are kept on disk."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,51 @@ def test_programs_are_kept_per_cpu_unless_the_user_says_where(tmp_path):
   assert Path(folder).parent == tmp_path / 'rvq_jax' / 'compiled'
   [folder] = run(CACHE, JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'mine'))
   assert folder == str(tmp_path / 'mine')
+
+
+@pytest.mark.parametrize(
+  ('paths', 'expected'),
+  [
+    (['--workdir=~/x'], 'found neither; .* --workdir={home}/x'),
+    (['--workdir=x', '--output=~/new', '--input=~/no'], 'no {home}/no: exp'),
+    (['--workdir=x', '~/no.jpg', 'y.npz'], 'file, got {home}/no.jpg'),
+  ],
+)
+def test_home_is_expanded_in_every_path(tmp_path, paths, expected):
+  launcher = 'evaluate' if len(paths) == 1 else 'encode'
+  done = subprocess.run(
+    [sys.executable, LAUNCH / f'{launcher}.py', *paths],
+    env=os.environ | {'HOME': str(tmp_path)},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  assert re.search(expected.format(home=tmp_path), done.stderr), done.stderr
+  assert not (tmp_path / '~').exists()
+
+
+UNKNOWN_USER = f"""
+import pwd, runpy, sys
+def unknown(uid):
+  raise KeyError(uid)
+pwd.getpwuid = unknown
+sys.path.insert(0, {str(LAUNCH)!r})
+runpy.run_path({str(LAUNCH / 'evaluate.py')!r}, run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize(
+  ('workdir', 'message'),
+  [('/no', 'a run with checkpoints in /no'), ('~/x', 'no home directory')],
+)
+def test_an_unknown_user_without_a_home_gets_one_line(workdir, message):
+  hidden = ('HOME', 'XDG_CACHE_HOME', 'JAX_COMPILATION_CACHE_DIR')
+  done = subprocess.run(
+    [sys.executable, '-c', UNKNOWN_USER, f'--workdir={workdir}'],
+    env={n: x for n, x in os.environ.items() if n not in hidden},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2 and 'Traceback' not in done.stderr
+  assert message in done.stderr.splitlines()[-1]

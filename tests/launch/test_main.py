@@ -40,11 +40,25 @@ def run(launcher, *flags):
   [
     ([], 'expected --config=configs/NAME.py; there are configs/cifar10.py'),
     (['--config=configs/none.py'], 'configs/none.py'),
-    (['--config=configs/cifar10.py:f5'], 'cifar10.py:f4 or :f8'),
+    (
+      ['--config=configs/cifar10.py:f5'],
+      'error: expected configs/cifar10.py:f4 or :f8, got :f5',
+    ),
     (['--config=configs/photos.py', 'stray'], "got 'stray'"),
     (['--config=configs/photos.py', '--wrkdir=x'], 'wrkdir'),
-    (['--config=configs/photos.py', '--config.model.typo=1'], 'typo'),
-    (['--config=configs/photos.py', '--config.batch_size=abc'], 'batch_size'),
+    (
+      ['--config=configs/photos.py', '--config.model.typo=1'],
+      'error: the config has no field typo',
+    ),
+    (
+      ['--config=configs/photos.py', '--config.batch_size=abc'],
+      'error: flag --config.batch_size=abc: invalid literal for int() with '
+      "base 10: 'abc'",
+    ),
+    (
+      ['--config=configs/photos.py', '--config.model.remat=maybe'],
+      "Non-boolean argument to boolean flag: 'maybe'",
+    ),
     (
       ['--config=configs/photos.py', '--config.model.codebook_size=-5'],
       'config.model.codebook_size: expected at least 1, got -5',

@@ -92,3 +92,14 @@ def test_the_notebook_shows_an_export_without_training(
   assert f'(16, 16, 3) -> ids {grid}, each one of {size}' in outputs
   assert 'step 24/24' not in outputs
   assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_the_first_cell_finds_its_clone_after_a_restart(tmp_path, monkeypatch):
+  """It does not clone again, which would fail."""
+  [first, *_] = (x for x in load(STORED) if x['cell_type'] == 'code')
+  (tmp_path / 'rvq_jax' / 'configs').mkdir(parents=True)
+  (tmp_path / 'rvq_jax' / 'configs' / 'photos.py').write_text('')
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'path', list(sys.path))
+  exec(''.join(first['source']), {})
+  assert Path.cwd() == tmp_path / 'rvq_jax'

@@ -1,5 +1,6 @@
 """A data set as a folder of tokens, and back."""
 
+import fcntl
 import io
 import json
 import os
@@ -217,6 +218,55 @@ def test_a_folder_or_file_of_the_user_is_not_written_to(
   with pytest.raises(ValueError, match='cannot write to .*Not a directory'):
     encode_dataset(tokenizer, source, mine / 'a.txt' / 'tokens')
   assert content(mine) == {'a.txt': b'mine'}
+
+
+@pytest.mark.parametrize('at', ['begun', 'made'])
+def test_a_folder_that_another_process_encodes_is_refused(
+  tokens, source, tmp_path, at
+):
+  tokenizer, made = tokens
+  folder = made if at == 'made' else tmp_path / 'new'
+  held = made if at == 'made' else tmp_path / '.new.partial'
+  held.mkdir(exist_ok=True)
+  before = content(made)
+  descriptor = os.open(held, os.O_RDONLY)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as the other process does
+    with pytest.raises(ValueError, match=f'{folder} is in use') as error:
+      encode_dataset(tokenizer, source, folder)
+    assert '\n' not in str(error.value)
+  finally:
+    os.close(descriptor)
+  assert content(made) == before
+  encode_dataset(tokenizer, source, folder)
+
+
+def test_a_folder_is_locked_until_its_encoding_ends(
+  make_tokenizer, source, tmp_path, monkeypatch
+):
+  """The lock is taken before the folder has its name, and stays with it."""
+  seen = []
+
+  def encode_rows(tokenizer, source, folder, meta):
+    with pytest.raises(ValueError, match='is in use'):
+      encode_dataset(tokenizer, source, folder)
+    seen.append(folder)
+
+  monkeypatch.setattr(dataset, '_encode_rows', encode_rows)
+  encode_dataset(make_tokenizer(), source, tmp_path / 'tokens')
+  assert seen == [tmp_path / 'tokens']
+
+
+def test_a_folder_that_cannot_be_filled_leaves_nothing(
+  make_tokenizer, source, tmp_path, monkeypatch
+):
+  def fail(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(dataset, 'write_atomic', fail)
+  with pytest.raises(OSError, match='No space left'):
+    encode_dataset(make_tokenizer(), source, tmp_path / 'tokens')
+  assert not list(tmp_path.iterdir())
 
 
 def test_an_undecodable_image_has_ids_0_and_a_reason(

@@ -149,3 +149,17 @@ def test_resume_allows_length_and_logging_and_nothing_else(load_config):
 def test_flat_config_survives_json(load_config):
   flat = config_lib.check_config(ConfigDict(load_config('cifar10')))
   assert config_lib.json.loads(config_lib.to_json(flat)) == flat
+
+
+@pytest.mark.parametrize(
+  'path', ['set', 'set/', './set', '~/set', '{}/x/../set']
+)
+def test_a_folder_is_the_same_however_it_is_named(
+  path, load_config, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  config = load_config('cifar10')
+  config.data.name = f'folder:{path.format(tmp_path)}'
+  flat = config_lib.check_config(config)
+  assert flat['data.name'] == f'folder:{tmp_path}/set'

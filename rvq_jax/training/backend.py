@@ -1,0 +1,73 @@
+"""What a program sets before JAX starts its backend, for a run and all else."""
+
+import ctypes
+import hashlib
+import importlib.metadata
+import logging
+import os
+import platform
+import re
+from pathlib import Path
+
+import jax
+
+
+def prepare_backend() -> None:
+  """Keeps compiled programs on disk and freed memory; what users set wins.
+
+  Programs are kept per kind of CPU, since home directories are shared. XLA:CPU
+  allocates its temporaries in each call: glibc would return them to the kernel,
+  and page faults would be a third of a step (docs/scale.md). A GPU that JAX
+  cannot use is said in one line.
+  """
+  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  # Without a home directory `~` stays.
+  if not jax.config.jax_compilation_cache_dir and os.path.isabs(home):
+    info = Path('/proc/cpuinfo')
+    text = info.read_text() if info.exists() else ''
+    flags_of_cpu = re.search('^flags.*|$', text, re.M)[0].encode()
+    kind = (
+      f'{platform.machine()}-{hashlib.sha256(flags_of_cpu).hexdigest()[:8]}'
+    )
+    folder = Path(home, 'rvq_jax', 'compiled', kind)
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+  plugins = importlib.metadata.entry_points(group='jax_plugins')
+  on_cpu = (jax.config.jax_platforms or ('' if plugins else 'cpu')) == 'cpu'
+  chosen = re.search('MALLOC_|GLIBC_TUNABLES', ' '.join(os.environ))
+  if on_cpu and not chosen and platform.libc_ver()[0] == 'glibc':
+    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of malloc.h; one arena,
+    # because those of threads cannot grow beyond 64 MiB.
+    for option in ((-4, 0), (-1, -1), (-8, 1)):
+      ctypes.CDLL(None).mallopt(*option)
+  gpu = any(Path('/proc/driver/nvidia/gpus').glob('*'))
+  advice = '' if jax.config.jax_platforms else gpu_advice(gpu)
+  if advice:
+    logging.warning('%s', advice)
+
+
+def gpu_advice(gpu: bool) -> str:
+  """What to install where JAX cannot use an NVIDIA GPU; '' if it can.
+
+  JAX leaves a plugin of another version than jaxlib aside, and runs on the CPU.
+
+  Args:
+    gpu: whether the machine has one.
+  """
+  jaxlib, others = importlib.metadata.version('jaxlib'), ''
+  for cuda in ('cuda12', 'cuda13'):
+    try:
+      found = importlib.metadata.version(f'jax-{cuda}-plugin')
+    except importlib.metadata.PackageNotFoundError:
+      continue
+    if found == jaxlib:
+      return ''
+    others = (
+      f'jax-{cuda}-plugin {found} does not fit jaxlib {jaxlib}, so that JAX '
+      f'sees no GPU: pip install "jax[{cuda}]=={jaxlib}"'
+    )
+  if others or not gpu:
+    return others
+  return (
+    'this machine has an NVIDIA GPU that JAX does not see: pip install '
+    f'"jax[cuda12]=={jaxlib}", or cuda13, whichever the driver has'
+  )

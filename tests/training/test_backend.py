@@ -1,0 +1,36 @@
+"""A GPU that JAX cannot use is said before the work."""
+
+import importlib.metadata
+
+import pytest
+
+from rvq_jax.training.backend import gpu_advice
+
+
+@pytest.mark.parametrize(
+  ('cuda12', 'cuda13', 'gpu', 'message'),
+  [
+    (None, None, False, ''),
+    ('0.11.2', None, True, ''),
+    ('0.11.2', '0.9.0', True, ''),
+    (None, None, True, 'does not see: pip install "jax[cuda12]==0.11.2"'),
+    (
+      *(None, '0.9.0', False),
+      'jax-cuda13-plugin 0.9.0 does not fit jaxlib 0.11.2, so that JAX sees no '
+      'GPU: pip install "jax[cuda13]==0.11.2"',
+    ),
+  ],
+)
+def test_what_to_install_is_said_in_one_line(
+  monkeypatch, cuda12, cuda13, gpu, message
+):
+  installed = {'jax-cuda12-plugin': cuda12, 'jax-cuda13-plugin': cuda13}
+
+  def version(name):
+    if found := (installed | {'jaxlib': '0.11.2'})[name]:
+      return found
+    raise importlib.metadata.PackageNotFoundError(name)
+
+  monkeypatch.setattr(importlib.metadata, 'version', version)
+  advice = gpu_advice(gpu)
+  assert message in advice and bool(message) == bool(advice)
