@@ -130,7 +130,7 @@ def test_train_step_is_short():
   'path', sorted((ROOT / 'launch').glob('*.py')), ids=lambda p: p.name
 )
 def test_launchers_are_short_and_shadow_no_standard_module(path):
-  limit = 120 if path.name == 'command_line.py' else 80
+  limit = 160 if path.name == 'command_line.py' else 80
   assert len(path.read_text().splitlines()) <= limit
   assert path.stem not in sys.stdlib_module_names
 
