@@ -1,16 +1,22 @@
-"""The ImageNet step at batch 128: nothing of size N x K."""
+"""The ImageNet step at batch 128: nothing of size N x K, under 10 GB."""
 
+import importlib.util
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from rvq_jax.training import config as config_lib
 from rvq_jax.training.optimizer import make_optimizer
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step
 
+ROOT = Path(__file__).resolve().parents[2]
 BATCH, SIDE = 128, 256
 
 
@@ -55,3 +61,25 @@ def test_making_the_state_takes_no_memory_for_the_batch(load_config):
     return compiled.memory_analysis().temp_size_in_bytes
 
   assert memory(1000) == memory(1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec('jax_cuda12_plugin') is None,
+  reason='needs jax-cuda12-plugin and jax-cuda12-pjrt to compile for a GPU',
+)
+def test_the_imagenet_step_takes_less_than_10_gb_of_a_gpu():
+  output = subprocess.run(
+    [sys.executable, ROOT / 'benchmarks' / 'gpu_memory.py'],
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
+  rows = [line.split('|') for line in output.splitlines()[2:]]
+  rows = [row for row in rows if 'no cuDNN' not in row[4]]
+  half = [row for row in rows if 'bfloat16' in row[1]]
+  assert len(half) >= 2
+  assert all(float(row[4]) + float(row[5]) < 10 for row in half)
+  # N x K would be 8.6 GB, the input of a transposed convolution with zeros
+  # written between its elements 1.1 GB in half precision.
+  assert all(float(row[6].split()[-2]) < 0.6 for row in rows)
