@@ -9,6 +9,15 @@ import pytest
 
 from rvq_jax.training.run import DETERMINISTIC, Run
 
+FLAG = """
+import os, jax
+from rvq_jax.training.run import make_deterministic
+make_deterministic()
+assert jax.device_count() == 8  # what was set stays
+make_deterministic()
+print(os.environ['XLA_FLAGS'])
+"""
+
 
 def run_python(program, **environment):
   return subprocess.run(
@@ -20,17 +29,7 @@ def run_python(program, **environment):
 
 
 def test_it_sets_the_flag_before_the_devices_start():
-  program = """
-import os, jax
-from rvq_jax.training.run import make_deterministic
-make_deterministic()
-assert jax.device_count() == 8  # what was set stays
-make_deterministic()
-print(os.environ['XLA_FLAGS'])
-"""
-  done = run_python(program)
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.split().count(DETERMINISTIC) == 1
+  assert run_python(FLAG).stdout.split().count(DETERMINISTIC) == 1
 
 
 def test_it_is_refused_once_they_have_started(tiny_config):

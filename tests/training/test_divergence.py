@@ -134,21 +134,12 @@ def test_a_skipped_step_leaves_its_line_of_the_log_readable(
   tiny_config, tmp_path, log_of, monkeypatch
 ):
   tiny_config.num_steps = 4
-  build_steps = loop.Run._build_steps
-
-  def spoil(run):
-    build_steps(run)
-    step = run.train_step
-
-    def train_step(state, batch):
-      spoilt = int(state.step) == 0
-      return step(
-        state, {'image': batch['image'] * (np.nan if spoilt else 1.0)}
-      )
-
-    run.train_step = train_step
-
-  monkeypatch.setattr(loop.Run, '_build_steps', spoil)
+  factors, next_batch = iter([np.nan, 1, 1, 1]), loop.Prefetch.next_batch
+  monkeypatch.setattr(
+    loop.Prefetch,
+    'next_batch',
+    lambda self: {'image': next_batch(self)['image'] * float(next(factors))},
+  )
   loop.train(tiny_config, tmp_path)
   log = log_of(tmp_path)
   assert (log[2, 'train/skipped'], log[4, 'train/skipped']) == (0.5, 0)

@@ -73,18 +73,13 @@ def test_repeated_steps_lower_the_loss():
 def test_the_averages_of_parameters_and_statistics_follow_at_their_decay():
   _, step, state = build()
   after, _ = step(state, {'image': IMAGES})
-  for new, average, old in zip(
-    *map(
-      jax.tree.leaves,
-      (
-        (after.params, after.batch_stats),
-        (after.averages['params'], after.averages['batch_stats']),
-        (state.params, state.batch_stats),
-      ),
-    ),
-    strict=True,
-  ):
-    np.testing.assert_allclose(average, 0.5 * old + 0.5 * new, atol=1e-6)
+  for name, averages in after.averages.items():
+    for average, new, old in zip(
+      *map(jax.tree.leaves, (averages, after.variables[name])),
+      jax.tree.leaves(state.variables[name]),
+      strict=True,
+    ):
+      np.testing.assert_allclose(average, 0.5 * old + 0.5 * new, atol=1e-6)
   assert after.eval_variables == after.variables | after.averages
 
 
