@@ -17,6 +17,13 @@ import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+# Tests build the same small programs again and again: each is compiled once,
+# for all workers of pytest and the programs that tests start.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  _cache = tempfile.TemporaryDirectory(prefix='rvq_jax_tests_')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -24,10 +31,6 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Tests build the same small programs again and again; each is compiled once.
-_cache = tempfile.TemporaryDirectory(prefix='rvq_jax_tests_')
-jax.config.update('jax_compilation_cache_dir', _cache.name)
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 # What lands must not hang on a draw; at a desk every run draws anew.
 hypothesis.settings.register_profile('ci', derandomize=True)

@@ -85,3 +85,10 @@ def test_the_table_of_extras_is_that_of_the_package():
   table = TEXT[TEXT.index('| extra |') :]
   names = ' '.join(re.findall(r'^\| (`.*?) \|', table, re.MULTILINE))
   assert set(re.findall(r'\w+', names)) == set(project['optional-dependencies'])
+
+
+def test_the_page_on_reliability_names_tests_that_exist():
+  text = (ROOT / 'docs' / 'reliability.md').read_text()
+  names = re.findall(r'`(?:\w+/)?(test_\w+\.py)`', text)
+  found = {path.name for path in (ROOT / 'tests').rglob('test_*.py')}
+  assert len(names) > 10 and set(names) <= found

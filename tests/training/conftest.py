@@ -141,12 +141,10 @@ def _make_step(flat, model, **options):
 
 
 def process_environment() -> dict[str, str]:
-  """That of a run with one device, which shares the suite's programs."""
+  """That of a run with one device."""
   flags = os.environ['XLA_FLAGS'].split()
   return os.environ | {
-    'XLA_FLAGS': ' '.join(f for f in flags if 'device_count' not in f),
-    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+    'XLA_FLAGS': ' '.join(f for f in flags if 'device_count' not in f)
   }
 
 
