@@ -26,7 +26,7 @@ class Field(NamedTuple):
   """What an argument may hold.
 
   Attributes:
-    kind: int, float, bool, str or tuple (of integers above 0).
+    kind: int, float, bool, str or tuple (of widths).
     low: least value.
     high: greatest value.
     choices: allowed values, or None.
@@ -72,8 +72,10 @@ def fault(value: Any, field: Field) -> str | None:
     return None if field.optional else 'a value'
   if field.kind is tuple:
     fits = isinstance(value, tuple | list) and value
-    if not fits or any(type(v) is not int or v < 1 for v in value):
-      return 'integers above 0, as (64, 128, 256)'
+    if not fits or any(
+      type(v) is not int or not 1 <= v <= 2**20 for v in value
+    ):
+      return 'integers from 1 to 1048576, as (64, 128, 256)'
     return None
   kind = (int, float) if field.kind is float else field.kind
   if not isinstance(value, kind) or (

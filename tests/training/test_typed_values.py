@@ -103,6 +103,7 @@ def load():
 @example(name='num_epochs', text='10000000')
 @example(name='model.codebook_size', text='2147483647')
 @example(name='model.widths', text='(1000000,8)')
+@example(name='model.widths', text='18446744073709551616')
 @example(name='data.image_size', text='16384')
 @example(name='data.name', text='folder:\0')
 @example(name='data.data_dir', text='\0')
