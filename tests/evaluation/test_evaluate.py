@@ -178,6 +178,7 @@ def test_what_cannot_be_written_ends_before_the_work(run, monkeypatch):
     evaluate_run(run)
 
 
+@pytest.mark.slow
 def test_a_divided_folder_stays_divided_in_resume_and_evaluation(
   tiny_config, image_folder, tmp_path, caplog
 ):

@@ -47,7 +47,9 @@ def test_shapes_follow_the_factor(factor, size):
   assert out.quantizer.ids.shape == (2, size[0] // factor, size[1] // factor)
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  'dtype', [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
   'ema', [True, pytest.param(False, marks=pytest.mark.slow)]
 )
@@ -80,6 +82,7 @@ def test_evaluation_leaves_every_collection_as_it_was():
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
 def test_every_parameter_gets_a_gradient():
   model, x = build(init_from='normal'), images()
   variables = init(model, x)

@@ -11,6 +11,10 @@ from rvq_jax import ProductQuantizer, ResidualQuantizer, VectorQuantizer, rotate
 
 Z = np.random.default_rng(0).normal(size=(2, 24, 6)).astype(np.float32)
 K = 8
+CLASSES = [
+  ResidualQuantizer,
+  pytest.param(ProductQuantizer, marks=pytest.mark.slow),
+]
 
 
 @functools.partial(jax.jit, static_argnames=('layer', 'train'))
@@ -175,7 +179,9 @@ def test_product_codes_are_the_nearest_of_each_piece():
   'make',
   [
     functools.partial(ResidualQuantizer, depth=2),
-    functools.partial(ProductQuantizer, heads=2),
+    pytest.param(
+      functools.partial(ProductQuantizer, heads=2), marks=pytest.mark.slow
+    ),
   ],
   ids=['residual', 'product'],
 )
@@ -192,7 +198,7 @@ def test_ids_give_back_what_the_forward_pass_gave(make, ema):
   assert np.sum(out.counts) == 2 * 48
 
 
-@pytest.mark.parametrize('cls', [ResidualQuantizer, ProductQuantizer])
+@pytest.mark.parametrize('cls', CLASSES)
 def test_training_moves_every_codebook_and_evaluation_none(cls):
   layer = cls(codebook_size=K)
   variables = init(layer)
@@ -208,7 +214,7 @@ def test_training_moves_every_codebook_and_evaluation_none(cls):
   )
 
 
-@pytest.mark.parametrize('cls', [ResidualQuantizer, ProductQuantizer])
+@pytest.mark.parametrize('cls', CLASSES)
 def test_masked_positions_count_nowhere(cls):
   layer = cls(codebook_size=K)
   variables = trained(layer)

@@ -211,9 +211,11 @@ def test_commitment_loss_is_what_trains_the_encoder(form):
   'layer',
   [
     VectorQuantizer(8, init_from='normal'),
-    ResidualQuantizer(8, init_from='normal', depth=2),
-    SimVQ(8),
-    GumbelQuantizer(8),
+    pytest.param(
+      ResidualQuantizer(8, init_from='normal', depth=2), marks=pytest.mark.slow
+    ),
+    pytest.param(SimVQ(8), marks=pytest.mark.slow),
+    pytest.param(GumbelQuantizer(8), marks=pytest.mark.slow),
   ],
   ids=lambda layer: type(layer).__name__,
 )

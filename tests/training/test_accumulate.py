@@ -108,7 +108,7 @@ def assert_close(got, want):
 @pytest.mark.parametrize(
   'quantizer',
   [
-    'vq',
+    pytest.param('vq', marks=pytest.mark.slow),
     pytest.param('learned', marks=pytest.mark.slow),
     pytest.param('residual', marks=pytest.mark.slow),
   ],

@@ -116,8 +116,8 @@ def one_device():
   ('name', 'devices'),
   [
     ('jit', 8),
-    ('shard_map', 2),
-    ('pmap', 4),
+    pytest.param('shard_map', 2, marks=pytest.mark.slow),
+    pytest.param('pmap', 4, marks=pytest.mark.slow),
     pytest.param('jit', 2, marks=pytest.mark.slow),
     pytest.param('jit', 4, marks=pytest.mark.slow),
     pytest.param('shard_map', 1, marks=pytest.mark.slow),

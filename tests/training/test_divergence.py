@@ -130,6 +130,7 @@ def test_nine_spoilt_steps_are_forgiven_and_ten_are_not():
     assert after.nonfinite_streak == (0 if forgiven else count + 1)
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_its_line_of_the_log_readable(
   tiny_config, tmp_path, log_of, monkeypatch
 ):
@@ -146,6 +147,7 @@ def test_a_skipped_step_leaves_its_line_of_the_log_readable(
   assert None not in log.values()
 
 
+@pytest.mark.slow
 def test_a_learning_rate_of_a_million_stops_the_run(
   tiny_config, tmp_path, steps_of
 ):

@@ -9,9 +9,8 @@ from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
 
 
-@pytest.mark.parametrize(
-  'route', ['memory', pytest.param('stream', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('route', ['memory', 'stream'])
 def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(
   route, tiny_config, tmp_path, final_bits, log_of
 ):

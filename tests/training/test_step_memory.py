@@ -46,6 +46,7 @@ def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
   assert max(sizes) < vectors * flat['model.codebook_size']
 
 
+@pytest.mark.slow
 def test_making_the_state_takes_no_memory_for_the_batch(load_config):
   flat = config_lib.check_config(load_config('photos'))
   model = config_lib.build_model(flat)
