@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Modules (or folders of them) -> tests, the fastest and nearest first.
 WIRING = [
-  'tests/training/test_wiring.py',
+  'tests/training/test_config_wiring.py',
   'tests/training/test_optimizer_wiring.py',
   'tests/training/test_step_wiring.py',
 ]
