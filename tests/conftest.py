@@ -6,8 +6,10 @@ _flags = '--xla_force_host_platform_device_count=8'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flags}'
 # Whole runs compile hundreds of small programs and run each for a moment:
 # without optimization they take half of the time. The tests of the layers, the
-# models and the train step run programs that are optimized as a user's are.
-os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+# models and the train step run programs that are optimized as a user's are;
+# OPTIMIZED=1, as in .ci/run, does so everywhere.
+if not os.environ.get('OPTIMIZED'):
+  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 
 import importlib.util  # noqa: E402
 import re  # noqa: E402
@@ -45,6 +47,8 @@ _NUMERICAL = re.compile(
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
   """Sets how far the programs of a test are optimized."""
+  if os.environ.get('OPTIMIZED'):
+    return
   low = not _NUMERICAL.search(item.path.as_posix())
   if low != jax.config.read('jax_disable_most_optimizations'):
     jax.config.update('jax_disable_most_optimizations', low)
