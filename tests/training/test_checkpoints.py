@@ -103,7 +103,7 @@ def assert_sound_or_named(run, template, saved, item, caplog):
 @pytest.mark.parametrize(
   ('damage', 'positions'),
   [
-    pytest.param(flip, (0.1, 0.9), marks=pytest.mark.slow),
+    pytest.param(flip, (0, 0.3, 0.7, 0.999), marks=pytest.mark.slow),
     pytest.param(truncate, (None,), marks=pytest.mark.slow),
     pytest.param(os.remove, (None,), marks=pytest.mark.slow),
     pytest.param(zero, (None,), marks=pytest.mark.slow),
