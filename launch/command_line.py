@@ -69,11 +69,11 @@ def check_output(path: str, suffix: str) -> None:
     fail(f'{path} exists and is not overwritten; name another output')
 
 
-def prepare_backend() -> None:
+def prepare_backend(**options) -> None:
   """See `rvq_jax.training.backend`, which takes a moment to import."""
   from rvq_jax.training import backend
 
-  backend.prepare_backend()
+  backend.prepare_backend(**options)
 
 
 def _expand(path: str) -> str:

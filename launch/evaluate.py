@@ -42,7 +42,7 @@ def main():
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
   from rvq_jax.metrics import format_definitions
 
-  command_line.prepare_backend()
+  command_line.prepare_backend(share_gpus=_PERCEPTUAL.value)
   result = evaluate_run(
     _WORKDIR.value,
     split=_SPLIT.value,

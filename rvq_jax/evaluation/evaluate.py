@@ -53,10 +53,11 @@ def evaluate_run(
 ) -> dict:
   """Evaluates a checkpoint and writes its metrics and figures.
 
-  Writes WORKDIR/evaluation/SPLIT/metrics.json (with step, data set and the
-  variant of SSIM), reconstructions.png, samples.png (the first images above
-  their reconstructions, pixel by pixel), code_usage.png, code_counts.npy and,
-  one level up, curves.png. SPLIT is input where `images` is given.
+  Writes WORKDIR/evaluation/SPLIT/metrics.json (with step, data set, the variant
+  of SSIM and whether 'best' was chosen on these images), reconstructions.png,
+  samples.png (the first images above their reconstructions, pixel by pixel),
+  code_usage.png, code_counts.npy and, one level up, curves.png. SPLIT is input
+  where `images` is given.
 
   Args:
     workdir: directory of a run, an export or a name of the Hub; see `load`.
@@ -70,6 +71,8 @@ def evaluate_run(
     save_images: new or empty folder for the whole split and its reconstructions
       as PNG files; see `perceptual.save_pairs`.
     perceptual: adds rFID, IS and LPIPS; see `perceptual.perceptual_metrics`.
+      They run in PyTorch: on a GPU, start the process with
+      XLA_PYTHON_CLIENT_PREALLOCATE=false, as launch/evaluate.py does.
     definitions: adds usage and perplexity by `metrics.CodeDefinitions`.
 
   Returns:
@@ -104,7 +107,15 @@ def evaluate_run(
     check_new(folder, 'output')
   tokenizer = load(workdir, step)
   _make_folder(folder)
-  source = _open_source(workdir, tokenizer.config, split, data_dir, images)
+  source, chosen_here = _open_source(
+    workdir, tokenizer.config, split, data_dir, images
+  )
+  chosen_here &= step == 'best'
+  if chosen_here:
+    logging.warning(
+      "'best' was chosen on these images, so that its numbers are too good; "
+      'report the newest step, or a split that is held out'
+    )
   codes, originals, position = metrics.CodeDefinitions(), (), 0
 
   with tempfile.TemporaryDirectory() as scratch:
@@ -132,7 +143,8 @@ def evaluate_run(
     about |= {'data': config['data.name'], 'data_split': config['data.split']}
     if images:
       about |= {'data': images, 'data_split': None}
-    about['ssim_variant'] = metrics.SSIM_VARIANT
+    about |= {'chosen_on_these_images': chosen_here}
+    about |= {'ssim_variant': metrics.SSIM_VARIANT}
     text = json.dumps(about | result, indent=2) + '\n'
     write_atomic(folder / 'metrics.json', text)
     np.save(folder / 'code_counts.npy', counts, allow_pickle=False)
@@ -154,7 +166,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _open_source(workdir, config, split, data_dir, images):
-  """The images to measure."""
+  """The images to measure, and whether a run's validation is on them."""
   data_dir = data_dir or config['data.data_dir']
   if images:
     splits = datasets.open_images(images, data_dir=data_dir)
@@ -162,7 +174,7 @@ def _open_source(workdir, config, split, data_dir, images):
       raise ValueError(
         f'split: expected one of {", ".join(splits)} of {images}, got {split}'
       )
-    return splits['all' if 'all' in splits else split]
+    return splits['all' if 'all' in splits else split], False
   name = config['data.name']
   if name.startswith('folder:') and (
     str(workdir).startswith(HUB) or is_export(workdir)
@@ -179,7 +191,8 @@ def _open_source(workdir, config, split, data_dir, images):
   )
   if dataset.note:
     logging.info('%s', dataset.note)
-  return getattr(dataset, split)
+  source = getattr(dataset, split)
+  return source, source is dataset.validation
 
 
 def _reconstruct(tokenizer, images) -> np.ndarray:

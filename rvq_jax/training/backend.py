@@ -12,14 +12,20 @@ from pathlib import Path
 import jax
 
 
-def prepare_backend() -> None:
+def prepare_backend(*, share_gpus: bool = False) -> None:
   """Keeps compiled programs on disk and freed memory; what users set wins.
 
   Programs are kept per kind of CPU, since home directories are shared. XLA:CPU
   allocates its temporaries in each call: glibc would return them to the kernel,
   and page faults would be a third of a step (docs/scale.md). A GPU that JAX
   cannot use is said in one line.
+
+  Args:
+    share_gpus: take GPU memory when it is needed, not three quarters of it at
+      the start, so that PyTorch finds some in the same process.
   """
+  if share_gpus:
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   # Without a home directory `~` stays.
   if not jax.config.jax_compilation_cache_dir and os.path.isabs(home):

@@ -47,6 +47,20 @@ def test_metrics_are_those_of_the_tokenizer_over_the_whole_split(
   assert result['bits_per_image'] == 16 * 4
 
 
+def test_choosing_a_step_on_the_images_is_said(run, tmp_path, caplog):
+  evaluate_run(run, split='validation', step='best', output=tmp_path)
+  assert "'best' was chosen on these images" in caplog.text
+  for folder, chosen in (
+    (tmp_path / 'validation', True),
+    (
+      run / 'evaluation/test',
+      False,
+    ),
+  ):
+    stored = json.loads((folder / 'metrics.json').read_text())
+    assert stored['chosen_on_these_images'] is chosen
+
+
 def test_the_round_trip_is_compared_with_the_forward_pass(run, monkeypatch):
   assert evaluate_run(run)['roundtrip_error'] == 0
   real = VectorQuantizer.codes_from_ids

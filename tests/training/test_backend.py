@@ -1,6 +1,9 @@
-"""A GPU that JAX cannot use is said before the work."""
+"""What is set before JAX starts its devices."""
 
 import importlib.metadata
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -34,3 +37,28 @@ def test_what_to_install_is_said_in_one_line(
   monkeypatch.setattr(importlib.metadata, 'version', version)
   advice = gpu_advice(gpu)
   assert message in advice and bool(message) == bool(advice)
+
+
+def test_perceptual_metrics_find_memory_on_the_gpu():
+  name = 'XLA_PYTHON_CLIENT_PREALLOCATE'
+  code = f"""
+import os, sys
+sys.path.insert(0, 'launch')
+import command_line, evaluate
+from jax._src.xla_bridge import backends_are_initialized
+from rvq_jax.evaluation import evaluate as library
+
+def measure(*args, **kwargs):
+  print(backends_are_initialized(), os.environ.get({name!r}), flush=True)
+  os._exit(0)
+
+library.evaluate_run = measure
+command_line.run(evaluate.main)
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code, '--workdir=run', '--perceptual'],
+    env={k: v for k, v in os.environ.items() if k != name},
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout.split() == ['False', 'false'], done.stderr
