@@ -77,7 +77,7 @@ def dense_maps(estimator, e, q):
 def variables_of(state, part):
   """Those of the encoder or the decoder."""
   parts = {'params': state.params, 'batch_stats': state.batch_stats}
-  return {name: {part: value[part]} for name, value in parts.items()}
+  return {n: {part: v[part]} for n, v in parts.items() if part in v}
 
 
 # Static and without a quantizer of its own, so that all names share a program.
