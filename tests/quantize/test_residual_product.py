@@ -11,10 +11,12 @@ from rvq_jax import ProductQuantizer, ResidualQuantizer, VectorQuantizer, rotate
 
 Z = np.random.default_rng(0).normal(size=(2, 24, 6)).astype(np.float32)
 K = 8
-CLASSES = [
-  ResidualQuantizer,
-  pytest.param(ProductQuantizer, marks=pytest.mark.slow),
-]
+# Shared: each other layer is another handful of programs.
+RESIDUAL = ResidualQuantizer(K, depth=3, decay=0.8)
+PRODUCT = ProductQuantizer(K, heads=3)
+EACH = pytest.mark.parametrize(
+  'layer', [RESIDUAL, PRODUCT], ids=['residual', 'product']
+)
 
 
 @functools.partial(jax.jit, static_argnames=('layer', 'train'))
@@ -23,7 +25,7 @@ def init(layer, train=True):
 
 
 @functools.partial(jax.jit, static_argnames='layer')
-def step(layer, variables, z=Z, mask=None):
+def _step(layer, variables, z, mask):
   out, updates = layer.apply(
     variables, z, train=True, mask=mask, mutable=['codebook']
   )
@@ -31,8 +33,18 @@ def step(layer, variables, z=Z, mask=None):
 
 
 @functools.partial(jax.jit, static_argnames='layer')
-def evaluate(layer, variables, z=Z, mask=None):
-  return layer.apply(variables, z, mask=mask)
+def _evaluate(layer, variables):
+  return layer.apply(variables, Z, mutable=['codebook', 'params'])
+
+
+# One signature each: a default argument left out would be another program.
+def step(layer, variables, z=Z, mask=None):
+  mask = np.ones(z.shape[:-1], bool) if mask is None else mask
+  return _step(layer, variables, z, mask)
+
+
+def evaluate(layer, variables):
+  return _evaluate(layer, variables)[0]
 
 
 @functools.partial(jax.jit, static_argnames='layer')
@@ -40,6 +52,7 @@ def decode(layer, variables, ids):
   return layer.apply(variables, ids, method='codes_from_ids')
 
 
+@functools.cache
 def trained(layer):
   variables = init(layer)
   for _ in range(3):
@@ -55,22 +68,25 @@ def nearest(e, codes):
 
 
 def test_residual_codes_are_the_greedy_ones():
-  layer = ResidualQuantizer(codebook_size=K, depth=2)
-  variables = trained(layer)
-  out = evaluate(layer, variables)
+  variables = trained(RESIDUAL)
+  out = evaluate(RESIDUAL, variables)
   left = np.float64(Z.reshape(-1, 6))
-  for d in range(2):
+  for d in range(3):
     codes = np.asarray(variables['codebook'][f'level_{d}']['embedding'])
     ids = nearest(left, codes)
-    np.testing.assert_array_equal(out.ids[..., d].reshape(-1), ids)
-    np.testing.assert_array_equal(out.counts[d], np.bincount(ids, minlength=K))
+    np.testing.assert_array_equal(np.ravel(np.asarray(out.ids)[..., d]), ids)
+    np.testing.assert_array_equal(
+      np.asarray(out.counts)[d], np.bincount(ids, minlength=K)
+    )
     left -= codes[ids]
     np.testing.assert_allclose(
       out.metrics[f'quantization_error_{d + 1}'], np.mean(left**2), rtol=1e-5
     )
 
 
-@pytest.mark.parametrize('threshold', [0.0, 0.9])
+@pytest.mark.parametrize(
+  'threshold', [0.0, pytest.param(0.9, marks=pytest.mark.slow)]
+)
 def test_levels_of_more_codes_than_vectors_are_filled_with_residuals(threshold):
   layer = ResidualQuantizer(
     codebook_size=64, depth=3, dead_code_threshold=threshold
@@ -87,22 +103,20 @@ def test_levels_of_more_codes_than_vectors_are_filled_with_residuals(threshold):
 
 
 def test_residual_decodes_a_prefix_of_its_codes():
-  layer = ResidualQuantizer(codebook_size=K, depth=3)
-  variables = trained(layer)
-  out = evaluate(layer, variables)
+  variables = trained(RESIDUAL)
+  out = evaluate(RESIDUAL, variables)
   for d in (1, 2, 3):
     expected = np.zeros_like(Z)
     for i in range(d):
       codes = np.asarray(variables['codebook'][f'level_{i}']['embedding'])
-      expected = expected + codes[np.asarray(out.ids[..., i])]
-    got = decode(layer, variables, out.ids[..., :d])
+      expected = expected + codes[np.asarray(out.ids)[..., i]]
+    got = decode(RESIDUAL, variables, np.asarray(out.ids)[..., :d])
     np.testing.assert_array_equal(got, expected)
   np.testing.assert_array_equal(got, out.quantized)
 
 
 def test_residual_gradient_is_one_rotation_onto_the_sum():
-  layer = ResidualQuantizer(codebook_size=K, depth=2, commitment_weight=0.0)
-  variables = trained(layer)
+  layer, variables = RESIDUAL, trained(RESIDUAL)
   g = np.random.default_rng(1).normal(size=Z.shape).astype(np.float32)
 
   @jax.jit
@@ -113,110 +127,93 @@ def test_residual_gradient_is_one_rotation_onto_the_sum():
     )
     return through(z), jax.grad(lambda z: jnp.sum(rotate(z, q) * g))(z)
 
-  got, expected = gradients(jnp.asarray(Z))
+  got, expected = gradients(Z)
   np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
   assert np.abs(np.asarray(got) - g).max() > 0.1  # not straight-through
 
 
 def test_residual_straight_through_gradient_does_not_grow_with_depth():
-  layer = ResidualQuantizer(codebook_size=K, depth=2, estimator='ste')
-  variables = init(layer)
+  layer, variables = RESIDUAL.clone(estimator='ste'), trained(RESIDUAL)
   gradient = jax.jit(
     jax.grad(lambda z: jnp.sum(layer.apply(variables, z).quantized))
-  )(jnp.asarray(Z))
+  )(Z)
   np.testing.assert_array_equal(gradient, np.ones_like(Z))
 
 
 def test_residual_of_depth_one_is_the_plain_quantizer():
-  layer = ResidualQuantizer(codebook_size=K, depth=1)
-  variables = trained(layer)
-  plain = {'codebook': variables['codebook']['level_0']}
-  got = evaluate(layer, variables)
-  expected = evaluate(VectorQuantizer(codebook_size=K), plain)
-  np.testing.assert_array_equal(got.ids[..., 0], expected.ids)
+  plain = trained(RESIDUAL)['codebook']['level_0']
+  one = ResidualQuantizer(codebook_size=K, depth=1)
+  got = evaluate(one, {'codebook': {'level_0': plain}})
+  expected = evaluate(VectorQuantizer(codebook_size=K), {'codebook': plain})
+  np.testing.assert_array_equal(np.asarray(got.ids)[..., 0], expected.ids)
   np.testing.assert_array_equal(got.quantized, expected.quantized)
   np.testing.assert_allclose(got.loss, expected.loss)
 
 
 def test_residual_learns_to_leave_less():
-  layer = ResidualQuantizer(codebook_size=K, depth=3, decay=0.8)
-
-  @jax.jit
-  def learn(variables):
-    def one(codebook, _):
-      _, updates = layer.apply(
-        {'codebook': codebook}, Z, train=True, mutable=['codebook']
-      )
-      return updates['codebook'], None
-
-    return jax.lax.scan(one, variables['codebook'], length=40)[0]
-
-  error = evaluate(layer, {'codebook': learn(init(layer))}).metrics
+  variables = init(RESIDUAL)
+  for _ in range(40):
+    _, variables = step(RESIDUAL, variables)
+  error = evaluate(RESIDUAL, variables).metrics
   errors = [float(error[f'quantization_error_{d}']) for d in (1, 2, 3)]
   assert errors[0] > 1.3 * errors[1] > 1.3**2 * errors[2]
   assert errors[2] == float(error['quantization_error'])
 
 
 def test_product_codes_are_the_nearest_of_each_piece():
-  layer = ProductQuantizer(codebook_size=K, heads=3)
-  variables = trained(layer)
-  out = evaluate(layer, variables)
+  variables = trained(PRODUCT)
+  out = evaluate(PRODUCT, variables)
   assert out.ids.shape == (2, 24, 3)
   for h in range(3):
     codes = np.asarray(variables['codebook'][f'head_{h}']['embedding'])
     ids = nearest(Z.reshape(-1, 3, 2)[:, h], codes)
-    np.testing.assert_array_equal(out.ids[..., h].reshape(-1), ids)
+    np.testing.assert_array_equal(np.ravel(np.asarray(out.ids)[..., h]), ids)
     np.testing.assert_array_equal(
-      out.quantized.reshape(-1, 3, 2)[:, h], codes[ids]
+      np.asarray(out.quantized).reshape(-1, 3, 2)[:, h], codes[ids]
     )
-    np.testing.assert_array_equal(out.counts[h], np.bincount(ids, minlength=K))
+    np.testing.assert_array_equal(
+      np.asarray(out.counts)[h], np.bincount(ids, minlength=K)
+    )
 
 
 @pytest.mark.parametrize(
-  'ema', [True, pytest.param(False, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-  'make',
+  'layer',
   [
-    functools.partial(ResidualQuantizer, depth=2),
-    pytest.param(
-      functools.partial(ProductQuantizer, heads=2), marks=pytest.mark.slow
+    RESIDUAL,
+    PRODUCT,
+    *(
+      pytest.param(make(K, code_dim=4, ema=ema), marks=pytest.mark.slow)
+      for make in (ResidualQuantizer, ProductQuantizer)
+      for ema in (True, False)
     ),
   ],
-  ids=['residual', 'product'],
 )
-def test_ids_give_back_what_the_forward_pass_gave(make, ema):
-  layer = make(codebook_size=K, code_dim=4, ema=ema)
+def test_ids_give_back_what_the_forward_pass_gave(layer):
   variables = init(layer)
-  if ema:
-    _, variables = step(layer, variables)
   out = evaluate(layer, variables)
   assert out.quantized.shape == Z.shape
   got = decode(layer, variables, out.ids)
   np.testing.assert_array_equal(got, out.quantized)
-  assert out.counts.shape == (2, K)
-  assert np.sum(out.counts) == 2 * 48
+  codes = out.ids.shape[-1]
+  assert out.counts.shape == (codes, K)
+  assert np.sum(out.counts) == codes * 48
 
 
-@pytest.mark.parametrize('cls', CLASSES)
-def test_training_moves_every_codebook_and_evaluation_none(cls):
-  layer = cls(codebook_size=K)
+@EACH
+def test_training_moves_every_codebook_and_evaluation_none(layer):
   variables = init(layer)
   _, after = step(layer, variables)
   for name, book in variables['codebook'].items():
-    moved = after['codebook'][name]['embedding'] != book['embedding']
-    assert np.any(np.asarray(moved)), name
-  _, kept = jax.jit(
-    lambda v: layer.apply(v, Z, mutable=['codebook', 'params'])
-  )(after)
+    embedding = np.asarray(book['embedding'])
+    assert np.any(after['codebook'][name]['embedding'] != embedding), name
+  _, kept = _evaluate(layer, after)
   jax.tree.map(
     np.testing.assert_array_equal, kept['codebook'], after['codebook']
   )
 
 
-@pytest.mark.parametrize('cls', CLASSES)
-def test_masked_positions_count_nowhere(cls):
-  layer = cls(codebook_size=K)
+@EACH
+def test_masked_positions_count_nowhere(layer):
   variables = trained(layer)
   mask = np.arange(48).reshape(2, 24) % 3 > 0
   wild = np.where(mask[..., None], Z, 1e4).astype(np.float32)
@@ -244,13 +241,7 @@ def test_impossible_arguments_are_refused(layer, message):
     layer.init(jax.random.key(0), Z)
 
 
-@pytest.mark.parametrize(
-  ('layer', 'codes'),
-  [
-    (ResidualQuantizer(codebook_size=K, depth=2), 3),
-    (ProductQuantizer(codebook_size=K, heads=2), 1),
-  ],
-)
+@pytest.mark.parametrize(('layer', 'codes'), [(RESIDUAL, 4), (PRODUCT, 1)])
 def test_ids_of_another_number_of_codes_are_refused(layer, codes):
   variables = init(layer)
   with pytest.raises(ValueError, match='expected ids'):
