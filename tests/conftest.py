@@ -1,6 +1,9 @@
 """Eight CPU devices, strict broadcasting, a data set and a config in small."""
 
+import contextlib
+import fcntl
 import os
+import shutil
 
 _flags = '--xla_force_host_platform_device_count=8'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flags}'
@@ -73,9 +76,56 @@ def _load_config(name: str, *arguments):
 
 
 @pytest.fixture(scope='session')
-def image_folder(tmp_path_factory):
+def make_once(tmp_path_factory):
+  """Returns a function: name, make -> folder of that name, made by `make`.
+
+  Only the first of the workers of pytest that asks for a folder makes it, on
+  one device. Copy it before you change it.
+  """
+  root = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    root = root.parent
+
+  def once(name, make):
+    folder, partial = root / name, root / f'{name}.partial'
+    with open(root / f'{name}.lock', 'w') as stream:
+      fcntl.flock(stream, fcntl.LOCK_EX)  # until the end, also of a failure
+      if not folder.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        with _one_device():
+          make(partial)
+        partial.rename(folder)
+    return folder
+
+  return once
+
+
+@pytest.fixture
+def one_device():
+  """Has runs use one device, whose programs compile in half of the time."""
+  with _one_device():
+    yield
+
+
+@contextlib.contextmanager
+def _one_device():
+  from rvq_jax.training import sharding
+
+  def mesh(devices=None, real=sharding.data_mesh):
+    return real(jax.devices()[:1] if devices is None else devices)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'data_mesh', mesh)
+    yield
+
+
+@pytest.fixture(scope='session')
+def image_folder(make_once):
   """train, validation and test folders of smooth 20 x 16 images."""
-  folder = tmp_path_factory.mktemp('images')
+  return make_once('images', _make_images)
+
+
+def _make_images(folder):
   rng = np.random.default_rng(0)
   for split, count in (('train', 40), ('validation', 12), ('test', 11)):
     for i in range(count):
@@ -83,7 +133,6 @@ def image_folder(tmp_path_factory):
       path.parent.mkdir(parents=True, exist_ok=True)
       coarse = rng.integers(0, 256, (4, 4, 3), np.uint8)
       Image.fromarray(coarse).resize((20, 16), Image.BICUBIC).save(path)
-  return folder
 
 
 @pytest.fixture
@@ -118,18 +167,16 @@ def make_tiny_config(image_folder):
 
 
 @pytest.fixture(scope='session')
-def tiny_run(make_tiny_config, tmp_path_factory):
+def tiny_run(make_tiny_config, make_once):
   """The workdir of a run of `tiny_config`; copy it before you change it.
 
   It holds the steps 3, 4 and 6.
   """
   from rvq_jax.training import loop
 
-  workdir = tmp_path_factory.mktemp('tiny_run') / 'run'
   config = make_tiny_config()
   config.keep_checkpoints = 3
-  loop.train(config, workdir)
-  return workdir
+  return make_once('tiny_run', lambda folder: loop.train(config, folder))
 
 
 def _tiny_config(image_folder):
@@ -142,9 +189,10 @@ def _tiny_config(image_folder):
   config.data.name = f'folder:{image_folder}'
   config.data.split = 'official'
   config.data.image_size = 16
+  config.optimizer.params_ema = 0.9
   config.model.widths = (4, 8)
   config.model.factor = 4
-  config.model.num_res_blocks = 1
+  config.model.num_res_blocks = 0
   config.model.num_heads = 2
   config.model.code_dim = 4
   config.model.codebook_size = 16

@@ -7,27 +7,30 @@ import pytest
 from PIL import Image
 
 
+@pytest.fixture(autouse=True)
+def on_one_device(one_device):
+  """Evaluation on several is a test of its own."""
+
+
 @pytest.fixture(scope='session')
-def run(make_tiny_config, tmp_path_factory):
+def run(tiny_run, make_once, tmp_path_factory):
   """An evaluated run with averaged parameters, of the steps 3, 4 and 6."""
   from rvq_jax.evaluation.evaluate import evaluate_run
-  from rvq_jax.training.loop import train
 
-  workdir = tmp_path_factory.mktemp('evaluation') / 'run'
-  config = make_tiny_config()
-  config.keep_checkpoints = 3
-  config.optimizer.params_ema = 0.9
-  train(config, workdir)
-  evaluate_run(workdir)
-  return workdir
+  def evaluated(folder):
+    shutil.copytree(tiny_run, folder)
+    evaluate_run(folder)
+
+  folder = tmp_path_factory.mktemp('evaluation') / 'run'
+  return shutil.copytree(make_once('evaluated', evaluated), folder)
 
 
 @pytest.fixture(scope='session')
-def shared_export(run, tmp_path_factory):
+def shared_export(run, make_once):
   from rvq_jax.evaluation.export import export_run
 
-  folder = tmp_path_factory.mktemp('export') / 'export'
-  return export_run(run, folder, licence='cc-by-4.0', name='Tiny')
+  about = {'licence': 'cc-by-4.0', 'name': 'Tiny'}
+  return make_once('export', lambda folder: export_run(run, folder, **about))
 
 
 @pytest.fixture

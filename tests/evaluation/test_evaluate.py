@@ -18,14 +18,25 @@ from rvq_jax.training import sharding
 from rvq_jax.training.loop import train
 
 
+@pytest.fixture
+def measured(run):
+  """What `evaluate_run` stored for the test split."""
+  return json.loads((run / 'evaluation/test/metrics.json').read_text())
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+  monkeypatch.setattr(evaluate, '_draw', lambda *_: None)
+
+
 def shown(images):
   return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def test_metrics_are_those_of_the_tokenizer_over_the_whole_split(
-  run, test_images
+  run, measured, test_images
 ):
-  result = evaluate_run(run)
+  result = measured
   assert set(UNITS) < set(result)
   assert (result['images'], result['tokens']) == (11, 11 * 16)
   tokenizer = load(run)
@@ -47,22 +58,20 @@ def test_metrics_are_those_of_the_tokenizer_over_the_whole_split(
   assert result['bits_per_image'] == 16 * 4
 
 
-def test_choosing_a_step_on_the_images_is_said(run, tmp_path, caplog):
+def test_choosing_a_step_on_the_images_is_said(
+  run, measured, no_figures, tmp_path, caplog
+):
   evaluate_run(run, split='validation', step='best', output=tmp_path)
   assert "'best' was chosen on these images" in caplog.text
-  for folder, chosen in (
-    (tmp_path / 'validation', True),
-    (
-      run / 'evaluation/test',
-      False,
-    ),
-  ):
+  for folder in tmp_path / 'validation', run / 'evaluation/test':
     stored = json.loads((folder / 'metrics.json').read_text())
-    assert stored['chosen_on_these_images'] is chosen
+    assert stored['chosen_on_these_images'] is (folder.name == 'validation')
 
 
-def test_the_round_trip_is_compared_with_the_forward_pass(run, monkeypatch):
-  assert evaluate_run(run)['roundtrip_error'] == 0
+def test_the_round_trip_is_compared_with_the_forward_pass(
+  run, measured, no_figures, monkeypatch
+):
+  assert measured['roundtrip_error'] == 0
   real = VectorQuantizer.codes_from_ids
   monkeypatch.setattr(
     VectorQuantizer, 'codes_from_ids', lambda self, ids: real(self, ids + 1)
@@ -72,13 +81,14 @@ def test_the_round_trip_is_compared_with_the_forward_pass(run, monkeypatch):
   assert stored['roundtrip_error'] > 1e-3
 
 
-def test_devices_need_not_divide_the_batch(run, monkeypatch):
-  want = evaluate_run(run)
+def test_devices_need_not_divide_the_batch(
+  run, measured, no_figures, monkeypatch
+):
   mesh = sharding.data_mesh(jax.devices()[:3])
   monkeypatch.setattr(evaluate.sharding, 'data_mesh', lambda: mesh)
   got = evaluate_run(run)
   for name in UNITS:
-    np.testing.assert_allclose(got[name], want[name], rtol=1e-4)
+    np.testing.assert_allclose(got[name], measured[name], rtol=1e-4)
 
 
 def test_files_are_written_and_say_what_they_are(run):
@@ -97,7 +107,9 @@ def test_files_are_written_and_say_what_they_are(run):
   assert samples.shape == (32, 8 * 16, 3)
 
 
-def test_saved_images_are_those_of_the_tokenizer(run, test_images, tmp_path):
+def test_saved_images_are_those_of_the_tokenizer(
+  run, test_images, no_figures, tmp_path
+):
   evaluate_run(run, save_images=tmp_path / 'images')
   output = shown(np.asarray(load(run).reconstruct(test_images))).astype(int)
   for i in range(11):
@@ -112,7 +124,9 @@ def test_saved_images_are_those_of_the_tokenizer(run, test_images, tmp_path):
   assert len(list(tmp_path.rglob('*.png'))) == 2 * 11
 
 
-def test_a_split_is_read_once(run, monkeypatch):
+def test_definitions_stand_beside_the_metrics_of_a_split_read_once(
+  run, test_images, no_figures, monkeypatch
+):
   calls = []
 
   def counted(*arguments, real=loaders.eval_batches, **named):
@@ -120,12 +134,8 @@ def test_a_split_is_read_once(run, monkeypatch):
     return real(*arguments, **named)
 
   monkeypatch.setattr(loaders, 'eval_batches', counted)
-  evaluate_run(run)
-  assert len(calls) == 1
-
-
-def test_definitions_stand_beside_the_metrics(run, test_images):
   result = evaluate_run(run, definitions=True)
+  assert len(calls) == 1
   stored = json.loads((run / 'evaluation/test/metrics.json').read_text())
   assert stored['definitions'] == result['definitions']
   whole = result['definitions']['whole_split']
@@ -137,14 +147,16 @@ def test_definitions_stand_beside_the_metrics(run, test_images):
   np.testing.assert_allclose(entry['usage'], np.mean(batches))
 
 
-def test_perceptual_metrics_are_stored_and_shown(run, monkeypatch, tmp_path):
-  def measured(folder):
+def test_perceptual_metrics_are_stored_and_shown(
+  run, no_figures, monkeypatch, tmp_path
+):
+  def of_files(folder):
     for kind in ('originals', 'reconstructions'):
       assert len(list((tmp_path / folder / kind).glob('*.png'))) == 11
     return {'rfid': 3.5, 'rfid_definition': 'of 11 images'}
 
   monkeypatch.setattr(evaluate.networks, 'import_packages', lambda: None)
-  monkeypatch.setattr(evaluate.networks, 'perceptual_metrics', measured)
+  monkeypatch.setattr(evaluate.networks, 'perceptual_metrics', of_files)
   result = evaluate_run(run, perceptual=True)
   stored = json.loads((run / 'evaluation/test/metrics.json').read_text())
   assert (stored['rfid'], stored['rfid_definition']) == (3.5, 'of 11 images')
@@ -166,14 +178,13 @@ def test_wrong_requests_end_before_the_work(run, monkeypatch, tmp_path):
 
 
 def test_an_export_measures_the_images_it_is_given(
-  run, exported, image_folder, tmp_path
+  measured, exported, image_folder, no_figures, tmp_path
 ):
   with pytest.raises(ValueError, match='expected --input=IMAGES: an export'):
     evaluate_run(exported)
   images = image_folder / 'test'
   result = evaluate_run(exported, images=str(images), output=tmp_path / 'x')
-  expected = evaluate_run(run)
-  np.testing.assert_allclose(result['mse'], expected['mse'], rtol=1e-5)
+  np.testing.assert_allclose(result['mse'], measured['mse'], rtol=1e-5)
   stored = json.loads((tmp_path / 'x/input/metrics.json').read_text())
   assert stored['data'] == str(images)
   both = str(image_folder)

@@ -1,5 +1,7 @@
 """A small tokenizer, and a page with two images."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,21 +15,20 @@ from rvq_jax.training import config as config_lib
 @pytest.fixture
 def make_tokenizer(tiny_config):
   """Returns a function of model fields that gives an untrained tokenizer."""
-
-  def make(**fields):
-    for name, value in fields.items():
-      tiny_config.model[name] = value
-    flat = config_lib.check_config(tiny_config)
-    model = config_lib.build_model(flat)
-    variables = jax.jit(
-      lambda key: model.init(key, jnp.zeros((1, 16, 16, 3)), train=True)
-    )(jax.random.key(0))
-    return Tokenizer(model, dict(variables), config=flat, step=7)
-
-  return make
+  return functools.partial(_make_tokenizer, tiny_config)
 
 
-@pytest.fixture
+def _make_tokenizer(config, **fields):
+  config.model.update(fields)
+  flat = config_lib.check_config(config)
+  model = config_lib.build_model(flat)
+  variables = jax.jit(
+    lambda key: model.init(key, jnp.zeros((1, 16, 16, 3)), train=True)
+  )(jax.random.key(0))
+  return Tokenizer(model, dict(variables), config=flat, step=7)
+
+
+@pytest.fixture(scope='session')
 def images():
   """Two images of other sizes, the first of which holds two colors."""
   rng = np.random.default_rng(0)
@@ -37,12 +38,13 @@ def images():
   return [('one.png', one), ('</script><b>other', other)]
 
 
-@pytest.fixture
-def make_data(make_tokenizer, images):
+@pytest.fixture(scope='session')
+def make_data(make_tiny_config, images):
   """Returns a function of model fields: the tokenizer and the page's data."""
 
+  @functools.cache
   def make(**fields):
-    tokenizer = make_tokenizer(**fields)
+    tokenizer = _make_tokenizer(make_tiny_config(), **fields)
     return tokenizer, page.page_data(tokenizer, 'tiny', images)
 
   return make

@@ -106,17 +106,17 @@ def test_pictures_are_drawn_pixel_by_pixel(open_file):
 
 
 def test_the_slider_goes_through_the_depth_of_a_residual(open_file):
-  tab, images = open_file(quantizer='residual', depth=3)
+  tab, images = open_file(quantizer='residual', depth=2)
   psnr = images[0]['psnr']
-  assert f'{psnr[2]:.2f} dB' in tab.inner_text('#quality')
+  assert f'{psnr[1]:.2f} dB' in tab.inner_text('#quality')
   tab.locator('#depth').fill('1')
-  assert tab.inner_text('#depth-value') == '1 of 3'
+  assert tab.inner_text('#depth-value') == '1 of 2'
   assert f'{psnr[0]:.2f} dB' in tab.inner_text('#quality')
   click_cell(tab, images[0], 0, 0)
   levels = tab.locator('#levels button')
-  assert levels.count() == 3
-  levels.nth(2).click()
-  assert tab.inner_text('#name') == f'code {images[0]["ids"][2]}'
+  assert levels.count() == 2
+  levels.nth(1).click()
+  assert tab.inner_text('#name') == f'code {images[0]["ids"][1]}'
 
 
 def test_another_image_is_a_click_away(open_file):

@@ -22,7 +22,7 @@ def picture(url):
   'fields',
   [
     {},
-    pytest.param({'quantizer': 'residual', 'depth': 2}, marks=pytest.mark.slow),
+    {'quantizer': 'residual', 'depth': 2},
     pytest.param({'quantizer': 'product'}, marks=pytest.mark.slow),
   ],
 )

@@ -1,5 +1,7 @@
 """A small tokenizer that was never trained: its tokens are as good as any."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +11,15 @@ from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.training import config as config_lib
 
 
-@pytest.fixture
-def make_tokenizer(tiny_config):
-  """Returns a function of config fields and a seed that gives a tokenizer."""
+@pytest.fixture(scope='session')
+def make_tokenizer(make_tiny_config):
+  """Returns a function of a seed and model fields that gives a tokenizer."""
 
+  @functools.cache
   def make(seed=0, **fields):
-    for name, value in fields.items():
-      tiny_config.model[name] = value
-    flat = config_lib.check_config(tiny_config)
+    config = make_tiny_config()
+    config.model.update(fields)
+    flat = config_lib.check_config(config)
     model = config_lib.build_model(flat)
     size = flat['data.image_size']
     images = jnp.zeros((1, size, size, 3))

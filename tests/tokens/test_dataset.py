@@ -24,26 +24,24 @@ from rvq_jax.tokens.dataset import TokenDataset, decode_dataset, encode_dataset
 FILES = ['ids.npy', 'labels.npy', 'meta.json', 'names.txt']
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def source(image_folder):
   """40 images of two classes."""
   return open_images(str(image_folder))['train']
 
 
 @pytest.fixture(scope='module')
-def made(tmp_path_factory):
-  """What `tokens` makes once for the module."""
-  return {'folder': tmp_path_factory.mktemp('made') / 'tokens'}
+def shared_tokens(make_tokenizer, source, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('made') / 'tokens'
+  encode_dataset(make_tokenizer(), source, folder)
+  return folder
 
 
 @pytest.fixture
-def tokens(made, make_tokenizer, source, tmp_path):
+def tokens(shared_tokens, make_tokenizer, tmp_path):
   """A tokenizer, and a copy of the folder of its tokens."""
-  if 'tokenizer' not in made:
-    made['tokenizer'] = make_tokenizer()
-    encode_dataset(made['tokenizer'], source, made['folder'])
-  shutil.copytree(made['folder'], tmp_path / 'tokens')
-  return made['tokenizer'], tmp_path / 'tokens'
+  folder = shutil.copytree(shared_tokens, tmp_path / 'tokens')
+  return make_tokenizer(), folder
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ def model_of(make_step_config):
   """Returns a function of fields of model that builds the model."""
 
   def build(**fields):
+    fields = {'depth': 2} | fields
     named = {f'model.{name}': value for name, value in fields.items()}
     return build_model(check_config(make_step_config(named)))
 
@@ -87,8 +88,9 @@ def called_modules(model, part):
 
 def program(model, call, shape):
   """The program of the gradient of a call of the model, as text."""
-  images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
+  init = functools.partial(model.init, method=call)
+  variables = jax.eval_shape(init, jax.random.key(0), x)
 
   def total(x, variables):
     y, loss = model.apply(
@@ -100,7 +102,6 @@ def program(model, call, shape):
     )[0]
     return jnp.mean(y) + loss
 
-  x = jax.ShapeDtypeStruct(shape, jnp.float32)
   gradient = jax.value_and_grad(total, argnums=(0, 1), allow_int=True)
   return str(jax.make_jaxpr(gradient)(x, variables))
 

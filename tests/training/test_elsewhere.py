@@ -26,6 +26,7 @@ def test_one_device_resumes_as_eight_from_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('one_device')
 def test_another_number_of_workers_is_exact(tiny_config, tmp_path, final_bits):
   tiny_config.data.crop = 'random_resized'
   tiny_config.optimizer.schedule = 'constant'

@@ -51,23 +51,26 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', CODES)
-def test_a_stopped_process_resumes_to_the_same_bits(
-  name, start_run, tiny_config, tmp_path, final_bits, steps_of
+def test_a_run_stopped_by_every_signal_in_turn_ends_in_the_same_bits(
+  start_run, tiny_config, tmp_path, final_bits, steps_of
 ):
-  tiny_config.num_steps = 60
-  tiny_config.checkpoint_every = 50  # what is saved, the signal saved
+  tiny_config.num_steps = 500
+  tiny_config.checkpoint_every = 0  # what is saved, a signal saved
   tiny_config.eval_every = 0
   stopped, whole = tmp_path / 'stopped', tmp_path / 'whole'
-  assert 'step 60/60' in start_run(whole).end()
-  run = start_run(stopped)
-  run.wait_for('step 7/60')
-  os.kill(run.pid, getattr(signal, name))
-  assert 'Traceback' not in run.end()
-  assert run.returncode == CODES[name]
-  [newest] = steps_of(stopped)
-  assert 7 <= newest < 50
-  assert 'step 60/60' in start_run(stopped).end()
+  start = 0
+  for name, code in CODES.items():
+    run = start_run(stopped)
+    assert int(run.wait_for(r'; step (\d+) of')[1]) == start
+    run.wait_for(f'step {start + 7}/500')
+    os.kill(run.pid, getattr(signal, name))
+    assert 'Traceback' not in run.end()
+    assert run.returncode == code, name
+    *_, newest = steps_of(stopped)
+    assert start + 7 <= newest < 500
+    start = newest
+  for workdir in (stopped, whole):
+    assert 'step 500/500' in start_run(workdir).end()
   assert final_bits(tiny_config, stopped) == final_bits(tiny_config, whole)
 
 
@@ -109,6 +112,7 @@ class Fault(Exception):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('one_device')
 @pytest.mark.parametrize('end', [Fault('no'), SystemExit(3)], ids=repr)
 def test_any_end_leaves_the_last_saved_step_complete(
   end, tiny_config, tmp_path, monkeypatch, whole, final_bits, steps_of

@@ -40,6 +40,7 @@ def test_the_bomb_goes_off_where_somebody_unpickles_it(tmp_path):
   assert (tmp_path / 'boom').exists()
 
 
+@pytest.mark.usefixtures('one_device')
 @pytest.mark.parametrize(
   'name',
   [

@@ -80,10 +80,9 @@ def group_of(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('moment', ['starting', 'running'])
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGUSR1'])
 def test_a_signal_to_all_processes_saves_and_the_rest_is_exact(
-  name, moment, start_run, tiny_config, tmp_path, final_bits, steps_of
+  name, start_run, tiny_config, tmp_path, final_bits, steps_of
 ):
   tiny_config.num_steps = 3000
   tiny_config.eval_every = 0
@@ -91,24 +90,27 @@ def test_a_signal_to_all_processes_saves_and_the_rest_is_exact(
   tiny_config.data.crop = 'random_resized'
   tiny_config.data.num_workers = 2
   tiny_config.optimizer.schedule = 'constant'  # so that it may end sooner
-  stopped, whole = tmp_path / 'stopped', tmp_path / 'whole'
-  run = start_run(stopped)
-  run.wait_for('step 20/' if moment == 'running' else '; step 0 of')
-  if moment == 'starting':
-    deadline = time.monotonic() + 30
-    # The run, the tracker of shared memory and two workers.
-    while len(group_of(run)) < 4 and time.monotonic() < deadline:
-      time.sleep(0.01)
-  os.killpg(run.pid, getattr(signal, name))
-  text = run.end()
-  assert run.returncode == 128 + getattr(signal, name), run.seen
-  assert 'Traceback' not in text and 'resource_tracker' not in text
-  deadline = time.monotonic() + 10
-  while group_of(run) and time.monotonic() < deadline:
-    time.sleep(0.1)
-  assert not group_of(run)
-  [newest] = steps_of(stopped)
-  assert newest >= (20 if moment == 'running' else 1)
+  stopped, whole, newest = tmp_path / 'stopped', tmp_path / 'whole', 0
+  for moment in ('starting', 'running'):
+    run = start_run(stopped)
+    if moment == 'starting':
+      run.wait_for('; step 0 of')
+      deadline = time.monotonic() + 30
+      # The run, the tracker of shared memory and two workers.
+      while len(group_of(run)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    else:
+      run.wait_for(f'step {newest + 20}/')
+    os.killpg(run.pid, getattr(signal, name))
+    text = run.end()
+    assert run.returncode == 128 + getattr(signal, name), run.seen
+    assert 'Traceback' not in text and 'resource_tracker' not in text
+    deadline = time.monotonic() + 10
+    while group_of(run) and time.monotonic() < deadline:
+      time.sleep(0.1)
+    assert not group_of(run)
+    before, newest = newest, steps_of(stopped)[-1]
+    assert newest >= before + (20 if moment == 'running' else 1)
   tiny_config.num_steps = newest + 5
   start_run(stopped).end()
   start_run(whole, '--config.data.num_workers=0').end()

@@ -23,6 +23,7 @@ def test_random_codes_expect_the_mean_count_of_the_training_batch(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('one_device')
 def test_learned_codes_that_are_frozen_on_resume_stay(
   tiny_config, tmp_path, final_bits
 ):
