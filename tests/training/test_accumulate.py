@@ -35,9 +35,9 @@ def without_batch_norm(next_function, args, kwargs, context):
 
 def build(quantizer, axis_name=None, **options):
   model = VQVAE(
-    widths=(4, 8),
+    widths=(4,),
     factor=4,
-    num_res_blocks=1,
+    num_res_blocks=0,
     num_heads=2,
     code_dim=4,
     quantizer=QUANTIZERS[quantizer],

@@ -24,9 +24,9 @@ IMAGES = np.random.default_rng(0).integers(
 
 def build(axis_name=None, codebook_size=40):
   model = VQVAE(
-    widths=(4, 8),
+    widths=(4,),
     factor=4,
-    num_res_blocks=1,
+    num_res_blocks=0,
     num_heads=2,
     code_dim=4,
     quantizer={'codebook_size': codebook_size, 'dead_code_threshold': 0.7},
