@@ -49,9 +49,14 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.code_dim = 256  # D, dimensions of a code
   model.dtype = 'float32'  # compute dtype; 'bfloat16'
   model.remat = False  # less memory for a third more operations
+  model.norm = 'batch'  # or 'group'
+  model.activation = 'leaky_relu'  # or 'swish'
+  model.quantize_after = 0  # steps of plain autoencoding before the codebook
   model.quantizer = 'vq'  # residual, product, gumbel, fsq, simvq
   model.codebook_size = 16384  # K
-  model.estimator = 'rotation'  # 'reflection' (eq. 4) or 'ste' (eq. 7)
+  # 'rotation_unscaled', 'reflection' (eq. 4), 'ste' (eq. 7), 'dynamic_ste',
+  # 'diveq' (learned codes alone)
+  model.estimator = 'rotation'
   model.ema = True  # False: codes are parameters, trained by gradient
   model.decay = 0.99  # alpha of the moving average
   model.eps = 1e-5  # Laplace smoothing of the cluster sizes
@@ -60,6 +65,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.loss_form = 'two_weights'  # 'paper_eq5' or 'paper_eq8'
   model.cosine = False  # unit-norm latents and codes
   model.dead_code_threshold = 0.9  # of the mean count; below it: replaced
+  model.split_by = 'count'  # or 'distortion': which codes dead ones join
   model.split_fraction = 0.2  # from a code towards its vector; 1: onto it
   model.init_from = 'data'  # 'normal': random codes
   model.max_scale = 10.0  # bound on |q|/|e| in the gradient
@@ -71,6 +77,8 @@ def get_config(variant: str = 'f8') -> ConfigDict:
 
   config.optimizer = optimizer = ConfigDict()
   optimizer.learning_rate = 2e-4  # AdamW
+  # Of learned codes and projections; default: that of the rest.
+  optimizer.codebook_learning_rate = placeholder(float)
   optimizer.weight_decay = 0.01  # on kernels only
   optimizer.schedule = 'cosine'  # to 0 at the end; or 'constant'
   optimizer.warmup_steps = 0

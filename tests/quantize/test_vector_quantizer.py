@@ -483,7 +483,7 @@ def test_frozen_learned_codes_get_no_gradient(form):
   @jax.jit
   @jax.grad
   def gradient(params):
-    out = layer.apply({'params': params}, Z, train=True)
+    out = layer.apply(variables | {'params': params}, Z, train=True)
     return out.loss + jnp.sum(out.quantized)
 
   got = gradient(variables['params'])['embedding']

@@ -1,0 +1,187 @@
+"""Which gradient, which codes, in which order: a grid of short runs.
+
+Every cell is an ordinary run of configs/photos.py with what its name says; the
+metrics are those of the validation split at the last step. A finished cell is
+one line of the output and is not run again, so the same command resumes, and
+several may run side by side.
+
+Command: python benchmarks/recipe.py --data=folder:DIR --cells=ste,rotation
+  --seeds=3 --output=benchmarks/recipe_photos.jsonl
+Table: python benchmarks/recipe.py --table --output=FILE
+Hardware: CPU; a cell of 2,500 steps takes about ten minutes on two cores.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'launch')]
+
+# Part of a cell's name -> what it sets; parts are joined by '+'.
+PARTS = {
+  'rotation': {},
+  'ste': {'model.estimator': 'ste'},
+  'unscaled': {'model.estimator': 'rotation_unscaled'},
+  'reflection': {'model.estimator': 'reflection'},
+  'dynamic': {'model.estimator': 'dynamic_ste'},
+  'diveq': {
+    'model.estimator': 'diveq',
+    'model.ema': False,
+    'model.commitment_weight': 0.0,
+    'model.codebook_weight': 0.0,
+  },
+  'distortion': {'model.split_by': 'distortion'},
+  'group': {'model.norm': 'group'},
+  'swish': {'model.activation': 'swish'},
+  'cosine': {'model.cosine': True},
+  'f8': {'model.factor': 8},
+}
+# Name of a part that ends in a number -> the field that it sets.
+NUMBERS = {
+  'late': 'model.quantize_after',
+  'commitment': 'model.commitment_weight',
+  'lr': 'optimizer.learning_rate',
+  'decay': 'model.decay',
+  'dim': 'model.code_dim',
+  'K': 'model.codebook_size',
+  'dead': 'model.dead_code_threshold',
+  'steps': 'num_steps',
+}
+METRICS = (
+  *('mse', 'psnr', 'usage', 'perplexity', 'relative_error'),
+  *('latent_dimension', 'code_dimension', 'bits_per_image'),
+)
+
+
+def fields_of(cell: str) -> dict:
+  """Config fields of a cell, as 'ste+late=500'."""
+  fields = {}
+  for part in cell.split('+'):
+    name, _, value = part.partition('=')
+    if value:
+      fields[NUMBERS[name]] = json.loads(value)
+    else:
+      fields |= PARTS[name]
+  return fields
+
+
+def make_config(cell: str, seed: int, data: str, steps: int):
+  """The config of one run."""
+  from configs import photos
+
+  config = photos.get_config()
+  config.seed, config.num_steps = seed, steps
+  config.eval_every = config.checkpoint_every = 0
+  config.log_every = 100
+  config.data.name, config.data.split = data, 'official'
+  config.data.crop, config.data.crop_scale = 'random_resized', 0.1
+  for name, value in fields_of(cell).items():
+    section, _, field = name.rpartition('.')
+    (config[section] if section else config)[field] = value
+  return config
+
+
+def measure(cell: str, seed: int, args) -> dict | None:
+  """Trains and evaluates one run; None while another process does."""
+  from rvq_jax.evaluation.evaluate import evaluate_run
+  from rvq_jax.training.loop import train
+
+  workdir = Path(args.workdir) / cell / f'seed_{seed}'
+  start = time.monotonic()
+  try:
+    train(make_config(cell, seed, args.data, args.steps), workdir)
+  except ValueError as error:
+    if 'in use' in str(error):
+      return None
+    raise
+  metrics = evaluate_run(workdir, split='validation')
+  git = ['git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD']
+  return {
+    'cell': cell,
+    'seed': seed,
+    'steps': args.steps,
+    'minutes': round((time.monotonic() - start) / 60, 1),
+    'commit': subprocess.run(
+      git, capture_output=True, text=True
+    ).stdout.strip(),
+    'hardware': f'{os.cpu_count()} cores, {processor()}',
+    **{name: metrics[name] for name in METRICS},
+  }
+
+
+def processor() -> str:
+  """Name of the CPU."""
+  with contextlib.suppress(OSError):
+    for line in Path('/proc/cpuinfo').read_text().splitlines():
+      if line.startswith('model name'):
+        return line.partition(':')[2].strip()
+  return platform.processor()
+
+
+def read(path) -> list[dict]:
+  """The finished cells."""
+  lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+  return [json.loads(line) for line in lines]
+
+
+def table(records) -> str:
+  """Markdown: mean and sample standard deviation over the seeds of a cell."""
+  lines = ['| cell | seeds | ' + ' | '.join(METRICS) + ' |']
+  lines.append('|' + '---|' * (2 + len(METRICS)))
+  groups = {}
+  for record in records:
+    groups.setdefault((record['cell'], record['steps']), []).append(record)
+  for (cell, _), runs in sorted(
+    groups.items(), key=lambda g: statistics.mean(r['mse'] for r in g[1])
+  ):
+    row = [cell, str(len(runs))]
+    for name in METRICS:
+      values = [run[name] for run in runs]
+      text = f'{statistics.mean(values):.5g}'
+      if len(values) > 1:
+        text += f' ± {statistics.stdev(values):.2g}'
+      row.append(text)
+    lines.append('| ' + ' | '.join(row) + ' |')
+  return '\n'.join(lines)
+
+
+def main():
+  """Runs what is missing, or prints the table."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--data', help='folder:DIR with train and validation')
+  parser.add_argument('--cells', default='rotation,ste')
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--steps', type=int, default=2500)
+  parser.add_argument('--workdir', default='runs/recipe')
+  parser.add_argument('--output', required=True)
+  parser.add_argument('--table', action='store_true')
+  args = parser.parse_args()
+  if not args.table:
+    import command_line
+
+    command_line.prepare_backend()
+    for seed in range(args.seeds):
+      for cell in args.cells.split(','):
+        key = (cell, seed, args.steps)
+        if key in {
+          (r['cell'], r['seed'], r['steps']) for r in read(args.output)
+        }:
+          continue
+        record = measure(cell, seed, args)
+        if record:
+          with open(args.output, 'a') as stream:
+            stream.write(json.dumps(record) + '\n')
+          print(json.dumps(record), flush=True)
+  print(table(read(args.output)))
+
+
+if __name__ == '__main__':
+  main()
