@@ -9,8 +9,8 @@ _flags = '--xla_force_host_platform_device_count=8'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flags}'
 # Whole runs compile hundreds of small programs and run each for a moment:
 # without optimization they take half of the time. The tests of the layers, the
-# models and the train step run programs that are optimized as a user's are;
-# OPTIMIZED=1, as in .ci/run, does so everywhere.
+# models, the train step and the exact resume run programs that are optimized as
+# a user's are; OPTIMIZED=1 does so everywhere.
 if not os.environ.get('OPTIMIZED'):
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 
@@ -43,7 +43,7 @@ if os.environ.get('CI'):
 ROOT = Path(__file__).resolve().parents[1]
 _NUMERICAL = re.compile(
   'tests/(quantize|models)/|'
-  'tests/training/test_(accumulate|devices|optimizer|step)'
+  'tests/training/test_(accumulate|devices|optimizer|resume|step)'
 )
 
 

@@ -119,7 +119,7 @@ def test_a_page_replaces_only_a_page(tiny_run, image_folder, tmp_path):
   for images in (2, 1):
     out = succeed('explore', *flags, f'--images={images}', cwd=tiny_run)
     assert f'{images} images' in out
-  assert '"name": "run", "step": 6' in page.read_text()
+  assert f'"name": "{tiny_run.name}", "step": 6' in page.read_text()
   source = next((image_folder / 'test').rglob('*.png'))
   out = succeed('explore', *flags, f'--input={source}', cwd=tiny_run)
   assert source.name in page.read_text()

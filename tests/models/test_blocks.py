@@ -199,6 +199,26 @@ def test_only_the_last_norm_of_a_block_starts_at_zero(part):
   assert all(scales[name] == {1.0} for name in scales.keys() - zero)
 
 
+@pytest.mark.parametrize('part', [Encoder, Decoder])
+def test_every_layer_computes_in_the_dtype(part):
+  module = part(widths=(4, 8), factor=2, num_res_blocks=1, dtype=jnp.bfloat16)
+  if part is Decoder:
+    module = module.clone(num_heads=2)
+  found = {}
+
+  def record(call, arguments, keywords, context):
+    y = call(*arguments, **keywords)
+    if context.module.path and context.method_name == '__call__':
+      found['/'.join(context.module.path)] = y.dtype
+    return y
+
+  with nn.intercept_methods(record):
+    x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    jax.eval_shape(module.init, jax.random.key(0), x)
+  assert len(found) > 8
+  assert {n for n, dtype in found.items() if dtype != jnp.bfloat16} == set()
+
+
 def leaky(x):
   return np.where(x > 0, x, 0.01 * x)
 
