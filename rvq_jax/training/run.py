@@ -162,12 +162,12 @@ class Run:
       train_step,
       in_shardings=(everywhere, rows, everywhere),
       out_shardings=everywhere,
-      static_argnames='quantize',
+      static_argnums=3,
       donate_argnums=0,
     )
     seed = np.int32(config['seed'])
     self.train_step = lambda i, state, batch: step(
-      state, batch, seed, quantize=self.quantizes(i)
+      state, batch, seed, self.quantizes(i)
     )
     self.eval_step, self.autoencoder_step = (
       jax.jit(
@@ -178,7 +178,7 @@ class Run:
       for make in (make_eval_step, make_autoencoder_step)
     )
     self.reconstruct = jax.jit(
-      reconstruct, static_argnames='quantize', out_shardings=everywhere
+      reconstruct, static_argnums=2, out_shardings=everywhere
     )
 
   def quantizes(self, step: int) -> bool:
@@ -227,7 +227,7 @@ class Run:
     )
     samples = first['image'][first['mask']]
     images = self.reconstruct(
-      state.eval_variables, samples, quantize=self.quantizes(int(state.step))
+      state.eval_variables, samples, self.quantizes(int(state.step))
     )
     return metrics.reconstruction_grid(samples, np.asarray(images))
 

@@ -76,12 +76,10 @@ def make_train_step(
     images = batch['image']
     if flip:
       images = random_flip(flip_key, images, axis_name=axis_name)
-    forward_backward = _forward_backward(
-      model, state.params, axis_name, quantize=quantize
-    )
+    run_pass = _forward_backward(model, state.params, axis_name, quantize)
     if accumulate_steps > 1:
-      forward_backward = _accumulate(forward_backward, accumulate_steps)
-    result = forward_backward(state.variables, images, codebook_key)
+      run_pass = _accumulate(run_pass, accumulate_steps)
+    result = run_pass(state.variables, images, codebook_key)
 
     grads = _mean(result.grads, axis_name)
     grad_norm = optax.tree.norm(grads)
@@ -122,7 +120,7 @@ def make_train_step(
 
 
 def _forward_backward(
-  model, params, axis_name, *, quantize: bool
+  model, params, axis_name, quantize: bool
 ) -> Callable[..., Pass]:
   """A function (variables, images, key) -> `Pass`."""
 

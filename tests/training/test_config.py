@@ -39,7 +39,7 @@ def test_shipped_configs_are_valid_and_build(load_config, name):
     ('model.widths', (64, -1), 'integers from 1 to 1048576'),
     ('model.factor', 3, 'one of 2, 4, 8'),
     ('model.num_heads', 7, 'a divisor of the last width 256'),
-    ('model.estimator', 'straight', 'rotation, reflection, ste'),
+    ('model.estimator', 'straight', 'rotation_unscaled, reflection, ste'),
     ('model.decay', 1.5, 'a value from 0 to 1'),
     ('model.dtype', 'float16', 'float32, bfloat16'),
     ('model.ema', 'yes', 'True or False'),

@@ -105,12 +105,15 @@ def test_a_run_resumed_before_the_switch_ends_in_the_same_bits(
 
 def run_until(config, workdir, step):
   """Trains as far as `step`, as a signal would end it."""
+  seen = iter(range(1, 100))
+
+  def agreed(self, ask):
+    if next(seen) == step:
+      self.exit_code = 143
+    return self.exit_code is not None
+
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.StopSignal, 'exit_code', 143, raising=False)
-    seen = iter(range(1, 100))
-    patch.setattr(
-      loop.StopSignal, 'agreed', lambda self, ask: next(seen) == step
-    )
+    patch.setattr(loop.StopSignal, 'agreed', agreed)
     with pytest.raises(SystemExit):
       loop.train(config, workdir)
 
