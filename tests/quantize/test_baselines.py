@@ -340,6 +340,12 @@ def numpy_bound(x, levels):
   return np.tanh(x + shift) * half - offset, half, shift
 
 
+def test_fsq_projects_as_many_channels_as_levels_too():
+  z = np.ones((3, 2), np.float32)
+  variables = jax.eval_shape(FSQ(16, levels=(4, 4)).init, jax.random.key(0), z)
+  assert set(variables['params']) == {'project_in', 'project_out'}
+
+
 LEVELS = pytest.mark.parametrize('levels', [(8, 4), (5, 3), (2,)])
 
 

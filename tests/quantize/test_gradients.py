@@ -1,5 +1,7 @@
 """The three estimators against dense float64 matrices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,9 +45,14 @@ def expected_gradient(name, e, q, g, max_scale=10.0):
   return scale * matrix(e, q).T @ g
 
 
+@functools.partial(jax.jit, static_argnames=('name', 'max_scale'))
+def values_and_gradient(name, e, q, g, **kwargs):
+  out, vjp = jax.vjp(lambda e: ESTIMATORS[name](e, q, **kwargs), e)
+  return out, vjp(g)[0]
+
+
 def pull_back(name, e, q, g, **kwargs):
-  _, vjp = jax.vjp(lambda e: ESTIMATORS[name](e, q, **kwargs), jnp.asarray(e))
-  return np.asarray(vjp(jnp.asarray(g))[0])
+  return np.asarray(values_and_gradient(name, e, q, g, **kwargs)[1])
 
 
 def draw(seed, *shape):
@@ -87,7 +94,7 @@ def test_rotation_has_determinant_one_and_reflection_minus_one():
   e, q = draw(3, 2, 5)
   scale = np.linalg.norm(q) / np.linalg.norm(e)
   for estimator, sign in ((rotate, 1), (reflect, -1)):
-    jacobian = jax.jacobian(lambda e, f=estimator: f(e, q))(jnp.asarray(e))
+    jacobian = jax.jit(jax.jacobian(lambda e, f=estimator: f(e, q)))(e)
     np.testing.assert_allclose(
       np.linalg.det(np.asarray(jacobian) / scale), sign, rtol=1e-4
     )
@@ -105,16 +112,15 @@ def test_rotation_tends_to_straight_through_and_reflection_does_not():
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_forward_is_the_code_bit_exact(name, dtype):
   e, q = draw(5, 2, 50, 7)
-  e = jnp.asarray(e, dtype) * 1e3
-  got = jax.jit(ESTIMATORS[name])(e, jnp.asarray(q))
+  got = jax.jit(ESTIMATORS[name])((1e3 * e).astype(dtype), q)
   assert np.asarray(got).tobytes() == q.tobytes()
 
 
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_no_gradient_reaches_the_code(name):
   e, q = draw(6, 2, 4, 3)
-  gradient = jax.grad(lambda q: jnp.sum(ESTIMATORS[name](jnp.asarray(e), q)))
-  np.testing.assert_array_equal(gradient(jnp.asarray(q)), 0)
+  gradient = jax.jit(jax.grad(lambda q: jnp.sum(ESTIMATORS[name](e, q))))
+  np.testing.assert_array_equal(gradient(q), 0)
 
 
 def edge_cases():
@@ -154,11 +160,11 @@ def edge_cases():
 @pytest.mark.parametrize('name', ESTIMATORS)
 @pytest.mark.parametrize('case', edge_cases())
 def test_edge_case_is_finite_and_bounded(case, name, dtype):
-  e, q = (jnp.asarray(x, dtype) for x in edge_cases()[case])
-  g = jnp.asarray(draw(9, *e.shape), dtype)
-  out, vjp = jax.vjp(lambda e: ESTIMATORS[name](e, q), e)
-  gradient = np.asarray(vjp(g)[0], np.float64)
-  assert np.asarray(out).tobytes() == np.asarray(q).tobytes()
+  e, q = (x.astype(dtype) for x in edge_cases()[case])
+  g = draw(9, *e.shape).astype(dtype)
+  out, gradient = values_and_gradient(name, e, q, g)
+  gradient = np.asarray(gradient, np.float64)
+  assert np.asarray(out).tobytes() == q.tobytes()
   assert np.isfinite(gradient).all()
   slack = 1.0001 if dtype == jnp.float32 else 1.02
   bound = 10 * np.linalg.norm(np.asarray(g, np.float64))
@@ -181,7 +187,7 @@ def test_a_vector_without_rotation_falls_back_to_straight_through(case):
   e, q = edge_cases()[case]
   g = draw(11, *e.shape)
   np.testing.assert_array_equal(pull_back('rotate', e, q, g), g)
-  assert bool(geometry(jnp.asarray(e), jnp.asarray(q)).no_rotation[0])
+  assert bool(jax.jit(lambda: geometry(e, q).no_rotation)()[0])
 
 
 @pytest.mark.parametrize('power', [2, 3])
@@ -203,8 +209,10 @@ def test_scale_is_clipped_at_max_scale():
 def test_angle_is_that_between_vector_and_code():
   e = np.array([[1, 0], [1, 0], [1, 0], [1, 0]], np.float32)
   q = np.array([[2, 0], [3, 3], [0, 1], [-1, 0]], np.float32)
-  angle = geometry(jnp.asarray(e), jnp.asarray(q)).angle[:, 0]
-  np.testing.assert_allclose(np.rad2deg(angle), [0, 45, 90, 180], atol=1e-4)
+  angle = jax.jit(lambda: geometry(e, q).angle)()
+  np.testing.assert_allclose(
+    np.rad2deg(angle)[:, 0], [0, 45, 90, 180], atol=1e-4
+  )
 
 
 @pytest.mark.parametrize('name', ESTIMATORS)

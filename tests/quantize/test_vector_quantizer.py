@@ -248,7 +248,7 @@ def test_commitment_loss_is_what_trains_the_encoder(form):
     pytest.param(
       ResidualQuantizer(8, init_from='normal', depth=2), marks=pytest.mark.slow
     ),
-    pytest.param(SimVQ(8), marks=pytest.mark.slow),
+    SimVQ(8),
     pytest.param(GumbelQuantizer(8), marks=pytest.mark.slow),
   ],
   ids=lambda layer: type(layer).__name__,
