@@ -92,6 +92,7 @@ def test_a_run_reports_the_autoencoder_then_the_codes(config, tmp_path):
     load(tmp_path, 3)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_before_the_switch_ends_in_the_same_bits(
   config, tmp_path, final_bits
 ):
