@@ -1,5 +1,7 @@
 """The estimators by name against float64, and against their neighbours."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,13 +112,15 @@ def learned(**arguments):
 
 def test_diveq_trains_the_codes_without_a_loss():
   layer = learned(init_from='normal')
-  variables = layer.init(jax.random.key(0), E)
+  variables = jax.jit(layer.init)(jax.random.key(0), E)
 
-  def total(params):
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def gradients_of(params):
     out = layer.apply(variables | {'params': params}, E)
     return jnp.sum(out.quantized * G) + out.loss, out
 
-  gradient, out = jax.grad(total, has_aux=True)(variables['params'])
+  gradient, out = gradients_of(variables['params'])
   codes = np.asarray(variables['params']['embedding'], np.float64)
   want = np.zeros((K, D))
   for e, g, k in zip(E, np.float64(G), np.asarray(out.ids), strict=True):

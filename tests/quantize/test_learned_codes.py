@@ -77,6 +77,7 @@ def test_their_sizes_are_a_moving_average_of_the_counts():
 def test_ids_stand_for_the_filled_codes(cls, cosine):
   layer, variables = make(cls, cosine=cosine)
   _, variables = train(layer, variables)
-  out = layer.apply(variables, Z)
-  got = layer.apply(variables, out.ids, method='codes_from_ids')
+  out = jax.jit(layer.apply)(variables, Z)
+  decode = functools.partial(layer.apply, method='codes_from_ids')
+  got = jax.jit(decode)(variables, out.ids)
   assert np.asarray(got).tobytes() == np.asarray(out.quantized).tobytes()

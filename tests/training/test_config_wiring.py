@@ -228,6 +228,7 @@ def run_program(make_step_config):
     ('optimizer.params_ema', 0.5),
     ('data.flip', False),
     ('seed', 1),
+    ('accumulate_steps', 2),
     ('model.estimator', 'ste'),
     ('model.quantize_after', 1),
   ],
