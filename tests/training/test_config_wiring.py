@@ -47,7 +47,11 @@ OTHER = {
   'kl_weight': 0.125,
 }
 # Fields that act only together with another one.
-NEEDS = {'codebook_weight': {'ema': False}}
+NEEDS = {
+  'codebook_weight': {'ema': False},
+  'optimizer.codebook_learning_rate': {'model.ema': False},
+  'accumulate_steps': {'batch_size': 16},  # for 8 devices
+}
 CANNOT = {('residual', 'cosine')}
 OF_STEP = {'quantize_after'}  # see test_quantize_after.py
 OF_MODEL = [
@@ -234,7 +238,7 @@ def run_program(make_step_config):
   ],
 )
 def test_a_field_changes_the_train_step_of_a_run(field, value, run_program):
-  base = {'model.ema': False} if 'codebook_' in field else {}
+  base = NEEDS.get(field, {})
   assert run_program(fields=base | {field: value}) != run_program(fields=base)
 
 

@@ -72,6 +72,7 @@ def test_the_first_batch_that_is_quantized_and_taken_fills_the_codebook(run):
   assert distance.max() < 0.1 * np.linalg.norm(rows, axis=1).mean()
 
 
+@pytest.mark.slow
 def test_a_run_reports_the_autoencoder_then_the_codes(config, tmp_path):
   loop.train(config, tmp_path)
   records = read_jsonl(tmp_path / 'metrics.jsonl')
