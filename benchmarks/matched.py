@@ -38,19 +38,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'launch')]
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-from matched_peers import PREFIX, Peer  # noqa: E402
+from matched_latents import batches, load_latents  # noqa: E402
+from matched_quantizers import PREFIX, Lloyd, Ours, Peer  # noqa: E402
 from recipe import processor, read  # noqa: E402
 
-from rvq_jax import VQVAE, metrics, nearest_codes  # noqa: E402
-from rvq_jax.data.datasets import open_dataset  # noqa: E402
-from rvq_jax.data.images import to_float  # noqa: E402
-from rvq_jax.data.loaders import eval_batches  # noqa: E402
-from rvq_jax.quantize.registry import make_quantizer  # noqa: E402
+from rvq_jax import metrics  # noqa: E402
 
-DIM = 16
 LLOYD_ITERATIONS = 100
 CELLS = (
   *('random', 'lloyd', 'vq', 'vq+split_by=distortion'),
@@ -59,234 +52,16 @@ CELLS = (
   *('peer:VectorQuantize+directional_reparam=true', 'peer:SimVQ'),
   *('peer:FSQ', 'peer:LFQ'),
 )
-KEY = ('data', 'cell', 'K', 'seed', 'rows', 'batch', 'steps', 'learning_rate')
-
-
-def load_images(source, count, size):
-  """`count` images of a source, drawn at random; uint8 [n, size, size, 3]."""
-  order = np.random.default_rng(0).permutation(len(source))[:count]
-  batches = eval_batches(source.subset(order), batch_size=256, image_size=size)
-  return np.concatenate([b['image'][b['mask']] for b in batches])
-
-
-def autoencoder(images, steps, batch=64):
-  """Trains the autoencoder; latents [n, D] of images [n, h, w, 3] uint8."""
-  model = VQVAE(
-    widths=(32, 64),
-    factor=4,
-    num_res_blocks=1,
-    num_heads=4,
-    code_dim=DIM,
-    quantizer={'codebook_size': 2},
-  )
-  optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
-  state = model.init(
-    jax.random.key(0), to_float(images[:2]), method='autoencode'
-  )
-  state = state['params'], state['batch_stats']
-
-  @jax.jit
-  def step(state, opt_state, x):
-    def loss(params):
-      out, updates = model.apply(
-        {'params': params, 'batch_stats': state[1]},
-        to_float(x),
-        train=True,
-        mutable=['batch_stats'],
-        method='autoencode',
-      )
-      return jnp.mean((out - to_float(x)) ** 2), updates['batch_stats']
-
-    (error, stats), grads = jax.value_and_grad(loss, has_aux=True)(state[0])
-    change, opt_state = optimizer.update(grads, opt_state)
-    return (optax.apply_updates(state[0], change), stats), opt_state, error
-
-  opt_state = optimizer.init(state[0])
-  for i, x in enumerate(batches(images, batch, steps, seed=0)):
-    state, opt_state, error = step(state, opt_state, x)
-    if (i + 1) % 250 == 0:
-      print(f'autoencoder, step {i + 1}: mse {float(error):.4f}', flush=True)
-  variables = {'params': state[0], 'batch_stats': state[1]}
-  encode = jax.jit(lambda x: model.apply(variables, x, method='latents'))
-
-  def latents(images):
-    parts = [
-      np.asarray(encode(to_float(images[i : i + 256]))).reshape(-1, DIM)
-      for i in range(0, len(images), 256)
-    ]
-    return np.concatenate(parts)
-
-  return latents
-
-
-def load_latents(args):
-  """Latents to train on and held-out ones, from the cache if it is there."""
-  path = Path(args.workdir, 'latents.npz')
-  asked = f'{args.data} {args.image_size} {args.autoencoder_steps}'
-  if not path.exists():
-    data = open_dataset(args.data, data_dir=args.data_dir)
-    per_image = (args.image_size // 4) ** 2
-    needed = -(-args.held_out // per_image)
-    images = load_images(data.train, -(-(2**20) // per_image), args.image_size)
-    held_out = load_images(data.validation, needed, args.image_size)
-    latents = autoencoder(images, args.autoencoder_steps)
-    z, held_out = latents(images), latents(held_out)
-    mean, scale = z.mean(axis=0), z.std(axis=0)
-    scale = np.sqrt(np.mean(scale**2))
-    z, held_out = ((x - mean) / scale for x in (z, held_out))
-    # In random order, so that any first rows come from all images.
-    z = np.random.default_rng(1).permutation(z)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix('.part.npz')
-    np.savez(part, train=z, held_out=held_out, asked=asked)
-    os.replace(part, path)
-  found = np.load(path)
-  if str(found['asked']) != asked:
-    sys.exit(
-      f'error: {path} holds latents of {found["asked"]}, expected {asked}; '
-      'name another --workdir'
-    )
-  z, held_out = found['train'], found['held_out'][: args.held_out]
-  if len(z) < args.rows or len(held_out) < args.held_out:
-    sys.exit(
-      f'error: expected {args.rows} latents to train on and {args.held_out} '
-      f'held out, the images give {len(z)} and {len(held_out)}; lower --rows '
-      'and --held_out'
-    )
-  return z, held_out
-
-
-def batches(x, batch, steps, seed):
-  """The batches of a seed: epoch after epoch, each in a new order."""
-  rng = np.random.default_rng(seed)
-  per_epoch = len(x) // batch
-  for step in range(steps):
-    i = step % per_epoch
-    if i == 0:
-      order = rng.permutation(len(x))
-    yield x[order[i * batch : (i + 1) * batch]]
-
-
-class Lloyd:
-  """K-means over all rows from K of them; 0 iterations: those themselves."""
-
-  trained_by = 'k-means'
-
-  def __init__(self, k, seed, iterations):
-    self.rng, self.k, self.iterations = (
-      np.random.default_rng(seed),
-      k,
-      iterations,
-    )
-    self.bits = math.log2(k)
-
-  def train(self, z, batches):
-    """Runs the iterations; the error must never rise."""
-    del batches
-    z, last = z.astype(np.float32), math.inf
-    self.codes = z[self.rng.choice(len(z), self.k, replace=False)]
-    for _ in range(self.iterations):
-      ids = np.asarray(nearest_codes(z, self.codes))
-      error = np.sum((z - self.codes[ids]) ** 2, axis=1, dtype=np.float64)
-      assert error.sum() <= last * (1 + 1e-6), (error.sum(), last)
-      last = error.sum()
-      counts = np.bincount(ids, minlength=self.k)
-      sums = [np.bincount(ids, weights=x, minlength=self.k) for x in z.T]
-      codes = np.stack(sums, axis=1) / np.maximum(counts, 1)[:, None]
-      empty = np.flatnonzero(counts == 0)
-      codes[empty] = z[
-        self.rng.choice(len(z), len(empty), replace=False, p=error / last)
-      ]
-      self.codes = codes.astype(np.float32)
-
-  def forward(self, x):
-    """Quantized vectors and ids of x."""
-    ids = np.asarray(nearest_codes(x, self.codes))
-    return self.codes[ids], ids
-
-  def decode(self, ids):
-    """The vectors that ids stand for."""
-    return self.codes[ids]
-
-  def searches(self, x, ids):
-    """(vectors, codes, ids) of each codebook search."""
-    return [(x, self.codes, ids)]
-
-
-class Ours:
-  """A quantizer of rvq_jax."""
-
-  def __init__(self, name, options, k, seed, batch, steps, learning_rate):
-    del batch
-    self.name, self.seed = name, seed
-    self.codes = 2 if name in ('residual', 'product') else 1
-    self.k = math.isqrt(k) if self.codes == 2 else k
-    options |= {'residual': {'depth': 2}, 'product': {'heads': 2}}.get(name, {})
-    self.layer = make_quantizer(name, codebook_size=self.k, **options)
-    self.bits = self.codes * math.log2(self.k)
-    self.on_mse = name == 'fsq'
-    ema = getattr(self.layer, 'ema', False)
-    self.trained_by = (
-      'latent MSE, Adam' if self.on_mse else 'EMA' if ema else 'own loss, Adam'
-    )
-    schedule = optax.cosine_decay_schedule(learning_rate, steps)
-    self.optimizer = optax.adam(schedule)
-
-  def train(self, z, batches):
-    """One step per batch."""
-    key = jax.random.key(self.seed)
-    variables = jax.jit(self.layer.init)(key, z[:2048])
-    params = variables.pop('params', {})
-    state = params, variables, self.optimizer.init(params)
-    step = jax.jit(self._step, donate_argnums=0)
-    for i, rows in enumerate(batches):
-      state = step(state, rows, jax.random.fold_in(key, i))
-    self.variables = jax.block_until_ready({'params': state[0], **state[1]})
-    self.apply = jax.jit(self.layer.apply, static_argnames='method')
-
-  def _step(self, state, z, key):
-    params, rest, opt_state = state
-
-    def loss(params):
-      out, updates = self.layer.apply(
-        {'params': params, **rest},
-        z,
-        train=True,
-        mutable=['codebook'],
-        rngs={'codebook': key},
-      )
-      mse = jnp.mean((out.quantized - z) ** 2) if self.on_mse else 0.0
-      return out.loss + mse, updates
-
-    grads, updates = jax.grad(loss, has_aux=True)(params)
-    change, opt_state = self.optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, change), {**rest, **updates}, opt_state
-
-  def forward(self, x):
-    """Quantized vectors and ids of x, in evaluation."""
-    out = self.apply(self.variables, x)
-    return np.asarray(out.quantized), np.asarray(out.ids)
-
-  def decode(self, ids):
-    """The vectors that ids stand for."""
-    return np.asarray(self.apply(self.variables, ids, method='codes_from_ids'))
-
-  def searches(self, x, ids):
-    """(vectors, codes, ids) of each codebook search."""
-    book = self.variables.get('codebook', {})
-    if self.name == 'product':
-      pieces = np.split(x, self.codes, axis=1)
-      books = [book[f'head_{i}']['embedding'] for i in range(self.codes)]
-      return [
-        (*s, ids[:, i]) for i, s in enumerate(zip(pieces, books, strict=True))
-      ]
-    if self.name == 'residual':
-      books = [np.asarray(book[f'level_{i}']['embedding']) for i in range(2)]
-      left = x - books[0][ids[:, 0]]
-      return [(x, books[0], ids[:, 0]), (left, books[1], ids[:, 1])]
-    if self.name == 'fsq':
-      return []
-    return [(x, self.decode(np.arange(self.k)), ids)]
+SETTING = ('data', 'K', 'rows', 'batch', 'steps', 'learning_rate')
+KEY = (*SETTING, 'cell', 'seed')
+FORMS = {
+  'mse': '.4f',
+  'db': '.3f',
+  'usage': '.3f',
+  'dimension': '.2f',
+  'seconds': '.0f',
+}
+COLUMNS = ('mse', 'usage', 'dimension', 'seconds', 'leak_db')
 
 
 def wrong_ids(x, codes, ids, block=4096):
@@ -353,86 +128,93 @@ def measure(key, z, held_out, args):
   }
 
 
+def spread(x):
+  """Mean and sample standard deviation."""
+  return statistics.mean(x), statistics.stdev(x) if len(x) > 1 else math.nan
+
+
 def summaries(records):
-  """(K, rows, cell) -> {name: (mean, sample std)} with `db` above Lloyd."""
+  """Setting -> {cell: {name: (mean, sample std)}}, with `db` above Lloyd."""
   groups = {}
   for record in records:
-    where = (record['K'], record['rows'], record['cell'])
-    groups.setdefault(where, []).append(record)
-  names = ('bits', 'mse', 'usage', 'dimension', 'seconds', 'leak_db')
+    setting = tuple(record[name] for name in SETTING)
+    cells = groups.setdefault(setting, {})
+    cells.setdefault(record['cell'], []).append(record)
   result = {}
-  for (k, rows, cell), runs in groups.items():
-    lloyd = groups.get((k, rows, 'lloyd'))
-    columns = {name: [run[name] for run in runs] for name in names}
-    if lloyd:
-      reference = statistics.mean(run['mse'] for run in lloyd)
-      columns['db'] = [10 * math.log10(e / reference) for e in columns['mse']]
-    result[k, rows, cell] = {
-      name: (
-        statistics.mean(values),
-        statistics.stdev(values) if len(values) > 1 else 0.0,
-      )
-      for name, values in columns.items()
-    } | {'runs': runs}
-  for (k, rows, cell), entry in result.items():
-    lloyd = result.get((k, rows, 'lloyd'))
-    if cell == 'random' and lloyd and lloyd['mse'][0] >= entry['mse'][0]:
-      sys.exit(f'error: K {k}: Lloyd is no better than the codes it began with')
+  for setting, cells in groups.items():
+    columns = {
+      cell: {name: [run[name] for run in runs] for name in COLUMNS}
+      for cell, runs in cells.items()
+    }
+    if 'lloyd' in cells:
+      reference = statistics.mean(columns['lloyd']['mse'])
+      for values in columns.values():
+        values['db'] = [10 * math.log10(x / reference) for x in values['mse']]
+      if 'random' in cells and min(columns['random']['db']) <= 0:
+        sys.exit('error: Lloyd is no better than the codes that it began with')
+    result[setting] = {
+      cell: {name: spread(x) for name, x in columns[cell].items()}
+      | {'runs': runs}
+      for cell, runs in cells.items()
+    }
   return result
+
+
+def caption(setting):
+  """A setting in words."""
+  data, k, rows, batch, steps, rate = setting
+  return (
+    f'K = {k}, {rows:,} latents of {data}, {steps:,} batches of {batch:,}, '
+    f'learning rate of Adam {rate:g}'
+  )
 
 
 def table(found):
   """Markdown: mean and sample standard deviation over the seeds."""
-  yield (
-    '| quantizer | trained by | K | bits | seeds | MSE | dB above Lloyd '
-    '| usage | effective dimension | seconds | leak, dB | wrong ids |'
-  )
-  yield '|' + '---|' * 12
-  for (k, _, cell), entry in sorted(
-    found.items(), key=lambda item: (item[0][:2], item[1]['mse'])
-  ):
-    runs = entry['runs']
-    text = {
-      name: f'{entry[name][0]:{form}} ± {entry[name][1]:{form}}'
-      for name, form in (
-        *(('mse', '.4f'), ('db', '.3f'), ('usage', '.3f')),
-        *(('dimension', '.2f'), ('seconds', '.1f')),
-      )
-      if name in entry
-    }
-    exact = all(run['leak_exact'] for run in runs)
-    leak = '0 (bit-exact)' if exact else f'{entry["leak_db"][0]:.2g}'
-    wrong = '–'
-    if runs[0]['checked_ids']:
-      wrong = f'{sum(r["wrong_ids"] for r in runs):,} of '
-      wrong += f'{sum(r["checked_ids"] for r in runs):,}'
-    row = [cell, runs[0]['trained_by'], f'{k}', f'{entry["bits"][0]:.4g}']
-    row += [str(len(runs)), text['mse'], text.get('db', '–'), text['usage']]
-    row += [text['dimension'], text['seconds'], leak, wrong]
-    yield '| ' + ' | '.join(row) + ' |'
+  for setting, cells in sorted(found.items()):
+    yield f'\n{caption(setting)}\n'
+    yield (
+      '| quantizer | trained by | bits | seeds | MSE | dB above Lloyd '
+      '| usage | effective dimension | seconds | leak, dB | wrong ids |'
+    )
+    yield '|' + '---|' * 11
+    for cell, entry in sorted(cells.items(), key=lambda item: item[1]['mse']):
+      runs = entry['runs']
+      row = [cell, runs[0]['trained_by'], f'{runs[0]["bits"]:.4g}', len(runs)]
+      for name, form in FORMS.items():
+        mean, deviation = entry.get(name, (math.nan, math.nan))
+        text = '–' if math.isnan(mean) else f'{mean:{form}}'
+        if not math.isnan(deviation):
+          text += f' ± {deviation:{form}}'
+        row.append(text)
+      exact = all(run['leak_exact'] for run in runs)
+      row.append('0 (bit-exact)' if exact else f'{entry["leak_db"][0]:.1g}')
+      checked = sum(run['checked_ids'] for run in runs)
+      wrong = sum(run['wrong_ids'] or 0 for run in runs)
+      row.append(f'{wrong:,} of {checked:,}' if checked else '–')
+      yield '| ' + ' | '.join(map(str, row)) + ' |'
 
 
 def draw(found, path):
-  """dB above Lloyd per quantizer, a panel per K."""
+  """dB above Lloyd per quantizer, a panel per setting."""
   from matplotlib.figure import Figure
 
-  grids = sorted({where[:2] for where in found})
-  panels = []
-  for grid in grids:
+  panels = {}
+  for setting, cells in sorted(found.items()):
     rows = [
-      (cell, entry)
-      for (*where, cell), entry in found.items()
-      if tuple(where) == grid and 'db' in entry and cell != 'lloyd'
+      (cell, *entry['db'])
+      for cell, entry in cells.items()
+      if 'db' in entry and cell != 'lloyd'
     ]
-    panels.append(sorted(rows, key=lambda row: -row[1]['db'][0]))
-  height = 0.9 + 0.32 * max(map(len, panels))
-  figure = Figure(figsize=(9, height * len(grids)), layout='constrained')
-  axes = figure.subplots(len(grids), squeeze=False)[:, 0]
-  for ax, (k, rows), panel in zip(axes, grids, panels, strict=True):
-    for y, (cell, entry) in enumerate(panel):
-      mean, deviation = entry['db']
+    panels[setting] = sorted(rows, key=lambda row: -row[1])
+  height = 1.2 + 0.32 * max(map(len, panels.values()))
+  figure = Figure(figsize=(9, height * len(panels)), layout='constrained')
+  axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+  for ax, (setting, rows) in zip(axes, panels.items(), strict=True):
+    for y, (cell, mean, deviation) in enumerate(rows):
       color = 'C1' if cell.startswith(PREFIX) else 'C0'
       color = '0.6' if cell == 'random' else color
+      deviation = 0 if math.isnan(deviation) else deviation
       ax.barh(y, mean, xerr=deviation, color=color, height=0.7)
       ax.annotate(
         f'{mean:.2f}',
@@ -441,13 +223,16 @@ def draw(found, path):
         textcoords='offset points',
         va='center',
       )
-    labels = [cell.replace('+', ', ') for cell, _ in panel]
-    ax.set_yticks(range(len(panel)), labels)
+    names = [row[0].removeprefix(PREFIX).replace('+', ', ') for row in rows]
+    ax.set_yticks(range(len(rows)), names)
+    for name, color in (('rvq_jax', 'C0'), ('vector-quantize-pytorch', 'C1')):
+      ax.barh(0, 0, color=color, label=name)
+    ax.legend(frameon=False)
     ax.axvline(0, color='0.3', linewidth=1)
     ax.margins(x=0.08, y=0.02)
     ax.spines[['top', 'right']].set_visible(False)
     ax.set_xlabel('held-out error, dB above Lloyd')
-    ax.set_title(f'K = {k}, {rows:,} latents', loc='left', fontsize='medium')
+    ax.set_title(caption(setting), loc='right', fontsize='medium')
   figure.savefig(path, dpi=130)
 
 
