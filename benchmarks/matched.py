@@ -59,9 +59,9 @@ FORMS = {
   'db': '.3f',
   'usage': '.3f',
   'dimension': '.2f',
-  'seconds': '.0f',
+  'cpu_seconds': '.0f',
 }
-COLUMNS = ('mse', 'usage', 'dimension', 'seconds', 'leak_db')
+COLUMNS = ('mse', 'usage', 'dimension', 'cpu_seconds', 'leak_db')
 
 
 def wrong_ids(x, codes, ids, block=4096):
@@ -175,7 +175,7 @@ def table(found):
     yield f'\n{caption(setting)}\n'
     yield (
       '| quantizer | trained by | bits | seeds | MSE | dB above Lloyd '
-      '| usage | effective dimension | seconds | leak, dB | wrong ids |'
+      '| usage | effective dimension | CPU seconds | leak, dB | wrong ids |'
     )
     yield '|' + '---|' * 11
     for cell, entry in sorted(cells.items(), key=lambda item: item[1]['mse']):
