@@ -19,8 +19,9 @@ left out without it), then '+argument=value' for what differs from the defaults.
 one learning rate for all, which falls to 0 by a cosine. A finished cell is a
 line of the output; the same command resumes.
 
-Hardware: CPU; the default grid takes under half an hour on two cores. `--full`
-adds K = 16384 with a million latents and takes about a day.
+Hardware: CPU; without the peers the default grid takes under half an hour on
+two cores, with them about an hour. `--full` adds K = 16384 with a million
+latents: an estimated 15 hours, most of them the peers'.
 """
 
 import argparse
@@ -39,18 +40,30 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'launch')]
 
 from matched_latents import batches, load_latents  # noqa: E402
-from matched_quantizers import PREFIX, Lloyd, Ours, Peer  # noqa: E402
+from matched_quantizers import (  # noqa: E402
+  PREFIX,
+  Lloyd,
+  Ours,
+  Peer,
+  wrong_ids,
+)
 from recipe import processor, read  # noqa: E402
 
 from rvq_jax import metrics  # noqa: E402
 
 LLOYD_ITERATIONS = 100
 CELLS = (
-  *('random', 'lloyd', 'vq', 'vq+split_by=distortion'),
-  *('vq+dead_code_threshold=0.1', 'vq+ema=false', 'residual', 'product'),
-  *('simvq', 'fsq', 'peer:VectorQuantize', 'peer:VectorQuantize+dead=0.1'),
-  *('peer:VectorQuantize+directional_reparam=true', 'peer:SimVQ'),
-  *('peer:FSQ', 'peer:LFQ'),
+  *('random', 'lloyd', 'simvq', 'fsq', 'peer:SimVQ', 'peer:FSQ', 'peer:LFQ'),
+  'peer:VectorQuantize+directional_reparam=true',
+  *('peer:VectorQuantize', 'peer:VectorQuantize+dead=0.1'),
+  *(
+    cell + threshold
+    for threshold in ('', '+dead_code_threshold=0.1')
+    for cell in (
+      *('vq', 'vq+split_by=distortion', 'vq+ema=false'),
+      *('residual', 'product'),
+    )
+  ),
 )
 SETTING = ('data', 'K', 'rows', 'batch', 'steps', 'learning_rate')
 KEY = (*SETTING, 'cell', 'seed')
@@ -62,21 +75,6 @@ FORMS = {
   'cpu_seconds': '.0f',
 }
 COLUMNS = ('mse', 'usage', 'dimension', 'cpu_seconds', 'leak_db')
-
-
-def wrong_ids(x, codes, ids, block=4096):
-  """How many ids are not those of a nearest code, in float64."""
-  codes, wrong = np.asarray(codes, np.float64), 0
-  half = 0.5 * np.sum(codes**2, axis=1)
-  for start in range(0, len(x), block):
-    e, chosen = x[start : start + block].astype(np.float64), ids[start:][:block]
-    best = np.argmax(e @ codes.T - half, axis=1)
-    other = np.flatnonzero(best != chosen)
-    distance = [
-      np.sum((e[other] - codes[i[other]]) ** 2, axis=1) for i in (chosen, best)
-    ]
-    wrong += int(np.sum(distance[0] > distance[1]))
-  return wrong
 
 
 def make_quantizer_of(cell, k, seed, args):
