@@ -19,9 +19,9 @@ left out without it), then '+argument=value' for what differs from the defaults.
 one learning rate for all, which falls to 0 by a cosine. A finished cell is a
 line of the output; the same command resumes.
 
-Hardware: CPU; without the peers the default grid takes under half an hour on
-two cores, with them about an hour. `--full` adds K = 16384 with a million
-latents: an estimated 15 hours, most of them the peers'.
+Hardware: CPU. On two cores the default grid takes about half an hour, two
+thirds of it for the peers (OMP_NUM_THREADS=1 is faster for them). `--full` adds
+K = 16384 with a million latents: an estimated 15 hours.
 """
 
 import argparse
@@ -54,8 +54,9 @@ from rvq_jax import metrics  # noqa: E402
 LLOYD_ITERATIONS = 100
 CELLS = (
   *('random', 'lloyd', 'simvq', 'fsq', 'peer:SimVQ', 'peer:FSQ', 'peer:LFQ'),
-  'peer:VectorQuantize+directional_reparam=true',
   *('peer:VectorQuantize', 'peer:VectorQuantize+dead=0.1'),
+  'peer:VectorQuantize+directional_reparam=true',
+  'peer:VectorQuantize+directional_reparam=true+dead=0.1',
   *(
     cell + threshold
     for threshold in ('', '+dead_code_threshold=0.1')
