@@ -70,7 +70,7 @@ SETTING = ('data', 'K', 'rows', 'batch', 'steps', 'learning_rate')
 KEY = (*SETTING, 'cell', 'seed')
 FORMS = {
   'mse': '.4f',
-  'db': '.3f',
+  'db': 'z.3f',
   'usage': '.3f',
   'dimension': '.2f',
   'cpu_seconds': '.0f',
