@@ -106,7 +106,7 @@ def load_latents(args):
     part = path.with_suffix('.part.npz')
     np.savez(part, train=z, held_out=held_out, asked=asked)
     os.replace(part, path)
-  found = np.load(path)
+  found = np.load(path, allow_pickle=False)
   if str(found['asked']) != asked:
     sys.exit(
       f'error: {path} holds latents of {found["asked"]}, expected {asked}; '
