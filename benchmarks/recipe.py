@@ -5,6 +5,8 @@ metrics are those of the validation split at the last step. A finished cell is
 one line of the output and is not run again, so the same command resumes, and
 several may run side by side.
 
+Five estimators that the package does not have are tried here too, see TRIED.
+
 Command: python benchmarks/recipe.py --data=folder:DIR --cells=ste,rotation
   --seeds=3 --output=benchmarks/recipe_photos.jsonl
 Table: python benchmarks/recipe.py --table --output=FILE
@@ -25,6 +27,49 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'launch')]
 
+import jax.numpy as jnp  # noqa: E402
+
+from rvq_jax.quantize import estimators, gradients  # noqa: E402
+
+
+def scaled(e, q):
+  """lambda g: the rescaling of the rotation without the rotation."""
+  return gradients.straight_through(gradients.geometry(e, q).scale * e, q)
+
+
+def grown(e, q):
+  """max(lambda, 1) R^T g: the rescaling on one side."""
+  scale = jnp.maximum(gradients.geometry(e, q).scale, 1.0)
+  turned = gradients.rotate(e, q, rescale=False)
+  return gradients.straight_through(scale * turned, q)
+
+
+def radial(e, q):
+  """R^T g + u (u.g - v.g): what lies along e as by straight-through."""
+  g = gradients.geometry(e, q)
+  along = jnp.sum(g.u * e, axis=-1, keepdims=True)
+  turned = gradients.rotate(e, q, rescale=False)
+  return gradients.straight_through(turned + (g.u - g.v) * along, q)
+
+
+def tangential(e, q):
+  """g + u (v.g - u.g): only what lies along e is that of the rotation."""
+  g = gradients.geometry(e, q)
+  along = jnp.sum(g.u * e, axis=-1, keepdims=True)
+  return gradients.straight_through(e + (g.v - g.u) * along, q)
+
+
+def blend(e, q):
+  """(g + R^T g)/2."""
+  turned = gradients.rotate(e, q, rescale=False)
+  return gradients.straight_through((e + turned) / 2, q)
+
+
+TRIED = {f.__name__: f for f in (scaled, grown, radial, tangential, blend)}
+estimators.ESTIMATORS.update(
+  {name: lambda e, q, f=f, **_: f(e, q) for name, f in TRIED.items()}
+)
+
 # Part of a cell's name -> what it sets; parts are joined by '+'.
 PARTS = {
   'rotation': {},
@@ -43,7 +88,7 @@ PARTS = {
   'swish': {'model.activation': 'swish'},
   'cosine': {'model.cosine': True},
   'f8': {'model.factor': 8},
-}
+} | {name: {'model.estimator': name} for name in TRIED}
 # Name of a part that ends in a number -> the field that it sets.
 NUMBERS = {
   'late': 'model.quantize_after',
