@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'launch')]
 
 import jax.numpy as jnp  # noqa: E402
 
-from rvq_jax.quantize import estimators, gradients  # noqa: E402
+from rvq_jax.quantize import base, estimators, gradients  # noqa: E402
 
 
 def scaled(e, q):
@@ -69,6 +69,7 @@ TRIED = {f.__name__: f for f in (scaled, grown, radial, tangential, blend)}
 estimators.ESTIMATORS.update(
   {name: lambda e, q, f=f, **_: f(e, q) for name, f in TRIED.items()}
 )
+base.FIELDS['estimator'] = base.Field(str, choices=(*estimators.ESTIMATORS,))
 
 # Part of a cell's name -> what it sets; parts are joined by '+'.
 PARTS = {
