@@ -105,6 +105,7 @@ METRICS = (
   *('mse', 'psnr', 'usage', 'perplexity', 'relative_error'),
   *('latent_dimension', 'code_dimension', 'bits_per_image'),
 )
+CURVES = ('mse', 'encoder_norm', 'code_norm', 'mean_angle', 'replaced_codes')
 
 
 def fields_of(cell: str) -> dict:
@@ -135,6 +136,19 @@ def make_config(cell: str, seed: int, data: str, steps: int):
   return config
 
 
+def read_curves(workdir: Path) -> dict:
+  """Training metrics of a run, a list each, and their steps."""
+  curves = {}
+  for record in read(workdir / 'metrics.jsonl'):
+    if 'train/mse' in record:
+      curves.setdefault('step', []).append(record['step'])
+      for name in CURVES:
+        curves.setdefault(name, []).append(
+          float(f'{record["train/" + name]:.4g}')
+        )
+  return curves
+
+
 def measure(cell: str, seed: int, args) -> dict | None:
   """Trains and evaluates one run; None while another process does."""
   from rvq_jax.evaluation.evaluate import evaluate_run
@@ -160,6 +174,7 @@ def measure(cell: str, seed: int, args) -> dict | None:
     ).stdout.strip(),
     'hardware': f'{os.cpu_count()} cores, {processor()}',
     **{name: metrics[name] for name in METRICS},
+    'curves': read_curves(workdir),
   }
 
 
