@@ -105,6 +105,8 @@ METRICS = (
   *('mse', 'psnr', 'usage', 'perplexity', 'relative_error'),
   *('latent_dimension', 'code_dimension', 'bits_per_image'),
 )
+GIT = ['git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD']
+COMMIT = subprocess.run(GIT, capture_output=True, text=True).stdout.strip()
 CURVES = ('mse', 'encoder_norm', 'code_norm', 'mean_angle', 'replaced_codes')
 
 
@@ -163,15 +165,12 @@ def measure(cell: str, seed: int, args) -> dict | None:
       return None
     raise
   metrics = evaluate_run(workdir, split='validation')
-  git = ['git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD']
   return {
     'cell': cell,
     'seed': seed,
     'steps': args.steps,
     'minutes': round((time.monotonic() - start) / 60, 1),
-    'commit': subprocess.run(
-      git, capture_output=True, text=True
-    ).stdout.strip(),
+    'commit': COMMIT,
     'hardware': f'{os.cpu_count()} cores, {processor()}',
     **{name: metrics[name] for name in METRICS},
     'curves': read_curves(workdir),
