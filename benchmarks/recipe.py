@@ -9,7 +9,8 @@ Five estimators that the package does not have are tried here too, see TRIED.
 
 Command: python benchmarks/recipe.py --data=folder:DIR --cells=ste,rotation
   --seeds=3 --output=benchmarks/recipe_photos.jsonl
-Table: python benchmarks/recipe.py --table --output=FILE
+Table: python benchmarks/recipe.py --table --output=FILE [--cells=... --steps=N
+  --figure=FILE.png]
 Hardware: CPU; a cell of 2,500 steps takes about ten minutes on two cores.
 """
 
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'launch')]
 
 import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 
 from rvq_jax.quantize import base, estimators, gradients  # noqa: E402
 
@@ -145,9 +147,10 @@ def read_curves(workdir: Path) -> dict:
     if 'train/mse' in record:
       curves.setdefault('step', []).append(record['step'])
       for name in CURVES:
-        curves.setdefault(name, []).append(
-          float(f'{record["train/" + name]:.4g}')
-        )
+        # Without quantization only mse is there.
+        value = record.get(f'train/{name}')
+        value = None if value is None else float(f'{value:.4g}')
+        curves.setdefault(name, []).append(value)
   return curves
 
 
@@ -213,6 +216,38 @@ def table(records) -> str:
   return '\n'.join(lines)
 
 
+def draw(records, cells, path) -> None:
+  """Norm, angle and error over the steps of training, seed 0 of each cell."""
+  from matplotlib.figure import Figure
+
+  titles = {
+    'encoder_norm': 'mean |e|',
+    'mean_angle': 'mean angle of e and q, degrees',
+    'mse': 'MSE in training',
+  }
+  figure = Figure(figsize=(11, 3.4), layout='constrained')
+  axes = figure.subplots(1, len(titles))
+  for record in records:
+    if record['cell'] in cells and record['seed'] == 0:
+      curves = record['curves']
+      for ax, name in zip(axes, titles, strict=True):
+        values = np.array(curves[name], float)  # None: NaN
+        ax.plot(curves['step'], values, label=record['cell'])
+  for ax, name in zip(axes, titles, strict=True):
+    ax.set_title(titles[name], fontsize='medium')
+    ax.set_xlabel('step')
+    ax.set_yscale('log' if name == 'mse' else 'linear')
+    ax.spines[['top', 'right']].set_visible(False)
+  axes[0].set_ylim(bottom=0)
+  figure.legend(
+    *axes[0].get_legend_handles_labels(),
+    loc='outside lower center',
+    ncols=5,
+    frameon=False,
+  )
+  figure.savefig(path, dpi=130)
+
+
 def main():
   """Runs what is missing, or prints the table."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -223,6 +258,7 @@ def main():
   parser.add_argument('--workdir', default='runs/recipe')
   parser.add_argument('--output', required=True)
   parser.add_argument('--table', action='store_true')
+  parser.add_argument('--figure', help='curves of the cells, FILE.png')
   args = parser.parse_args()
   if not args.table:
     import command_line
@@ -240,7 +276,11 @@ def main():
           with open(args.output, 'a') as stream:
             stream.write(json.dumps(record) + '\n')
           print(json.dumps(record), flush=True)
-  print(table(read(args.output)))
+  records = read(args.output)
+  print(table(records))
+  if args.figure:
+    of_length = [r for r in records if r['steps'] == args.steps]
+    draw(of_length, args.cells.split(','), args.figure)
 
 
 if __name__ == '__main__':
