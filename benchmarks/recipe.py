@@ -1,7 +1,7 @@
 """Which gradient, which codes, in which order: a grid of short runs.
 
-Every cell is an ordinary run of configs/photos.py with what its name says; the
-metrics are those of the validation split at the last step. A finished cell is
+Every cell is an ordinary run of configs/photos.py, or with --setting=cifar10 of
+a small model of configs/cifar10.py, with what its name says; the metrics are those of the validation split at the last step. A finished cell is
 one line of the output and is not run again, so the same command resumes, and
 several may run side by side.
 
@@ -90,6 +90,7 @@ PARTS = {
   'group': {'model.norm': 'group'},
   'swish': {'model.activation': 'swish'},
   'cosine': {'model.cosine': True},
+  'f4': {'model.factor': 4},
   'f8': {'model.factor': 8},
 } | {name: {'model.estimator': name} for name in TRIED}
 # Name of a part that ends in a number -> the field that it sets.
@@ -124,16 +125,22 @@ def fields_of(cell: str) -> dict:
   return fields
 
 
-def make_config(cell: str, seed: int, data: str, steps: int):
+def make_config(cell: str, seed: int, args):
   """The config of one run."""
-  from configs import photos
+  from configs import cifar10, photos
 
-  config = photos.get_config()
-  config.seed, config.num_steps = seed, steps
+  if args.setting == 'photos':
+    config = photos.get_config()
+    config.data.crop, config.data.crop_scale = 'random_resized', 0.1
+  else:
+    config = cifar10.get_config()
+    config.batch_size, config.model.num_res_blocks = 32, 1
+    config.model.codebook_size = 2048
+  config.seed, config.num_steps = seed, args.steps
   config.eval_every = config.checkpoint_every = 0
-  config.log_every = 100
-  config.data.name, config.data.split = data, 'official'
-  config.data.crop, config.data.crop_scale = 'random_resized', 0.1
+  config.log_every = max(args.steps // 25, 1)
+  config.data.name, config.data.split = args.data, 'official'
+  config.data.data_dir = args.data_dir
   for name, value in fields_of(cell).items():
     section, _, field = name.rpartition('.')
     (config[section] if section else config)[field] = value
@@ -162,7 +169,7 @@ def measure(cell: str, seed: int, args) -> dict | None:
   workdir = Path(args.workdir) / cell / f'seed_{seed}'
   start = time.monotonic()
   try:
-    train(make_config(cell, seed, args.data, args.steps), workdir)
+    train(make_config(cell, seed, args), workdir)
   except ValueError as error:
     if 'in use' in str(error):
       return None
@@ -251,7 +258,11 @@ def draw(records, cells, path) -> None:
 def main():
   """Runs what is missing, or prints the table."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--data', help='folder:DIR with train and validation')
+  parser.add_argument('--data', help='folder:DIR or tfds:NAME')
+  parser.add_argument('--data_dir', help='of tfds:NAME')
+  parser.add_argument(
+    '--setting', choices=('photos', 'cifar10'), default='photos'
+  )
   parser.add_argument('--cells', default='rotation,ste')
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--steps', type=int, default=2500)
