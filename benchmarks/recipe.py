@@ -1,9 +1,10 @@
 """Which gradient, which codes, in which order: a grid of short runs.
 
 Every cell is an ordinary run of configs/photos.py, or with --setting=cifar10 of
-a small model of configs/cifar10.py, with what its name says; the metrics are those of the validation split at the last step. A finished cell is
-one line of the output and is not run again, so the same command resumes, and
-several may run side by side.
+a small model of configs/cifar10.py, with what its name says; the metrics are
+those of the validation split at the last step. A finished cell is one line of
+the output and is not run again, so the same command resumes, and several may
+run side by side.
 
 Five estimators that the package does not have are tried here too, see TRIED.
 
