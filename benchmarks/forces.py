@@ -87,7 +87,7 @@ def main():
   parser.add_argument('--workdir', action='append', required=True)
   parser.add_argument('--data', help="instead of the run's: folder:DIR")
   args = parser.parse_args()
-  columns = {Path(w).parent.name: measure(w, args.data) for w in args.workdir}
+  columns = {w: measure(w, args.data) for w in args.workdir}
   print('| |', ' | '.join(columns), '|')
   print('|---|' + '---|' * len(columns))
   for name in next(iter(columns.values())):

@@ -205,15 +205,16 @@ def read(path) -> list[dict]:
 
 def table(records) -> str:
   """Markdown: mean and sample standard deviation over the seeds of a cell."""
-  lines = ['| cell | seeds | ' + ' | '.join(METRICS) + ' |']
-  lines.append('|' + '---|' * (2 + len(METRICS)))
+  lines = ['| cell | steps | seeds | ' + ' | '.join(METRICS) + ' |']
+  lines.append('|' + '---|' * (3 + len(METRICS)))
   groups = {}
   for record in records:
     groups.setdefault((record['cell'], record['steps']), []).append(record)
-  for (cell, _), runs in sorted(
-    groups.items(), key=lambda g: statistics.mean(r['mse'] for r in g[1])
+  for (cell, steps), runs in sorted(
+    groups.items(),
+    key=lambda g: (g[0][1], statistics.mean(r['mse'] for r in g[1])),
   ):
-    row = [cell, str(len(runs))]
+    row = [cell, str(steps), str(len(runs))]
     for name in METRICS:
       values = [run[name] for run in runs]
       text = f'{statistics.mean(values):.5g}'
