@@ -1,15 +1,18 @@
 """Time and memory of the quantizer beside what else there is.
 
-  python benchmarks/quantizer.py [--peer] [--sweep] [--repeats N] [--json FILE]
+  python benchmarks/quantizer.py [--peer] [--sweep] [--choices] [--repeats N]
+    [--json FILE]
 
 The forms alternate in one process on two cores; medians and ratios are printed
 as Markdown. A full step is forward and backward of: search, rotation,
 commitment loss, EMA update of the codebook. `--peer` adds that of
-vector-quantize-pytorch (`pip install torch vector-quantize-pytorch`), and
-`--sweep` shows the cost over K = 2^10 ... 2^18.
+vector-quantize-pytorch (`pip install torch vector-quantize-pytorch`),
+`--sweep` shows the cost over K = 2^10 ... 2^18, and `--choices` that of every
+estimator and of replacing dead codes by either rule of splitting.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -29,7 +32,9 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from rvq_jax.quantize.codebook import Codebook, ema_update  # noqa: E402
+from rvq_jax.quantize.estimators import ESTIMATORS  # noqa: E402
 from rvq_jax.quantize.gradients import rotate  # noqa: E402
+from rvq_jax.quantize.replacement import replace_codes  # noqa: E402
 from rvq_jax.quantize.search import nearest_codes, tile_sizes  # noqa: E402
 
 # (N, K, D) and the greatest time of our step as a share of the peer's.
@@ -50,19 +55,39 @@ OURS, SEARCH, TEXTBOOK, MATMUL, TILES, HALF, PEER = (
   'the same in bfloat16',
   'vector-quantize-pytorch, full step',
 )
+# Form -> arguments of `our_step`, which by itself is the rotation.
+CHOICES = {
+  f'full step, {name}': {'estimator': name}
+  for name in ESTIMATORS
+  if name != 'rotation'
+} | {
+  f'full step, dead codes split by {name}': {'split_by': name}
+  for name in ('count', 'distortion')
+}
 
 
-def our_step(e, gradient, codebook):
+def our_step(e, gradient, codebook, *, estimator='rotation', split_by=None):
   """Gradient of the encoder outputs and the codebook after the step."""
+  n, k = e.shape[0], codebook.cluster_size.shape[0]
 
   def loss(e):
     ids = nearest_codes(e, codebook.embedding)
     q = jnp.take(codebook.embedding, ids, axis=0)
     commitment = 0.25 * jnp.mean((e - jax.lax.stop_gradient(q)) ** 2)
-    return jnp.sum(rotate(e, q) * gradient) + commitment, ids
+    quantized = ESTIMATORS[estimator](
+      e, q, ids=ids, num_codes=k, mask=None, max_scale=10.0, axis_name=None
+    )
+    return jnp.sum(quantized * gradient) + commitment, ids
 
   grad, ids = jax.grad(loss, has_aux=True)(e)
-  return grad, ema_update(codebook, e, ids, decay=0.99, eps=1e-5)
+  codebook = ema_update(codebook, e, ids, decay=0.99, eps=1e-5)
+  if split_by:
+    dead = codebook.cluster_size < 0.9 * n / k
+    key = jax.random.key(0)
+    codebook, _ = replace_codes(
+      *(codebook, dead, key, e, ids), expected_size=n / k, split_by=split_by
+    )
+  return grad, codebook
 
 
 def textbook_step(e, gradient, codebook):
@@ -149,6 +174,9 @@ def forms(n, k, dim, names):
     TILES: (lambda e, c: tiled_products(e, c, jnp.float32), (e, embedding)),
     HALF: (lambda e, c: tiled_products(e, c, jnp.bfloat16), (e, embedding)),
   }
+  for name, choice in CHOICES.items():
+    step = functools.partial(our_step, **choice)
+    jitted[name] = step, (e, gradient, codebook)
   result = {}
   for name in names:
     if name == PEER:
@@ -256,13 +284,15 @@ def hardware(peer):
 def main():
   """Parses the command line, measures and prints."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  for flag in ('--peer', '--sweep'):
+  for flag in ('--peer', '--sweep', '--choices'):
     parser.add_argument(flag, action='store_true')
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
   names = [OURS, SEARCH, TEXTBOOK, MATMUL, TILES, HALF] + [PEER] * args.peer
   sizes = list(SIZES)
+  if args.choices:
+    names = [OURS, SEARCH, MATMUL, *CHOICES]
   if args.sweep:
     sizes = [(1024, 2**power, 64) for power in range(10, 19)]
     names = [name for name in names if name not in (TEXTBOOK, TILES, HALF)]

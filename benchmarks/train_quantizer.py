@@ -3,19 +3,21 @@
   python benchmarks/train_quantizer.py --data_dir=DIR
     --quantizer=rvq_jax|vector-quantize-pytorch [--factor=8]
     [--codebook_size=8192] [--num_steps=328] [--batch_size=128]
-    [--num_res_blocks=6] [--seed=0] [--commitment_weight=0.25] [--decay=0.99]
-    [--workdir=DIR]
+    [--num_res_blocks=6] [--seed=0] [--config.FIELD=VALUE ...]
+    [--rotation_trick=0|1] [--dead=2] [--workdir=DIR] [--output=FILE.jsonl]
 
 Trains configs/cifar10.py on the official training split and prints MSE, usage
 and perplexity of the test split as one line of JSON. `rvq_jax` is the ordinary
 run of launch/main.py. `vector-quantize-pytorch` (`pip install torch
 vector-quantize-pytorch`) takes the place of `VectorQuantizer` between our
 encoder and decoder: k-means start, replacement of codes under an EMA count of
-2, rotation trick. Encoder, decoder, their initial parameters, optimizer, order
-of the images and flips are bit-exact copies.
+`--dead`, rotation trick or straight-through. Encoder, decoder, their initial
+parameters, optimizer, schedule, steps before quantization, order of the images
+and flips are bit-exact copies.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -59,15 +61,16 @@ def make_config(args):
   config.data.data_dir, config.data.split = args.data_dir, 'official'
   config.model.codebook_size = args.codebook_size
   config.model.num_res_blocks = args.num_res_blocks
-  config.model.commitment_weight = args.commitment_weight
-  config.model.decay = args.decay
+  for name, value in args.fields.items():
+    section, _, field = name.rpartition('.')
+    (config[section] if section else config)[field] = value
   return config
 
 
 class PeerQuantizer:
   """vector-quantize-pytorch between two halves of a JAX model."""
 
-  def __init__(self, config):
+  def __init__(self, config, *, rotation_trick, dead):
     try:
       import torch
       from vector_quantize_pytorch import VectorQuantize
@@ -81,9 +84,9 @@ class PeerQuantizer:
       codebook_size=config['model.codebook_size'],
       decay=config['model.decay'],
       commitment_weight=config['model.commitment_weight'],
-      rotation_trick=True,
+      rotation_trick=rotation_trick,
       kmeans_init=True,
-      threshold_ema_dead_code=2,
+      threshold_ema_dead_code=dead,
     )
 
   def __call__(self, z, *, train):
@@ -140,11 +143,11 @@ def halves(model):
   return encode, decode
 
 
-def train_peer(config):
+def train_peer(config, **options):
   """Trains with the peer's quantizer; returns the metrics of the test split."""
   run = Run(config)
   config, model = run.config, run.model
-  quantizer = PeerQuantizer(config)
+  quantizer = PeerQuantizer(config, **options)
   optimizer = make_optimizer(
     run.schedule,
     weight_decay=config['optimizer.weight_decay'],
@@ -169,7 +172,10 @@ def train_peer(config):
   for step in range(run.num_steps):
     images = prepare(step, next(run.loader)['image'])
     z, pullback, encoded = encode(params, stats, images)
-    q, ids, backward = quantizer(z, train=True)
+    if run.quantizes(step):
+      q, ids, backward = quantizer(z, train=True)
+    else:
+      q, ids, backward = z, np.zeros(0), lambda gradient: gradient
     (error, decoded), (grads, dq) = decode(params, stats, q, images)
     stats = {
       'encoder': encoded['batch_stats']['encoder'],
@@ -217,11 +223,18 @@ def make_peer_eval_step(model, quantizer, codebook_size):
     z = encode(variables, images)
     q, ids, _ = quantizer(z, train=False)
     ids = ids.reshape(len(mask), -1)[mask]
-    error = np.mean((np.asarray(z) - q) ** 2, axis=(1, 2, 3))[mask]
+    latents, codes = (
+      np.asarray(x, np.float64)[mask].reshape(-1, q.shape[-1]) for x in (z, q)
+    )
+    error = np.sum((latents - codes) ** 2)
     return decode(variables, q, images, mask) | {
       'images': mask.sum(),
       'tokens': ids.size,
-      'quantization_error': error.mean() * ids.size,
+      'positions': len(latents),
+      'quantization_error': error / q.shape[-1],
+      'latent_error': error,
+      'latents': {'sum': latents.sum(axis=0), 'outer': latents.T @ latents},
+      'codes': {'sum': codes.sum(axis=0), 'outer': codes.T @ codes},
       'counts': np.bincount(ids.reshape(-1), minlength=codebook_size),
     }
 
@@ -243,20 +256,35 @@ def main():
     'batch_size': 128,
     'num_res_blocks': 6,
     'seed': 0,
-    'commitment_weight': 0.25,
-    'decay': 0.99,
+    'rotation_trick': 1,
+    'dead': 2.0,
   }.items():
     parser.add_argument(f'--{name}', type=type(value), default=value)
-  args = parser.parse_args()
+  parser.add_argument('--output', help='the line is appended to it')
+  args, rest = parser.parse_known_args()
+  args.fields = {}
+  for flag in rest:
+    name, _, value = flag.partition('=')
+    if not name.startswith('--config.'):
+      parser.error(f'expected --config.FIELD=VALUE, got {flag}')
+    with contextlib.suppress(json.JSONDecodeError):  # text stays text
+      value = json.loads(value)
+    args.fields[name.removeprefix('--config.')] = value
   config = make_config(args)
   start = time.time()
   if args.quantizer == PEER:
-    result = train_peer(config)
+    result = train_peer(
+      config, rotation_trick=bool(args.rotation_trick), dead=args.dead
+    )
   else:
     train(config, args.workdir)
     result = evaluate_run(args.workdir)
   minutes = {'minutes': round((time.time() - start) / 60, 1)}
-  print(json.dumps(vars(args) | {n: result[n] for n in SHOWN} | minutes))
+  line = json.dumps(vars(args) | {n: result[n] for n in SHOWN} | minutes)
+  print(line)
+  if args.output:
+    with open(args.output, 'a') as stream:
+      stream.write(line + '\n')
 
 
 if __name__ == '__main__':

@@ -51,7 +51,7 @@ def config_name(flag) -> str:
     names = ', '.join(configs)
     what = path or 'none'
     fail(f'expected --config=configs/NAME.py; there are {names}; got {what}')
-  return Path(path).stem + (f'_{variant}' if variant else '')
+  return Path(path).stem + (f'_{variant}' if variant else '').replace(',', '_')
 
 
 def parse_step(step: str | None) -> int | str | None:

@@ -130,6 +130,24 @@ def code_statistics(counts) -> dict[str, float]:
   }
 
 
+def effective_dimension(total, outer, count) -> float:
+  """How many dimensions vectors spread over: exp(-sum p_i log p_i).
+
+  p are the eigenvalues of their covariance, divided by their sum (the effective
+  rank of Roy and Vetterli 2007): D for a ball, 1 for a line or a point.
+
+  Args:
+    total: sum of the vectors [D].
+    outer: sum of x x^T [D, D].
+    count: number of vectors.
+  """
+  mean = np.asarray(total, np.float64) / count
+  covariance = np.asarray(outer, np.float64) / count - np.outer(mean, mean)
+  values = np.maximum(np.linalg.eigvalsh(covariance), 0.0)
+  p = values / max(values.sum(), 1e-300)
+  return math.exp(-np.sum(p * np.log(np.where(p > 0, p, 1.0))))
+
+
 def bit_rates(
   tokens: int, pixels: int, codebook_size: int, entropy_bits: float
 ) -> dict[str, float]:

@@ -95,6 +95,17 @@ def test_no_counts_use_no_code():
   assert metrics.code_statistics([0, 0])['usage'] == 0
 
 
+@pytest.mark.parametrize('spread', [[2, 2, 2, 0], [1, 0, 0, 0], [3, 1, 1, 1]])
+def test_effective_dimension_is_that_of_the_spread(spread):
+  rng = np.random.default_rng(0)
+  turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+  x = 5 + (rng.normal(size=(200_000, 4)) * np.sqrt(spread)) @ turn
+  p = np.array(spread) / sum(spread)
+  want = np.exp(-sum(v * np.log(v) for v in p if v))
+  got = metrics.effective_dimension(x.sum(0), x.T @ x, len(x))
+  np.testing.assert_allclose(got, want, rtol=1e-2)
+
+
 def test_bit_rates_count_fixed_and_entropy_coded_bits():
   got = metrics.bit_rates(16, 32 * 32, 16384, 12.0)
   assert got['bits_per_image'] == 224

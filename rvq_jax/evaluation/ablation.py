@@ -19,8 +19,9 @@ LOG_LINES = 20  # of a short run: points of its curves
 METRICS = ('mse', 'usage', 'perplexity', 'psnr')
 
 _REFLECTION = {'model.estimator': 'reflection'}
-_STE, _LEARNED = {'model.estimator': 'ste'}, {'model.ema': False}
+_STE = {'model.estimator': 'ste'}
 _PLAIN = {'model.dead_code_threshold': 0.0, 'model.init_from': 'normal'}
+_LEARNED = {'model.ema': False} | _PLAIN  # as in their papers
 # Name: label in tables and figures, config field -> value.
 CELLS = {
   'rotation_ema': ('rotation, EMA', {}),

@@ -76,6 +76,12 @@ def _load_run(workdir, step) -> Tokenizer:
   with _quiet(), Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve(step)
     config = checkpoints.meta(step)['config']
+    late = config['model.quantize_after']
+    if step <= late:
+      raise ValueError(
+        f'step {step} of {workdir} has no codebook: it is filled after step '
+        f'{late}, config.model.quantize_after; train longer'
+      )
     model, shapes = _model(config, workdir)
     if config['optimizer.params_ema']:
       names = ('params', 'batch_stats')

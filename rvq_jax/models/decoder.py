@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.models.encoder import stage_plan
-from rvq_jax.models.layers import Norm, SelfAttention, Upsample, residual_blocks
+from rvq_jax.models.layers import (
+  ACTIVATIONS,
+  Norm,
+  SelfAttention,
+  Upsample,
+  residual_blocks,
+)
 
 
 class Decoder(nn.Module):
@@ -29,6 +35,8 @@ class Decoder(nn.Module):
   dtype: Any = jnp.float32
   axis_name: Any = None
   remat: bool = False
+  norm: str = 'batch'
+  activation: str = 'leaky_relu'
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -47,6 +55,8 @@ class Decoder(nn.Module):
       else:
         x = nn.Conv(features, (3, 3), dtype=self.dtype, name=f'up{i}')(x)
       if not last:
-        x = Norm(self.dtype, self.axis_name, name=f'norm{i}')(x, train=train)
-        x = nn.leaky_relu(x)
+        x = Norm(self.dtype, self.axis_name, self.norm, name=f'norm{i}')(
+          x, train=train
+        )
+        x = ACTIVATIONS[self.activation](x)
     return jnp.tanh(x.astype(jnp.float32))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.models import convolutions
-from rvq_jax.models.layers import Norm, residual_blocks
+from rvq_jax.models.layers import ACTIVATIONS, Norm, residual_blocks
 
 
 def stage_plan(widths, factor: int) -> tuple[tuple[int, int], ...]:
@@ -47,6 +47,8 @@ class Encoder(nn.Module):
     dtype: compute dtype; parameters and statistics are float32.
     axis_name: see `Norm`.
     remat: see `residual_blocks`.
+    norm: `Norm.kind`.
+    activation: a name in `layers.ACTIVATIONS`.
   """
 
   widths: tuple[int, ...] = (64, 128, 256)
@@ -56,6 +58,8 @@ class Encoder(nn.Module):
   dtype: Any = jnp.float32
   axis_name: Any = None
   remat: bool = False
+  norm: str = 'batch'
+  activation: str = 'leaky_relu'
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -71,7 +75,9 @@ class Encoder(nn.Module):
         conv_general_dilated=convolutions.convolve,
         name=f'conv{i}',
       )(x)
-      x = Norm(self.dtype, self.axis_name, name=f'norm{i}')(x, train=train)
-      x = nn.leaky_relu(x)
+      x = Norm(self.dtype, self.axis_name, self.norm, name=f'norm{i}')(
+        x, train=train
+      )
+      x = ACTIVATIONS[self.activation](x)
     x = residual_blocks(self, x, train)
     return nn.Conv(self.code_dim, (1, 1), dtype=self.dtype, name='out')(x)

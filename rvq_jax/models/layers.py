@@ -9,52 +9,86 @@ import jax.numpy as jnp
 
 from rvq_jax.models import convolutions
 
+NORMS = ('batch', 'group')
+ACTIVATIONS = {'leaky_relu': nn.leaky_relu, 'swish': nn.swish}
+
+
+def num_groups(channels: int) -> int:
+  """Groups of GroupNorm: 32, or a quarter of the channels under 128.
+
+  Raises:
+    ValueError: they do not divide the channels.
+  """
+  groups = 32 if channels >= 128 else max(channels // 4, 1)
+  if channels % groups:
+    raise ValueError(
+      f'norm: expected channels that the {groups} groups of GroupNorm divide, '
+      f"got {channels}; choose other widths or norm='batch'"
+    )
+  return groups
+
 
 class Norm(nn.Module):
-  """BatchNorm with float32 parameters and statistics.
+  """BatchNorm or GroupNorm with float32 parameters and statistics.
 
   Attributes:
     dtype: dtype of the output.
-    axis_name: mapped axis to take the statistics over; under `jit` with
+    axis_name: mapped axis to take batch statistics over; under `jit` with
       shardings they are global without one.
+    kind: 'batch', or 'group' (`num_groups`, eps 1e-6), which has no statistics.
     zero_scale: start with scale 0 rather than 1.
   """
 
   dtype: Any = jnp.float32
   axis_name: Any = None
+  kind: str = 'batch'
   zero_scale: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """Normalises x [B, H, W, C]; with train=True writes 'batch_stats'."""
+    """Normalises x [B, H, W, C]; BatchNorm in training writes 'batch_stats'."""
+    scale = nn.initializers.constant(0.0 if self.zero_scale else 1.0)
+    if self.kind == 'group':
+      return nn.GroupNorm(
+        num_groups(x.shape[-1]),
+        epsilon=1e-6,
+        dtype=self.dtype,
+        scale_init=scale,
+        name='gn',
+      )(x)
     return nn.BatchNorm(
       use_running_average=not train,
       momentum=0.9,
       epsilon=1e-5,
       dtype=self.dtype,
       axis_name=None if self.is_initializing() else self.axis_name,
-      scale_init=nn.initializers.constant(0.0 if self.zero_scale else 1.0),
+      scale_init=scale,
       name='bn',
     )(x)
 
 
 class ResidualBlock(nn.Module):
-  """leaky(x + norm(conv(leaky(norm(conv(x)))))), 3x3 convolutions.
+  """act(x + norm(conv(act(norm(conv(x)))))), 3x3 convolutions.
 
   The second norm starts at scale 0, so that a block starts as the identity
   (Goyal et al. 2017, arXiv:1706.02677): twelve blocks that start at scale 1
   need several times as many steps to the same error; see docs/results.md.
 
-  Attributes are those of `Norm`.
+  Attributes:
+    norm: `Norm.kind`.
+    activation: a name in `ACTIVATIONS`.
+    dtype: as of `Norm`, like axis_name.
   """
 
   dtype: Any = jnp.float32
   axis_name: Any = None
+  norm: str = 'batch'
+  activation: str = 'leaky_relu'
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Maps x [B, H, W, C] to the same shape."""
-    y = x
+    act, y = ACTIVATIONS[self.activation], x
     for i in range(2):
       y = nn.Conv(
         x.shape[-1],
@@ -64,10 +98,10 @@ class ResidualBlock(nn.Module):
         conv_general_dilated=convolutions.convolve,
         name=f'conv{i}',
       )(y)
-      y = Norm(self.dtype, self.axis_name, i == 1, name=f'norm{i}')(
+      y = Norm(self.dtype, self.axis_name, self.norm, i == 1, name=f'norm{i}')(
         y, train=train
       )
-      y = nn.leaky_relu(y if i == 0 else x + y)
+      y = act(y if i == 0 else x + y)
     return y
 
 
@@ -80,8 +114,9 @@ def residual_blocks(module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
   block = ResidualBlock
   if module.remat:
     block = nn.remat(ResidualBlock, static_argnums=(2,))  # train
+  shared = (module.dtype, module.axis_name, module.norm, module.activation)
   for i in range(module.num_res_blocks):
-    x = block(module.dtype, module.axis_name, name=f'block{i}')(x, train)
+    x = block(*shared, name=f'block{i}')(x, train)
   return x
 
 

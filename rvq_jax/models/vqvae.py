@@ -22,10 +22,12 @@ class VQVAEOutput:
     reconstruction: images [B, h, w, 3], float32 in [-1, 1].
     quantizer: the quantizer's output; its ids are [B, H, W], or [B, H, W, L]
       with L codes per position.
+    latents: z [B, H, W, D] before quantization.
   """
 
   reconstruction: jax.Array
   quantizer: QuantizerOutput
+  latents: jax.Array
 
 
 class VQVAE(nn.Module):
@@ -60,6 +62,8 @@ class VQVAE(nn.Module):
     dtype: compute dtype of encoder and decoder, float32 or bfloat16.
     axis_name: mapped axis of `pmap` or `shard_map`.
     remat: see `layers.residual_blocks`.
+    norm: 'batch' or 'group'; see `layers.Norm`.
+    activation: 'leaky_relu' or 'swish'.
   """
 
   widths: tuple[int, ...] = (64, 128, 256)
@@ -71,6 +75,8 @@ class VQVAE(nn.Module):
   dtype: Any = jnp.float32
   axis_name: Any = None
   remat: bool = False
+  norm: str = 'batch'
+  activation: str = 'leaky_relu'
 
   def __post_init__(self):
     """Makes the module hashable, so that `jax.jit` takes it as static."""
@@ -86,6 +92,8 @@ class VQVAE(nn.Module):
       'dtype': self.dtype,
       'axis_name': self.axis_name,
       'remat': self.remat,
+      'norm': self.norm,
+      'activation': self.activation,
     }
     self.encoder = Encoder(code_dim=self.code_dim, **shared)
     self.vq = make_quantizer(axis_name=self.axis_name, **self.quantizer)
@@ -114,7 +122,11 @@ class VQVAE(nn.Module):
     if mask is not None:
       mask = jnp.broadcast_to(mask[:, None, None], z.shape[:-1])
     out = self.vq(z, train=train, mask=mask)
-    return VQVAEOutput(self.decoder(out.quantized, train=train), out)
+    return VQVAEOutput(self.decoder(out.quantized, train=train), out, z)
+
+  def autoencode(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    """Reconstructions [B, h, w, 3] of images without quantization."""
+    return self.decoder(self.latents(images, train=train), train=train)
 
   def latents(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     """Encoder outputs z [B, H, W, D] before quantization."""

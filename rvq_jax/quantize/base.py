@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.quantize.codebook import count_codes, unit, valid_rows
-from rvq_jax.quantize.gradients import ESTIMATORS
+from rvq_jax.quantize.estimators import ESTIMATORS
 from rvq_jax.quantize.losses import LOSS_FORMS
 
 INITS = ('data', 'normal')
+SPLIT_RULES = ('count', 'distortion')
 _MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
 _KINDS = {
   int: 'an integer',
@@ -52,6 +53,7 @@ FIELDS = {
   'loss_form': Field(str, choices=LOSS_FORMS),
   'cosine': Field(bool),
   'dead_code_threshold': Field(float, 0),
+  'split_by': Field(str, choices=SPLIT_RULES),
   'split_fraction': Field(float, 1e-30, 1),
   'init_from': Field(str, choices=INITS),
   'max_scale': Field(float, 1e-30),
@@ -99,6 +101,16 @@ def validate(**arguments: Any) -> None:
     expected = fault(value, FIELDS[name]) if name in FIELDS else None
     if expected:
       raise ValueError(f'{name}: expected {expected}, got {value!r}')
+  if arguments.get('estimator') == 'diveq' and (
+    arguments.get('ema')
+    or arguments.get('loss_form', 'two_weights') != 'two_weights'
+    or arguments['commitment_weight']
+    or arguments['codebook_weight']
+  ):
+    raise ValueError(
+      "estimator: 'diveq' trains learned codes by itself: expected ema=False, "
+      "loss_form='two_weights' and both its weights 0"
+    )
 
 
 def arguments(module: nn.Module) -> dict[str, Any]:
@@ -176,6 +188,25 @@ def mapped_axis(module: nn.Module):
   return None if module.is_initializing() else module.axis_name
 
 
+def estimate(
+  module: nn.Module,
+  e: jax.Array,
+  q: jax.Array,
+  ids: jax.Array,
+  mask: jax.Array,
+) -> jax.Array:
+  """q [N, D], whose gradient reaches e [N, D] as the estimator says."""
+  return ESTIMATORS[module.estimator](
+    e,
+    q,
+    ids=ids,
+    num_codes=module.codebook_size,
+    mask=mask,
+    max_scale=module.max_scale,
+    axis_name=mapped_axis(module),
+  )
+
+
 def count(
   module: nn.Module, ids: jax.Array, e: jax.Array, mask: jax.Array
 ) -> jax.Array:
@@ -213,12 +244,16 @@ def finish(
 
 def embedding(module: nn.Module, part: str | None = None) -> jax.Array:
   """The codes [K, D] of a bound `VectorQuantizer`, or of its part."""
-  source = 'codebook' if module.ema else 'params'
-  if part is None:
-    codes = module.get_variable(source, 'embedding')
-  else:
-    codes = module.get_variable(source, part)['embedding']
-  return unit(codes) if module.cosine and not module.ema else codes
+
+  def get(collection, name):
+    if part is None:
+      return module.get_variable(collection, name)
+    return module.get_variable(collection, part)[name]
+
+  if module.ema:
+    return get('codebook', 'embedding')
+  codes = get('params', 'embedding') + get('codebook', 'offset')
+  return unit(codes) if module.cosine else codes
 
 
 def make_parts(

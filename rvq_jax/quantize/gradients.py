@@ -64,7 +64,7 @@ def _dot(x, y):
   return jnp.sum(x * y, axis=-1, keepdims=True)
 
 
-def _direction(x):
+def direction(x):
   """x/|x|, |x|/peak and peak = max |x_i|; no over- or underflow inside."""
   peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
   x = x / jnp.where(peak > 0, peak, 1.0)
@@ -76,8 +76,8 @@ def geometry(e: jax.Array, q: jax.Array) -> Geometry:
   """Directions, scale and degenerate cases of vectors and codes [..., D]."""
   e = jax.lax.stop_gradient(e).astype(jnp.float32)
   q = jax.lax.stop_gradient(q).astype(jnp.float32)
-  u, e_length, e_peak = _direction(e)
-  v, q_length, q_peak = _direction(q)
+  u, e_length, e_peak = direction(e)
+  v, q_length, q_peak = direction(q)
   usable = (e_length * e_peak >= MIN_NORM) & (q_length * q_peak >= MIN_NORM)
   peaks = jnp.where(usable, q_peak / jnp.where(usable, e_peak, 1.0), 1.0)
   lengths = jnp.where(usable, q_length / jnp.where(usable, e_length, 1.0), 1.0)
@@ -92,21 +92,32 @@ def _reflect_along(axis, weight, x):
 
 
 def _rotation(de, e, q, max_scale):
-  """lambda R de, R = (I - 2 w w^T)(I - 2 u u^T), w = (u + v)/|u + v|.
+  """lambda R de."""
+  g = geometry(e, q)
+  scale = jnp.where(g.no_rotation, 1.0, jnp.minimum(g.scale, max_scale))
+  return _turned(de, g) * scale
+
+
+def _rotation_unscaled(de, e, q, max_scale):
+  """R de."""
+  del max_scale
+  return _turned(de, geometry(e, q))
+
+
+def _turned(de, g: Geometry):
+  """R de, R = (I - 2 w w^T)(I - 2 u u^T), w = (u + v)/|u + v|.
 
   The first reflection carries u onto -u, the second -u onto v; everything
   orthogonal to u and v is left alone, so R is the shortest rotation from u to
   v, and R -> I as q -> e. Multiplied out, R = I - 2 w w^T + 2 v u^T; as two
   reflections it stays orthogonal to rounding even near antipodes. A vector
-  without rotation has both weights zero and lambda one: one number per row
-  decides, so no second [..., D] array is kept for the backward pass.
+  without rotation has both weights zero: one number per row decides, so no
+  second [..., D] array is kept for the backward pass.
   """
-  g = geometry(e, q)
   s = g.u + g.v
   square = jnp.where(g.no_rotation, 1.0, _dot(s, s))
   turned = _reflect_along(g.u, jnp.where(g.no_rotation, 0.0, 2.0), de)
-  turned = _reflect_along(s, jnp.where(g.no_rotation, 0.0, 2 / square), turned)
-  return turned * jnp.where(g.no_rotation, 1.0, jnp.minimum(g.scale, max_scale))
+  return _reflect_along(s, jnp.where(g.no_rotation, 0.0, 2 / square), turned)
 
 
 def _reflection(de, e, q, max_scale):
@@ -154,7 +165,9 @@ def _estimate(linear_map, e, q, max_scale=1.0):
   return _pass_through(e, q, linear_map, max_scale)
 
 
-def rotate(e: jax.Array, q: jax.Array, *, max_scale: float = 10.0) -> jax.Array:
+def rotate(
+  e: jax.Array, q: jax.Array, *, max_scale: float = 10.0, rescale: bool = True
+) -> jax.Array:
   """q, whose gradient reaches e through the rotation that carries e onto q.
 
   With g = dL/d(quantized), u = e/|e| and v = q/|q|,
@@ -184,6 +197,7 @@ def rotate(e: jax.Array, q: jax.Array, *, max_scale: float = 10.0) -> jax.Array:
     e: encoder outputs [..., D], any float dtype.
     q: their codes [..., D].
     max_scale: upper bound of lambda, > 0.
+    rescale: False: lambda = 1, the rotation alone.
 
   Returns:
     q, unchanged, [..., D] in q's dtype.
@@ -191,7 +205,8 @@ def rotate(e: jax.Array, q: jax.Array, *, max_scale: float = 10.0) -> jax.Array:
   Raises:
     ValueError: the shapes differ or max_scale is not positive.
   """
-  return _estimate(_rotation, e, q, max_scale)
+  linear_map = _rotation if rescale else _rotation_unscaled
+  return _estimate(linear_map, e, q, max_scale)
 
 
 def reflect(
@@ -234,11 +249,3 @@ def straight_through(e: jax.Array, q: jax.Array) -> jax.Array:
   [3.0, 1.0]
   """
   return _estimate(_identity, e, q)
-
-
-# Estimator -> (e, q, max_scale) -> quantized.
-ESTIMATORS = {
-  'rotation': lambda e, q, max_scale: rotate(e, q, max_scale=max_scale),
-  'reflection': lambda e, q, max_scale: reflect(e, q, max_scale=max_scale),
-  'ste': lambda e, q, max_scale: straight_through(e, q),
-}

@@ -87,6 +87,20 @@ def _place(codebook, dead, rows, usable, size):
   return codebook, jnp.sum(placed.astype(jnp.int32))
 
 
+def _cell_means(x, ids, k, valid, axis_name):
+  """Mean of x [N] over the valid rows of each code [K]; 0 without any."""
+  sums = (
+    jnp.zeros((k, 2))
+    .at[ids]
+    .add(
+      jnp.where(valid[:, None], jnp.stack([x, jnp.ones_like(x)], axis=1), 0.0)
+    )
+  )
+  if axis_name is not None:
+    sums = jax.lax.psum(sums, axis_name)
+  return sums[:, 0] / jnp.maximum(sums[:, 1], 1.0)
+
+
 def fill_codebook(
   codebook: Codebook,
   key: jax.Array,
@@ -131,6 +145,7 @@ def replace_codes(
   ids: jax.Array,
   *,
   expected_size,
+  split_by: str = 'count',
   split_fraction: float = 0.2,
   axis_name=None,
   mask: jax.Array | None = None,
@@ -154,6 +169,10 @@ def replace_codes(
     e: vectors [N, D]; this device's share when axis_name is given.
     ids: their codes [N].
     expected_size: cluster_size that a replaced code starts with.
+    split_by: 'count'; or 'distortion', which draws e in proportion to the
+      cluster_size of c times the mean squared error of the vectors that chose
+      it: at high rate the cells of the best codebook have equal distortions
+      (Gersho 1979).
     split_fraction: how far from the code c to the vector e, in (0, 1].
     axis_name: mapped axis or axes of the batch.
     mask: rows that may be drawn [N], bool.
@@ -164,11 +183,15 @@ def replace_codes(
   k = codebook.cluster_size.shape[0]
   e = jax.lax.stop_gradient(e).astype(jnp.float32)
   parent = codebook.embedding[ids]
+  weight = codebook.cluster_size
+  if split_by == 'distortion':
+    error = jnp.sum((e - parent) ** 2, axis=1)
+    weight *= _cell_means(error, ids, k, valid_rows(e, mask), axis_name)
   rows, usable = draw_rows(
     key,
     parent + split_fraction * (e - parent),
     min(k, _global_size(e, axis_name)),
-    weight=codebook.cluster_size[ids],
+    weight=weight[ids],
     axis_name=axis_name,
     mask=mask,
   )

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.quantize import base
-from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.losses import direction_metrics
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
@@ -46,7 +45,7 @@ class ResidualQuantizer(VectorQuantizer):
   Attributes:
     depth: codes per position.
     codebook_size: K, codes per level. All other attributes are those of
-      `VectorQuantizer`; cosine is not possible here.
+      `VectorQuantizer`; cosine, dynamic_ste and diveq are not possible here.
   """
 
   depth: int = 4
@@ -60,6 +59,11 @@ class ResidualQuantizer(VectorQuantizer):
       raise ValueError(
         'ResidualQuantizer: expected cosine=False: a unit vector loses the '
         'length of a residual'
+      )
+    if self.estimator in ('dynamic_ste', 'diveq'):
+      raise ValueError(
+        'ResidualQuantizer: expected an estimator for several codes, got '
+        f'{self.estimator!r}'
       )
     e, mask = base.flatten(self, z, mask)
     dim = self.code_dim or z.shape[-1]
@@ -78,7 +82,7 @@ class ResidualQuantizer(VectorQuantizer):
       total = q if total is None else total + q
       left = e - total
       outputs.append(out)
-    quantized = ESTIMATORS[self.estimator](e, total, self.max_scale)
+    quantized = base.estimate(self, e, total, outputs[0].ids, mask)
 
     rest = base.combine(outputs)
     rest['metrics'] |= direction_metrics(e, total, mask)

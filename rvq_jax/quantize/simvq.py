@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from rvq_jax.metrics import diversity
 from rvq_jax.quantize import base, losses
 from rvq_jax.quantize.codebook import draw_codes
-from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.search import nearest_codes
 
 
@@ -33,7 +32,7 @@ class SimVQ(nn.Module):
       channels a linear projection leads in and another out. None: the channels.
     commitment_weight: weight of MSE(e, sg(q)), which trains the encoder.
     codebook_weight: weight of MSE(sg(e), q), which trains W.
-    estimator: 'ste', 'rotation' or 'reflection', as of `VectorQuantizer`.
+    estimator: as of `VectorQuantizer`.
     max_scale: upper bound of |q|/|e| in the gradient.
     axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
   """
@@ -65,7 +64,7 @@ class SimVQ(nn.Module):
     codes = linear(jax.lax.stop_gradient(frozen.value))
     ids = nearest_codes(e, codes)
     q = jnp.take(codes, ids, axis=0)
-    quantized = ESTIMATORS[self.estimator](e, q, self.max_scale)
+    quantized = base.estimate(self, e, q, ids, mask)
     loss, metrics = losses.quantizer_loss(
       e,
       q,

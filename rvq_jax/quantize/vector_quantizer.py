@@ -17,7 +17,6 @@ from rvq_jax.quantize.codebook import (
   unit,
   valid_rows,
 )
-from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.replacement import fill_codebook, replace_codes
 from rvq_jax.quantize.search import nearest_codes
 
@@ -30,9 +29,10 @@ class VectorQuantizer(nn.Module):
 
   With `ema=True` the codes live in the collection 'codebook' (`embedding`
   [K, D], `cluster_size` [K], `embedding_sum` [K, D]) and are updated by
-  `codebook.ema_update`; call with `train=True` and `mutable=['codebook']`. With
-  `ema=False` the codes are the parameter `embedding`, trained by the codebook
-  loss. Evaluation (`train=False`) and `init` write nothing.
+  `codebook.ema_update`. With `ema=False` they are the parameter `embedding`,
+  trained by the loss, plus `offset` [K, D] of the collection, which moves when
+  codes are filled or replaced. Call with `train=True` and
+  `mutable=['codebook']`. Evaluation (`train=False`) and `init` write nothing.
 
   Codes whose `cluster_size` falls under `dead_code_threshold` times the mean
   count N/K move next to codes that are used too much, whose clusters they then
@@ -65,7 +65,9 @@ class VectorQuantizer(nn.Module):
     codebook_size: K, number of codes.
     code_dim: D, dimensions of a code. Where it differs from the input's
       channels a linear projection leads in and another out. None: the channels.
-    estimator: 'rotation', 'reflection' (eq. 4) or 'ste' (eq. 7).
+    estimator: 'rotation', 'rotation_unscaled', 'reflection' (eq. 4), 'ste' (eq.
+      7), 'dynamic_ste' or 'diveq'; see `gradients` and `estimators`. 'diveq' is
+      for learned codes with both loss weights 0.
     ema: update the codes by moving average rather than by gradient.
     decay: alpha of the moving average (eq. 6), in [0, 1].
     eps: Laplace smoothing of the cluster sizes.
@@ -77,11 +79,13 @@ class VectorQuantizer(nn.Module):
       = commitment_weight.
     cosine: scale inputs and codes to unit norm first.
     dead_code_threshold: fraction of the mean count N/K; 0 never replaces.
+    split_by: dead codes join the codes with the most vectors ('count') or the
+      most squared error ('distortion'); see `replacement.replace_codes`.
     split_fraction: a dead code is put this fraction of the way from the code
       that it joins to one of that code's vectors; 1 is onto the vector.
     init_from: 'data': the first training batch fills the codebook; until then
       cluster_size is 0. 'normal': Gaussian codes of norm about 1 that expect
-      the count N/K of the batch given to `init`. Without ema always 'normal'.
+      the count N/K of the batch given to `init`.
     max_scale: upper bound of |q|/|e| in the gradient.
     freeze: codes stay as they are in training too; an empty codebook is filled
       first (`init_from='data'`).
@@ -99,6 +103,7 @@ class VectorQuantizer(nn.Module):
   loss_form: str = 'two_weights'
   cosine: bool = False
   dead_code_threshold: float = 0.9
+  split_by: str = 'count'
   split_fraction: float = 0.2
   init_from: str = 'data'
   max_scale: float = 10.0
@@ -128,7 +133,7 @@ class VectorQuantizer(nn.Module):
     e = base.project_in(e, self.code_dim or z.shape[-1])
     if self.cosine:
       e = unit(e)
-    update = train and self.ema and not self.is_initializing()
+    update = train and not self.is_initializing()
     # Frozen codes are filled too, and may lie in a collection that is not
     # mutable once they are.
     fill = update and self.init_from == 'data'
@@ -142,15 +147,16 @@ class VectorQuantizer(nn.Module):
       book = self._fill(book, e, mask, expected)
     ids = nearest_codes(e, book.embedding)
     q = jnp.take(book.embedding, ids, axis=0)
-    quantized = ESTIMATORS[self.estimator](e, q, self.max_scale)
+    if self.ema or self.freeze:
+      q = jax.lax.stop_gradient(q)
+    quantized = base.estimate(self, e, q, ids, mask)
     loss, metrics = self._loss(e, q, mask)
     counts = base.count(self, ids, e, mask)
     metrics |= diversity(counts) | losses.direction_metrics(e, q, mask)
-    if self.ema:
-      dead = self._dead(book, expected)
-      metrics['dead_codes'] = jnp.mean(dead.astype(jnp.float32))
+    dead = self._dead(book, expected)
+    metrics['dead_codes'] = jnp.mean(dead.astype(jnp.float32))
     if update:
-      book, replaced = self._update(book, e, ids, mask, expected)
+      book, replaced = self._update(book, e, ids, mask, expected, counts)
       metrics['replaced_codes'] = replaced.astype(jnp.float32)
     if update or fill:
       write(book)
@@ -169,7 +175,7 @@ class VectorQuantizer(nn.Module):
 
   def _codebook(
     self, batch: int, dim: int
-  ) -> tuple[Codebook, Callable[[Codebook], None] | None]:
+  ) -> tuple[Codebook, Callable[[Codebook], None]]:
     """Declares the variables; the codebook, and the function to store it."""
     size = self.codebook_size
 
@@ -177,17 +183,13 @@ class VectorQuantizer(nn.Module):
       codes = draw_codes(key, (size, dim))
       return unit(codes) if self.cosine else codes
 
+    expected = 0.0 if self.init_from == 'data' else batch / size
     if not self.ema:
-      embedding = self.param('embedding', draw)
-      if self.cosine:
-        embedding = unit(embedding)
-      empty = jnp.zeros(size, jnp.float32)
-      return Codebook(embedding, empty, empty[:, None]), None
+      return self._learned_codebook(draw, expected, dim)
 
     embedding = self.variable(
       'codebook', 'embedding', lambda: draw(self.make_rng('params'))
     )
-    expected = 0.0 if self.init_from == 'data' else batch / size
 
     def start(name):
       return getattr(Codebook.create(embedding.value, expected), name)
@@ -201,6 +203,29 @@ class VectorQuantizer(nn.Module):
         variable.value = getattr(book, name)
 
     return Codebook(**{n: v.value for n, v in variables.items()}), write
+
+  def _learned_codebook(self, draw, expected, dim):
+    """As `_codebook`, of a parameter and an offset."""
+    shape = (self.codebook_size, dim)
+    learned = self.param('embedding', draw)
+    offset = self.variable('codebook', 'offset', jnp.zeros, shape)
+    count = self.variable(
+      'codebook', 'cluster_size', jnp.full, shape[:1], expected
+    )
+    embedding = learned + offset.value
+    if self.cosine:
+      embedding = unit(embedding)
+    fixed = jax.lax.stop_gradient(embedding)
+    book = Codebook(embedding, count.value, count.value[:, None] * fixed)
+
+    def write(new):
+      count.value = new.cluster_size
+      new = jax.lax.stop_gradient(new.embedding)
+      moved = jnp.any(new != fixed, axis=-1, keepdims=True)
+      start = jax.lax.stop_gradient(learned)
+      offset.value = jnp.where(moved, new - start, offset.value)
+
+    return book, write
 
   def _key(self, book):
     """Key of a random draw, the same on every device."""
@@ -231,25 +256,28 @@ class VectorQuantizer(nn.Module):
     )
 
   def _loss(self, e, q, mask):
-    """The loss and its metrics; only learned codes get a gradient."""
-    learned = not self.ema and not self.freeze
+    """The loss and its metrics."""
     return losses.quantizer_loss(
       e,
-      q if learned else jax.lax.stop_gradient(q),
+      q,
       mask,
       form=self.loss_form,
       commitment_weight=self.commitment_weight,
-      codebook_weight=self.codebook_weight if learned else 0.0,
+      codebook_weight=0.0 if self.ema or self.freeze else self.codebook_weight,
       axis_name=base.mapped_axis(self),
     )
 
-  def _update(self, book, e, ids, mask, expected):
+  def _update(self, book, e, ids, mask, expected, counts):
     """Moving average, then replacement; the codebook and how many replaced."""
     key, axis = self._key(book), self.axis_name
-    book = ema_update(
-      book, e, ids, decay=self.decay, eps=self.eps, axis_name=axis, mask=mask
-    )
-    book = self._on_sphere(book)
+    if self.ema:
+      book = ema_update(
+        book, e, ids, decay=self.decay, eps=self.eps, axis_name=axis, mask=mask
+      )
+      book = self._on_sphere(book)
+    else:
+      size = self.decay * book.cluster_size + (1 - self.decay) * counts
+      book = book.replace(cluster_size=size)
     if not self.dead_code_threshold:
       return book, jnp.zeros((), jnp.int32)
     book, replaced = replace_codes(
@@ -259,6 +287,7 @@ class VectorQuantizer(nn.Module):
       e,
       ids,
       expected_size=expected,
+      split_by=self.split_by,
       split_fraction=self.split_fraction,
       axis_name=axis,
       mask=mask,
@@ -267,6 +296,4 @@ class VectorQuantizer(nn.Module):
 
   def _on_sphere(self, book):
     """The codebook with codes of unit norm if cosine is set."""
-    if not self.cosine:
-      return book
-    return book.replace(embedding=unit(book.embedding))
+    return book.replace(embedding=unit(book.embedding)) if self.cosine else book

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from rvq_jax.models.encoder import stage_plan
+from rvq_jax.models.layers import ACTIVATIONS, NORMS, num_groups
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize import base
 from rvq_jax.quantize.base import Field
@@ -23,7 +24,15 @@ SCHEDULES = ('cosine', 'constant')
 _QUANTIZER = (
   *('codebook_size', 'estimator', 'ema', 'decay', 'eps', 'commitment_weight'),
   *('codebook_weight', 'loss_form', 'cosine', 'dead_code_threshold'),
-  *('split_fraction', 'init_from', 'max_scale', 'freeze', 'depth', 'heads'),
+  *(
+    'split_by',
+    'split_fraction',
+    'init_from',
+    'max_scale',
+    'freeze',
+    'depth',
+    'heads',
+  ),
   *('temperature_steps', 'kl_weight'),
 )
 _INT32 = 2**31 - 1
@@ -55,8 +64,12 @@ FIELDS = {
   'model.quantizer': Field(str, choices=tuple(QUANTIZERS)),
   'model.dtype': Field(str, choices=('float32', 'bfloat16')),
   'model.remat': Field(bool),
+  'model.norm': Field(str, choices=NORMS),
+  'model.activation': Field(str, choices=tuple(ACTIVATIONS)),
+  'model.quantize_after': Field(int, 0, _INT32),
   **{f'model.{name}': base.FIELDS[name] for name in _QUANTIZER},
   'optimizer.learning_rate': Field(float, 0),
+  'optimizer.codebook_learning_rate': Field(float, 0, optional=True),
   'optimizer.weight_decay': Field(float, 0),
   'optimizer.schedule': Field(str, choices=SCHEDULES),
   'optimizer.warmup_steps': Field(int, 0, _INT32),
@@ -131,11 +144,46 @@ def _check_together(flat):
       'config.model.num_heads: expected a divisor of the last width '
       f'{channels}, got {heads}'
     )
+  if flat['model.norm'] == 'group':
+    for width in flat['model.widths']:
+      num_groups(width)
+  if flat['model.quantize_after']:
+    _check_late_quantization(flat)
+  _check_estimator(flat)
   if flat['data.in_memory'] == 'yes' and flat['data.crop'] != 'none':
     raise ValueError(
       "config.data.in_memory: expected 'auto' or 'no' with data.crop = "
       f"{flat['data.crop']!r} (a set in memory is cropped once), got 'yes'"
     )
+
+
+def _check_late_quantization(flat):
+  name = flat['model.quantizer']
+  if name not in ('vq', 'residual', 'product') or flat['model.init_from'] != (
+    'data'
+  ):
+    raise ValueError(
+      'config.model.quantize_after: expected 0, or a quantizer whose codes are '
+      "filled from data (vq, residual or product with init_from = 'data'), got "
+      f'{name} with init_from = {flat["model.init_from"]!r}'
+    )
+
+
+def _check_estimator(flat):
+  """What the quantizer would refuse when it is first called."""
+  name, estimator = flat['model.quantizer'], flat['model.estimator']
+  if name == 'residual' and estimator in ('dynamic_ste', 'diveq'):
+    raise ValueError(
+      'config.model.estimator: expected one for several codes, as '
+      f'model.quantizer = residual has, got {estimator!r}'
+    )
+  base.validate(
+    **{
+      field: flat[f'model.{field}']
+      for field in _QUANTIZER
+      if takes(name, field)
+    }
+  )
 
 
 def check_devices(
@@ -178,6 +226,7 @@ def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
     if name.startswith('model.')
   }
   name = model.pop('quantizer')
+  model.pop('quantize_after')  # of the train step
   quantizer = {field: model.pop(field) for field in _QUANTIZER}
   quantizer = {n: value for n, value in quantizer.items() if takes(name, n)}
   model['widths'] = tuple(model['widths'])

@@ -88,7 +88,7 @@ def _steps(run, state, start, checkpoints, writer, progress, stop):
       name: config[f'{name}_every'] and step % config[f'{name}_every'] == 0
       for name in ('log', 'eval', 'checkpoint')
     }
-    state, scalars = run.train_step(state, prefetch.next_batch())
+    state, scalars = run.train_step(step, state, prefetch.next_batch())
     prefetch.dispatched(scalars['loss'])
     window.append(scalars)
     progress.advance()
@@ -105,8 +105,8 @@ def _steps(run, state, start, checkpoints, writer, progress, stop):
     if step == run.num_steps or due['eval']:
       with progress.paused():
         result = _validate(run, state, step, writer, progress)
-      score = result['mse']
-    wanted = score is not None or due['checkpoint']
+      score = result.get('mse')  # none before latents are quantized
+    wanted = step == run.num_steps or due['eval'] or due['checkpoint']
     # A run that may be diverging must not crowd out its good checkpoints.
     if last or (wanted and not int(state.nonfinite_streak)):
       writer.flush()  # first, so that no checkpoint is ahead of the log
@@ -199,17 +199,19 @@ def _window_scalars(window, schedule, step, log_every):
   Usage and perplexity of fewer steps than `log_every`, as at the end of a run,
   do not compare with the others' and are left out.
   """
-  counts = np.sum([w.pop('counts') for w in window], axis=0, dtype=np.float64)
-  codes = metrics.code_statistics(counts)
+  counts = [w.pop('counts') for w in window]
+  counts = [count for count in counts if count is not None]
   taken = [w for w in window if not w['skipped']] or window
   scalars = {
-    name: float(np.mean([w[name] for w in taken])) for name in taken[0]
+    name: float(np.mean([w[name] for w in taken if name in w]))
+    for name in taken[-1]
   }
   scalars['skipped'] = float(np.mean([w['skipped'] for w in window]))
-  for name in ('usage', 'perplexity'):
-    del scalars[name]
-    if len(window) == log_every:
-      scalars[name] = codes[name]
+  scalars.pop('usage', None)
+  scalars.pop('perplexity', None)
+  if len(counts) == log_every:
+    codes = metrics.code_statistics(np.sum(counts, axis=0, dtype=np.float64))
+    scalars |= {name: codes[name] for name in ('usage', 'perplexity')}
   return scalars | {'learning_rate': float(schedule(step - 1))}
 
 
@@ -234,13 +236,17 @@ def _stop_if_not_finite(state, step, window):
 def _validate(run, state, step, writer, progress):
   """Evaluates on the validation split; writes scalars, grid and histogram."""
   result, counts = run.validate(state)
-  progress.say(
-    f'step {step}  validation: mse {result["mse"]:.4f}  psnr '
-    f'{result["psnr"]:.2f} dB  usage {result["usage"]:.1%}  perplexity '
-    f'{result["perplexity"]:.0f}'
-  )
+  if counts is None:
+    text = f'autoencoder_mse {result["autoencoder_mse"]:.4f}, not quantized yet'
+  else:
+    text = (
+      f'mse {result["mse"]:.4f}  psnr {result["psnr"]:.2f} dB  usage '
+      f'{result["usage"]:.1%}  perplexity {result["perplexity"]:.0f}'
+    )
+  progress.say(f'step {step}  validation: {text}')
   writer.write_scalars(step, {f'validation/{n}': x for n, x in result.items()})
   samples = run.reconstruct_samples(state)
   writer.write_images(step, {'validation/reconstructions': samples})
-  writer.write_histograms(step, {'validation/code_counts': counts})
+  if counts is not None:
+    writer.write_histograms(step, {'validation/code_counts': counts})
   return result

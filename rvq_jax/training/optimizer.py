@@ -56,6 +56,7 @@ def make_optimizer(
   weight_decay: float = 0.01,
   clip_norm: float = 0.0,
   freeze_codes: bool = False,
+  quantizer_scale: float = 1.0,
 ) -> optax.GradientTransformation:
   """AdamW (beta 0.9, 0.999) with decay on kernels only.
 
@@ -65,24 +66,26 @@ def make_optimizer(
     clip_norm: upper bound of the global gradient norm; 0 does not clip.
     freeze_codes: learned codes (parameters called 'embedding') stay as they
       are, which a gradient of 0 does not ensure: Adam has momentum.
+    quantizer_scale: learning rate of the quantizer's parameters (those under
+      'vq'), as a multiple of that of all others.
   """
   adamw = optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask)
   if clip_norm > 0:
     adamw = optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
-  return _keep_codes(adamw) if freeze_codes else adamw
 
-
-def _keep_codes(optimizer):
-  """`optimizer`, with the same state, without its updates of codes."""
+  def factor(path):
+    if freeze_codes and path[-1].key == 'embedding':
+      return 0.0
+    return quantizer_scale if path[0].key == 'vq' else 1.0
 
   def update(grads, state, params=None):
-    updates, state = optimizer.update(grads, state, params)
+    updates, state = adamw.update(grads, state, params)
     updates = jax.tree_util.tree_map_with_path(
-      lambda path, x: 0 * x if path[-1].key == 'embedding' else x, updates
+      lambda path, x: x * factor(path) if factor(path) != 1 else x, updates
     )
     return updates, state
 
-  return optax.GradientTransformation(optimizer.init, update)
+  return optax.GradientTransformation(adamw.init, update)
 
 
 def set_step(opt_state, step: jax.Array):

@@ -16,7 +16,12 @@ from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.optimizer import make_optimizer, make_schedule
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step
-from rvq_jax.training.validation import evaluate_split, make_eval_step
+from rvq_jax.training.validation import (
+  autoencoder_error,
+  evaluate_split,
+  make_autoencoder_step,
+  make_eval_step,
+)
 
 GRID_IMAGES = 8
 DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
@@ -50,8 +55,8 @@ class Run:
     config: the checked flat config.
     init: key -> the first state, jitted.
     template: shapes and shardings of the state.
-    train_step: (state, {'image': ...}) -> (state, metrics), jitted; donates
-      the state.
+    train_step: (step, state, {'image': ...}) -> (state, metrics), jitted;
+      step counts from 1, and the state is donated.
   """
 
   def __init__(self, config, workdir=None):
@@ -77,6 +82,11 @@ class Run:
     self.num_steps = self.config['num_steps'] or (
       self.config['num_epochs'] * self.loader.steps_per_epoch
     )
+    if self.config['model.quantize_after'] >= self.num_steps:
+      raise ValueError(
+        f'config.model.quantize_after: expected less than the {self.num_steps} '
+        f'steps of the run, got {self.config["model.quantize_after"]}'
+      )
     self.key = jax.random.key(self.config['seed'])
     self._build_steps()
 
@@ -109,6 +119,7 @@ class Run:
       weight_decay=config['optimizer.weight_decay'],
       clip_norm=config['optimizer.clip_norm'],
       freeze_codes=self.model.quantizer.get('freeze', False),
+      quantizer_scale=_quantizer_scale(config),
     )
 
     def init(key):
@@ -123,7 +134,7 @@ class Run:
 
     # The seed is an argument, so that runs that differ in it alone share one
     # program in the compilation cache.
-    def train_step(state, batch, seed):
+    def train_step(state, batch, seed, quantize):
       return make_train_step(
         self.model,
         optimizer,
@@ -131,11 +142,16 @@ class Run:
         flip=config['data.flip'],
         params_ema_decay=config['optimizer.params_ema'],
         accumulate_steps=config['accumulate_steps'],
+        quantize=quantize,
       )(state, batch)
 
-    def reconstruct(variables, images):
-      out = self.model.apply(variables, to_float(images))
-      return metrics.to_uint8(out.reconstruction)
+    def reconstruct(variables, images, quantize):
+      images = to_float(images)
+      if quantize:
+        made = self.model.apply(variables, images).reconstruction
+      else:
+        made = self.model.apply(variables, images, method='autoencode')
+      return metrics.to_uint8(made)
 
     self.init = jax.jit(init, out_shardings=everywhere)
     self.template = jax.tree.map(
@@ -146,16 +162,28 @@ class Run:
       train_step,
       in_shardings=(everywhere, rows, everywhere),
       out_shardings=everywhere,
+      static_argnums=3,
       donate_argnums=0,
     )
     seed = np.int32(config['seed'])
-    self.train_step = lambda state, batch: step(state, batch, seed)
-    self.eval_step = jax.jit(
-      make_eval_step(self.model),
-      in_shardings=(everywhere, rows),
-      out_shardings=everywhere,
+    self.train_step = lambda i, state, batch: step(
+      state, batch, seed, self.quantizes(i)
     )
-    self.reconstruct = jax.jit(reconstruct, out_shardings=everywhere)
+    self.eval_step, self.autoencoder_step = (
+      jax.jit(
+        make(self.model),
+        in_shardings=(everywhere, rows),
+        out_shardings=everywhere,
+      )
+      for make in (make_eval_step, make_autoencoder_step)
+    )
+    self.reconstruct = jax.jit(
+      reconstruct, static_argnums=2, out_shardings=everywhere
+    )
+
+  def quantizes(self, step: int) -> bool:
+    """Whether step number `step`, from 1, quantizes the latents."""
+    return step > self.config['model.quantize_after']
 
   def start(self, checkpoints: Checkpoints):
     """The state to start from; the loader is set to the batch after it."""
@@ -170,7 +198,10 @@ class Run:
     return state
 
   def validate(self, state):
-    """Metrics and code counts of the state over the validation split."""
+    """Metrics and code counts of the state over the validation split.
+
+    Before latents are quantized: autoencoder_mse alone, and None.
+    """
     batches = loaders.eval_batches(
       self.dataset.validation,
       batch_size=self.config['batch_size'],
@@ -178,9 +209,11 @@ class Run:
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    return evaluate_split(
-      self.eval_step, state.eval_variables, batches, mesh=self.mesh
-    )
+    variables = state.eval_variables
+    if not self.quantizes(int(state.step)):
+      step = self.autoencoder_step
+      return autoencoder_error(step, variables, batches, mesh=self.mesh), None
+    return evaluate_split(self.eval_step, variables, batches, mesh=self.mesh)
 
   def reconstruct_samples(self, state) -> np.ndarray:
     """The first validation images above their reconstructions, uint8."""
@@ -193,8 +226,23 @@ class Run:
       )
     )
     samples = first['image'][first['mask']]
-    images = self.reconstruct(state.eval_variables, samples)
+    images = self.reconstruct(
+      state.eval_variables, samples, self.quantizes(int(state.step))
+    )
     return metrics.reconstruction_grid(samples, np.asarray(images))
+
+
+def _quantizer_scale(config) -> float:
+  """Learning rate of the quantizer as a multiple of that of the rest."""
+  rate = config['optimizer.codebook_learning_rate']
+  if rate is None:
+    return 1.0
+  if not config['optimizer.learning_rate']:
+    raise ValueError(
+      'config.optimizer.codebook_learning_rate: expected a learning_rate above '
+      '0, whose schedule it follows'
+    )
+  return rate / config['optimizer.learning_rate']
 
 
 def _check_apart(name: str, workdir) -> None:

@@ -15,7 +15,7 @@ class TrainState:
     step: optimizer steps taken, int32.
     params: trained parameters, float32.
     batch_stats: running means and variances of BatchNorm.
-    codebook: the collection 'codebook'; empty with a learned codebook.
+    codebook: the collection 'codebook'.
     opt_state: the optimizer's state.
     averages: moving averages of params and batch_stats for evaluation, or None.
       The running statistics of `params` are not those of averaged parameters.

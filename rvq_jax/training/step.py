@@ -27,7 +27,7 @@ class Pass(NamedTuple):
   loss: jax.Array  # float32 scalar of the global batch
   grads: Any  # of `loss` with respect to the parameters
   metrics: dict[str, jax.Array]  # float32 scalars of this device's batch
-  counts: jax.Array  # of the codes in the global batch, [K] or [L, K]
+  counts: jax.Array | None  # of codes in the global batch, [K] or [L, K]
   updates: dict[str, Any]  # batch_stats and codebook after the pass
 
 
@@ -39,6 +39,7 @@ def make_train_step(
   flip: bool = True,
   params_ema_decay: float = 0.0,
   accumulate_steps: int = 1,
+  quantize: bool = True,
   axis_name=None,
 ):
   """Builds `train_step(state, batch) -> (state, metrics)`.
@@ -58,12 +59,15 @@ def make_train_step(
     flip: mirror each image with probability 1/2.
     params_ema_decay: of the state's averages, where it has them.
     accumulate_steps: microbatches per step; see `_accumulate`.
+    quantize: False: the latents pass on unchanged, and the codebook with its
+      losses and metrics stays out of the step ("Continuous First, Discrete
+      Later", arXiv:2605.06870).
     axis_name: mapped axis under `pmap` or `shard_map`; None under `jit`.
 
   Returns:
     A function of a `TrainState` and {'image': [B, h, w, 3] uint8, or float in
     [-1, 1]} that returns the next state and metrics: float32 scalars of the
-    global batch, and 'counts' [K].
+    global batch, and 'counts' [K] (None without quantization).
   """
 
   def train_step(state: TrainState, batch):
@@ -72,10 +76,10 @@ def make_train_step(
     images = batch['image']
     if flip:
       images = random_flip(flip_key, images, axis_name=axis_name)
-    forward_backward = _forward_backward(model, state.params, axis_name)
+    run_pass = _forward_backward(model, state.params, axis_name, quantize)
     if accumulate_steps > 1:
-      forward_backward = _accumulate(forward_backward, accumulate_steps)
-    result = forward_backward(state.variables, images, codebook_key)
+      run_pass = _accumulate(run_pass, accumulate_steps)
+    result = run_pass(state.variables, images, codebook_key)
 
     grads = _mean(result.grads, axis_name)
     grad_norm = optax.tree.norm(grads)
@@ -92,7 +96,7 @@ def make_train_step(
       )
     proposed = state.replace(
       **averaged,
-      codebook=result.updates.get('codebook', {}),
+      codebook=result.updates.get('codebook', state.codebook),
       opt_state=opt_state,
       averages=averages,
     )
@@ -115,7 +119,9 @@ def make_train_step(
   return train_step
 
 
-def _forward_backward(model, params, axis_name) -> Callable[..., Pass]:
+def _forward_backward(
+  model, params, axis_name, quantize: bool
+) -> Callable[..., Pass]:
   """A function (variables, images, key) -> `Pass`."""
 
   def forward_backward(variables, images, key):
@@ -126,20 +132,25 @@ def _forward_backward(model, params, axis_name) -> Callable[..., Pass]:
         variables | {'params': params},
         images,
         train=True,
-        mutable=['batch_stats', 'codebook'],
+        mutable=['batch_stats', 'codebook'] if quantize else ['batch_stats'],
         rngs={'codebook': key},
+        method=None if quantize else 'autoencode',
       )
-      error = jnp.mean((out.reconstruction - images) ** 2)
+      quantizer = out.quantizer if quantize else None
+      made = out.reconstruction if quantize else out
+      error = jnp.mean((made - images) ** 2)
+      loss = error + quantizer.loss if quantize else error
       # The mean over devices is taken of the loss, not of the gradient alone:
       # under shard_map the gradient of a replicated parameter is a sum.
-      loss = _mean(error + out.quantizer.loss, axis_name)
-      return loss, (error, out.quantizer, updates)
+      return _mean(loss, axis_name), (error, quantizer, updates)
 
     (loss, (error, quantizer, updates)), grads = jax.value_and_grad(
       loss_fn, has_aux=True
     )(params)
-    metrics = quantizer.metrics | {'mse': error}
-    return Pass(loss, grads, metrics, quantizer.counts, updates)
+    metrics, counts = {'mse': error}, None
+    if quantize:
+      metrics, counts = quantizer.metrics | metrics, quantizer.counts
+    return Pass(loss, grads, metrics, counts, updates)
 
   return forward_backward
 
@@ -168,13 +179,15 @@ def _accumulate(forward_backward, steps: int) -> Callable[..., Pass]:
     (variables, grads), results = jax.lax.scan(
       body, (variables, zeros), (parts, jax.random.split(key, steps))
     )
-    counts = jnp.sum(results.counts, axis=0)
-    per_codebook = jax.vmap(diversity)(counts.reshape(-1, counts.shape[-1]))
+    metrics, counts = results.metrics, results.counts
+    if counts is not None:
+      counts = jnp.sum(counts, axis=0)
+      metrics |= jax.vmap(diversity)(counts.reshape(-1, counts.shape[-1]))
     mean = lambda x: jnp.mean(x, axis=0)  # noqa: E731
     return Pass(
       mean(results.loss),
       jax.tree.map(lambda g: g / steps, grads),
-      jax.tree.map(mean, results.metrics | per_codebook),
+      jax.tree.map(mean, metrics),
       counts,
       variables,
     )

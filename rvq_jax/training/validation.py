@@ -8,6 +8,7 @@ import numpy as np
 
 from rvq_jax import metrics
 from rvq_jax.data.images import prepare_images
+from rvq_jax.quantize.codebook import unit
 from rvq_jax.training import sharding
 
 UNITS = {
@@ -23,6 +24,9 @@ UNITS = {
   'bits_per_pixel': 'bits_per_image / pixels',
   'entropy_bits_per_pixel': 'tokens x entropy_bits / pixels',
   'quantization_error': 'mean squared distance to the code, per dimension',
+  'relative_error': 'squared distance of latents to what replaces them / |z|^2',
+  'latent_dimension': 'effective dimension of the latents',
+  'code_dimension': 'effective dimension of what replaces them',
   'images': 'images in the split that could be read',
   'tokens': 'tokens of these images',
 }
@@ -39,19 +43,29 @@ def make_eval_step(model, *, axis_name=None):
   Returns:
     A function of the model's variables and {'image': [B, h, w, 3] uint8 or
     float in [-1, 1], 'mask': bool [B]} that returns float32 sums: images,
-    tokens, mse, psnr, ssim, quantization_error, and counts [K].
+    tokens, mse, psnr, ssim, quantization_error, latent_error (|z - q|^2 of the
+    latents and what replaces them), 'latents' and 'codes' (`_moments`), and
+    counts [K].
   """
 
   def eval_step(variables, batch):
     images, mask = prepare_images(batch['image']), batch['mask']
     out = model.apply(variables, images, mask=mask)
+    z, q = (
+      x.astype(jnp.float32) for x in (out.latents, out.quantizer.quantized)
+    )
+    z = unit(z) if model.quantizer.get('cosine') else z
     weight = mask.astype(jnp.float32)
     tokens = out.quantizer.ids[0].size * jnp.sum(weight)
     error = out.quantizer.metrics['quantization_error']
     sums = {
       'images': jnp.sum(weight),
       'tokens': tokens,
+      'positions': z[0, ..., 0].size * jnp.sum(weight),
       'quantization_error': tokens * error,
+      'latent_error': jnp.sum(jnp.where(mask, _squares(z - q), 0.0)),
+      'latents': _moments(z, mask),
+      'codes': _moments(q, mask),
     }
     for name, per_image in (
       ('mse', metrics.squared_error),
@@ -65,6 +79,32 @@ def make_eval_step(model, *, axis_name=None):
     return sums | {'counts': out.quantizer.counts}
 
   return eval_step
+
+
+def _squares(x):
+  """|x|^2 of each image [B] of latents [B, H, W, D]."""
+  return jnp.sum(x**2, axis=(1, 2, 3))
+
+
+def _moments(x, mask):
+  """Sums over valid positions of x [B, H, W, D] and of x x^T [D, D]."""
+  x = jnp.where(mask[:, None, None, None], x, 0.0).reshape(-1, x.shape[-1])
+  return {'sum': jnp.sum(x, axis=0), 'outer': x.T @ x}
+
+
+def make_autoencoder_step(model):
+  """Builds `step(variables, batch) -> sums` of the model without quantization.
+
+  The sums are images and mse, as of `make_eval_step`.
+  """
+
+  def step(variables, batch):
+    images, mask = prepare_images(batch['image']), batch['mask']
+    made = model.apply(variables, images, method='autoencode')
+    error = jnp.where(mask, metrics.squared_error(made, images), 0.0)
+    return {'images': jnp.sum(mask.astype(jnp.float32)), 'mse': jnp.sum(error)}
+
+  return step
 
 
 def evaluate_split(
@@ -92,25 +132,21 @@ def evaluate_split(
   Raises:
     ValueError: the split holds no image.
   """
-  total, shape = None, None
-  for batch in batches:
-    shape = batch['image'].shape
-    sums = jax.device_get(
-      eval_step(variables, sharding.shard_batch(batch, mesh))
-    )
-    # float64 on the host: float32 stops counting at 2^24 tokens.
-    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-    total = sums if total is None else jax.tree.map(np.add, total, sums)
-    if on_batch:
-      on_batch(batch, sums)
-  if total is None or not total['images']:
-    raise ValueError('expected a split with at least one image, got none')
+  total, shape = _total(eval_step, variables, batches, mesh, on_batch)
   images, tokens, counts = total['images'], total['tokens'], total['counts']
   result = {
     name: float(total[name] / images) for name in ('mse', 'psnr', 'ssim')
   }
   result['mse_01'] = result['mse'] / 4
   result['quantization_error'] = float(total['quantization_error'] / tokens)
+  latents, codes = total['latents'], total['codes']
+  result['relative_error'] = float(
+    total['latent_error'] / max(np.trace(latents['outer']), 1e-30)
+  )
+  for name, moments in ('latent', latents), ('code', codes):
+    result[f'{name}_dimension'] = metrics.effective_dimension(
+      moments['sum'], moments['outer'], total['positions']
+    )
   result |= metrics.code_statistics(counts)
   result |= metrics.bit_rates(
     int(tokens / images),
@@ -120,3 +156,27 @@ def evaluate_split(
   )
   result |= {'images': int(images), 'tokens': int(tokens)}
   return {name: result[name] for name in UNITS}, counts
+
+
+def autoencoder_error(
+  step, variables, batches: Iterable, *, mesh
+) -> dict[str, float]:
+  """autoencoder_mse, the error without quantization; see `evaluate_split`."""
+  total, _ = _total(step, variables, batches, mesh)
+  return {'autoencoder_mse': float(total['mse'] / total['images'])}
+
+
+def _total(step, variables, batches, mesh, on_batch=None):
+  """Sums of a step over all batches, float64, and the shape of a batch."""
+  total, shape = None, None
+  for batch in batches:
+    shape = batch['image'].shape
+    sums = jax.device_get(step(variables, sharding.shard_batch(batch, mesh)))
+    # float64 on the host: float32 stops counting at 2^24 tokens.
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    total = sums if total is None else jax.tree.map(np.add, total, sums)
+    if on_batch:
+      on_batch(batch, sums)
+  if total is None or not total['images']:
+    raise ValueError('expected a split with at least one image, got none')
+  return total, shape

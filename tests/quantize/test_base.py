@@ -27,7 +27,7 @@ TUPLE = Field(tuple)
     (float('inf'), Field(float, 0), 'a finite number'),
     (0.5, Field(float, 0, 0.4), 'a value from 0 to 0.4'),
     (0.4, Field(float, 0, 0.4), None),
-    ('STE', FIELDS['estimator'], 'one of rotation, reflection, ste'),
+    ('STE', FIELDS['estimator'], 'one of rotation, rotation_unscaled'),
     ('ste', FIELDS['estimator'], None),
   ],
 )

@@ -130,6 +130,7 @@ def test_microbatches_are_a_loop_that_updates_the_codebook_each_time(quantizer):
   assert state.step == start(quantizer).step + 1
 
 
+@pytest.mark.slow
 def test_microbatches_differ_from_the_whole_batch_in_the_codebook_alone():
   (one, _), (four, _) = (run('vq', accumulate_steps=s) for s in (1, 4))
   sizes = [s.codebook['vq']['cluster_size'] for s in (one, four)]

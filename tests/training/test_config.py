@@ -19,12 +19,37 @@ def changed(config, name, value):
 
 
 @pytest.mark.parametrize(
-  'name', [('photos',), ('cifar10',), ('cifar10', 'f4'), ('imagenet',)]
+  'name',
+  [
+    *(('photos',), ('cifar10',), ('cifar10', 'f4'), ('imagenet',)),
+    *(('cifar10', 'best'), ('cifar10', 'f4,best'), ('imagenet', 'best')),
+  ],
 )
 def test_shipped_configs_are_valid_and_build(load_config, name):
   flat = config_lib.check_config(load_config(*name))
   model = config_lib.build_model(flat)
   assert model.quantizer['codebook_size'] == flat['model.codebook_size']
+
+
+@pytest.mark.parametrize(
+  ('paper', 'best'),
+  [
+    (('cifar10', 'f8'), ('cifar10', 'best')),
+    (('cifar10', 'f4'), ('cifar10', 'f4,best')),
+    (('imagenet',), ('imagenet', 'best')),
+  ],
+)
+def test_best_variants_differ_in_method_alone(load_config, paper, best):
+  paper, best = (
+    config_lib.check_config(load_config(*name)) for name in (paper, best)
+  )
+  changed = {name for name in paper if paper[name] != best[name]}
+  assert changed == {
+    'model.estimator',
+    'model.quantize_after',
+    'model.dead_code_threshold',
+  }
+  assert best['model.estimator'] == 'ste'
 
 
 @pytest.mark.parametrize(
@@ -39,7 +64,7 @@ def test_shipped_configs_are_valid_and_build(load_config, name):
     ('model.widths', (64, -1), 'integers from 1 to 1048576'),
     ('model.factor', 3, 'one of 2, 4, 8'),
     ('model.num_heads', 7, 'a divisor of the last width 256'),
-    ('model.estimator', 'straight', 'rotation, reflection, ste'),
+    ('model.estimator', 'straight', 'rotation_unscaled, reflection, ste'),
     ('model.decay', 1.5, 'a value from 0 to 1'),
     ('model.dtype', 'float16', 'float32, bfloat16'),
     ('model.ema', 'yes', 'True or False'),

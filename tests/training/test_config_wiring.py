@@ -24,6 +24,8 @@ OTHER = {
   'quantizer': 'simvq',
   'dtype': 'bfloat16',
   'remat': True,
+  'norm': 'group',
+  'activation': 'swish',
   'codebook_size': 32,
   'estimator': 'reflection',
   'ema': False,
@@ -34,6 +36,7 @@ OTHER = {
   'loss_form': 'paper_eq5',
   'cosine': True,
   'dead_code_threshold': 0.25,
+  'split_by': 'distortion',
   'split_fraction': 0.7,
   'init_from': 'normal',
   'max_scale': 1.5,
@@ -44,9 +47,16 @@ OTHER = {
   'kl_weight': 0.125,
 }
 # Fields that act only together with another one.
-NEEDS = {'codebook_weight': {'ema': False}}
+NEEDS = {
+  'codebook_weight': {'ema': False},
+  'optimizer.codebook_learning_rate': {'model.ema': False},
+  'accumulate_steps': {'batch_size': 16},  # for 8 devices
+}
 CANNOT = {('residual', 'cosine')}
-OF_MODEL = [f[6:] for f in FIELDS if f.startswith('model.')]
+OF_STEP = {'quantize_after'}  # see test_quantize_after.py
+OF_MODEL = [
+  f[6:] for f in FIELDS if f.startswith('model.') and f[6:] not in OF_STEP
+]
 
 
 def fields_of(module):
@@ -204,7 +214,8 @@ def run_program(make_step_config):
     run = Run(make_step_config(dict(items)))
     images = jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.uint8)
     state = jax.eval_shape(run.init, run.key)
-    return str(jax.make_jaxpr(run.train_step)(state, {'image': images}))
+    step = functools.partial(run.train_step, 1)
+    return str(jax.make_jaxpr(step)(state, {'image': images}))
 
   return lambda **fields: program(tuple(fields['fields'].items()))
 
@@ -213,6 +224,7 @@ def run_program(make_step_config):
   ('field', 'value'),
   [
     ('optimizer.learning_rate', 1e-3),
+    ('optimizer.codebook_learning_rate', 1e-3),
     ('optimizer.weight_decay', 0.5),
     ('optimizer.schedule', 'constant'),
     ('optimizer.warmup_steps', 2),
@@ -220,11 +232,14 @@ def run_program(make_step_config):
     ('optimizer.params_ema', 0.5),
     ('data.flip', False),
     ('seed', 1),
+    ('accumulate_steps', 2),
     ('model.estimator', 'ste'),
+    ('model.quantize_after', 1),
   ],
 )
 def test_a_field_changes_the_train_step_of_a_run(field, value, run_program):
-  assert run_program(fields={field: value}) != run_program(fields={})
+  base = NEEDS.get(field, {})
+  assert run_program(fields=base | {field: value}) != run_program(fields=base)
 
 
 def test_every_field_of_the_optimizer_has_a_case():

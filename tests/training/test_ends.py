@@ -123,10 +123,10 @@ def test_any_end_leaves_the_last_saved_step_complete(
     real(run)
     step = run.train_step
 
-    def train_step(state, batch):
+    def train_step(i, state, batch):
       if int(state.step) == 4:  # step 4 has just been handed to be saved
         raise end
-      return step(state, batch)
+      return step(i, state, batch)
 
     run.train_step = train_step
 

@@ -71,3 +71,12 @@ def test_clipping_bounds_the_gradient():
   _, state = optimizer.update(grads, state, PARAMS)
   mu = state[1][0].mu['conv']['kernel']
   np.testing.assert_allclose(mu, 0.1 * 1e-3 / np.sqrt(12), rtol=1e-4)
+
+
+def test_the_quantizers_parameters_have_a_rate_of_their_own():
+  params = {'vq': {'embedding': jnp.ones(3)}, 'decoder': {'bias': jnp.ones(3)}}
+  grads = jax.tree.map(lambda p: 0.5 * p, params)
+  optimizer = make_optimizer(lambda _: 1e-2, quantizer_scale=4.0)
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  np.testing.assert_allclose(updates['decoder']['bias'], -1e-2, rtol=1e-4)
+  np.testing.assert_allclose(updates['vq']['embedding'], -4e-2, rtol=1e-4)

@@ -25,10 +25,10 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(
     real(run)
     step = run.train_step
 
-    def train_step(state, batch):
+    def train_step(i, state, batch):
       if int(state.step) == 3:
         os.kill(os.getpid(), signal.SIGTERM)
-      return step(state, batch)
+      return step(i, state, batch)
 
     run.train_step = train_step
 

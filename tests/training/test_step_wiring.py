@@ -103,8 +103,8 @@ def encoders_gradient(model, variables, arrives):
 def encode(model, state):
   """z [N, D], the codes [K, D] and the nearest of them [N]."""
   z = np.asarray(latents(plain(model), variables_of(state, 'encoder')))
-  collection = state.codebook or state.params
-  codes = np.asarray(collection['vq']['embedding'])
+  book = {**state.params.get('vq', {}), **state.codebook['vq']}
+  codes = np.asarray(book['embedding'])
   return z, codes, ((z[:, None] - codes[None]) ** 2).sum(-1).argmin(1)
 
 

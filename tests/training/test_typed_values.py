@@ -1,5 +1,6 @@
 """Whatever a user types for a config field runs, or ends in one line."""
 
+import functools
 import math
 import traceback
 from pathlib import Path
@@ -123,7 +124,9 @@ def test_what_is_taken_builds_and_traces(name, text):
     run = loop.Run(parsed)
     rows, size = run.config['batch_size'], run.config['data.image_size']
     batch = {'image': jax.ShapeDtypeStruct((rows, size, size, 3), 'uint8')}
-    state, _ = jax.eval_shape(run.train_step, run.template, batch)
+    state, _ = jax.eval_shape(
+      functools.partial(run.train_step, 1), run.template, batch
+    )
     run.loader.close()
     return state
 

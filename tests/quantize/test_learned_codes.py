@@ -1,0 +1,83 @@
+"""Learned codes: a parameter that the loss moves, an offset for the rest."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from rvq_jax import ProductQuantizer, VectorQuantizer
+
+Z = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
+K = 8
+
+
+@functools.partial(jax.jit, static_argnames='layer')
+def train(layer, variables, z=Z):
+  out, updates = layer.apply(variables, z, train=True, mutable=['codebook'])
+  return out, variables | updates
+
+
+def make(cls=VectorQuantizer, **arguments):
+  layer = cls(codebook_size=K, ema=False, **arguments)
+  return layer, jax.jit(layer.init)(jax.random.key(0), Z)
+
+
+def codes_of(variables):
+  return np.asarray(
+    variables['params']['embedding'] + variables['codebook']['offset']
+  )
+
+
+def test_the_first_batch_fills_them_and_leaves_the_parameter():
+  layer, variables = make(dead_code_threshold=0.0)
+  _, filled = train(layer, variables)
+  rows = {tuple(row) for row in Z.round(4)}
+  assert all(tuple(code) in rows for code in codes_of(filled).round(4))
+  np.testing.assert_array_equal(
+    filled['params']['embedding'], variables['params']['embedding']
+  )
+  _, later = train(layer, filled, Z + 100)
+  np.testing.assert_array_equal(codes_of(later), codes_of(filled))
+
+
+@pytest.mark.parametrize('cosine', [False, True])
+def test_dead_ones_come_back_to_the_data(cosine):
+  layer, variables = make(
+    init_from='normal', dead_code_threshold=0.5, cosine=cosine
+  )
+  far = np.full((K, 6), 1e3, np.float32)
+  far[0] = Z[0]
+  variables['params']['embedding'] = far
+  variables['codebook']['cluster_size'] = 8.0 * (np.arange(K) == 0)
+  out, after = train(layer, variables)
+  assert out.metrics['replaced_codes'] == K - 1
+  assert train(layer, after)[0].metrics['usage'] > 0.7
+
+
+def test_their_sizes_are_a_moving_average_of_the_counts():
+  layer, variables = make(
+    init_from='normal', decay=0.75, dead_code_threshold=0.0
+  )
+  out, after = train(layer, variables)
+  before = variables['codebook']['cluster_size']
+  np.testing.assert_allclose(before, 64 / K)
+  want = 0.75 * before + 0.25 * np.asarray(out.counts)
+  np.testing.assert_allclose(after['codebook']['cluster_size'], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('cls', 'cosine'),
+  [
+    (VectorQuantizer, False),
+    (VectorQuantizer, True),
+    (ProductQuantizer, False),
+  ],
+)
+def test_ids_stand_for_the_filled_codes(cls, cosine):
+  layer, variables = make(cls, cosine=cosine)
+  _, variables = train(layer, variables)
+  out = jax.jit(layer.apply)(variables, Z)
+  decode = functools.partial(layer.apply, method='codes_from_ids')
+  got = jax.jit(decode)(variables, out.ids)
+  assert np.asarray(got).tobytes() == np.asarray(out.quantized).tobytes()

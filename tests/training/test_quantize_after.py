@@ -1,0 +1,141 @@
+"""Steps without quantization, and the first one with it."""
+
+import jax
+import numpy as np
+import pytest
+
+from rvq_jax import load
+from rvq_jax.training import loop
+from rvq_jax.training.checkpoints import Checkpoints
+from rvq_jax.training.config import check_config
+from rvq_jax.training.run import Run
+from rvq_jax.training.writers import read_jsonl
+
+pytestmark = pytest.mark.usefixtures('one_device')
+
+
+@pytest.fixture
+def config(tiny_config):
+  tiny_config.model.quantize_after = 3
+  tiny_config.keep_checkpoints = 4
+  return tiny_config
+
+
+def bits(tree):
+  return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)])
+def run(request, config):
+  """A run with an EMA codebook or with learned codes."""
+  config.model.ema = request.param
+  config.model.dead_code_threshold = 0.0
+  config.data.flip = False
+  return Run(config)
+
+
+def images(run, seed, spoilt=False):
+  shape = (run.config['batch_size'], 16, 16, 3)
+  x = np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
+  return {'image': np.full_like(x, np.nan) if spoilt else x}
+
+
+def test_the_first_batch_that_is_quantized_and_taken_fills_the_codebook(run):
+  state = run.init(run.key)
+  for step in (1, 2, 3):
+    before = jax.device_get((state.codebook, state.params.get('vq', {})))
+    state, metrics = run.train_step(step, state, images(run, step))
+    assert bits((state.codebook, state.params.get('vq', {}))) == bits(before)
+    assert metrics['loss'] == metrics['mse']
+    assert metrics['counts'] is None and 'usage' not in metrics
+  assert not run.quantizes(int(state.step))
+  state, metrics = run.train_step(4, state, images(run, 4, spoilt=True))
+  assert metrics['skipped'] == 1 and metrics['counts'] is not None
+  assert np.sum(state.codebook['vq']['cluster_size']) == 0
+  z, _ = run.model.apply(
+    state.variables,
+    images(run, 5)['image'],
+    train=True,
+    method='latents',
+    mutable=['batch_stats'],
+  )
+  state, metrics = run.train_step(5, state, images(run, 5))
+  assert metrics['loss'] > metrics['mse']
+  book = state.codebook['vq']
+  assert np.all(np.asarray(book['cluster_size']) > 0)
+  learned = state.params.get('vq', {'embedding': 0.0})['embedding']
+  codes = np.asarray(
+    learned + book['embedding' if 'embedding' in book else 'offset']
+  )
+  rows = np.asarray(z).reshape(-1, z.shape[-1])
+  distance = np.linalg.norm(codes[:, None] - rows[None], axis=-1).min(1)
+  assert distance.max() < 0.1 * np.linalg.norm(rows, axis=1).mean()
+
+
+@pytest.mark.slow
+def test_a_run_reports_the_autoencoder_then_the_codes(config, tmp_path):
+  loop.train(config, tmp_path)
+  records = read_jsonl(tmp_path / 'metrics.jsonl')
+  found = {
+    r['step']: {n for n in r if n.startswith('validation/')}
+    for r in records
+    if any(n.startswith('validation/') for n in r)
+  }
+  assert found[3] == {'validation/autoencoder_mse'}
+  assert {'validation/mse', 'validation/usage'} < found[6]
+  logged = {r['step']: r for r in records if 'train/loss' in r}
+  assert 'train/usage' not in logged[2] and 'train/usage' not in logged[4]
+  assert 'train/usage' in logged[6]
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    assert checkpoints.resolve('best') == 6
+  assert load(tmp_path).step == 6
+  with pytest.raises(ValueError, match='step 3 of .* has no codebook'):
+    load(tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_a_run_resumed_before_the_switch_ends_in_the_same_bits(
+  config, tmp_path, final_bits
+):
+  loop.train(config, tmp_path / 'whole')
+  whole = final_bits(config, tmp_path / 'whole')
+  stopped = tmp_path / 'stopped'
+  run_until(config, stopped, 2)
+  loop.train(config, stopped)
+  assert final_bits(config, stopped) == whole
+
+
+def run_until(config, workdir, step):
+  """Trains as far as `step`, as a signal would end it."""
+  seen = iter(range(1, 100))
+
+  def agreed(self, ask):
+    if next(seen) == step:
+      self.exit_code = 143
+    return self.exit_code is not None
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.StopSignal, 'agreed', agreed)
+    with pytest.raises(SystemExit):
+      loop.train(config, workdir)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'model.init_from': 'normal'}, 'filled from data'),
+    ({'model.quantizer': 'fsq'}, 'got fsq'),
+    ({'model.quantize_after': -1}, 'at least 0'),
+  ],
+)
+def test_what_cannot_be_quantized_late_is_refused(fields, message, config):
+  for name, value in fields.items():
+    config.model[name.removeprefix('model.')] = value
+  with pytest.raises(ValueError, match=message):
+    check_config(config)
+
+
+def test_a_switch_beyond_the_end_of_the_run_is_refused(config):
+  config.model.quantize_after = 6
+  with pytest.raises(ValueError, match='expected less than the 6 steps'):
+    Run(config)
