@@ -1,4 +1,4 @@
-"""The search compiled for a GPU that need not be there multiplies in float32."""
+"""The search, compiled for an absent GPU, multiplies in float32."""
 
 import os
 import re
