@@ -23,8 +23,9 @@ def draw_rows(
 
   The `count` largest of log weight + Gumbel noise are a draw without
   repetition in proportion to the weights. It depends on the key and the global
-  batch alone, so 1 device and 8 draw the same rows. [count, D] and one number
-  per row travel between devices, never the batch.
+  batch alone, so 1 device and 8 draw the same rows. Each device takes its own
+  `count` largest first: [count, D] and `count` numbers per device travel,
+  however large the batch is.
 
   Args:
     key: the same random key on every device.
@@ -46,12 +47,7 @@ def draw_rows(
   if weight is not None:
     score += jnp.log(jnp.maximum(weight, jnp.finfo(jnp.float32).tiny))
   score = jnp.where(valid, score, -jnp.inf)
-  if axis_name is not None:
-    scores = jax.lax.dynamic_update_slice_in_dim(
-      jnp.zeros_like(noise), score, first, 0
-    )
-    score = jax.lax.psum(scores, axis_name)
-  best, indices = jax.lax.top_k(score, count)
+  best, indices = _largest(score, count, axis_name)
   usable = best > -jnp.inf
   if axis_name is None:
     # x[indices] by a scatter: where `jit` has split x over devices, each puts
@@ -64,6 +60,42 @@ def draw_rows(
   is_local = (local >= 0) & (local < n) & usable
   own = jnp.where(is_local[:, None], x[jnp.clip(local, 0, n - 1)], 0.0)
   return jax.lax.psum(own, axis_name), usable
+
+
+def _largest(score, count, axis_name):
+  """The `count` largest of the global [N] and their indices, largest first.
+
+  The largest of every device's share first, then the largest of those. Under
+  `jit` the rows are taken to be split evenly over all devices; were they not,
+  the result would be the same.
+  """
+  n, shares = score.shape[0], jax.device_count()
+  if axis_name is not None:
+    share = jax.lax.axis_index(axis_name)
+    best, indices = jax.lax.top_k(score, min(count, n))
+    best, indices = (
+      _concatenate(x, share, axis_name) for x in (best, indices + n * share)
+    )
+  elif shares > 1 and n % shares == 0:
+    # By sorting, since XLA gathers the operand of a top_k.
+    indices = jnp.arange(n, dtype=jnp.int32).reshape(shares, -1)
+    best, indices = (
+      x[:, :count].reshape(-1)
+      for x in jax.lax.sort((-score.reshape(shares, -1), indices), num_keys=1)
+    )
+    best = -best
+  else:
+    return jax.lax.top_k(score, count)
+  best, order = jax.lax.top_k(best, count)
+  return best, indices[order]
+
+
+def _concatenate(x, share, axis_name):
+  """x [n] of all devices in order: an all-gather that `shard_map` trusts."""
+  n = x.shape[0]
+  everyone = jnp.zeros(n * jax.lax.axis_size(axis_name), x.dtype)
+  everyone = jax.lax.dynamic_update_slice_in_dim(everyone, x, n * share, 0)
+  return jax.lax.psum(everyone, axis_name)
 
 
 def _global_size(e, axis_name):

@@ -45,7 +45,7 @@ def encode_dataset(
   image_size: int | None = None,
   about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Writes the tokens of a data set as a folder.
+  """Writes the tokens of a data set as a folder, on all devices of the host.
 
   After an interruption, even by SIGKILL, the same call resumes and ends with
   the same files.
@@ -164,6 +164,7 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
   """
   count, done, size = len(source), meta['rows_done'], meta['image_size']
   batch = batch_size(size)
+  tokenizer, by_rows = tiling.over_devices(tokenizer, batch)
   crop = functools.partial(resize_and_center_crop, size=size)
   rows = decode_ahead(
     source, range(done, count), crop, _Skipped(meta), 2 * batch
@@ -180,7 +181,8 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
       images = np.zeros((batch, size, size, 3), np.uint8)
       for i, (_, image, _) in enumerate(part):
         images[i] = 0 if image is None else image
-      ids = tiling.encode_images(tokenizer, images)[: len(part)]
+      ids = tiling.encode_images(tokenizer, images, placement=by_rows)
+      ids = ids[: len(part)]
       ids[[image is None for _, image, _ in part]] = 0
       ids_file.write(ids.tobytes())
       names_file.writelines(f'{repr(name)[1:-1]}\n' for *_, name in part)

@@ -11,12 +11,14 @@ alone, so encoder and decoder agree on them.
 import io
 import itertools
 
+import jax
 import numpy as np
 
 from rvq_jax.data.transforms import MAX_PIXELS
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.io import write_atomic
 from rvq_jax.metrics import to_uint8
+from rvq_jax.training import sharding
 
 WINDOW, HALO = 64, 8
 _MAX_BYTES = 2**28
@@ -57,13 +59,31 @@ def spans(size: int) -> list[tuple[int, int, int]]:
   return windows
 
 
-def encode_images(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
+def over_devices(tokenizer: Tokenizer, batch: int):
+  """The tokenizer on all devices of this host, and where batches are put.
+
+  Devices beyond the largest number that divides `batch` are left out.
+  """
+  devices = jax.local_devices()
+  count = max(n for n in range(1, len(devices) + 1) if batch % n == 0)
+  mesh = sharding.data_mesh(devices[:count])
+  variables = jax.device_put(tokenizer.variables, sharding.replicated(mesh))
+  spread = Tokenizer(
+    tokenizer.model, variables, config=tokenizer.config, step=tokenizer.step
+  )
+  return spread, sharding.by_rows(mesh)
+
+
+def encode_images(
+  tokenizer: Tokenizer, images: np.ndarray, *, placement=None
+) -> np.ndarray:
   """Ids of images of any size.
 
   Args:
     tokenizer: the model.
     images: uint8 [B, h, w, 3]; their last row and column are repeated until
       the factor divides both sides.
+    placement: sharding of the images; None: one device.
 
   Returns:
     ids [B, H, W] or [B, H, W, L], H = ceil(h / factor), of the dtype of
@@ -78,6 +98,7 @@ def encode_images(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
   windows = itertools.product(spans(shape[0]), spans(shape[1]))
   for (y, top, bottom), (x, left, right) in windows:
     window = images[:, y * f : (y + WINDOW) * f, x * f : (x + WINDOW) * f]
+    window = window if placement is None else jax.device_put(window, placement)
     result = np.asarray(tokenizer.encode(window))
     ids[:, top:bottom, left:right] = result[
       :, top - y : bottom - y, left - x : right - x

@@ -1,12 +1,15 @@
 """The EMA update and the replacement of codes against NumPy loops."""
 
 import functools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rvq_jax import Codebook, ema_update
@@ -234,6 +237,37 @@ def test_filling_puts_codes_onto_different_vectors():
   assert len(set(origin(got.embedding, e))) == 7
   np.testing.assert_array_equal(got.cluster_size, 2.0)
   np.testing.assert_allclose(got.embedding_sum, 2 * got.embedding)
+
+
+def test_the_draw_takes_the_largest_of_weight_and_noise():
+  e, ids = batch()
+  weight = 0.1 + ids.astype(np.float32)
+  rows, _ = jax.jit(functools.partial(draw_rows, count=9))(
+    jax.random.key(0), e, weight=weight
+  )
+  noise = np.asarray(jax.random.gumbel(jax.random.key(0), (len(e),)))
+  expected = np.argsort(-(np.log(weight) + noise))[:9]
+  np.testing.assert_array_equal(rows, e[expected])
+
+
+def test_what_the_draw_gathers_does_not_grow_with_the_batch():
+  devices = jax.devices('cpu')[:8]
+  assert len(devices) == jax.device_count() == 8
+  rows = NamedSharding(Mesh(devices, 'data'), P('data'))
+
+  def gathered(n):
+    shapes = [
+      jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
+      for shape in ((n, 3), (n,))
+    ]
+    program = jax.jit(
+      lambda e, weight: draw_rows(jax.random.key(0), e, 9, weight=weight)
+    ).lower(*shapes)
+    text = program.compile().as_text()
+    return sorted(re.findall(r'= (\S+?)(?:\{\S*)? all-gather\(', text))
+
+  small, large = gathered(8 * 64), gathered(8 * 512)
+  assert small == large == ['f32[72]'], (small, large)
 
 
 @pytest.mark.parametrize('count', [2, 4, 8])

@@ -18,6 +18,7 @@ from PIL import Image
 
 from rvq_jax.data.datasets import open_images
 from rvq_jax.data.transforms import decode_image, resize_and_center_crop
+from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.tokens import dataset, tiling
 from rvq_jax.tokens.dataset import TokenDataset, decode_dataset, encode_dataset
 
@@ -100,6 +101,25 @@ def test_several_codes_per_position_are_a_last_axis(
   assert tokens.ids.shape == (4, 6, 6, 3) and tokens.meta['grid'] == [6, 6, 3]
 
 
+@pytest.mark.parametrize(('batch', 'devices'), [(16, 8), (12, 6), (5, 5)])
+def test_every_device_encodes_an_equal_share(
+  make_tokenizer, source, tmp_path, monkeypatch, shared_tokens, batch, devices
+):
+  encode, shares = Tokenizer.encode, []
+
+  def seen(tokenizer, images):
+    shares.append([x.data.shape[0] for x in images.addressable_shards])
+    return encode(tokenizer, images)
+
+  monkeypatch.setattr(Tokenizer, 'encode', seen)
+  monkeypatch.setattr(dataset, 'batch_size', lambda size: batch)
+  encode_dataset(make_tokenizer(), source, tmp_path / 'tokens')
+  assert shares == [[batch // devices] * devices] * -(-len(source) // batch)
+  np.testing.assert_array_equal(
+    np.load(tmp_path / 'tokens' / 'ids.npy'), np.load(shared_tokens / 'ids.npy')
+  )
+
+
 def test_it_is_a_grain_source_also_for_worker_processes(tokens):
   stored = TokenDataset(tokens[1])
   assert isinstance(stored.ids, np.memmap) and len(stored) == 40
@@ -119,11 +139,11 @@ def test_an_interrupted_encoding_resumes_to_the_same_files(
   encode_dataset(tokenizer, source, tmp_path / 'whole')
   encode, calls = tiling.encode_images, []
 
-  def stop_at_the_third(tokenizer, images):
+  def stop_at_the_third(tokenizer, images, **options):
     calls.append(len(images))
     if len(calls) == 3:
       raise KeyboardInterrupt
-    return encode(tokenizer, images)
+    return encode(tokenizer, images, **options)
 
   monkeypatch.setattr(tiling, 'encode_images', stop_at_the_third)
   folder = tmp_path / 'tokens'

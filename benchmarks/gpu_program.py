@@ -1,0 +1,130 @@
+"""What the compiled train step moves and multiplies on a GPU; needs none.
+
+  pip install "jax[cuda12]"
+  python benchmarks/gpu_program.py [--size=256] [--batch_size=128]
+    [--dtype=bfloat16]
+
+Reads the program that XLA compiles for an H100 (gpu_memory.py): per class of
+kernel how many there are, the bytes of their inputs and outputs and, at the
+bandwidth of an H200, the least time that takes. A tensor that a kernel reads
+only in part counts whole, and a loop counts what enters and leaves it, so rows
+of loops are printed apart, as arithmetic. The bound is what the convolutions
+alone must move: inputs, outputs and weights, once forward and twice backward.
+Assumed: 790 TFLOP/s in bfloat16, 67 in float32, 4.3 TB/s.
+"""
+
+import argparse
+import collections
+import re
+import sys
+
+from gpu_memory import BYTES, H100, compile_step, layers, sharding, topologies
+from train_step import flops
+
+BANDWIDTH, TENSOR_CORES, FLOAT32 = 4.3e12, 790e12, 67e12
+# Class of kernel -> what its name in the program begins with.
+CLASSES = {
+  'convolutions': r'__cudnn\$conv',
+  'matrix products': r'gemm|.*dot|__cublas',
+  'transposes': r'.*transpose',
+  'copies, padding, conversions': r'copy|loop_pad|loop_convert|wrapped',
+  'loops: search, attention': r'while',
+  'reductions: BatchNorm, biases, losses': r'input_.*reduce|input_reduce',
+  'elementwise: BatchNorm, leaky ReLU, sums': r'loop_',
+}
+INSTRUCTION = re.compile(
+  r'^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z\-]+)\((.*?)\)(?:,|$)(.*)$', re.M
+)
+FREE = ('get-tuple-element', 'bitcast', 'parameter', 'tuple', 'constant')
+
+
+def size(shape: str) -> int:
+  """Bytes of all arrays that a type names."""
+  total = 0
+  for dtype, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape):
+    count = BYTES.get(dtype, 0)
+    for side in filter(None, sides.split(',')):
+      count *= int(side)
+    total += count
+  return total
+
+
+def classify(name: str) -> str:
+  """The class of a kernel."""
+  for label, pattern in CLASSES.items():
+    if re.match(pattern, name):
+      return label
+  return 'other'
+
+
+def moved(program: str) -> dict[str, list[int]]:
+  """Class of kernel -> how many, and bytes read and written."""
+  sizes, found = {}, collections.defaultdict(lambda: [0, 0])
+  entry = program[program.index('\nENTRY') :]
+  for name, shape, op, operands, rest in INSTRUCTION.findall(entry):
+    sizes[name] = size(shape)
+    if op in FREE:
+      continue
+    target = re.search('custom_call_target="([^"]*)"', rest)
+    row = found[classify(target[1] if target else name)]
+    row[0] += 1
+    inputs = set(re.findall(r'%([\w.\-]+)', operands))
+    row[1] += sizes[name] + sum(sizes.get(x, 0) for x in inputs)
+  return dict(found)
+
+
+def convolution_bytes(side: int, batch: int, width: int) -> int:
+  """Inputs, outputs, weights of all convolutions, once and twice more."""
+  maps, weights = 0, 0
+  sides = [side, side // 2, side // 4, side // 8]
+  channels = [3, 64, 128, 256]
+  for i in range(3):  # down, and up again
+    ends = sum(sides[j] ** 2 * channels[j] for j in (i, i + 1))
+    maps += 2 * ends
+    weights += (9 + 16) * channels[i] * channels[i + 1]
+  maps += (24 + 2) * 2 * sides[3] ** 2 * 256  # 1x1 at both ends of the grid
+  weights += 24 * 9 * 256**2 + 2 * 256**2
+  return 3 * width * (batch * maps + weights)
+
+
+def main():
+  """Prints the table, the bound and the arithmetic."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--size', type=int, default=256)
+  parser.add_argument('--batch_size', type=int, default=128)
+  parser.add_argument('--dtype', default='bfloat16')
+  args = parser.parse_args()
+  try:
+    devices = topologies.get_topology_desc(
+      platform='cuda', target_config=H100, topology='1x1x1'
+    ).devices
+  except NotImplementedError:
+    sys.exit('needs the CUDA plugin: pip install "jax[cuda12]"')
+  layers._has_fused_attention = lambda: False  # cuDNN need not be there
+  step = compile_step(
+    *(sharding.data_mesh(devices), args.dtype, False),
+    *(args.batch_size, args.size),
+  )
+  found = moved(step.as_text())
+  width = BYTES['bf16' if args.dtype == 'bfloat16' else 'f32']
+  bound = convolution_bytes(args.size, args.batch_size, width)
+  total = sum(row[1] for row in found.values())
+  print('| kernels | how many | GB | ms | / bound |\n|---|---|---|---|---|')
+  rows = sorted(found.items(), key=lambda row: -row[1][1])
+  for label, (count, nbytes) in [*rows, ('all', (len(rows), total))]:
+    count = sum(row[0] for row in found.values()) if label == 'all' else count
+    print(
+      f'| {label} | {count} | {nbytes / 1e9:.2f} '
+      f'| {1e3 * nbytes / BANDWIDTH:.2f} | {nbytes / bound:.2f} |'
+    )
+  print(f'\nbound: {bound / 1e9:.2f} GB, {1e3 * bound / BANDWIDTH:.2f} ms')
+  tokens = args.batch_size * (args.size // 8) ** 2
+  search = 2 * tokens * 16384 * 256
+  rest = flops(args.size, args.batch_size) - search
+  peak = TENSOR_CORES if args.dtype == 'bfloat16' else FLOAT32
+  print(f'model: {rest / 1e12:.2f} TFLOP, {1e3 * rest / peak:.1f} ms')
+  print(f'search: {search / 1e12:.2f} TFLOP, {1e3 * search / FLOAT32:.1f} ms')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,277 @@
+"""The stages of gpu.py that are no ordinary runs; each is a process.
+
+  python benchmarks/gpu_stages.py edges|resume|quantizer|step|encode
+    --output=FILE.json [--profile=DIR] [--rehearse]
+
+The JSON holds `hardware` and `rows`, a table. Times are medians. FLOPs are
+those of docs/scale.md, and a share of peak is of the dense peak that NVIDIA
+states: 989 TFLOP/s in bfloat16, 67 in float32, for both H100 and H200.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / part) for part in ('', 'benchmarks', 'launch')]
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from command_line import prepare_backend  # noqa: E402
+from quantizer import our_step  # noqa: E402
+from train_step import flops  # noqa: E402
+
+from configs import cifar10, imagenet, photos  # noqa: E402
+from rvq_jax.evaluation.report import hardware, versions  # noqa: E402
+from rvq_jax.evaluation.tokenizer import Tokenizer  # noqa: E402
+from rvq_jax.quantize.codebook import Codebook  # noqa: E402
+from rvq_jax.quantize.estimators import ESTIMATORS  # noqa: E402
+from rvq_jax.quantize.search import nearest_codes  # noqa: E402
+from rvq_jax.training import config as config_lib  # noqa: E402
+from rvq_jax.training.checkpoints import Checkpoints  # noqa: E402
+from rvq_jax.training.loop import train  # noqa: E402
+from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
+from rvq_jax.training.state import create_state  # noqa: E402
+from rvq_jax.training.step import make_train_step  # noqa: E402
+
+PEAK = {'bfloat16': 989e12, 'float32': 67e12}
+
+
+def median_ms(call, repeats: int) -> float:
+  """Median time of a call, after one that compiles."""
+  jax.block_until_ready(call())
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    times.append(1e3 * (time.perf_counter() - start))
+  return statistics.median(times)
+
+
+def edges(args) -> list[dict]:
+  """Search and gradients on hard inputs, against float64 on the host."""
+  rng = np.random.default_rng(0)
+  n, k, dim = (256, 300, 16) if args.rehearse else (8192, 16384, 256)
+  rows = []
+  for name, scale, offset in (
+    ('unit', 1, 0),
+    ('offset 100', 1, 100),
+    ('1e-6', 1e-6, 0),
+    ('1e6', 1e6, 0),
+  ):
+    e, codes = (
+      np.float32(scale * (rng.normal(size=(m, dim)) + offset)) for m in (n, k)
+    )
+    ids = np.asarray(nearest_codes(e, codes))
+    x, y = (a.astype(np.float64) for a in (e, codes))
+    squares = np.sum(y**2, axis=1)
+    best = np.full(n, np.inf)
+    for i in range(0, k, 1024):
+      part = squares[i : i + 1024] - 2 * x @ y[i : i + 1024].T
+      best = np.minimum(best, part.min(axis=1))
+    best += np.sum(x**2, axis=1)
+    got = np.sum((x - y[ids]) ** 2, axis=1)
+    rows.append(
+      {
+        'check': f'search, {name}: not the nearest; excess of the distance',
+        'vectors': n,
+        'wrong': int(np.sum(got > best * (1 + 1e-12))),
+        'greatest': float(np.max(got / best - 1)),
+        # float32 cannot tell distances apart that differ by less.
+        'sound': bool(np.max(got / best - 1) < 1e-5),
+      }
+    )
+  for name in ESTIMATORS:
+    rows.append(edge_gradients(name))
+  return rows
+
+
+def edge_gradients(name: str) -> dict:
+  """The gradient of an estimator for norms from 0 to 1e6 and all angles."""
+  rng = np.random.default_rng(1)
+  unit = rng.normal(size=(2, 4096, 8))
+  unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+  unit[1, :512] = -unit[0, :512] + 1e-7 * unit[1, :512]
+  norms = np.concatenate([[0], np.logspace(-30, 6, 63)])
+  e, q = np.float32(unit * rng.choice(norms, size=(2, 4096, 1)))
+  g = np.float32(rng.normal(size=e.shape))
+
+  def loss(e):
+    quantized = ESTIMATORS[name](
+      e,
+      q,
+      ids=jnp.arange(len(q)),
+      num_codes=len(q),
+      mask=None,
+      max_scale=10.0,
+      axis_name=None,
+    )
+    return jnp.sum(quantized * g), quantized
+
+  to_e, quantized = map(np.asarray, jax.jit(jax.grad(loss, has_aux=True))(e))
+  longest = np.linalg.norm(to_e, axis=1) / np.linalg.norm(g, axis=1)
+  wrong = int(np.sum(~np.isfinite(to_e)) + np.sum(quantized != q))
+  return {
+    'check': f'{name}: not finite or not q; length of dL/de over g',
+    'vectors': len(q),
+    'wrong': wrong,
+    'greatest': float(longest.max()),
+    'sound': wrong == 0 and bool(longest.max() < 10.1),
+  }
+
+
+def resume(args) -> list[dict]:
+  """Six steps, and six with a stop after three: are they the same bits?"""
+  config = photos.get_config()
+  config.deterministic, config.optimizer.warmup_steps = True, 0
+  config.num_steps, config.checkpoint_every, config.eval_every = 6, 3, 0
+  if args.rehearse:
+    config.batch_size, config.model.widths = 4, (8, 16)
+    config.model.num_res_blocks, config.model.codebook_size = 0, 64
+  folder = Path(tempfile.mkdtemp())
+  whole, parts = folder / 'whole', folder / 'parts'
+  train(config, whole)
+  shutil.copytree(whole, parts)
+  shutil.rmtree(parts / 'checkpoints' / '6')
+  train(config, parts)
+  rows = []
+  digests = []
+  for workdir in (whole, parts):
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+      digests.append(checkpoints.meta(6)['digests'])
+  for name, digest in digests[0].items():
+    rows.append({'bit-exact': name, 'sound': digest == digests[1][name]})
+  shutil.rmtree(folder)
+  return rows
+
+
+def quantizer(args) -> list[dict]:
+  """Our step beside a bfloat16 and a float32 product of N x K."""
+  n, dim = (512, 16) if args.rehearse else (131_072, 256)
+  sizes = (256, 512) if args.rehearse else [2**p for p in range(14, 19)]
+  rows = []
+  for k in sizes:
+    keys = jax.random.split(jax.random.key(0), 3)
+    e, gradient = (jax.random.normal(key, (n, dim)) for key in keys[:2])
+    codes = jax.random.normal(keys[2], (k, dim))
+    book = Codebook(codes, jnp.full(k, n / k), codes * (n / k))
+    step = jax.jit(our_step).lower(e, gradient, book).compile()
+    row = {'N': n, 'K': k, 'D': dim}
+    row['step, ms'] = median_ms(lambda: step(e, gradient, book), 5)  # noqa: B023
+    # N x K numbers do not fit for the largest K: as many rows as 2^31 allow.
+    part = min(n, 2**31 // k)
+    for dtype in ('bfloat16', 'float32'):
+      product = jax.jit(
+        lambda x, y: jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+      )
+      x, y = (a.astype(dtype) for a in (e[:part], codes))
+      time_ms = median_ms(lambda: product(x, y), 5)  # noqa: B023
+      row[f'{dtype} matmul, ms'] = time_ms * n / part
+    row['step / float32 matmul'] = row['step, ms'] / row['float32 matmul, ms']
+    row['XLA temporaries, MiB'] = (
+      step.memory_analysis().temp_size_in_bytes / 2**20
+    )
+    rows.append(row)
+  return rows
+
+
+def step(args) -> list[dict]:
+  """Train steps of CIFAR-10 and ImageNet, batch 128."""
+  rows = []
+  for name, module, size in (
+    ('CIFAR-10, f8', cifar10, 32),
+    ('ImageNet, f8', imagenet, 256),
+  ):
+    for dtype in ('float32', 'bfloat16'):
+      config, batch = module.get_config(), 128
+      if args.rehearse:
+        size, batch, config.model.widths = 32, 2, (8, 16, 32)
+        config.model.num_res_blocks, config.model.codebook_size = 0, 64
+      config.model.dtype = dtype
+      about = {'step': f'{name}, {dtype}, batch {batch}'}
+      profile = args.profile and f'{args.profile}/{size}_{dtype}'
+      rows.append(about | time_step(config, size, batch, profile))
+  return rows
+
+
+def time_step(config, size, batch, profile) -> dict:
+  """A train step: time, share of peak, memory; a trace of five of them."""
+  model = config_lib.build_model(config_lib.check_config(config))
+  optimizer = make_optimizer(2e-4, weight_decay=0.01)
+
+  def init(key):
+    return create_state(
+      model, optimizer, key, image_size=size, batch_size=batch
+    )
+
+  state = jax.jit(init)(jax.random.key(0))
+  shape = (batch, size, size, 3)
+  images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  images = {'image': jax.device_put(images)}
+  start = time.perf_counter()
+  train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
+  program = train_step.lower(state, images).compile()
+  seconds = time.perf_counter() - start
+
+  def call():
+    nonlocal state
+    for _ in range(5):
+      state, metrics = program(state, images)
+    return metrics
+
+  ms = median_ms(call, 5) / 5
+  if profile:
+    with jax.profiler.trace(profile):
+      jax.block_until_ready(call())
+  memory = jax.devices()[0].memory_stats() or {}
+  peak = PEAK[config.model.dtype]
+  return {
+    'ms': ms,
+    'images/s': 1e3 * batch / ms,
+    'share of peak': flops(size, batch) / (ms / 1e3) / peak,
+    # Of the process: of the largest step so far.
+    'peak memory, GB': memory.get('peak_bytes_in_use', 0) / 1e9,
+    'compile, s': seconds,
+  }
+
+
+def encode(args) -> list[dict]:
+  """Images/s from uint8 to token ids."""
+  size, batch = (32, 4) if args.rehearse else (256, 128)
+  config = imagenet.get_config()
+  config.data.image_size = size
+  flat = config_lib.check_config(config)
+  model = config_lib.build_model(flat)
+  variables = jax.jit(model.init)(
+    jax.random.key(0), jnp.zeros((1, size, size, 3))
+  )
+  tokenizer = Tokenizer(model, variables, config=flat, step=0)
+  images = np.zeros((batch, size, size, 3), np.uint8)
+  ms = median_ms(lambda: tokenizer.encode(images), 5)
+  return [{'encode': f'{size} pixels', 'images/s': 1e3 * batch / ms}]
+
+
+def main():
+  """Runs one stage."""
+  stages = {f.__name__: f for f in (edges, resume, quantizer, step, encode)}
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('stage', choices=stages)
+  parser.add_argument('--output', required=True)
+  parser.add_argument('--profile')
+  parser.add_argument('--rehearse', action='store_true')
+  args = parser.parse_args()
+  prepare_backend()
+  rows = stages[args.stage](args)
+  about = f'{hardware()}, {versions("jax", "flax")}'
+  result = {'hardware': about, 'rows': rows}
+  Path(args.output).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == '__main__':
+  main()
