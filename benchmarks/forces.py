@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'launch'), str(ROOT / 'benchmarks')]
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from recipe import estimators  # noqa: E402
+from tried import ESTIMATORS  # noqa: E402
 
 from rvq_jax import load  # noqa: E402
 from rvq_jax.data.datasets import open_dataset  # noqa: E402
@@ -46,16 +46,12 @@ def forces(model, variables, images, beta):
     return jnp.mean((made - images) ** 2)
 
   quantized, g = jax.value_and_grad(loss)(q)
-  options = {'ids': ids.reshape(-1), 'num_codes': 1, 'mask': None}
-  options |= {'max_scale': 10.0, 'axis_name': None}
   energy = jnp.sum(e**2)
   sums = {'mse': quantized, 'mse of e': loss(e)}
   sums['-g.(e - q)'] = -jnp.sum(g * (e - q))
   for name in NAMES:
     to_e = jax.grad(
-      lambda e, name=name: jnp.sum(
-        g * estimators.ESTIMATORS[name](e, q, **options)
-      )
+      lambda e, name=name: jnp.sum(g * ESTIMATORS[name](e, q, max_scale=10.0))
     )(e)
     sums[name] = -2e6 * jnp.sum(e * to_e) / energy
   sums['commitment'] = -4e6 * beta * jnp.sum(e * (e - q)) / e.size / energy

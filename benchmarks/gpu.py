@@ -23,7 +23,6 @@ photographs and tiny sizes, on any backend.
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -31,6 +30,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rvq_jax.io import write_atomic  # noqa: E402
+
 # Stage -> minutes it may take.
 STAGES = {
   'edges': 2,
@@ -43,6 +46,7 @@ STAGES = {
 }
 ESTIMATORS = ('ste', 'rotation', 'rotation_unscaled', 'best')
 SEEDS = 3
+METRICS = ('mse', 'psnr', 'usage', 'perplexity', 'bits_per_image')
 EPOCHS = {'estimators': 20, 'long': 300}
 TINY = (
   *('--config.num_steps=4', '--config.batch_size=4', '--config.eval_every=0'),
@@ -66,9 +70,7 @@ class Campaign:
   def keep(self, part: str, value):
     """Adds a finished part to gpu.json."""
     self.done[part] = value
-    new = self.file.with_suffix('.part')
-    new.write_text(json.dumps(self.done, indent=1))
-    os.replace(new, self.file)
+    write_atomic(self.file, json.dumps(self.done, indent=1))
     print(f'{part}: {json.dumps(value)[:300]}', flush=True)
 
   def run(self, part: str, command, seconds: float) -> bool:
@@ -122,7 +124,7 @@ class Campaign:
         f'--config.eval_every={max(steps // 20, 1)}',
         f'--config.checkpoint_every={max(steps // 20, 1)}',
       ]
-      if best:  # a tenth, as far as it was tried
+      if best:  # that of the config is longer than a short run
         flags.append(
           f'--config.model.quantize_after={min(10_000, steps // 10)}'
         )
@@ -130,34 +132,42 @@ class Campaign:
     if self.run(part, ['launch/main.py', *flags], seconds):
       path = workdir / 'evaluation' / 'test' / 'metrics.json'
       found = json.loads(path.read_text())
-      names = ('mse', 'psnr', 'usage', 'perplexity', 'bits_per_image')
       self.keep(
         part,
-        {name: found[name] for name in names}
+        {name: found[name] for name in METRICS}
         | {'seconds_of_the_last_call': round(time.monotonic() - start)},
       )
 
+  def measure(self, stage: str, seconds: float):
+    """Runs a stage of gpu_stages.py."""
+    result = self.folder / f'{stage}.json'
+    command = ['benchmarks/gpu_stages.py', stage, f'--output={result}']
+    command += ['--rehearse'] * self.args.rehearse
+    command += [f'--profile={self.folder / "profile"}']
+    if self.run(stage, command, seconds):
+      self.keep(stage, json.loads(result.read_text()))
+
+  def parts(self, stage: str) -> dict:
+    """The parts of a stage; estimator and seed of those that are runs."""
+    if stage == 'long':
+      return {stage: ('best', 0)}
+    if stage != 'estimators':
+      return {stage: None}
+    seeds = range(1 if self.args.rehearse else SEEDS)
+    names = ('ste', 'best') if self.args.rehearse else ESTIMATORS
+    return {f'{stage}/{n}_{seed}': (n, seed) for seed in seeds for n in names}
+
   def stage(self, name: str, minutes: float):
     """Runs what is missing of a stage."""
-    seconds = 60 * minutes
-    if name == 'estimators':
-      end = time.monotonic() + seconds
-      for seed in range(1 if self.args.rehearse else SEEDS):
-        for estimator in ESTIMATORS[:: 3 if self.args.rehearse else 1]:
-          part = f'estimators/{estimator}_{seed}'
-          left = end - time.monotonic()
-          if part not in self.done and left > 5:
-            self.train(part, estimator, seed, EPOCHS[name], left)
-    elif name == 'long':
-      if name not in self.done:
-        self.train(name, 'best', 0, EPOCHS[name], seconds)
-    elif name not in self.done:
-      result = self.folder / f'{name}.json'
-      command = ['benchmarks/gpu_stages.py', name, f'--output={result}']
-      command += ['--rehearse'] * self.args.rehearse
-      command += [f'--profile={self.folder / "profile"}']
-      if self.run(name, command, seconds):
-        self.keep(name, json.loads(result.read_text()))
+    end = time.monotonic() + 60 * minutes
+    for part, run in self.parts(name).items():
+      seconds = end - time.monotonic()
+      if part in self.done or seconds < 5:
+        continue
+      if run:
+        self.train(part, *run, EPOCHS[name], seconds)
+      else:
+        self.measure(name, seconds)
 
 
 def number(value) -> str:
@@ -170,11 +180,10 @@ def table(done: dict) -> str:
   lines = []
   trained = {k: v for k, v in done.items() if 'mse' in v}
   if trained:
-    names = ('mse', 'psnr', 'usage', 'perplexity', 'bits_per_image')
-    lines += ['| run | ' + ' | '.join(names) + ' |', '|---' * 6 + '|']
+    lines += ['| run | ' + ' | '.join(METRICS) + ' |', '|---' * 6 + '|']
     for part, row in trained.items():
       lines.append(
-        f'| {part} | ' + ' | '.join(number(row[n]) for n in names) + ' |'
+        f'| {part} | ' + ' | '.join(number(row[n]) for n in METRICS) + ' |'
       )
   for name in ('edges', 'resume', 'quantizer', 'step', 'encode'):
     rows = done.get(name, {}).get('rows')
@@ -206,9 +215,12 @@ def main():
     (campaign.folder / 'table.md').write_text(table(campaign.done))
   print(table(campaign.done))
   print(f'everything is in {campaign.folder}')
-  missing = [
-    n for n in stages if not any(p.startswith(n) for p in campaign.done)
-  ]
+  for name, part in campaign.done.items():
+    for row in part.get('rows', []):
+      if not row.get('sound', True):
+        sys.exit(f'{name} is not sound: {row}')
+  parts = [part for name in stages for part in campaign.parts(name)]
+  missing = [part for part in parts if part not in campaign.done]
   if missing:
     sys.exit(f'not done: {", ".join(missing)}; the same command goes on')
 

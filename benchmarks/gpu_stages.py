@@ -23,9 +23,9 @@ sys.path[:0] = [str(ROOT / part) for part in ('', 'benchmarks', 'launch')]
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import train_step  # noqa: E402
 from command_line import prepare_backend  # noqa: E402
 from quantizer import our_step  # noqa: E402
-from train_step import flops  # noqa: E402
 
 from configs import cifar10, imagenet, photos  # noqa: E402
 from rvq_jax.evaluation.report import hardware, versions  # noqa: E402
@@ -36,9 +36,6 @@ from rvq_jax.quantize.search import nearest_codes  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
 from rvq_jax.training.checkpoints import Checkpoints  # noqa: E402
 from rvq_jax.training.loop import train  # noqa: E402
-from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
-from rvq_jax.training.state import create_state  # noqa: E402
-from rvq_jax.training.step import make_train_step  # noqa: E402
 
 PEAK = {'bfloat16': 989e12, 'float32': 67e12}
 
@@ -108,9 +105,7 @@ def edge_gradients(name: str) -> dict:
       q,
       ids=jnp.arange(len(q)),
       num_codes=len(q),
-      mask=None,
       max_scale=10.0,
-      axis_name=None,
     )
     return jnp.sum(quantized * g), quantized
 
@@ -184,60 +179,37 @@ def quantizer(args) -> list[dict]:
 def step(args) -> list[dict]:
   """Train steps of CIFAR-10 and ImageNet, batch 128."""
   rows = []
-  for name, module, size in (
-    ('CIFAR-10, f8', cifar10, 32),
-    ('ImageNet, f8', imagenet, 256),
-  ):
+  for name, module in ('CIFAR-10, f8', cifar10), ('ImageNet, f8', imagenet):
     for dtype in ('float32', 'bfloat16'):
-      config, batch = module.get_config(), 128
+      config = module.get_config()
       if args.rehearse:
-        size, batch, config.model.widths = 32, 2, (8, 16, 32)
+        config.data.image_size, config.batch_size = 32, 2
+        config.model.widths = (8, 16, 32)
         config.model.num_res_blocks, config.model.codebook_size = 0, 64
       config.model.dtype = dtype
-      about = {'step': f'{name}, {dtype}, batch {batch}'}
+      about = {'step': f'{name}, {dtype}, batch {config.batch_size}'}
+      size = config.data.image_size
       profile = args.profile and f'{args.profile}/{size}_{dtype}'
-      rows.append(about | time_step(config, size, batch, profile))
+      rows.append(about | time_step(config, profile))
   return rows
 
 
-def time_step(config, size, batch, profile) -> dict:
+def time_step(config, profile) -> dict:
   """A train step: time, share of peak, memory; a trace of five of them."""
-  model = config_lib.build_model(config_lib.check_config(config))
-  optimizer = make_optimizer(2e-4, weight_decay=0.01)
-
-  def init(key):
-    return create_state(
-      model, optimizer, key, image_size=size, batch_size=batch
-    )
-
-  state = jax.jit(init)(jax.random.key(0))
-  shape = (batch, size, size, 3)
-  images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-  images = {'image': jax.device_put(images)}
-  start = time.perf_counter()
-  train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
-  program = train_step.lower(state, images).compile()
-  seconds = time.perf_counter() - start
-
-  def call():
-    nonlocal state
-    for _ in range(5):
-      state, metrics = program(state, images)
-    return metrics
-
+  call, about = train_step.our_step(config, steps=5)
   ms = median_ms(call, 5) / 5
   if profile:
     with jax.profiler.trace(profile):
-      jax.block_until_ready(call())
+      call()
   memory = jax.devices()[0].memory_stats() or {}
   peak = PEAK[config.model.dtype]
   return {
     'ms': ms,
-    'images/s': 1e3 * batch / ms,
-    'share of peak': flops(size, batch) / (ms / 1e3) / peak,
+    'images/s': 1e3 * config.batch_size / ms,
+    'share of peak': about['flops'] / (ms / 1e3) / peak,
     # Of the process: of the largest step so far.
     'peak memory, GB': memory.get('peak_bytes_in_use', 0) / 1e9,
-    'compile, s': seconds,
+    'compile, s': about['compile_s'],
   }
 
 

@@ -23,7 +23,8 @@ import time
 from importlib.metadata import version
 
 CORES = 2
-if hasattr(os, 'sched_setaffinity'):  # before JAX and torch count the cores
+# Before JAX and torch count the cores; whoever imports this keeps all.
+if __name__ == '__main__' and hasattr(os, 'sched_setaffinity'):
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -75,7 +76,7 @@ def our_step(e, gradient, codebook, *, estimator='rotation', split_by=None):
     q = jnp.take(codebook.embedding, ids, axis=0)
     commitment = 0.25 * jnp.mean((e - jax.lax.stop_gradient(q)) ** 2)
     quantized = ESTIMATORS[estimator](
-      e, q, ids=ids, num_codes=k, mask=None, max_scale=10.0, axis_name=None
+      e, q, ids=ids, num_codes=k, max_scale=10.0
     )
     return jnp.sum(quantized * gradient) + commitment, ids
 

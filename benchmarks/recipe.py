@@ -6,7 +6,7 @@ those of the validation split at the last step. A finished cell is one line of
 the output and is not run again, so the same command resumes, and several may
 run side by side.
 
-Five estimators that the package does not have are tried here too, see TRIED.
+Five estimators that the package does not have are tried too, see tried.py.
 
 Command: python benchmarks/recipe.py --data=folder:DIR --cells=ste,rotation
   --seeds=3 --output=benchmarks/recipe_photos.jsonl
@@ -29,50 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'launch')]
 
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-
-from rvq_jax.quantize import base, estimators, gradients  # noqa: E402
-
-
-def scaled(e, q):
-  """lambda g: the rescaling of the rotation without the rotation."""
-  return gradients.straight_through(gradients.geometry(e, q).scale * e, q)
-
-
-def grown(e, q):
-  """max(lambda, 1) R^T g: the rescaling on one side."""
-  scale = jnp.maximum(gradients.geometry(e, q).scale, 1.0)
-  turned = gradients.rotate(e, q, rescale=False)
-  return gradients.straight_through(scale * turned, q)
-
-
-def radial(e, q):
-  """R^T g + u (u.g - v.g): what lies along e as by straight-through."""
-  g = gradients.geometry(e, q)
-  along = jnp.sum(g.u * e, axis=-1, keepdims=True)
-  turned = gradients.rotate(e, q, rescale=False)
-  return gradients.straight_through(turned + (g.u - g.v) * along, q)
-
-
-def tangential(e, q):
-  """g + u (v.g - u.g): only what lies along e is that of the rotation."""
-  g = gradients.geometry(e, q)
-  along = jnp.sum(g.u * e, axis=-1, keepdims=True)
-  return gradients.straight_through(e + (g.v - g.u) * along, q)
-
-
-def blend(e, q):
-  """(g + R^T g)/2."""
-  turned = gradients.rotate(e, q, rescale=False)
-  return gradients.straight_through((e + turned) / 2, q)
-
-
-TRIED = {f.__name__: f for f in (scaled, grown, radial, tangential, blend)}
-estimators.ESTIMATORS.update(
-  {name: lambda e, q, f=f, **_: f(e, q) for name, f in TRIED.items()}
-)
-base.FIELDS['estimator'] = base.Field(str, choices=(*estimators.ESTIMATORS,))
+from tried import TRIED  # noqa: E402
 
 # Part of a cell's name -> what it sets; parts are joined by '+'.
 PARTS = {
@@ -142,9 +100,7 @@ def make_config(cell: str, seed: int, args):
   config.log_every = max(args.steps // 25, 1)
   config.data.name, config.data.split = args.data, 'official'
   config.data.data_dir = args.data_dir
-  for name, value in fields_of(cell).items():
-    section, _, field = name.rpartition('.')
-    (config[section] if section else config)[field] = value
+  config.update_from_flattened_dict(fields_of(cell))
   return config
 
 
@@ -201,6 +157,11 @@ def read(path) -> list[dict]:
   """The finished cells."""
   lines = Path(path).read_text().splitlines() if Path(path).exists() else []
   return [json.loads(line) for line in lines]
+
+
+def finished(path) -> set[tuple]:
+  """Cell, seed and steps of the finished cells."""
+  return {(r['cell'], r['seed'], r['steps']) for r in read(path)}
 
 
 def table(records) -> str:
@@ -280,12 +241,11 @@ def main():
     for seed in range(args.seeds):
       for cell in args.cells.split(','):
         key = (cell, seed, args.steps)
-        if key in {
-          (r['cell'], r['seed'], r['steps']) for r in read(args.output)
-        }:
+        if key in finished(args.output):
           continue
         record = measure(cell, seed, args)
-        if record:
+        # Another process may have ended the run since, and written it.
+        if record and key not in finished(args.output):
           with open(args.output, 'a') as stream:
             stream.write(json.dumps(record) + '\n')
           print(json.dumps(record), flush=True)

@@ -61,9 +61,7 @@ def make_config(args):
   config.data.data_dir, config.data.split = args.data_dir, 'official'
   config.model.codebook_size = args.codebook_size
   config.model.num_res_blocks = args.num_res_blocks
-  for name, value in args.fields.items():
-    section, _, field = name.rpartition('.')
-    (config[section] if section else config)[field] = value
+  config.update_from_flattened_dict(args.fields)
   return config
 
 

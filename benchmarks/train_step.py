@@ -15,7 +15,6 @@ library keep freed memory, for every form, as our launchers do.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import pathlib
@@ -24,7 +23,8 @@ import sys
 import time
 
 CORES = 2
-if hasattr(os, 'sched_setaffinity'):  # before JAX and torch count the cores
+# Before JAX and torch count the cores; whoever imports this keeps all.
+if __name__ == '__main__' and hasattr(os, 'sched_setaffinity'):
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ('', 'benchmarks', 'launch')]
@@ -33,6 +33,7 @@ import command_line  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from configs import cifar10  # noqa: E402
 from rvq_jax.evaluation import report as provenance  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
@@ -58,15 +59,9 @@ def flops(side, batch):
   return 2 * batch * tokens * (3 * model + 16384 * 256)
 
 
-def our_step(side, batch, dtype):
-  """A call that trains one step, its compile time and XLA's own counts."""
-  path = ROOT / 'configs' / 'cifar10.py'
-  spec = importlib.util.spec_from_file_location('cifar10', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config('f8')
-  config.data.image_size, config.batch_size = side, batch
-  config.model.dtype = dtype
+def our_step(config, steps=1):
+  """A call that trains `steps` steps, compile time and XLA's own counts."""
+  side, batch = config.data.image_size, config.batch_size
   model = config_lib.build_model(config_lib.check_config(config))
   optimizer = make_optimizer(2e-4, weight_decay=0.01)
   state = jax.jit(
@@ -75,7 +70,8 @@ def our_step(side, batch, dtype):
     )
   )(jax.random.key(0))
   rng = np.random.default_rng(0)
-  images = {'image': rng.integers(0, 256, (batch, side, side, 3), np.uint8)}
+  images = rng.integers(0, 256, (batch, side, side, 3), np.uint8)
+  images = {'image': jax.device_put(images)}
   start = time.perf_counter()
   step = (
     jax.jit(make_train_step(model, optimizer), donate_argnums=0)
@@ -86,7 +82,8 @@ def our_step(side, batch, dtype):
 
   def call():
     nonlocal state
-    state, metrics = step(state, images)
+    for _ in range(steps):
+      state, metrics = step(state, images)
     jax.block_until_ready(metrics)
 
   memory = step.memory_analysis()
@@ -137,7 +134,10 @@ def measure(side, batch, args):
   calls, records = {}, {}
   for name in [OURS] + [PEER, TUNED] * args.peer:
     if name == OURS:
-      calls[name], records[name] = our_step(side, batch, args.dtype)
+      config = cifar10.get_config('f8')
+      config.data.image_size, config.batch_size = side, batch
+      config.model.dtype = args.dtype
+      calls[name], records[name] = our_step(config)
     else:
       calls[name], records[name] = torch_step(side, batch, name)
     records[name]['all_ms'] = []

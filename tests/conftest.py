@@ -17,6 +17,7 @@ if not os.environ.get('OPTIMIZED'):
 import importlib.util  # noqa: E402
 import re  # noqa: E402
 import subprocess  # noqa: E402
+import sys  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -56,6 +57,21 @@ def pytest_runtest_setup(item):
   if low != jax.config.read('jax_disable_most_optimizations'):
     jax.config.update('jax_disable_most_optimizations', low)
     jax.clear_caches()  # those compiled at the other level
+
+
+@pytest.fixture(scope='session')
+def run_python():
+  """Returns a function that runs a program in a process without a GPU."""
+  return _run_python
+
+
+def _run_python(program: str, **environment):
+  return subprocess.run(
+    [sys.executable, '-c', program],
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+    capture_output=True,
+    text=True,
+  )
 
 
 @pytest.fixture(scope='session')
