@@ -75,7 +75,7 @@ class PeerQuantizer:
     except ImportError as error:
       sys.exit(f'--quantizer={PEER} needs both packages: {error}')
     torch.manual_seed(config['seed'])
-    torch.set_num_threads(CORES)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     self.torch = torch
     self.layer = VectorQuantize(
       dim=config['model.code_dim'],
