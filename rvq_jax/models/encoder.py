@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.models import convolutions
 from rvq_jax.models.layers import ACTIVATIONS, Norm, residual_blocks
 
 
@@ -72,7 +71,6 @@ class Encoder(nn.Module):
         (stride, stride),
         use_bias=False,
         dtype=self.dtype,
-        conv_general_dilated=convolutions.convolve,
         name=f'conv{i}',
       )(x)
       x = Norm(self.dtype, self.axis_name, self.norm, name=f'norm{i}')(

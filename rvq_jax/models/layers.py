@@ -95,7 +95,6 @@ class ResidualBlock(nn.Module):
         (3, 3),
         use_bias=False,
         dtype=self.dtype,
-        conv_general_dilated=convolutions.convolve,
         name=f'conv{i}',
       )(y)
       y = Norm(self.dtype, self.axis_name, self.norm, i == 1, name=f'norm{i}')(
@@ -210,8 +209,17 @@ def _attend_in_tiles(query, key, value, *, scores):
     logits = jnp.einsum(
       'nqd,nkd->nqk', q, k, preferred_element_type=jnp.float32
     )
-    weights = jax.nn.softmax(logits * dim**-0.5, axis=-1)
-    return jnp.einsum('nqk,nkd->nqd', weights.astype(v.dtype), v)
+    logits *= dim**-0.5
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1))[..., None])
+    # The sum divides what the weights gave: d numbers per query, not T, forward
+    # and in the derivative.
+    y = jnp.einsum(
+      'nqk,nkd->nqd',
+      weights.astype(v.dtype),
+      v,
+      preferred_element_type=jnp.float32,
+    )
+    return (y / weights.sum(-1)[..., None]).astype(v.dtype)
 
   qkv = tuple(split(x) for x in (query, key, value))
   if tile == count:

@@ -17,8 +17,9 @@ def prepare_backend(*, share_gpus: bool = False) -> None:
 
   Programs are kept per kind of CPU, since home directories are shared. XLA:CPU
   allocates its temporaries in each call: glibc would return them to the kernel,
-  and page faults would be a third of a step (docs/scale.md). A GPU that JAX
-  cannot use is said in one line.
+  and page faults would be a third of a step; the convolutions of YNNPACK, which
+  it calls unless told otherwise, cost another third (docs/scale.md). A GPU that
+  JAX cannot use is said in one line.
 
   Args:
     share_gpus: take GPU memory when it is needed, not three quarters of it at
@@ -37,6 +38,10 @@ def prepare_backend(*, share_gpus: bool = False) -> None:
     )
     folder = Path(home, 'rvq_jax', 'compiled', kind)
     jax.config.update('jax_compilation_cache_dir', str(folder))
+  option = '--xla_cpu_experimental_ynn_fusion_type='
+  flags = os.environ.get('XLA_FLAGS', '')
+  if option not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} {option}-individual_convolution'
   plugins = importlib.metadata.entry_points(group='jax_plugins')
   on_cpu = (jax.config.jax_platforms or ('' if plugins else 'cpu')) == 'cpu'
   chosen = re.search('MALLOC_|GLIBC_TUNABLES', ' '.join(os.environ))

@@ -1,4 +1,4 @@
-"""Freed memory stays for the next step; programs are kept on disk."""
+"""Freed memory stays, programs are kept on disk, XLA has its fast kernels."""
 
 import os
 import re
@@ -34,6 +34,16 @@ import command_line, jax
 command_line.prepare_backend()
 print(jax.config.jax_compilation_cache_dir)
 """
+CONVOLUTION = f"""
+import sys
+sys.path.insert(0, {str(LAUNCH)!r})
+import command_line, jax
+from jax import numpy as jnp
+command_line.prepare_backend()
+same = lambda *a: jax.lax.conv_general_dilated(*a, (1, 1), 'SAME')
+arrays = jnp.ones((8, 64, 32, 32)), jnp.ones((64, 64, 3, 3))
+print('ynn_fusion' in jax.jit(same).lower(*arrays).compile().as_text())
+"""
 
 
 def run(code, **variables):
@@ -65,6 +75,13 @@ def test_programs_are_kept_per_cpu_unless_the_user_says_where(tmp_path):
   assert Path(folder).parent == tmp_path / 'rvq_jax' / 'compiled'
   [folder] = run(CACHE, JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'mine'))
   assert folder == str(tmp_path / 'mine')
+
+
+@pytest.mark.slow
+def test_convolutions_leave_ynnpack_unless_the_user_says_otherwise():
+  assert run(CONVOLUTION) == ['False']
+  option = '--xla_cpu_experimental_ynn_fusion_type=individual_convolution'
+  assert run(CONVOLUTION, XLA_FLAGS=option) == ['True']
 
 
 @pytest.mark.parametrize(

@@ -40,15 +40,6 @@ def test_upsample_has_the_parameters_and_values_of_conv_transpose():
   )
 
 
-def test_upsample_lowers_to_a_convolution_on_cuda_and_none_on_cpu():
-  layer, x = Upsample(6), np.zeros((2, 4, 4, 5), np.float32)
-  variables = jax.eval_shape(layer.init, jax.random.key(0), x)
-  traced = jax.jit(layer.apply).trace(variables, x)
-  assert 'convolution' not in traced.lower().as_text()
-  cuda = traced.lower(lowering_platforms=('cuda',)).as_text()
-  assert 'stablehlo.convolution' in cuda
-
-
 def test_attention_sees_every_position():
   layer, x = SelfAttention(2), draw(0, 1, 3, 3, 4)
   variables = jax.jit(layer.init)(jax.random.key(0), x)
