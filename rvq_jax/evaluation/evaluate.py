@@ -70,7 +70,7 @@ def evaluate_run(
       split in it must be new or empty.
     save_images: new or empty folder for the whole split and its reconstructions
       as PNG files; see `perceptual.save_pairs`.
-    perceptual: adds rFID, IS and LPIPS; see `perceptual.perceptual_metrics`.
+    perceptual: adds LPIPS, rFID and others; see `perceptual_metrics`.
       rFID and IS run in PyTorch: on a GPU, start the process with
       XLA_PYTHON_CLIENT_PREALLOCATE=false, as launch/evaluate.py does.
     definitions: adds usage and perplexity by `metrics.CodeDefinitions`.

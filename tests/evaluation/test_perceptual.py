@@ -8,6 +8,7 @@ import urllib.error
 
 import numpy as np
 import pytest
+import scipy.linalg
 from PIL import Image
 
 from rvq_jax.evaluation import perceptual
@@ -48,6 +49,11 @@ def packages(monkeypatch):
       raise calls.error
     return weights['scale'] * abs(x - y).mean((1, 2, 3))
 
+  def colors(weights, images):
+    if calls.error:
+      raise calls.error
+    return images.mean((1, 2))
+
   modules = {
     'torch': {
       'cuda': types.SimpleNamespace(is_available=lambda: False),
@@ -60,6 +66,8 @@ def packages(monkeypatch):
   versions = {'torch-fidelity': '0.4.0'}
   monkeypatch.setattr(importlib.metadata, 'version', versions.__getitem__)
   monkeypatch.setattr(perceptual.lpips, 'distance', distance)
+  monkeypatch.setattr(perceptual.efficientnet, 'load', lambda: None)
+  monkeypatch.setattr(perceptual.efficientnet, 'features', colors)
   weights = {'alex': {'scale': np.float32(2)}}
   monkeypatch.setattr(perceptual.lpips_weights, 'load', weights.__getitem__)
   return calls
@@ -71,6 +79,14 @@ def no_weights(monkeypatch):
     raise ImportError('pip install "rvq_jax[perceptual]"')
 
   monkeypatch.setattr(perceptual.lpips_weights, 'load', load)
+  monkeypatch.setattr(perceptual.efficientnet, 'load', lambda: load('lite0'))
+
+
+def oracle(a, b):
+  covariances = [np.cov(x.astype(np.float64).T) for x in (a, b)]
+  root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+  means = ((a.mean(0) - b.mean(0)) ** 2).sum()
+  return means + np.trace(covariances[0] + covariances[1] - 2 * root)
 
 
 def test_files_hold_the_valid_images_by_position(tmp_path):
@@ -98,10 +114,29 @@ def test_numbers_are_those_of_the_packages_beside_their_definition(
   error = images(40, 0) / 127.5 - images(40, 1) / 127.5
   expected = 2 * np.abs(error).mean()
   np.testing.assert_allclose(result['lpips'], expected, rtol=1e-5)
-  assert len(result) == 8
+  means = [images(40, seed).mean((1, 2)) / 127.5 - 1 for seed in (0, 1)]
+  np.testing.assert_allclose(
+    result['fd_efficientnet_lite0'], oracle(*means), rtol=1e-4
+  )
+  assert len(result) == 10
   assert '40 reconstructions' in result['rfid_definition']
   assert 'AlexNet' in result['lpips_definition']
   assert '40 pairs' in result['lpips_definition']
+  assert '40 reconstructions' in result['fd_efficientnet_lite0_definition']
+
+
+def test_frechet_distance_is_that_of_the_definition():
+  rng = np.random.default_rng(0)
+  a, b = rng.normal(size=(2, 50, 8)) @ rng.normal(size=(2, 8, 8))
+  found = perceptual.frechet_distance(a, b + 1)
+  np.testing.assert_allclose(found, oracle(a, b + 1), rtol=1e-6)
+
+
+def test_frechet_distance_holds_for_fewer_samples_than_features():
+  samples = np.random.default_rng(0).normal(size=(12, 64))
+  assert abs(perceptual.frechet_distance(samples, samples)) < 1e-5
+  moved = perceptual.frechet_distance(samples, samples + 0.5)
+  np.testing.assert_allclose(moved, 64 * 0.5**2, rtol=1e-6)
 
 
 def test_the_originals_are_the_reference(packages, tmp_path):
@@ -128,30 +163,33 @@ def test_what_cannot_be_computed_is_absent_and_a_line_says_why(
 ):
   packages.error = error
   assert measure(write(tmp_path)) == {}
-  assert [r.levelname for r in caplog.records] == ['WARNING'] * 2
-  first, second = (r.getMessage() for r in caplog.records)
-  assert 'rfid, inception_score left out' in first and 'lpips' in second
-  for line in (first, second):
+  assert [r.levelname for r in caplog.records] == ['WARNING'] * 3
+  lines = [r.getMessage() for r in caplog.records]
+  names = 'rfid, inception_score', 'lpips', 'fd_efficientnet_lite0'
+  for name, line in zip(names, lines, strict=True):
+    assert line.startswith(f'{name} left out: ')
     assert ' '.join(str(error).split()) in line and '\n' not in line
-  assert '/cache/hub/checkpoints' in first
+  assert '/cache/hub/checkpoints' in lines[0]
 
 
 def test_a_number_that_is_not_finite_is_left_out(packages, tmp_path, caplog):
   packages.values['inception_score_std'] = float('nan')
   result = measure(write(tmp_path))
-  assert {'rfid', 'lpips'} < set(result) and len(result) == 6
+  assert {'rfid', 'lpips'} < set(result) and len(result) == 8
   assert 'inception_score_std left out: it is nan' in caplog.text
 
 
 def test_too_few_images_are_no_metric(packages, tmp_path, caplog):
-  assert measure(write(tmp_path, 9)).keys() == {'lpips', 'lpips_definition'}
-  assert 'at least 10 images, got 9' in caplog.text
+  assert measure(write(tmp_path, 1)).keys() == {'lpips', 'lpips_definition'}
+  assert 'at least 10 images, got 1' in caplog.text
+  assert 'at least 2 images, got 1' in caplog.text
 
 
 def test_lpips_leaves_out_small_images(monkeypatch, tmp_path, caplog):
   monkeypatch.setattr(perceptual.lpips_weights, 'load', lambda net: {})
-  monkeypatch.setitem(sys.modules, 'torch', None)
-  assert measure(write(tmp_path, side=31)) == {}
+  opened = {'lpips': perceptual._open_lpips()}
+  folder = write(tmp_path, side=31)
+  assert perceptual.perceptual_metrics(folder, opened) == {}
   assert 'lpips left out' in caplog.text
   assert 'at least 32 pixels, got (12, 31, 31, 3)' in caplog.text
 
@@ -159,7 +197,8 @@ def test_lpips_leaves_out_small_images(monkeypatch, tmp_path, caplog):
 @pytest.mark.parametrize('name', ['torch', 'torch_fidelity'])
 def test_lpips_needs_no_torch(name, packages, monkeypatch, tmp_path, caplog):
   monkeypatch.setitem(sys.modules, name, None)
-  assert measure(write(tmp_path)).keys() == {'lpips', 'lpips_definition'}
+  result = measure(write(tmp_path))
+  assert {'lpips', 'fd_efficientnet_lite0'} < set(result) and len(result) == 4
   (line,) = (record.getMessage() for record in caplog.records)
   assert 'rfid, inception_score left out: pip install "rvq_jax[eval]"' in line
   assert name in line and '\n' not in line
@@ -167,8 +206,11 @@ def test_lpips_needs_no_torch(name, packages, monkeypatch, tmp_path, caplog):
 
 def test_rfid_needs_no_weights_of_lpips(packages, no_weights, tmp_path, caplog):
   assert 'rfid' in measure(write(tmp_path))
-  (line,) = (record.getMessage() for record in caplog.records)
-  assert line == 'lpips left out: pip install "rvq_jax[perceptual]"'
+  lines = [record.getMessage() for record in caplog.records]
+  assert lines == [
+    f'{name} left out: pip install "rvq_jax[perceptual]"'
+    for name in ('lpips', 'fd_efficientnet_lite0')
+  ]
 
 
 def test_nothing_to_measure_with_ends_in_one_line(

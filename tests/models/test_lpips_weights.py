@@ -99,7 +99,8 @@ def test_instructions_of_a_pickle_are_not_executed(
 
 @pytest.mark.parametrize(
   'content',
-  [b'', b'no pickle', pickle.dumps({}), pickle.dumps([b'x' * 256] * 15, 3)],
+  [b'', b'no pickle', pickle.dumps({}), pickle.dumps([bytes(256)] * 15, 3)],
+  ids=['empty', 'text', 'no arrays', 'other arrays'],
 )
 def test_other_content_is_refused_in_one_line(content, install):
   path = install('alex', content)
