@@ -105,7 +105,7 @@ def _max_pool(x, window):
 
 
 def _unit_length(x):
-  """Vectors over their norm; one of zeros stays, with a finite gradient."""
+  """Vectors over their norm; at a norm of 0 the gradient stays finite."""
   x = x.astype(jnp.float32)
   squares = (x**2).sum(-1, keepdims=True)
   return x / (jnp.sqrt(jnp.where(squares > 0, squares, 1)) + _EPS)
