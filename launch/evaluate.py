@@ -27,7 +27,7 @@ _SAVE_IMAGES = flags.DEFINE_string(
   'save_images', None, 'Write the split and its reconstructions as PNG files.'
 )
 _PERCEPTUAL = flags.DEFINE_bool(
-  'perceptual', False, 'Also rFID, IS and LPIPS: pip install "rvq_jax[eval]".'
+  'perceptual', False, 'Also LPIPS, rFID and the like; see docs/guide.md.'
 )
 _DEFINITIONS = flags.DEFINE_bool(
   'definitions', False, 'Also usage and perplexity as others define them.'

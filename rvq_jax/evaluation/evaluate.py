@@ -70,8 +70,8 @@ def evaluate_run(
       split in it must be new or empty.
     save_images: new or empty folder for the whole split and its reconstructions
       as PNG files; see `perceptual.save_pairs`.
-    perceptual: adds rFID, IS and LPIPS; see `perceptual.perceptual_metrics`.
-      They run in PyTorch: on a GPU, start the process with
+    perceptual: adds LPIPS, rFID and others; see `perceptual_metrics`.
+      rFID and IS run in PyTorch: on a GPU, start the process with
       XLA_PYTHON_CLIENT_PREALLOCATE=false, as launch/evaluate.py does.
     definitions: adds usage and perplexity by `metrics.CodeDefinitions`.
 
@@ -84,14 +84,14 @@ def evaluate_run(
     ValueError: no such split, no data, save_images or output holds files, or
       there is no right to write.
     FileNotFoundError: there is no such run or step.
-    ImportError: `perceptual` needs a package that is missing.
+    ImportError: `perceptual` finds no package to measure with.
   """
   if split not in SPLITS:
     raise ValueError(
       f'split: expected one of {", ".join(SPLITS)}, got {split!r}'
     )
   if perceptual:
-    networks.import_packages()
+    opened = networks.open_metrics()
   if (save_images or perceptual) and jax.process_count() > 1:
     raise ValueError(
       'save_images, perceptual: expected a single process, got '
@@ -135,7 +135,7 @@ def evaluate_run(
     if jax.process_index() == 0:
       result |= _roundtrip_error(tokenizer, originals)
     if perceptual:
-      result |= networks.perceptual_metrics(saved)
+      result |= networks.perceptual_metrics(saved, opened)
   if definitions:
     result['definitions'] = codes.result()
   if jax.process_index() == 0:

