@@ -1,6 +1,5 @@
 """What a train step does with an objective: the model, the discriminator."""
 
-import dataclasses
 import functools
 
 import jax
@@ -202,14 +201,9 @@ def test_before_its_phase_the_discriminator_is_left_alone():
   assert set(metrics) & {'discriminator_loss', 'adversarial_loss'} == set()
 
 
-def test_repeated_steps_tell_real_from_generated():
-  state = state_at(7)
-  objective = dataclasses.replace(OBJECTIVE, discriminator_learning_rate=1e-3)
-  gaps = []
-  for _ in range(20):
-    state, metrics = take(state, objective=objective)
-    gaps.append(metrics['logits_real'] - metrics['logits_fake'])
-  assert gaps[-1] > gaps[0] + 0.2
+def as_before(state):
+  """The state but for what counts every step."""
+  return state.replace(step=0, nonfinite_streak=0)
 
 
 @pytest.mark.parametrize('part', ['params', 'opt_state', 'logits_real'])
@@ -223,14 +217,14 @@ def test_nan_in_the_discriminator_leaves_both_as_they_were(part, step):
   state = state.replace(discriminator=state.discriminator | {part: spoilt})
   after, metrics = take(state)
   assert metrics['skipped'] == 1 and after.nonfinite_streak == 1
-  assert bits(after.replace(step=step, nonfinite_streak=0)) == bits(state)
+  assert bits(as_before(after)) == bits(as_before(state))
 
 
 def test_nan_in_an_image_leaves_both_as_they_were():
   images = IMAGES.copy()
   images[3, 2, 1, 0] = np.nan
   after, _ = take(state_at(12), images)
-  assert bits(after.replace(step=12, nonfinite_streak=0)) == bits(state_at(12))
+  assert bits(as_before(after)) == bits(as_before(state_at(12)))
 
 
 def assert_same_step(got, want):
