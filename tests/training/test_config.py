@@ -78,7 +78,6 @@ def test_best_variants_differ_in_method_alone(load_config, paper, best):
     ('optimizer.params_ema', 1.0, 'optimizer.params_ema'),
     ('objective.pixel', 'l2', 'one of mse, l1'),
     ('objective.perceptual_weight', -1.0, 'objective.perceptual_weight'),
-    ('objective.perceptual_weight', 1.0, 'image_size: expected at least 32'),
     ('batch_size', 0, 'at least 1'),
     ('num_steps', 0, 'at least 1'),
     ('seed', -1, 'seed'),
@@ -147,6 +146,15 @@ def test_a_missing_field_is_named(load_config):
   config = load_config('cifar10').to_dict()
   del config['model']['decay']
   with pytest.raises(ValueError, match='config.model.decay: missing'):
+    config_lib.check_config(config)
+
+
+def test_a_perceptual_loss_of_small_images_is_refused(load_config):
+  config = load_config('cifar10')
+  config.objective.perceptual_weight = 1.0
+  config_lib.check_config(config)  # 32 pixels
+  config.data.image_size = 24
+  with pytest.raises(ValueError, match='image_size: expected at least 32'):
     config_lib.check_config(config)
 
 
