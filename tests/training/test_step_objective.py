@@ -16,7 +16,7 @@ from rvq_jax.training.objective import Objective, lecam
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step
 
-IMAGES = np.random.default_rng(0).uniform(-1, 1, (8, 16, 16, 3)).astype('f')
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype('f')
 RATE = 0.3
 # D is updated from step 7 on, its loss counts from step 11 on.
 OBJECTIVE = Objective(
@@ -58,9 +58,9 @@ def state_at(step):
       model,
       optimizer,
       jax.random.key(0),
-      image_size=16,
+      image_size=8,
       batch_size=8,
-      discriminator=OBJECTIVE.init_discriminator(jax.random.key(1), 16),
+      discriminator=OBJECTIVE.init_discriminator(jax.random.key(1), 8),
     )
   )()
   own = state.discriminator | {'logits_real': 0.7, 'logits_fake': -0.2}
@@ -244,6 +244,7 @@ def assert_same_step(got, want):
     np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_microbatches_give_the_update_of_the_whole_batch():
   # Nothing in this model depends on how a batch is divided.
   assert_same_step(take(state_at(12), accumulate_steps=4), take(state_at(12)))
