@@ -113,9 +113,9 @@ def test_the_losses_are_those_of_numpy():
   state = state_at(12)  # r = 2/3
   _, metrics = take(state)
   model, _, _ = build()
-  y = model.apply(state.variables, IMAGES).reconstruction
+  y = jax.jit(model.apply)(state.variables, IMAGES).reconstruction
   judge = functools.partial(
-    Discriminator().apply, {'params': state.discriminator['params']}
+    jax.jit(Discriminator().apply), {'params': state.discriminator['params']}
   )
   real, fake = judge(IMAGES), judge(y)
   penalty = np.mean(np.maximum(real + 0.2, 0) ** 2)
