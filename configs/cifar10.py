@@ -87,6 +87,14 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.temperature_steps = 10_000  # over which that of 'gumbel' falls
   model.kl_weight = 5e-4  # of 'gumbel': KL from the uniform distribution
 
+  config.objective = objective = ConfigDict()
+  objective.pixel = 'mse'  # or 'l1'
+  objective.perceptual_weight = 0.0  # of LPIPS by VGG16
+  # Of a discriminator, whose loss counts after a third of the run.
+  objective.adversarial_weight = 0.0
+  objective.lecam_weight = 0.001  # regularises the discriminator
+  objective.discriminator_learning_rate = 1e-4  # Adam
+
   config.optimizer = optimizer = ConfigDict()
   optimizer.learning_rate = 2e-4  # AdamW
   # Of learned codes and projections; default: that of the rest.
@@ -95,6 +103,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   optimizer.schedule = 'cosine'  # to 0 at the end; or 'constant'
   optimizer.warmup_steps = 0
   optimizer.clip_norm = 0.0  # 0: gradients are not clipped
+  optimizer.b2 = 0.999  # decay of the second moment
   optimizer.params_ema = 0.0  # decay of averages for evaluation; 0: none
   if 'best' in parts:
     use_best(config, quantize_after=10_000)

@@ -15,6 +15,13 @@ _PANELS = {
   'usage': 'share of codes used',
   'perplexity': 'perplexity',
 }
+_OBJECTIVE_PANELS = {
+  'lpips': 'LPIPS, VGG16',
+  'logits_real': "discriminator's mean logit, real",
+  'logits_fake': "discriminator's mean logit, generated",
+  'discriminator_loss': "discriminator's loss",
+  'adversarial_ramp': 'r(t), weight of the adversarial loss',
+}
 _SPLITS = {'train': '-', 'validation': '.:'}
 
 
@@ -72,12 +79,25 @@ def code_usage(by_method) -> Figure:
 def curves(by_method) -> Figure:
   """Metrics over the steps: mean over the seeds, band from least to greatest.
 
+  Those of the objective are drawn where some run has them.
+
   Args:
     by_method: for each seed the records of metrics.jsonl.
   """
-  figure = Figure(figsize=(10.5, 6), layout='constrained')
-  axes = figure.subplots(2, 2).flat
-  for ax, (metric, title) in zip(axes, _PANELS.items(), strict=True):
+  logged = {
+    n for seeds in by_method.values() for run in seeds for r in run for n in r
+  }
+  panels = _PANELS | {
+    metric: title
+    for metric, title in _OBJECTIVE_PANELS.items()
+    if f'train/{metric}' in logged
+  }
+  rows = -(-len(panels) // 2)
+  figure = Figure(figsize=(10.5, 3 * rows), layout='constrained')
+  axes = figure.subplots(rows, 2).flat
+  for ax in axes[len(panels) :]:
+    ax.remove()
+  for ax, (metric, title) in zip(axes, panels.items(), strict=False):
     for i, seeds in enumerate(by_method.values()):
       for split, style in _SPLITS.items():
         runs = [_series(records, f'{split}/{metric}') for records in seeds]

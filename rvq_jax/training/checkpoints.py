@@ -276,8 +276,10 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
   model = dict(state.variables)
   if state.averages is not None:
     model['averages'] = state.averages
-  names = ('step', 'nonfinite_streak', 'opt_state')
-  return {'model': model, 'optimizer': {n: getattr(state, n) for n in names}}
+  names = ('step', 'nonfinite_streak', 'opt_state', 'discriminator')
+  rest = {name: getattr(state, name) for name in names}
+  rest = {name: item for name, item in rest.items() if item is not None}
+  return {'model': model, 'optimizer': rest}
 
 
 def _json_digest(meta: dict[str, Any]) -> str:

@@ -68,12 +68,18 @@ FIELDS = {
   'model.activation': Field(str, choices=tuple(ACTIVATIONS)),
   'model.quantize_after': Field(int, 0, _INT32),
   **{f'model.{name}': base.FIELDS[name] for name in _QUANTIZER},
+  'objective.pixel': Field(str, choices=('mse', 'l1')),
+  'objective.perceptual_weight': Field(float, 0),
+  'objective.adversarial_weight': Field(float, 0),
+  'objective.lecam_weight': Field(float, 0),
+  'objective.discriminator_learning_rate': Field(float, 0),
   'optimizer.learning_rate': Field(float, 0),
   'optimizer.codebook_learning_rate': Field(float, 0, optional=True),
   'optimizer.weight_decay': Field(float, 0),
   'optimizer.schedule': Field(str, choices=SCHEDULES),
   'optimizer.warmup_steps': Field(int, 0, _INT32),
   'optimizer.clip_norm': Field(float, 0),
+  'optimizer.b2': Field(float, 0, 0.9999999),
   'optimizer.params_ema': Field(float, 0, 0.9999999),
 }
 RESUMABLE = {
@@ -150,6 +156,14 @@ def _check_together(flat):
   if flat['model.quantize_after']:
     _check_late_quantization(flat)
   _check_estimator(flat)
+  if flat['objective.perceptual_weight']:
+    from rvq_jax.models.lpips import MIN_SIDE
+
+    if size < MIN_SIDE:
+      raise ValueError(
+        f'config.data.image_size: expected at least {MIN_SIDE} with '
+        f'objective.perceptual_weight above 0, got {size}'
+      )
   if flat['data.in_memory'] == 'yes' and flat['data.crop'] != 'none':
     raise ValueError(
       "config.data.in_memory: expected 'auto' or 'no' with data.crop = "

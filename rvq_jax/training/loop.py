@@ -219,7 +219,7 @@ def _stop_if_not_finite(state, step, window):
   streak = int(state.nonfinite_streak)
   if streak < MAX_NONFINITE_STREAK:
     return
-  what = 'the running statistics of BatchNorm or the codebook overflowed'
+  what = 'statistics of BatchNorm, the codebook or the discriminator overflowed'
   for name in ('grad_norm', 'loss'):
     values = [w[name] for w in window if not np.isfinite(w[name])]
     if values:

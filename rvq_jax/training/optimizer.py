@@ -55,21 +55,25 @@ def make_optimizer(
   *,
   weight_decay: float = 0.01,
   clip_norm: float = 0.0,
+  b2: float = 0.999,
   freeze_codes: bool = False,
   quantizer_scale: float = 1.0,
 ) -> optax.GradientTransformation:
-  """AdamW (beta 0.9, 0.999) with decay on kernels only.
+  """AdamW (beta 0.9, b2) with decay on kernels only.
 
   Args:
     schedule: step -> learning rate.
     weight_decay: decoupled weight decay.
     clip_norm: upper bound of the global gradient norm; 0 does not clip.
+    b2: decay of the second moment.
     freeze_codes: learned codes (parameters called 'embedding') stay as they
       are, which a gradient of 0 does not ensure: Adam has momentum.
     quantizer_scale: learning rate of the quantizer's parameters (those under
       'vq'), as a multiple of that of all others.
   """
-  adamw = optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask)
+  adamw = optax.adamw(
+    schedule, b2=b2, weight_decay=weight_decay, mask=decay_mask
+  )
   if clip_norm > 0:
     adamw = optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
 

@@ -13,6 +13,7 @@ from rvq_jax.data.images import to_float
 from rvq_jax.training import config as config_lib
 from rvq_jax.training import sharding
 from rvq_jax.training.checkpoints import Checkpoints
+from rvq_jax.training.objective import Objective
 from rvq_jax.training.optimizer import make_optimizer, make_schedule
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step
@@ -54,6 +55,8 @@ class Run:
   Attributes:
     config: the checked flat config.
     init: key -> the first state, jitted.
+    objective: the losses other than the quantizer's.
+    lpips_weights: on all devices, or None.
     template: shapes and shardings of the state.
     train_step: (step, state, {'image': ...}) -> (state, metrics), jitted;
       step counts from 1, and the state is donated.
@@ -87,8 +90,32 @@ class Run:
         f'config.model.quantize_after: expected less than the {self.num_steps} '
         f'steps of the run, got {self.config["model.quantize_after"]}'
       )
+    self.objective = self._objective()
+    self.lpips_weights = None
+    if self.objective.perceptual_weight:
+      from rvq_jax.models import lpips_weights
+
+      self.lpips_weights = sharding.replicate(lpips_weights.load(), self.mesh)
     self.key = jax.random.key(self.config['seed'])
     self._build_steps()
+
+  def _objective(self) -> Objective:
+    own = {
+      name.removeprefix('objective.'): value
+      for name, value in self.config.items()
+      if name.startswith('objective.')
+    }
+    objective = Objective(
+      num_steps=self.num_steps, dtype=self.model.dtype, **own
+    )
+    late = self.config['model.quantize_after']
+    if objective.adversarial_weight and late > objective.discriminator_start:
+      raise ValueError(
+        'config.model.quantize_after: expected at most '
+        f'{objective.discriminator_start}, the steps before the discriminator '
+        f'learns to tell quantized images from real ones, got {late}'
+      )
+    return objective
 
   def _train_loader(self):
     config, in_memory = self.config, {'auto': 'auto', 'yes': True, 'no': False}
@@ -118,6 +145,7 @@ class Run:
       self.schedule,
       weight_decay=config['optimizer.weight_decay'],
       clip_norm=config['optimizer.clip_norm'],
+      b2=config['optimizer.b2'],
       freeze_codes=self.model.quantizer.get('freeze', False),
       quantizer_scale=_quantizer_scale(config),
     )
@@ -130,11 +158,15 @@ class Run:
         image_size=config['data.image_size'],
         batch_size=config['batch_size'] // config['accumulate_steps'],
         params_ema=config['optimizer.params_ema'] > 0,
+        discriminator=self.objective.init_discriminator(
+          jax.random.fold_in(key, 1), config['data.image_size']
+        ),
       )
 
     # The seed is an argument, so that runs that differ in it alone share one
-    # program in the compilation cache.
-    def train_step(state, batch, seed, quantize):
+    # program in the compilation cache; the weights of LPIPS, so that no program
+    # holds a copy.
+    def train_step(state, batch, seed, lpips_weights, quantize, adversarial):
       return make_train_step(
         self.model,
         optimizer,
@@ -143,7 +175,9 @@ class Run:
         params_ema_decay=config['optimizer.params_ema'],
         accumulate_steps=config['accumulate_steps'],
         quantize=quantize,
-      )(state, batch)
+        objective=self.objective,
+        adversarial=adversarial,
+      )(state, batch, lpips_weights)
 
     def reconstruct(variables, images, quantize):
       images = to_float(images)
@@ -160,14 +194,15 @@ class Run:
     )
     step = jax.jit(
       train_step,
-      in_shardings=(everywhere, rows, everywhere),
+      in_shardings=(everywhere, rows, everywhere, everywhere),
       out_shardings=everywhere,
-      static_argnums=3,
+      static_argnums=(4, 5),
       donate_argnums=0,
     )
     seed = np.int32(config['seed'])
     self.train_step = lambda i, state, batch: step(
-      state, batch, seed, self.quantizes(i)
+      *(state, batch, seed, self.lpips_weights),
+      *(self.quantizes(i), self.judges(i)),
     )
     self.eval_step, self.autoencoder_step = (
       jax.jit(
@@ -184,6 +219,11 @@ class Run:
   def quantizes(self, step: int) -> bool:
     """Whether step number `step`, from 1, quantizes the latents."""
     return step > self.config['model.quantize_after']
+
+  def judges(self, step: int) -> bool:
+    """Whether step number `step`, from 1, updates the discriminator."""
+    own = self.objective
+    return own.adversarial_weight > 0 and step > own.discriminator_start
 
   def start(self, checkpoints: Checkpoints):
     """The state to start from; the loader is set to the batch after it."""

@@ -21,6 +21,8 @@ class TrainState:
       The running statistics of `params` are not those of averaged parameters.
     nonfinite_streak: steps skipped in a row because loss or gradient was not
       finite, int32.
+    discriminator: its params and opt_state, and LeCAM's averages logits_real
+      and logits_fake; None without an adversarial loss.
   """
 
   step: jax.Array
@@ -30,6 +32,7 @@ class TrainState:
   opt_state: Any
   averages: dict[str, Any] | None
   nonfinite_streak: jax.Array
+  discriminator: dict[str, Any] | None = None
 
   @property
   def variables(self) -> dict[str, Any]:
@@ -54,6 +57,7 @@ def create_state(
   image_size: int,
   batch_size: int,
   params_ema: bool = False,
+  discriminator: dict[str, Any] | None = None,
 ) -> TrainState:
   """The state before the first step.
 
@@ -68,6 +72,7 @@ def create_state(
     batch_size: images of a forward pass, over all devices: codes of
       `init_from='normal'` start with the count that they expect in it.
     params_ema: keep moving averages of the parameters and batch statistics.
+    discriminator: from `Objective.init_discriminator`.
   """
   shape = (batch_size, image_size, image_size, 3)
   variables = model.init(key, jnp.zeros(shape, jnp.float32), train=True)
@@ -81,4 +86,5 @@ def create_state(
     opt_state=optimizer.init(params),
     averages=jax.tree.map(jnp.copy, averaged) if params_ema else None,
     nonfinite_streak=jnp.zeros((), jnp.int32),
+    discriminator=discriminator,
   )

@@ -5,6 +5,7 @@ global), and under `pmap` and `shard_map` (axis_name given to the step and to
 the model: each device holds its share of the batch).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import optax
 
 from rvq_jax.data.images import prepare_images, random_flip
 from rvq_jax.metrics import diversity
+from rvq_jax.training.objective import MSE, Objective
 from rvq_jax.training.optimizer import set_step
 from rvq_jax.training.state import TrainState
 
@@ -25,7 +27,7 @@ class Pass(NamedTuple):
   """What a forward and backward pass over a batch gives."""
 
   loss: jax.Array  # float32 scalar of the global batch
-  grads: Any  # of `loss` with respect to the parameters
+  grads: tuple[Any, Any]  # of the parameters, and of D's parameters or None
   metrics: dict[str, jax.Array]  # float32 scalars of this device's batch
   counts: jax.Array | None  # of codes in the global batch, [K] or [L, K]
   updates: dict[str, Any]  # batch_stats and codebook after the pass
@@ -40,17 +42,20 @@ def make_train_step(
   params_ema_decay: float = 0.0,
   accumulate_steps: int = 1,
   quantize: bool = True,
+  objective: Objective = MSE,
+  adversarial: bool = False,
   axis_name=None,
 ):
-  """Builds `train_step(state, batch) -> (state, metrics)`.
+  """Builds `train_step(state, batch, lpips_weights=None)`.
 
-  One step minimises MSE(reconstruction, image) on [-1, 1] plus the quantizer's
-  loss (paper eq. 5). Randomness depends on (seed, step) and on an image's index
-  in the global batch alone, so any number of devices takes the same step. If
-  the loss, the gradient, the new statistics or the new codebook are not finite,
-  the whole state stays as it was but for `step`, which the schedule of the
-  learning rate follows, and `nonfinite_streak`; after
-  ten such steps in a row so it does in every step.
+  One step minimises the objective, by default MSE(reconstruction, image) on
+  [-1, 1], plus the quantizer's loss (paper eq. 5). Randomness depends on
+  (seed, step) and on an image's index in the global batch alone, so any number
+  of devices takes the same step. If the loss, the gradient, the new statistics,
+  the new codebook or the new discriminator are not finite, the whole state
+  stays as it was but for `step`, which the schedule of the learning rate
+  follows, and `nonfinite_streak`; after ten such steps in a row so it does in
+  every step.
 
   Args:
     model: a `VQVAE`, made with the same axis_name.
@@ -62,26 +67,34 @@ def make_train_step(
     quantize: False: the latents pass on unchanged, and the codebook with its
       losses and metrics stays out of the step ("Continuous First, Discrete
       Later", arXiv:2605.06870).
+    objective: the losses other than the quantizer's.
+    adversarial: the state's discriminator judges the reconstructions, and is
+      then updated by the same images and reconstructions.
     axis_name: mapped axis under `pmap` or `shard_map`; None under `jit`.
 
   Returns:
-    A function of a `TrainState` and {'image': [B, h, w, 3] uint8, or float in
-    [-1, 1]} that returns the next state and metrics: float32 scalars of the
-    global batch, and 'counts' [K] (None without quantization).
+    A function of a `TrainState`, {'image': [B, h, w, 3] uint8, or float in
+    [-1, 1]} and, with a perceptual loss, the weights of LPIPS that returns the
+    next state and metrics: float32 scalars of the global batch, and 'counts'
+    [K] (None without quantization).
   """
 
-  def train_step(state: TrainState, batch):
+  def train_step(state: TrainState, batch, lpips_weights=None):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     flip_key, codebook_key = jax.random.split(key)
     images = batch['image']
     if flip:
       images = random_flip(flip_key, images, axis_name=axis_name)
-    run_pass = _forward_backward(model, state.params, axis_name, quantize)
+    judge = state.discriminator if adversarial else None
+    run_pass = _forward_backward(
+      model, state, judge, objective, lpips_weights, axis_name, quantize
+    )
     if accumulate_steps > 1:
-      run_pass = _accumulate(run_pass, accumulate_steps)
+      run_pass = _accumulate(run_pass, judge, accumulate_steps)
     result = run_pass(state.variables, images, codebook_key)
 
-    grads = _mean(result.grads, axis_name)
+    grads, judge_grads = _mean(result.grads, axis_name)
+    metrics = _mean(result.metrics, axis_name)
     grad_norm = optax.tree.norm(grads)
     opt_state = set_step(state.opt_state, state.step)
     steps, opt_state = optimizer.update(grads, opt_state, state.params)
@@ -89,27 +102,23 @@ def make_train_step(
       'params': optax.apply_updates(state.params, steps),
       'batch_stats': result.updates.get('batch_stats', {}),
     }
-    averages = state.averages
-    if averages is not None:
-      averages = optax.incremental_update(
-        averaged, averages, 1 - params_ema_decay
-      )
     proposed = state.replace(
       **averaged,
       codebook=result.updates.get('codebook', state.codebook),
       opt_state=opt_state,
-      averages=averages,
+      averages=_average(state.averages, averaged, params_ema_decay),
+      discriminator=objective.update(state.discriminator, judge_grads, metrics),
     )
     finite = jnp.isfinite(result.loss) & jnp.isfinite(grad_norm)
     # A variance that overflows divides to zero: loss and gradient stay finite.
-    finite &= _all_finite((proposed.batch_stats, proposed.codebook))
-    finite &= state.nonfinite_streak < MAX_NONFINITE_STREAK
-    new = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), proposed, state
+    finite &= _all_finite(
+      (proposed.batch_stats, proposed.codebook, proposed.discriminator)
     )
+    finite &= state.nonfinite_streak < MAX_NONFINITE_STREAK
+    new = jax.tree.map(functools.partial(jnp.where, finite), proposed, state)
     streak = jnp.where(finite, 0, state.nonfinite_streak + 1)
     new = new.replace(step=state.step + 1, nonfinite_streak=streak)
-    return new, _mean(result.metrics, axis_name) | {
+    return new, metrics | {
       'loss': result.loss,
       'grad_norm': grad_norm,
       'skipped': 1.0 - finite.astype(jnp.float32),
@@ -120,7 +129,7 @@ def make_train_step(
 
 
 def _forward_backward(
-  model, params, axis_name, quantize: bool
+  model, state, judge, objective, lpips_weights, axis_name, quantize: bool
 ) -> Callable[..., Pass]:
   """A function (variables, images, key) -> `Pass`."""
 
@@ -138,24 +147,34 @@ def _forward_backward(
       )
       quantizer = out.quantizer if quantize else None
       made = out.reconstruction if quantize else out
-      error = jnp.mean((made - images) ** 2)
-      loss = error + quantizer.loss if quantize else error
+      loss, metrics = objective.generator_loss(
+        images, made, state.step, judge, lpips_weights
+      )
+      if quantize:
+        loss += quantizer.loss
       # The mean over devices is taken of the loss, not of the gradient alone:
       # under shard_map the gradient of a replicated parameter is a sum.
-      return _mean(loss, axis_name), (error, quantizer, updates)
+      return _mean(loss, axis_name), (metrics, made, quantizer, updates)
 
-    (loss, (error, quantizer, updates)), grads = jax.value_and_grad(
+    def judge_loss_fn(params):
+      loss, metrics = objective.discriminator_loss(params, images, made, judge)
+      return _mean(loss, axis_name), metrics
+
+    (loss, (metrics, made, quantizer, updates)), grads = jax.value_and_grad(
       loss_fn, has_aux=True
-    )(params)
-    metrics, counts = {'mse': error}, None
+    )(state.params)
+    counts, judge_grads = None, None
     if quantize:
       metrics, counts = quantizer.metrics | metrics, quantizer.counts
-    return Pass(loss, grads, metrics, counts, updates)
+    if judge is not None:
+      judge_grads, more = jax.grad(judge_loss_fn, has_aux=True)(judge['params'])
+      metrics |= more
+    return Pass(loss, (grads, judge_grads), metrics, counts, updates)
 
   return forward_backward
 
 
-def _accumulate(forward_backward, steps: int) -> Callable[..., Pass]:
+def _accumulate(forward_backward, judge, steps: int) -> Callable[..., Pass]:
   """The pass of a batch as S passes of microbatches, at the memory of one.
 
   Gradients, loss and metrics are averaged, counts are summed. Each microbatch
@@ -167,6 +186,7 @@ def _accumulate(forward_backward, steps: int) -> Callable[..., Pass]:
   """
 
   def accumulated(variables, images, key):
+
     def body(carry, microbatch):
       variables, grads = carry
       result = forward_backward(variables, *microbatch)
@@ -175,7 +195,8 @@ def _accumulate(forward_backward, steps: int) -> Callable[..., Pass]:
       return carry, result._replace(grads=None, updates=None)
 
     parts = images.reshape(-1, steps, *images.shape[1:]).swapaxes(0, 1)
-    zeros = jax.tree.map(jnp.zeros_like, variables['params'])
+    trained = variables['params'], judge and judge['params']
+    zeros = jax.tree.map(jnp.zeros_like, trained)
     (variables, grads), results = jax.lax.scan(
       body, (variables, zeros), (parts, jax.random.split(key, steps))
     )
@@ -193,6 +214,12 @@ def _accumulate(forward_backward, steps: int) -> Callable[..., Pass]:
     )
 
   return accumulated
+
+
+def _average(averages, new, decay):
+  if averages is None:
+    return None
+  return optax.incremental_update(new, averages, 1 - decay)
 
 
 def _mean(tree, axis_name):

@@ -212,7 +212,8 @@ class Progress:
     per_step = seconds / max(step - self._step, 1)
     self._step, self._since = step, now
     speed, wait = self._batch_size / per_step, min(waited / seconds, 1.0)
-    parts = [f'{n} {scalars[n]:.4f}' for n in ('loss', 'mse') if n in scalars]
+    names = ('loss', 'mse', 'lpips', 'discriminator_loss')
+    parts = [f'{n} {scalars[n]:.4f}' for n in names if n in scalars]
     if 'usage' in scalars:
       parts.append(f'usage {scalars["usage"]:.1%}')
       parts.append(f'perplexity {scalars["perplexity"]:.0f}')

@@ -43,6 +43,20 @@ def test_curves_show_mean_and_band_of_the_seeds():
   assert {(1, 1), (1, 3), (2, 2), (2, 6)} <= {*map(tuple, band)}
 
 
+def test_curves_show_the_objective_where_it_was_logged():
+  names = ('lpips', 'logits_real', 'logits_fake', 'discriminator_loss')
+  names += ('adversarial_ramp',)
+  records = [
+    {'step': s} | {f'train/{n}': s * (i + 2) for i, n in enumerate(names)}
+    for s in (1, 2)
+  ]
+  plain = [{'step': 1, 'train/mse': 0.5}]
+  assert len(figures.curves({'mse': [plain]}).axes) == 4
+  axes = figures.curves({'mse': [plain], 'both': [records]}).axes
+  drawn = [lines(ax)[1, 2] for ax in axes[4:] if (1, 2) in lines(ax)]
+  assert drawn == [[i + 2, 2 * (i + 2)] for i in range(5)]
+
+
 def test_a_metric_of_zero_is_drawn():
   records = [{'step': s, 'train/usage': 0.0} for s in (1, 2)]
   figure = figures.curves({'ours': [records]})

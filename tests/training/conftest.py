@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rvq_jax.models import lpips, lpips_weights
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.optimizer import make_optimizer, make_schedule
@@ -138,6 +140,39 @@ def _make_step(flat, model, **options):
   )()
   options = {'flip': False, 'params_ema_decay': average} | options
   return state, jax.jit(make_train_step(model, optimizer, **options))
+
+
+@pytest.fixture(scope='session')
+def run_until():
+  """Returns a function that trains as far as a step, as a signal would end."""
+  return _run_until
+
+
+def _run_until(config, workdir, step):
+  seen = iter(range(1, 100))
+
+  def agreed(self, ask):
+    if next(seen) == step:
+      self.exit_code = 143
+    return self.exit_code is not None
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.StopSignal, 'agreed', agreed)
+    with pytest.raises(SystemExit):
+      loop.train(config, workdir)
+
+
+@pytest.fixture(scope='session')
+def lpips_stand_in():
+  """LPIPS without its 58 MB of weights: a squared error with one weight."""
+
+  def distance(weights, x, y, *, dtype=None):
+    return weights['scale'] * jnp.mean((x - y) ** 2, axis=(1, 2, 3))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(lpips, 'distance', distance)
+    patch.setattr(lpips_weights, 'load', lambda: {'scale': np.float32(2.0)})
+    yield
 
 
 def process_environment() -> dict[str, str]:

@@ -23,6 +23,7 @@ def changed(config, name, value):
   [
     *(('photos',), ('cifar10',), ('cifar10', 'f4'), ('imagenet',)),
     *(('cifar10', 'best'), ('cifar10', 'f4,best'), ('imagenet', 'best')),
+    *(('photos_vqgan',), ('imagenet_vqgan',)),
   ],
 )
 def test_shipped_configs_are_valid_and_build(load_config, name):
@@ -75,6 +76,8 @@ def test_best_variants_differ_in_method_alone(load_config, paper, best):
     ('optimizer.learning_rate', float('inf'), 'a finite number'),
     ('optimizer.learning_rate', '1e-3', 'a number'),
     ('optimizer.params_ema', 1.0, 'optimizer.params_ema'),
+    ('objective.pixel', 'l2', 'one of mse, l1'),
+    ('objective.perceptual_weight', -1.0, 'objective.perceptual_weight'),
     ('batch_size', 0, 'at least 1'),
     ('num_steps', 0, 'at least 1'),
     ('seed', -1, 'seed'),
@@ -106,8 +109,10 @@ LIMITS = {
   (1e-30, None): 'model.max_scale',
   (0.0, None): 'model.commitment_weight model.codebook_weight model.kl_weight '
   'model.dead_code_threshold optimizer.learning_rate optimizer.weight_decay '
-  'optimizer.clip_norm',
-  (0.0, 0.9999999): 'optimizer.params_ema',
+  'optimizer.clip_norm objective.perceptual_weight '
+  'objective.adversarial_weight objective.lecam_weight '
+  'objective.discriminator_learning_rate',
+  (0.0, 0.9999999): 'optimizer.params_ema optimizer.b2',
 }
 
 
@@ -144,6 +149,15 @@ def test_a_missing_field_is_named(load_config):
     config_lib.check_config(config)
 
 
+def test_a_perceptual_loss_of_small_images_is_refused(load_config):
+  config = load_config('cifar10')
+  config.objective.perceptual_weight = 1.0
+  config_lib.check_config(config)  # 32 pixels
+  config.data.image_size = 24
+  with pytest.raises(ValueError, match='image_size: expected at least 32'):
+    config_lib.check_config(config)
+
+
 def test_a_set_in_memory_cannot_be_cropped_at_random(load_config):
   config = load_config('imagenet')
   config.data.in_memory = 'yes'
@@ -164,11 +178,13 @@ def test_resume_allows_length_and_logging_and_nothing_else(load_config):
   for name, value in (('num_steps', 7), ('log_every', 3), ('num_epochs', 1)):
     config_lib.check_resume(old | {name: value}, old)
   differs = old | {'model.codebook_size': 512, 'data.split': 'official'}
+  differs['objective.pixel'] = 'l1'
   with pytest.raises(ValueError) as caught:
     config_lib.check_resume(differs, old)
   message = str(caught.value)
   assert 'config.model.codebook_size: checkpoint 16384, now 512' in message
   assert "config.data.split: checkpoint 'paper', now 'official'" in message
+  assert "config.objective.pixel: checkpoint 'mse', now 'l1'" in message
 
 
 def test_flat_config_survives_json(load_config):

@@ -51,6 +51,11 @@ NEEDS = {
   'codebook_weight': {'ema': False},
   'optimizer.codebook_learning_rate': {'model.ema': False},
   'accumulate_steps': {'batch_size': 16},  # for 8 devices
+  'objective.perceptual_weight': {'data.image_size': 32},
+  'objective.lecam_weight': {'objective.adversarial_weight': 0.5},
+  'objective.discriminator_learning_rate': {
+    'objective.adversarial_weight': 0.5
+  },
 }
 CANNOT = {('residual', 'cosine')}
 OF_STEP = {'quantize_after'}  # see test_quantize_after.py
@@ -206,13 +211,14 @@ def test_every_field_of_a_model_belongs_to_some_part():
 
 
 @pytest.fixture(scope='module')
-def run_program(make_step_config):
+def run_program(make_step_config, lpips_stand_in):
   """Returns a function of fields: the program of a run's train step."""
 
   @functools.cache
   def program(items):
     run = Run(make_step_config(dict(items)))
-    images = jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.uint8)
+    side = run.config['data.image_size']
+    images = jax.ShapeDtypeStruct((8, side, side, 3), jnp.uint8)
     state = jax.eval_shape(run.init, run.key)
     step = functools.partial(run.train_step, 1)
     return str(jax.make_jaxpr(step)(state, {'image': images}))
@@ -229,7 +235,13 @@ def run_program(make_step_config):
     ('optimizer.schedule', 'constant'),
     ('optimizer.warmup_steps', 2),
     ('optimizer.clip_norm', 0.5),
+    ('optimizer.b2', 0.5),
     ('optimizer.params_ema', 0.5),
+    ('objective.pixel', 'l1'),
+    ('objective.perceptual_weight', 0.5),
+    ('objective.adversarial_weight', 0.5),
+    ('objective.lecam_weight', 0.5),
+    ('objective.discriminator_learning_rate', 0.5),
     ('data.flip', False),
     ('seed', 1),
     ('accumulate_steps', 2),
@@ -242,10 +254,11 @@ def test_a_field_changes_the_train_step_of_a_run(field, value, run_program):
   assert run_program(fields=base | {field: value}) != run_program(fields=base)
 
 
-def test_every_field_of_the_optimizer_has_a_case():
+def test_every_field_of_optimizer_and_objective_has_a_case():
   mark = test_a_field_changes_the_train_step_of_a_run.pytestmark[0]
   tried = {field for field, _ in mark.args[1]}
-  assert {f for f in FIELDS if f.startswith('optimizer.')} <= tried
+  groups = ('optimizer.', 'objective.')
+  assert {f for f in FIELDS if f.startswith(groups)} <= tried
 
 
 def test_the_seed_chooses_parameters_and_order(make_step_config):

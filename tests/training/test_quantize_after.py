@@ -95,7 +95,7 @@ def test_a_run_reports_the_autoencoder_then_the_codes(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_resumed_before_the_switch_ends_in_the_same_bits(
-  config, tmp_path, final_bits
+  config, tmp_path, final_bits, run_until
 ):
   loop.train(config, tmp_path / 'whole')
   whole = final_bits(config, tmp_path / 'whole')
@@ -103,21 +103,6 @@ def test_a_run_resumed_before_the_switch_ends_in_the_same_bits(
   run_until(config, stopped, 2)
   loop.train(config, stopped)
   assert final_bits(config, stopped) == whole
-
-
-def run_until(config, workdir, step):
-  """Trains as far as `step`, as a signal would end it."""
-  seen = iter(range(1, 100))
-
-  def agreed(self, ask):
-    if next(seen) == step:
-      self.exit_code = 143
-    return self.exit_code is not None
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.StopSignal, 'agreed', agreed)
-    with pytest.raises(SystemExit):
-      loop.train(config, workdir)
 
 
 @pytest.mark.parametrize(

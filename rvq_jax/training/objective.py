@@ -1,0 +1,179 @@
+"""What the model minimises, and what the discriminator D minimises.
+
+For images x, reconstructions y and t steps taken,
+
+  L_G = pixel(x, y) + w_p LPIPS(x, y) + r(t) w_a mean softplus(-D(y))
+  L_D = (mean softplus(-D(x)) + mean softplus(D(y))) / 2 + w_l LeCAM
+
+and the quantizer's loss is added to L_G. The weights are fixed. D learns for w
+steps before its loss counts: with s = num_steps / 3 and w = min(2000,
+num_steps / 10) it is updated from step s - w on, and r(t) = clip((t - s) / w,
+0, 1). All losses are float32.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rvq_jax.models.discriminator import Discriminator
+
+AVERAGES_DECAY = 0.999
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """Losses and their weights; D and its update.
+
+  Attributes:
+    pixel: 'mse' or 'l1'.
+    perceptual_weight: w_p of LPIPS by VGG16.
+    adversarial_weight: w_a; 0: there is no D.
+    lecam_weight: w_l.
+    discriminator_learning_rate: of Adam (0.9, 0.95), constant.
+    num_steps: of the run.
+    dtype: compute dtype of D and of LPIPS.
+  """
+
+  pixel: str = 'mse'
+  perceptual_weight: float = 0.0
+  adversarial_weight: float = 0.0
+  lecam_weight: float = 1e-3
+  discriminator_learning_rate: float = 1e-4
+  num_steps: int = 1
+  dtype: Any = jnp.float32
+
+  @property
+  def start(self) -> int:
+    """s: steps before r(t) rises."""
+    return self.num_steps // 3
+
+  @property
+  def ramp(self) -> int:
+    """w: steps in which r(t) rises from 0 to 1."""
+    return max(min(2000, self.num_steps // 10), 1)
+
+  @property
+  def discriminator_start(self) -> int:
+    """s - w: steps before D is updated."""
+    return max(self.start - self.ramp, 0)
+
+  def adversarial_ramp(self, step: jax.Array) -> jax.Array:
+    """r(t), float32, where `step` steps were taken."""
+    return jnp.clip((step - self.start) / self.ramp, 0.0, 1.0)
+
+  def init_discriminator(self, key: jax.Array, image_size: int):
+    """D's part of the state, or None: params, opt_state, LeCAM's averages."""
+    if not self.adversarial_weight:
+      return None
+    images = jnp.zeros((1, image_size, image_size, 3))
+    params = self._discriminator.init(key, images)['params']
+    return {
+      'params': params,
+      'opt_state': self._optimizer.init(params),
+      'logits_real': jnp.zeros(()),
+      'logits_fake': jnp.zeros(()),
+    }
+
+  def generator_loss(
+    self, x, y, step, discriminator=None, lpips_weights=None
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """L_G without the quantizer's loss, and its parts.
+
+    Args:
+      x: images [B, h, w, 3] in [-1, 1].
+      y: their reconstructions.
+      step: t.
+      discriminator: D's part of the state; None: w_a is 0.
+      lpips_weights: from `rvq_jax.models.lpips_weights.load('vgg')`, where
+        perceptual_weight is above 0.
+    """
+    metrics = {'mse': jnp.mean((y - x) ** 2)}
+    if self.pixel == 'l1':
+      metrics['l1'] = jnp.mean(jnp.abs(y - x))
+    loss = metrics[self.pixel]
+    if self.perceptual_weight:
+      from rvq_jax.models import lpips
+
+      distances = lpips.distance(lpips_weights, x, y, dtype=self.dtype)
+      metrics['lpips'] = jnp.mean(distances)
+      loss += self.perceptual_weight * metrics['lpips']
+    if discriminator is not None:
+      logits = self._judge(discriminator['params'], y)
+      ramp = self.adversarial_ramp(step)
+      metrics['adversarial_ramp'] = ramp
+      metrics['adversarial_loss'] = jnp.mean(jax.nn.softplus(-logits))
+      loss += ramp * self.adversarial_weight * metrics['adversarial_loss']
+    return loss, metrics
+
+  def discriminator_loss(self, params, x, y, averages):
+    """L_D, and its parts; 'discriminator_loss' is without LeCAM.
+
+    Args:
+      params: of D.
+      x: images [B, h, w, 3] in [-1, 1].
+      y: their reconstructions.
+      averages: D's part of the state.
+    """
+    real, fake = self._judge(params, x), self._judge(params, y)
+    loss = jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))
+    metrics = {
+      'discriminator_loss': loss / 2,
+      'lecam': lecam(
+        real, fake, averages['logits_real'], averages['logits_fake']
+      ),
+      'logits_real': jnp.mean(real),
+      'logits_fake': jnp.mean(fake),
+    }
+    return loss / 2 + self.lecam_weight * metrics['lecam'], metrics
+
+  def update(self, old, grads, metrics):
+    """D's part of the state after one step.
+
+    Args:
+      old: the one before.
+      grads: of L_D with respect to old['params']; None: D stays as it is.
+      metrics: of `discriminator_loss`.
+    """
+    if grads is None:
+      return old
+    steps, opt_state = self._optimizer.update(grads, old['opt_state'])
+    averages = {
+      name: optax.incremental_update(
+        metrics[name], old[name], 1 - AVERAGES_DECAY
+      )
+      for name in ('logits_real', 'logits_fake')
+    }
+    params = optax.apply_updates(old['params'], steps)
+    return {'params': params, 'opt_state': opt_state, **averages}
+
+  @property
+  def _discriminator(self):
+    return Discriminator(dtype=self.dtype)
+
+  @property
+  def _optimizer(self):
+    return optax.adam(self.discriminator_learning_rate, b2=0.95)
+
+  def _judge(self, params, images):
+    return self._discriminator.apply({'params': params}, images)
+
+
+MSE = Objective()
+
+
+def lecam(real, fake, mean_real, mean_fake) -> jax.Array:
+  """LeCAM regularisation (Tseng et al. 2021, arXiv:2104.03310, eq. 7).
+
+  mean relu(D(x) - m_fake)^2 + mean relu(m_real - D(y))^2
+
+  Args:
+    real: D(x), any shape.
+    fake: D(y).
+    mean_real: m_real, moving average of D(x), a scalar.
+    mean_fake: m_fake, that of D(y).
+  """
+  excess = jax.nn.relu(real - mean_fake), jax.nn.relu(mean_real - fake)
+  return sum(jnp.mean(x**2) for x in excess)

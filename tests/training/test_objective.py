@@ -1,0 +1,101 @@
+"""Runs with an objective: what is refused, phases, resume, LPIPS' weights."""
+
+import jax
+import numpy as np
+import pytest
+
+from rvq_jax.models import lpips_weights
+from rvq_jax.training import loop
+from rvq_jax.training.run import Run
+from rvq_jax.training.writers import read_jsonl
+
+pytestmark = pytest.mark.usefixtures('one_device')
+
+
+@pytest.fixture
+def perceptual(tiny_config, lpips_stand_in):
+  tiny_config.data.image_size = 32
+  tiny_config.objective.perceptual_weight = 0.5
+  return tiny_config
+
+
+@pytest.fixture
+def adversarial(tiny_config):
+  """D is updated from step 8 of 30 on, and counts from step 12 on."""
+  tiny_config.num_steps = 30
+  tiny_config.log_every = 1
+  tiny_config.eval_every = tiny_config.checkpoint_every = 0
+  tiny_config.objective.adversarial_weight = 0.5
+  return tiny_config
+
+
+def test_the_weights_of_lpips_are_an_argument_and_not_in_the_state(perceptual):
+  run, leaves = Run(perceptual), {}
+  images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+  _, first = run.train_step(1, run.init(run.key), {'image': images})
+  run.lpips_weights = {'scale': np.float32(6.0)}
+  _, second = run.train_step(1, run.init(run.key), {'image': images})
+  np.testing.assert_allclose(second['lpips'], 3 * first['lpips'], rtol=1e-5)
+  np.testing.assert_allclose(first['lpips'], 2 * first['mse'], rtol=1e-5)
+  want = first['mse'] + 0.5 * first['lpips'] + first['commitment_loss']
+  np.testing.assert_allclose(first['loss'], want, rtol=1e-5)
+  for weight in (0.0, 0.5):
+    perceptual.objective.perceptual_weight = weight
+    leaves[weight] = jax.tree.map(lambda x: x.shape, Run(perceptual).template)
+  assert leaves[0.0] == leaves[0.5]
+
+
+def test_missing_weights_end_the_run_before_it_starts(
+  perceptual, tmp_path, monkeypatch
+):
+  def load():
+    raise ImportError('LPIPS needs its weights')
+
+  monkeypatch.setattr(lpips_weights, 'load', load)
+  with pytest.raises(ImportError, match='needs its weights'):
+    loop.train(perceptual, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_discriminator_of_images_not_quantized_is_refused(adversarial):
+  adversarial.model.quantize_after = 7
+  Run(adversarial)
+  adversarial.model.quantize_after = 8
+  with pytest.raises(ValueError, match='quantize_after: expected at most 7'):
+    Run(adversarial)
+
+
+def test_a_run_judges_from_the_step_that_the_schedule_says(adversarial):
+  run = Run(adversarial)
+  assert [i for i in range(1, 31) if run.judges(i)] == [*range(8, 31)]
+  adversarial.objective.adversarial_weight = 0.0
+  run = Run(adversarial)
+  assert not any(map(run.judges, range(1, 31)))
+  assert run.template.discriminator is None
+
+
+@pytest.mark.slow
+def test_a_run_resumed_in_any_phase_ends_in_the_same_bits(
+  adversarial, tmp_path, final_bits, log_of, run_until
+):
+  whole = tmp_path / 'whole'
+  loop.train(adversarial, whole)
+  want = final_bits(adversarial, whole)
+  assert any('discriminator' in name for name in want)
+  # Before the discriminator's first update, before its loss counts, and inside
+  # the ramp.
+  for step in (6, 9, 12):
+    workdir = tmp_path / f'stopped{step}'
+    run_until(adversarial, workdir, step)
+    loop.train(adversarial, workdir)
+    got = final_bits(adversarial, workdir)
+    assert [name for name in want if got[name] != want[name]] == [], step
+    assert log_of(workdir) == log_of(whole)
+  records = read_jsonl(whole / 'metrics.jsonl')
+  logged = {r['step']: r for r in records if 'train/loss' in r}
+  names = ('discriminator_loss', 'logits_real', 'logits_fake', 'lecam')
+  for step, record in logged.items():
+    found = [f'train/{name}' in record for name in names]
+    assert found == 4 * [step >= 8]
+  ramp = [logged[i]['train/adversarial_ramp'] for i in (11, 12, 13, 14, 30)]
+  np.testing.assert_allclose(ramp, [0, 1 / 3, 2 / 3, 1, 1], rtol=1e-6)
