@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.models import convolutions
 from rvq_jax.models.layers import Norm
 
 
@@ -39,7 +38,6 @@ class Discriminator(nn.Module):
         (2, 2),
         use_bias=i == 0,  # else GroupNorm has one
         dtype=self.dtype,
-        conv_general_dilated=convolutions.convolve,
         name=f'conv{i}',
       )(blur(x) if i else x)
       if i:
