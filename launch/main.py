@@ -48,11 +48,13 @@ def main():
     multihost.initialize(*given, lost_after=_LOST_AFTER.value)
     if not command_line.is_first():
       logging.getLogger().setLevel(logging.WARNING)
-  from rvq_jax.evaluation.evaluate import evaluate_run, format_table
   from rvq_jax.training.loop import train
 
   workdir = Path(_WORKDIR.value or Path('runs') / name)
   train(_CONFIG.value, workdir)
+  # Not before: matplotlib looks for fonts, which takes a second when it is new.
+  from rvq_jax.evaluation.evaluate import evaluate_run, format_table
+
   result = evaluate_run(workdir)
   if command_line.is_first():
     print(format_table(result, f'{name}, test split'))
