@@ -1,11 +1,4 @@
-"""A data set as tokens: a folder of NumPy files that any framework reads.
-
-ids.npy     [N, H, W] or [N, H, W, L], the smallest unsigned integer for K
-labels.npy  int32 [N], -1 without a label
-names.txt   N lines
-meta.json   model, K, factor, source, rows_done, and the skipped rows: images
-            that could not be decoded; their ids are 0
-"""
+"""Encoding a data set: decoding, the model and the files overlap."""
 
 import functools
 import hashlib
@@ -17,24 +10,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from PIL import Image
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rvq_jax.data.decoding import DecodeErrors, decode_ahead
+from rvq_jax.data.decoding import DecodeErrors, decode_ahead, map_ahead
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import resize_and_center_crop
 from rvq_jax.evaluation.tokenizer import Tokenizer
-from rvq_jax.io import explain_full_disk, lock, read_json, write_atomic
+from rvq_jax.io import explain_full_disk, lock, write_atomic
 from rvq_jax.tokens import tiling
-
-META, FORMAT = 'meta.json', 'rvq_jax tokens 1'
-_MAX_META_BYTES = 2**26
-
-
-def batch_size(image_size: int) -> int:
-  """Images per call of the model; fixed, since ids may depend on it."""
-  return max(1, min(256, 2**21 // image_size**2))
+from rvq_jax.tokens.dataset import (
+  FORMAT,
+  META,
+  batch_size,
+  check_new,
+  open_folder,
+)
 
 
 def encode_dataset(
@@ -45,15 +38,18 @@ def encode_dataset(
   image_size: int | None = None,
   about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Writes the tokens of a data set as a folder, on all devices of the host.
+  """Writes the tokens of a data set as a folder, on all devices.
 
   After an interruption, even by SIGKILL, the same call resumes and ends with
-  the same files.
+  the same files. Several processes of `jax.distributed` encode one share of
+  the rows each, and end with the files of a single one; of a share, too, 1 %
+  may be skipped.
 
   Args:
     tokenizer: the model.
     source: N images.
-    folder: new, empty, or of an earlier call with the same arguments.
+    folder: new, empty, or of an earlier call with the same arguments. All
+      processes must see it.
     image_size: side to which images are scaled and center-cropped; None for
       that of training.
     about: what meta.json says of the source; JSON values.
@@ -69,8 +65,7 @@ def encode_dataset(
   folder = Path(folder).resolve()
   size = image_size or tokenizer.config['data.image_size']
   names = '\0'.join(source.identity() or ()).encode('utf-8', 'replace')
-  labels = np.asarray(source.labels, np.int32)
-  shape, dtype = tiling.ids_type(tokenizer, size, size)
+  labels = _labels(source)
   meta = {
     'format': FORMAT,
     'model_hash': tokenizer.model_hash,
@@ -78,28 +73,78 @@ def encode_dataset(
     'factor': tokenizer.factor,
     'num_images': len(source),
     'image_size': size,
-    'grid': list(shape),
+    'grid': list(tiling.ids_type(tokenizer, size, size)[0]),
     'source': dict(about or {}),
     'source_digest': hashlib.sha256(names + labels.tobytes()).hexdigest(),
     'rows_done': 0,
     'skipped': [],
   }
+  encode = _encode_folder if jax.process_count() == 1 else _encode_shares
   with explain_full_disk(folder, 'run the same command again: it resumes'):
-    new = not (folder / META).exists()
-    made = _make_partial(folder) if new else folder
-    # The lock stays with the folder when it is renamed.
-    with lock(made, folder, 'name another output folder'):
-      if new:
-        _create(made, folder, meta, labels, dtype)
-      meta = _resume(folder, meta)
-      _encode_rows(tokenizer, source, folder, meta)
+    return encode(tokenizer, source, folder, meta)
+
+
+def _encode_folder(tokenizer, source, folder, meta) -> dict[str, Any]:
+  """Encodes the rows of a source that a folder lacks."""
+  new = not (folder / META).exists()
+  made = _make_partial(folder) if new else folder
+  # The lock stays with the folder when it is renamed.
+  with lock(made, folder, 'name another output folder'):
+    if new:
+      _create(made, folder, source, meta)
+    meta = _resume(folder, meta)
+    _encode_rows(tokenizer, source, folder, meta)
   return meta
 
 
-def check_new(folder: Path) -> None:
-  """Raises ValueError unless a folder is new or empty."""
-  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-    raise ValueError(f'expected a new or empty output folder, got {folder}')
+def _encode_shares(tokenizer, source, folder, meta) -> dict[str, Any]:
+  """Encodes a source with all processes.
+
+  Each encodes neighbouring batches into a folder beside the output. The first
+  joins these. A folder that a single process began it completes alone.
+  """
+  process, count = jax.process_index(), jax.process_count()
+  batch = batch_size(meta['image_size'])
+  batches = -(-len(source) // batch)
+  starts = [i * batches // count * batch for i in range(count)]
+  shares = {
+    folder.with_name(f'.{folder.name}.{i}of{count}'): rows
+    for i, rows in enumerate(np.split(np.arange(len(source)), starts[1:]))
+  }
+  new = not (folder / META).exists()
+  if new:
+    check_new(folder)
+  part, rows = list(shares.items())[process]
+  if new and len(rows):
+    own = meta | {'num_images': len(rows)}
+    _encode_folder(tokenizer, source.subset(rows), part, own)
+  multihost_utils.sync_global_devices('rvq_jax: shares are encoded')
+  if process == 0:
+    if new:
+      _join(folder, source, meta, {x: r for x, r in shares.items() if len(r)})
+    _encode_folder(tokenizer, source, folder, meta)
+    for part in shares:
+      shutil.rmtree(part, ignore_errors=True)
+  multihost_utils.sync_global_devices('rvq_jax: shares are joined')
+  return open_folder(folder)[0]
+
+
+def _join(folder, source, meta, shares) -> None:
+  """Makes a complete folder of those of the processes."""
+  ids, names, skipped = [], '', []
+  for part, rows in shares.items():
+    found, own, *_ = open_folder(part)
+    ids.append(own)
+    names += (part / 'names.txt').read_text('utf-8')
+    skipped += [x | {'row': x['row'] + int(rows[0])} for x in found['skipped']]
+  meta = meta | {'rows_done': len(source), 'skipped': skipped}
+  partial = _make_partial(folder)
+  with lock(partial, folder, 'name another output folder'):
+    _create(partial, folder, source, meta, ids, names)
+
+
+def _labels(source) -> np.ndarray:
+  return np.asarray(source.labels, np.int32)
 
 
 def _make_partial(folder: Path) -> Path:
@@ -113,13 +158,18 @@ def _make_partial(folder: Path) -> Path:
   return partial
 
 
-def _create(partial, folder, meta, labels, dtype) -> None:
-  """Fills a new folder, whose ids are 0; a failure leaves nothing of it."""
+def _create(partial, folder, source, meta, ids=(), names='') -> None:
+  """Fills a new folder, whose ids are 0 or given; a failure leaves nothing."""
   try:
     shape = (meta['num_images'], *meta['grid'])
+    dtype = np.min_scalar_type(meta['codebook_size'] - 1)
     np.lib.format.open_memmap(partial / 'ids.npy', 'w+', dtype, shape)
-    np.save(partial / 'labels.npy', labels, allow_pickle=False)
-    write_atomic(partial / 'names.txt', '')
+    with open(partial / 'ids.npy', 'r+b') as file:
+      file.seek(-sum(x.nbytes for x in ids), os.SEEK_END)
+      for part in ids:
+        file.write(part)
+    np.save(partial / 'labels.npy', _labels(source), allow_pickle=False)
+    write_atomic(partial / 'names.txt', names)
     write_atomic(partial / META, json.dumps(meta))
     os.rename(partial, folder)
   except OSError:
@@ -129,7 +179,7 @@ def _create(partial, folder, meta, labels, dtype) -> None:
 
 def _resume(folder, wanted) -> dict[str, Any]:
   """Checks the folder of an earlier call; drops what it did not commit."""
-  meta, _, _, names = _open(folder)
+  meta, _, _, names = open_folder(folder)
   for name in wanted:
     if name not in ('rows_done', 'skipped') and meta.get(name) != wanted[name]:
       raise ValueError(
@@ -138,8 +188,9 @@ def _resume(folder, wanted) -> dict[str, Any]:
       )
   for path in folder.glob('.*.partial'):  # of a write that was killed
     path.unlink()
-  names = names[: meta['rows_done']]
-  write_atomic(folder / 'names.txt', ''.join(f'{name}\n' for name in names))
+  done = meta['rows_done']
+  meta['skipped'] = [x for x in meta['skipped'] if x['row'] < done]
+  write_atomic(folder / 'names.txt', ''.join(f'{x}\n' for x in names[:done]))
   return meta
 
 
@@ -159,8 +210,9 @@ class _Skipped(DecodeErrors):
 def _encode_rows(tokenizer, source, folder, meta) -> None:
   """Encodes the rows from rows_done on.
 
-  Ids are written to the file, not through a memory map: on a full disk a
-  write raises, a memory map ends the process by SIGBUS.
+  While a batch is written, the model works on the next one and threads decode
+  two more. Ids are written to the file, not through a memory map: on a full
+  disk a write raises, a memory map ends the process by SIGBUS.
   """
   count, done, size = len(source), meta['rows_done'], meta['image_size']
   batch = batch_size(size)
@@ -169,123 +221,31 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
   rows = decode_ahead(
     source, range(done, count), crop, _Skipped(meta), 2 * batch
   )
+
+  def encode(part):
+    # The last batch is filled up: another shape would compile again.
+    images = np.zeros((batch, size, size, 3), np.uint8)
+    for i, (_, image, _) in enumerate(part):
+      images[i] = 0 if image is None else image
+    ids = tiling.encode_images(tokenizer, images, placement=by_rows)
+    ids = ids[: len(part)]
+    ids[[image is None for _, image, _ in part]] = 0
+    return ids, [name for *_, name in part]
+
+  parts = iter(lambda: list(itertools.islice(rows, batch)), [])
   with (
     tqdm(total=count, initial=done, unit='image', disable=None) as bar,
     open(folder / 'ids.npy', 'r+b') as ids_file,
     open(folder / 'names.txt', 'a', encoding='utf-8') as names_file,
   ):
-    row_bytes = _open(folder)[1][0].nbytes
+    row_bytes = open_folder(folder)[1][0].nbytes
     ids_file.seek((done - count) * row_bytes, os.SEEK_END)
-    while part := list(itertools.islice(rows, batch)):
-      # The last batch is filled up: another shape would compile again.
-      images = np.zeros((batch, size, size, 3), np.uint8)
-      for i, (_, image, _) in enumerate(part):
-        images[i] = 0 if image is None else image
-      ids = tiling.encode_images(tokenizer, images, placement=by_rows)
-      ids = ids[: len(part)]
-      ids[[image is None for _, image, _ in part]] = 0
+    for ids, names in map_ahead(encode, parts, ahead=2, threads=1):
       ids_file.write(ids.tobytes())
-      names_file.writelines(f'{repr(name)[1:-1]}\n' for *_, name in part)
+      names_file.writelines(f'{repr(name)[1:-1]}\n' for name in names)
       for file in (ids_file, names_file):
         file.flush()
         os.fsync(file.fileno())
-      meta['rows_done'] += len(part)
+      meta['rows_done'] += len(ids)
       write_atomic(folder / META, json.dumps(meta))
-      bar.update(len(part))
-
-
-def _open(folder):
-  """Opens and checks a folder: meta, ids (memory-mapped), labels, names."""
-  folder = Path(folder)
-  try:
-    meta = read_json(folder / META, _MAX_META_BYTES) or {}
-    if meta.get('format') != FORMAT:
-      raise ValueError(f'expected {META} of format {FORMAT!r}')
-    ids = np.load(folder / 'ids.npy', mmap_mode='r', allow_pickle=False)
-    labels = np.load(folder / 'labels.npy', allow_pickle=False)
-    names = (folder / 'names.txt').read_text('utf-8').split('\n')[:-1]
-    dtype = np.min_scalar_type(meta['codebook_size'] - 1)
-    expected = dtype, (meta['num_images'], *meta['grid']), np.int32
-    if (ids.dtype, ids.shape, labels.dtype) != expected or not (
-      meta['rows_done'] <= min(len(names), len(ids)) and len(ids) == len(labels)
-    ):
-      raise ValueError(f'{META} does not describe the other files')
-  except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(
-      f'{folder} holds no tokens, or damaged ones: {error}; encode again'
-    ) from error
-  return meta, ids, labels, names
-
-
-class TokenDataset:
-  """A complete folder of tokens with random access, also a Grain source.
-
-  Item i is {'ids': [H, W] or [H, W, L], 'label': int32, 'name': str}.
-
-  Args:
-    folder: that `encode_dataset` wrote.
-
-  Attributes:
-    meta, ids, labels, names: the four files; ids is memory-mapped.
-
-  Raises:
-    ValueError: the folder is incomplete, damaged, or holds something else.
-  """
-
-  def __init__(self, folder):
-    self._folder = folder
-    self.meta, self.ids, self.labels, self.names = _open(folder)
-    if self.meta['rows_done'] != len(self):
-      raise ValueError(
-        f'{folder} has {self.meta["rows_done"]} of {len(self)} rows; run the '
-        'same launch/encode.py again to complete it'
-      )
-
-  def __len__(self):
-    return len(self.ids)
-
-  def __getitem__(self, index) -> dict[str, Any]:
-    ids, size = np.array(self.ids[index]), self.meta['codebook_size']
-    if ids.max() >= size:
-      raise ValueError(
-        f'{self._folder} is damaged: expected ids below {size}, got {ids.max()}'
-      )
-    return {'ids': ids, 'label': self.labels[index], 'name': self.names[index]}
-
-  def __reduce__(self):
-    return TokenDataset, (self._folder,)
-
-  def __repr__(self):
-    return f'TokenDataset({str(self._folder)!r})'
-
-
-def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
-  """Writes the images of a folder of tokens as PNG files, numbered by row.
-
-  Args:
-    tokenizer: the model that made the tokens.
-    folder: of the tokens.
-    output: new or empty folder.
-
-  Returns:
-    The number of images; skipped rows have none.
-
-  Raises:
-    ValueError: the tokens are of another model, or the output is not empty.
-  """
-  dataset, output = TokenDataset(folder), Path(output)
-  tiling.check_model(tokenizer, dataset.meta['model_hash'], folder)
-  check_new(output)
-  size = dataset.meta['image_size']
-  batch, skipped = batch_size(size), {x['row'] for x in dataset.meta['skipped']}
-  with explain_full_disk(output, 'decode to another folder'):
-    output.mkdir(parents=True, exist_ok=True)
-    for start in tqdm(range(0, len(dataset), batch), disable=None):
-      ids = dataset.ids[start : start + batch]
-      # The last batch is filled up: another shape would compile again.
-      filled = np.resize(ids, (batch, *ids.shape[1:]))
-      images = tiling.decode_ids(tokenizer, filled, size, size)
-      for row, image in enumerate(images[: len(ids)], start):
-        if row not in skipped:
-          Image.fromarray(image).save(output / f'{row:08d}.png')
-  return len(dataset) - len(skipped)
+      bar.update(len(ids))

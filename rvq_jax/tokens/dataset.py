@@ -1,0 +1,130 @@
+"""A data set as tokens: a folder of NumPy files that any framework reads.
+
+ids.npy     [N, H, W] or [N, H, W, L], the smallest unsigned integer for K
+labels.npy  int32 [N], -1 without a label
+names.txt   N lines
+meta.json   model, K, factor, source, rows_done, and the skipped rows: images
+            that could not be decoded; their ids are 0
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from rvq_jax.evaluation.tokenizer import Tokenizer
+from rvq_jax.io import explain_full_disk, read_json
+from rvq_jax.tokens import tiling
+
+META, FORMAT = 'meta.json', 'rvq_jax tokens 1'
+_MAX_META_BYTES = 2**26
+
+
+def batch_size(image_size: int) -> int:
+  """Images per call of the model; fixed, since ids may depend on it."""
+  return max(1, min(256, 2**21 // image_size**2))
+
+
+def check_new(folder: Path) -> None:
+  """Raises ValueError unless a folder is new or empty."""
+  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    raise ValueError(f'expected a new or empty output folder, got {folder}')
+
+
+def open_folder(folder):
+  """Opens and checks a folder: meta, ids (memory-mapped), labels, names."""
+  folder = Path(folder)
+  try:
+    meta = read_json(folder / META, _MAX_META_BYTES) or {}
+    if meta.get('format') != FORMAT:
+      raise ValueError(f'expected {META} of format {FORMAT!r}')
+    ids = np.load(folder / 'ids.npy', mmap_mode='r', allow_pickle=False)
+    labels = np.load(folder / 'labels.npy', allow_pickle=False)
+    names = (folder / 'names.txt').read_text('utf-8').split('\n')[:-1]
+    dtype = np.min_scalar_type(meta['codebook_size'] - 1)
+    expected = dtype, (meta['num_images'], *meta['grid']), np.int32
+    if (ids.dtype, ids.shape, labels.dtype) != expected or not (
+      meta['rows_done'] <= min(len(names), len(ids)) and len(ids) == len(labels)
+    ):
+      raise ValueError(f'{META} does not describe the other files')
+  except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f'{folder} holds no tokens, or damaged ones: {error}; encode again'
+    ) from error
+  return meta, ids, labels, names
+
+
+class TokenDataset:
+  """A complete folder of tokens with random access, also a Grain source.
+
+  Item i is {'ids': [H, W] or [H, W, L], 'label': int32, 'name': str}.
+
+  Args:
+    folder: that `encoding.encode_dataset` wrote.
+
+  Attributes:
+    meta, ids, labels, names: the four files; ids is memory-mapped.
+
+  Raises:
+    ValueError: the folder is incomplete, damaged, or holds something else.
+  """
+
+  def __init__(self, folder):
+    self._folder = folder
+    self.meta, self.ids, self.labels, self.names = open_folder(folder)
+    if self.meta['rows_done'] != len(self):
+      raise ValueError(
+        f'{folder} has {self.meta["rows_done"]} of {len(self)} rows; run the '
+        'same launch/encode.py again to complete it'
+      )
+
+  def __len__(self):
+    return len(self.ids)
+
+  def __getitem__(self, index) -> dict[str, Any]:
+    ids, size = np.array(self.ids[index]), self.meta['codebook_size']
+    if ids.max() >= size:
+      raise ValueError(
+        f'{self._folder} is damaged: expected ids below {size}, got {ids.max()}'
+      )
+    return {'ids': ids, 'label': self.labels[index], 'name': self.names[index]}
+
+  def __reduce__(self):
+    return TokenDataset, (self._folder,)
+
+  def __repr__(self):
+    return f'TokenDataset({str(self._folder)!r})'
+
+
+def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
+  """Writes the images of a folder of tokens as PNG files, numbered by row.
+
+  Args:
+    tokenizer: the model that made the tokens.
+    folder: of the tokens.
+    output: new or empty folder.
+
+  Returns:
+    The number of images; skipped rows have none.
+
+  Raises:
+    ValueError: the tokens are of another model, or the output is not empty.
+  """
+  dataset, output = TokenDataset(folder), Path(output)
+  tiling.check_model(tokenizer, dataset.meta['model_hash'], folder)
+  check_new(output)
+  size = dataset.meta['image_size']
+  batch, skipped = batch_size(size), {x['row'] for x in dataset.meta['skipped']}
+  with explain_full_disk(output, 'decode to another folder'):
+    output.mkdir(parents=True, exist_ok=True)
+    for start in tqdm(range(0, len(dataset), batch), disable=None):
+      ids = dataset.ids[start : start + batch]
+      # The last batch is filled up: another shape would compile again.
+      filled = np.resize(ids, (batch, *ids.shape[1:]))
+      images = tiling.decode_ids(tokenizer, filled, size, size)
+      for row, image in enumerate(images[: len(ids)], start):
+        if row not in skipped:
+          Image.fromarray(image).save(output / f'{row:08d}.png')
+  return len(dataset) - len(skipped)
