@@ -119,18 +119,9 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=5)
   options = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
-    sets = {
-      (name, size): source.subset(np.arange(count))
-      for name, size, source, count in (
-        ('JPEGs', 256, input_pipeline.jpegs(folder), options.images),
-        (
-          'crops',
-          64,
-          datasets.open_dataset('photos', split='official').train,
-          min(4000, 4 * options.images),
-        ),
-      )
-    }
+    jpegs = input_pipeline.jpegs(folder).subset(np.arange(options.images))
+    crops = datasets.open_dataset('photos', split='official').train
+    sets = {('JPEGs', 256): jpegs, ('crops', 64): crops}
     print(f'{len(os.sched_getaffinity(0))} cores, {jax.device_count()} devices')
     for (name, size), source in sets.items():
       routes = {'decode': decode} | {

@@ -26,7 +26,7 @@ from rvq_jax.training.validation import (
 GRID_IMAGES = 8
 DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
 RUNS_ONCE = {'xla_backend_optimization_level': 1}
-"""Compiles in a third of the time, to the same bits (docs/scale.md)."""
+"""Compiles in a third of the time, to the same bits on CPU (docs/scale.md)."""
 
 
 def make_deterministic() -> None:
