@@ -17,6 +17,7 @@ MODULES = (
   'rvq_jax',
   'rvq_jax.quantize.base',
   'rvq_jax.tokens.dataset',
+  'rvq_jax.tokens.encoding',
 )
 
 

@@ -5,12 +5,14 @@ python launch/encode.py --workdir=DIR --input=FOLDER|tfds:NAME|photos
   --output=tokens/ [--split=train] [--image_size=N] [--step=N] [--data_dir=DIR]
 
 DIR is a run, an export or hf:OWNER/NAME. An image of any size becomes an .npz
-file, each split of a data set a folder. The same command resumes a data set.
+file, each split of a data set a folder. The same command resumes a data set;
+--multihost shares it among processes, as launch/main.py does a run.
 """
 
 from pathlib import Path
 
 import command_line
+import processes
 from absl import flags
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Run, export or hf:NAME.')
@@ -19,9 +21,7 @@ _INPUT = flags.DEFINE_string('input', None, 'Folder or data set.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the tokens.')
 _SPLIT = flags.DEFINE_string('split', None, 'One split; default: each.')
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Of prepared tfds data.')
-_IMAGE_SIZE = flags.DEFINE_integer(
-  'image_size', None, 'Side to scale and crop to; default: as trained.', 1
-)
+_IMAGE_SIZE = flags.DEFINE_integer('image_size', None, 'Other than trained.', 1)
 
 
 def main(*paths):
@@ -60,9 +60,9 @@ def encode_data_set(step, name):
   """Writes one folder of tokens per split."""
   from rvq_jax.data.datasets import open_images
   from rvq_jax.evaluation.load import load
-  from rvq_jax.tokens.dataset import encode_dataset
+  from rvq_jax.tokens.encoding import encode_dataset
 
-  command_line.prepare_backend()
+  processes.prepare_backend()
   splits = open_images(name, data_dir=_DATA_DIR.value, split=_SPLIT.value)
   tokenizer = load(_WORKDIR.value, step)
   for split, images in splits.items():
@@ -72,7 +72,8 @@ def encode_data_set(step, name):
       tokenizer, images, folder, image_size=_IMAGE_SIZE.value, about=about
     )
     count, skipped = meta['num_images'], len(meta['skipped'])
-    print(f'{folder}: tokens of {count} images, {skipped} of them skipped')
+    if command_line.is_first():
+      print(f'{folder}: tokens of {count} images, {skipped} of them skipped')
 
 
 if __name__ == '__main__':

@@ -58,7 +58,8 @@ from rvq_jax.data import datasets, loaders
 from rvq_jax.evaluation import rate_distortion
 from rvq_jax.metrics import to_uint8
 from rvq_jax.tokens import tiling
-from rvq_jax.tokens.dataset import TokenDataset, encode_dataset
+from rvq_jax.tokens.dataset import TokenDataset
+from rvq_jax.tokens.encoding import encode_dataset
 from rvq_jax.training.loop import train
 
 logging.basicConfig(

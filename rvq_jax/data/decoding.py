@@ -76,6 +76,21 @@ def decode_record(
     ) from error
 
 
+def map_ahead(function, items: Iterable, ahead: int, threads: int) -> Iterator:
+  """map(function, items) in threads, at most `ahead` before the caller."""
+  items, waiting = iter(items), collections.deque()
+  pool = concurrent.futures.ThreadPoolExecutor(threads)
+  try:
+    while True:
+      for item in itertools.islice(items, ahead - len(waiting)):
+        waiting.append(pool.submit(function, item))
+      if not waiting:
+        return
+      yield waiting.popleft().result()
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
 def decode_ahead(
   source: Source, rows: Iterable[int], transform, errors, ahead: int
 ) -> Iterator[tuple[int, np.ndarray | None, str]]:
@@ -83,22 +98,15 @@ def decode_ahead(
 
   Yields (row, image, name); the image is None where it cannot be decoded.
   """
-  rows, waiting = iter(rows), collections.deque()
-  pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-  try:
-    while True:
-      for row in itertools.islice(rows, ahead - len(waiting)):
-        task = pool.submit(decode_record, source, row, transform)
-        waiting.append((row, task))
-      if not waiting:
-        return
-      row, task = waiting.popleft()
-      image, name, reason = task.result()
-      if image is None:
-        errors.add(row, name, reason)
-      yield row, image, name
-  finally:
-    pool.shutdown(cancel_futures=True)
+
+  def decode(row):
+    return row, *decode_record(source, row, transform)
+
+  decoded = map_ahead(decode, rows, ahead, os.cpu_count())
+  for row, image, name, reason in decoded:
+    if image is None:
+      errors.add(row, name, reason)
+    yield row, image, name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,11 @@ class Tokenizer:
   def __init__(self, model: VQVAE, variables, *, config, step: int):
     self.model, self.variables = model, variables
     self.config, self.step = config, step
-    self._encode = jax.jit(functools.partial(model.apply, method='encode'))
+    self._encode = jax.jit(
+      lambda variables, images: model.apply(
+        variables, prepare_images(images), method='encode'
+      )
+    )
     self._decode = jax.jit(functools.partial(model.apply, method='decode'))
 
   @property
@@ -83,17 +87,10 @@ class Tokenizer:
     Raises:
       ValueError: another shape, dtype or range.
     """
-    images = prepare_images(jnp.asarray(images))
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-      raise ValueError(
-        f'expected images as uint8 or float in [-1, 1], got {images.dtype}'
-      )
-    if images.size and not jnp.max(jnp.abs(images)) <= 1.001:
-      raise ValueError(
-        f'expected float images in [-1, 1], got values from {images.min():.4g} '
-        f'to {images.max():.4g}; pass uint8, or x / 127.5 - 1'
-      )
-    return self._encode(self.variables, images.astype(jnp.float32))
+    images = jnp.asarray(images)
+    if images.dtype != jnp.uint8:
+      images = _checked_floats(images)
+    return self._encode(self.variables, images)
 
   def decode(self, ids) -> jax.Array:
     """Images of token ids.
@@ -127,3 +124,17 @@ class Tokenizer:
   def reconstruct(self, images) -> jax.Array:
     """decode(encode(images)); see there."""
     return self.decode(self.encode(images))
+
+
+def _checked_floats(images: jax.Array) -> jax.Array:
+  """Images as float32; refuses other dtypes, and values outside [-1, 1]."""
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise ValueError(
+      f'expected images as uint8 or float in [-1, 1], got {images.dtype}'
+    )
+  if images.size and not jnp.max(jnp.abs(images)) <= 1.001:
+    raise ValueError(
+      f'expected float images in [-1, 1], got values from {images.min():.4g} '
+      f'to {images.max():.4g}; pass uint8, or x / 127.5 - 1'
+    )
+  return images.astype(jnp.float32)

@@ -106,8 +106,9 @@ def test_a_wrong_evaluation_ends_in_one_line_and_exit_code_2(flags, message):
   assert message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_main_trains_evaluates_and_draws(image_folder, tmp_path):
+def test_main_trains_evaluates_and_draws(image_folder, tmp_path, monkeypatch):
   workdir = tmp_path / 'run'
+  monkeypatch.setenv('PYTHONPROFILEIMPORTTIME', '1')
   done = run(
     'main',
     '--config=configs/cifar10.py:f4',
@@ -119,6 +120,8 @@ def test_main_trains_evaluates_and_draws(image_folder, tmp_path):
   assert 'step 3/3' in done.stderr and 'left' in done.stderr
   assert 'perplexity' in done.stdout and str(workdir) in done.stdout
   assert 'Traceback' not in done.stderr
+  # Looking for fonts is not to keep a run from its first step.
+  assert done.stderr.index('matplotlib') > done.stderr.index('step 3/3')
   stored = json.loads((workdir / 'evaluation/test/metrics.json').read_text())
   assert stored['images'] == 11
   assert (workdir / 'evaluation/test/reconstructions.png').exists()

@@ -1,7 +1,9 @@
 """encode, decode and explore as a person runs them: in their own process."""
 
+import concurrent.futures
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +112,28 @@ def test_a_data_set_goes_to_tokens_and_back(tiny_run, image_folder, tmp_path):
   done = run('decode', *flags)
   assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
   assert 'expected a new or empty output folder' in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(tiny_run, image_folder, tmp_path):
+  flags = (f'--workdir={tiny_run}', f'--input={image_folder}', '--split=train')
+  flags += ('--image_size=256',)  # two batches
+  succeed('encode', *flags, f'--output={tmp_path}/one')
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  flags += (f'--output={tmp_path}/two', '--multihost', '--num_processes=2')
+  flags += (f'--coordinator=localhost:{port}',)
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    outs = list(
+      pool.map(lambda i: succeed('encode', *flags, f'--process_id={i}'), [0, 1])
+    )
+  assert ['tokens of 40 images' in out for out in outs] == [True, False]
+  one, two = (
+    {x.name: x.read_bytes() for x in (tmp_path / name / 'train').iterdir()}
+    for name in ('one', 'two')
+  )
+  assert one == two and len(one) == 4
 
 
 @pytest.mark.slow

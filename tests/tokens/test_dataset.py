@@ -1,5 +1,6 @@
 """A data set as a folder of tokens, and back."""
 
+import contextlib
 import fcntl
 import io
 import json
@@ -9,18 +10,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grain
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from PIL import Image
 
 from rvq_jax.data.datasets import open_images
 from rvq_jax.data.transforms import decode_image, resize_and_center_crop
 from rvq_jax.evaluation.tokenizer import Tokenizer
-from rvq_jax.tokens import dataset, tiling
-from rvq_jax.tokens.dataset import TokenDataset, decode_dataset, encode_dataset
+from rvq_jax.tokens import encoding, tiling
+from rvq_jax.tokens.dataset import TokenDataset, decode_dataset
+from rvq_jax.tokens.encoding import encode_dataset
 
 FILES = ['ids.npy', 'labels.npy', 'meta.json', 'names.txt']
 
@@ -48,7 +53,7 @@ def tokens(shared_tokens, make_tokenizer, tmp_path):
 @pytest.fixture
 def small_batches(monkeypatch):
   """Batches of eight images."""
-  monkeypatch.setattr(dataset, 'batch_size', lambda size: 8)
+  monkeypatch.setattr(encoding, 'batch_size', lambda size: 8)
 
 
 @pytest.fixture
@@ -112,7 +117,7 @@ def test_every_device_encodes_an_equal_share(
     return encode(tokenizer, images)
 
   monkeypatch.setattr(Tokenizer, 'encode', seen)
-  monkeypatch.setattr(dataset, 'batch_size', lambda size: batch)
+  monkeypatch.setattr(encoding, 'batch_size', lambda size: batch)
   encode_dataset(make_tokenizer(), source, tmp_path / 'tokens')
   assert shares == [[batch // devices] * devices] * -(-len(source) // batch)
   np.testing.assert_array_equal(
@@ -151,19 +156,84 @@ def test_an_interrupted_encoding_resumes_to_the_same_files(
     encode_dataset(tokenizer, source, folder)
   with pytest.raises(ValueError, match='has 16 of 102 rows; run the same'):
     TokenDataset(folder)
+  before = len(calls)  # the fourth batch may have been begun
   encode_dataset(tokenizer, source, folder)
-  assert len(calls) == 3 + 11  # two of 13 batches are not encoded again
+  assert len(calls) - before == 11  # of 13
   assert content(folder) == content(tmp_path / 'whole')
+
+
+def test_a_batch_is_encoded_while_the_one_before_it_is_written(
+  make_tokenizer, source, tmp_path, monkeypatch, small_batches
+):
+  encode, write, begun = tiling.encode_images, encoding.write_atomic, []
+
+  def encode_images(*arguments, **options):
+    begun.append(len(begun))
+    return encode(*arguments, **options)
+
+  def write_atomic(path, content):
+    rows = json.loads(content)['rows_done'] if path.name == 'meta.json' else 0
+    end = time.monotonic() + 60
+    while 0 < rows < len(source) and len(begun) <= rows // 8:
+      assert time.monotonic() < end, 'the model waits for the disk'
+      time.sleep(0.01)
+    write(path, content)
+
+  monkeypatch.setattr(tiling, 'encode_images', encode_images)
+  monkeypatch.setattr(encoding, 'write_atomic', write_atomic)
+  encode_dataset(make_tokenizer(), source, tmp_path / 'tokens')
+
+
+@pytest.mark.parametrize(
+  ('count', 'images', 'damaged'), [(2, 206, (7, 203)), (5, 20, ())]
+)
+def test_the_shares_of_processes_are_joined_to_the_files_of_one(
+  make_tokenizer,
+  numbered,
+  tmp_path,
+  monkeypatch,
+  small_batches,
+  count,
+  images,
+  damaged,
+):
+  source, tokenizer = numbered(images, *damaged), make_tokenizer()
+  encode_dataset(tokenizer, source, tmp_path / 'whole')
+  process = None
+
+  def sync(_):
+    if process:  # the first, which joins, is the last here
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(multihost_utils, 'sync_global_devices', sync)
+  monkeypatch.setattr(jax, 'process_count', lambda: count)
+  monkeypatch.setattr(jax, 'process_index', lambda: process)
+  for process in reversed(range(count)):  # noqa: B007
+    with contextlib.suppress(KeyboardInterrupt):
+      encode_dataset(tokenizer, source, tmp_path / 'tokens')
+  assert content(tmp_path / 'tokens') == content(tmp_path / 'whole')
+  encode_dataset(tokenizer, source, tmp_path / 'tokens')  # finds it complete
+  assert {x.name for x in tmp_path.iterdir()} == {'in', 'tokens', 'whole'}
+
+
+def test_processes_do_not_write_beside_files_of_a_user(
+  make_tokenizer, source, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  (tmp_path / 'mine').write_text('mine')
+  with pytest.raises(ValueError, match='a new or empty output folder'):
+    encode_dataset(make_tokenizer(), source, tmp_path)
+  assert [x.name for x in tmp_path.parent.glob('.*of2')] == []
 
 
 KILLED = """
 import os, sys
-import rvq_jax.tokens.dataset as dataset
+import rvq_jax.tokens.encoding as encoding
 from rvq_jax import load
 from rvq_jax.data.datasets import open_images
 
 workdir, images, folder, at = sys.argv[1:]
-dataset.batch_size = lambda size: 8
+encoding.batch_size = lambda size: 8
 left = int(at)
 
 def kill_at(event, arguments):
@@ -175,7 +245,7 @@ def kill_at(event, arguments):
 
 tokenizer, source = load(workdir), open_images(images)['train']
 sys.addaudithook(kill_at)
-dataset.encode_dataset(tokenizer, source, folder)
+encoding.encode_dataset(tokenizer, source, folder)
 """
 
 
@@ -270,7 +340,7 @@ def test_a_folder_is_locked_until_its_encoding_ends(
       encode_dataset(tokenizer, source, folder)
     seen.append(folder)
 
-  monkeypatch.setattr(dataset, '_encode_rows', encode_rows)
+  monkeypatch.setattr(encoding, '_encode_rows', encode_rows)
   encode_dataset(make_tokenizer(), source, tmp_path / 'tokens')
   assert seen == [tmp_path / 'tokens']
 
@@ -281,7 +351,7 @@ def test_a_folder_that_cannot_be_filled_leaves_nothing(
   def fail(*_):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(dataset, 'write_atomic', fail)
+  monkeypatch.setattr(encoding, 'write_atomic', fail)
   with pytest.raises(OSError, match='No space left'):
     encode_dataset(make_tokenizer(), source, tmp_path / 'tokens')
   assert not list(tmp_path.iterdir())

@@ -1,10 +1,56 @@
 """The state that a run starts from."""
 
+import jax
 import numpy as np
 import pytest
 
+from rvq_jax.io import tree_digest
+from rvq_jax.training import run as run_lib
+from rvq_jax.training import writers
 from rvq_jax.training.loop import train
 from rvq_jax.training.run import Run
+
+SMALL = {'jit(stage)', 'jit(_threefry_seed)', 'jit(schedule)'}
+
+
+@pytest.mark.usefixtures('one_device')
+def test_before_its_first_line_a_run_compiles_two_large_programs(
+  tiny_config, tmp_path, monkeypatch
+):
+  """Operations outside of `jit` would be compiled one by one."""
+  compiled = []
+
+  def listen(event, _, fun_name='', **rest):
+    if event.endswith('backend_compile_duration'):
+      compiled.append(fun_name)
+
+  def stop(*_, **options):
+    raise InterruptedError
+
+  monkeypatch.setattr(writers.Progress, 'report', stop)
+  tiny_config.log_every = 1
+  jax.clear_caches()
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    with pytest.raises(InterruptedError):
+      train(tiny_config, tmp_path)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert compiled.index('jit(init)') < compiled.index('jit(train_step)')
+  assert {*compiled} - {'jit(init)', 'jit(train_step)'} <= SMALL
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('one_device')
+def test_the_first_state_has_the_bits_of_the_optimized_program(
+  tiny_config, monkeypatch
+):
+  digests = []
+  for options in (run_lib.RUNS_ONCE, {'xla_backend_optimization_level': 3}):
+    monkeypatch.setattr(run_lib, 'RUNS_ONCE', options)
+    run = Run(tiny_config)
+    digests.append(tree_digest(run.init(run.key).params))
+  assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize('microbatches', [1, 2])

@@ -1,0 +1,89 @@
+"""Seconds until a program is of use, and the processor time they take.
+
+python benchmarks/startup.py [--repeats=5] [--config=configs/photos.py]
+  [--checkout=DIR ...]
+
+  jax, flax    import jax, flax.linen
+  layer        from rvq_jax import VectorQuantizer
+  cold         launch/main.py to the log of its first step, nothing cached
+  cached       the same with the programs that `cold` compiled
+
+Each is a process of its own. Rows take turns, and so do the checkouts that are
+to be compared (default: this one); printed are medians.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(checkout, *arguments, until='', **environment) -> tuple[float, float]:
+  """Wall and processor seconds of a program, or until a line of its log."""
+  start = time.perf_counter()
+  process = subprocess.Popen(
+    [sys.executable, *arguments],
+    cwd=checkout,
+    env=os.environ | {'PYTHONPATH': str(checkout)} | environment,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  log = []
+  for line in process.stderr:
+    log.append(line)
+    if until and until in line:
+      process.kill()
+      break
+  _, status, usage = os.wait4(process.pid, 0)
+  seconds = time.perf_counter() - start
+  if until not in ''.join(log) or (not until and status):
+    raise RuntimeError(''.join(log))
+  return seconds, usage.ru_utime + usage.ru_stime
+
+
+def measure(checkout, config) -> dict[str, tuple[float, float]]:
+  """One run of each row."""
+  seconds = {
+    'jax, flax': run(checkout, '-c', 'import jax, flax.linen'),
+    'layer': run(checkout, '-c', 'from rvq_jax import VectorQuantizer'),
+  }
+  with tempfile.TemporaryDirectory() as folder:
+    for name in ('cold', 'cached'):
+      seconds[name] = run(
+        checkout,
+        *('launch/main.py', f'--config={config}', '--config.log_every=1'),
+        f'--workdir={folder}/{name}',
+        until='step 1/',
+        XDG_CACHE_HOME=f'{folder}/cache',
+      )
+  return seconds
+
+
+def main() -> None:
+  """Measures and prints."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--config', default='configs/photos.py')
+  parser.add_argument('--checkout', type=Path, nargs='+', default=[ROOT])
+  options = parser.parse_args()
+  seen = {checkout: [] for checkout in options.checkout}
+  for _ in range(options.repeats):
+    for checkout, rounds in seen.items():
+      rounds.append(measure(checkout.resolve(), options.config))
+  print(f'{options.config}, {len(os.sched_getaffinity(0))} cores')
+  for checkout, rounds in seen.items():
+    print(f'{checkout}\n{"":<12}{"seconds":>9}{"of processor":>14}')
+    for name in rounds[0]:
+      wall, used = zip(*(x[name] for x in rounds), strict=True)
+      wall, used = statistics.median(wall), statistics.median(used)
+      print(f'{name:<12}{wall:>9.2f}{used:>14.2f}')
+
+
+if __name__ == '__main__':
+  main()
