@@ -10,6 +10,9 @@ import re
 from pathlib import Path
 
 import jax
+from jax._src.xla_bridge import backends_are_initialized
+
+DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
 
 
 def prepare_backend(*, share_gpus: bool = False) -> None:
@@ -82,3 +85,20 @@ def gpu_advice(gpu: bool) -> str:
     'this machine has an NVIDIA GPU that JAX does not see: pip install '
     f'"jax[cuda12]=={jaxlib}", or cuda13, whichever the driver has'
   )
+
+
+def make_deterministic() -> None:
+  """Has XLA compile programs for GPUs without atomics in an unknown order.
+
+  Raises:
+    ValueError: JAX has started its backend, and with it read XLA_FLAGS.
+  """
+  flags = os.environ.get('XLA_FLAGS', '')
+  if DETERMINISTIC in flags.split():
+    return
+  if backends_are_initialized():
+    raise ValueError(
+      'config.deterministic: expected to be set before JAX starts its devices; '
+      f'start the process with XLA_FLAGS={DETERMINISTIC}'
+    )
+  os.environ['XLA_FLAGS'] = f'{flags} {DETERMINISTIC}'.strip()

@@ -1,17 +1,16 @@
 """A run's parts, built from its config."""
 
-import os
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax._src.xla_bridge import backends_are_initialized
 
 from rvq_jax import metrics
 from rvq_jax.data import datasets, loaders
 from rvq_jax.data.images import to_float
 from rvq_jax.training import config as config_lib
 from rvq_jax.training import sharding
+from rvq_jax.training.backend import make_deterministic
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.objective import Objective
 from rvq_jax.training.optimizer import make_optimizer, make_schedule
@@ -25,26 +24,8 @@ from rvq_jax.training.validation import (
 )
 
 GRID_IMAGES = 8
-DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
 RUNS_ONCE = {'xla_backend_optimization_level': 1}
 """Compiles in a third of the time, to the same bits on CPU (docs/scale.md)."""
-
-
-def make_deterministic() -> None:
-  """Has XLA compile programs for GPUs without atomics in an unknown order.
-
-  Raises:
-    ValueError: JAX has started its backend, and with it read XLA_FLAGS.
-  """
-  flags = os.environ.get('XLA_FLAGS', '')
-  if DETERMINISTIC in flags.split():
-    return
-  if backends_are_initialized():
-    raise ValueError(
-      'config.deterministic: expected to be set before JAX starts its devices; '
-      f'start the process with XLA_FLAGS={DETERMINISTIC}'
-    )
-  os.environ['XLA_FLAGS'] = f'{flags} {DETERMINISTIC}'.strip()
 
 
 class Run:

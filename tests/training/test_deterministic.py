@@ -3,11 +3,12 @@
 import jax
 import pytest
 
-from rvq_jax.training.run import DETERMINISTIC, Run
+from rvq_jax.training.backend import DETERMINISTIC
+from rvq_jax.training.run import Run
 
 FLAG = """
 import os, jax
-from rvq_jax.training.run import make_deterministic
+from rvq_jax.training.backend import make_deterministic
 make_deterministic()
 assert jax.device_count() == 8  # what was set stays
 make_deterministic()
