@@ -18,6 +18,10 @@ from rvq_jax.training.step import make_train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, SIDE = 128, 256
+GPU_COMPILER = pytest.mark.skipif(
+  importlib.util.find_spec('jax_cuda12_plugin') is None,
+  reason='needs jax-cuda12-plugin and jax-cuda12-pjrt to compile for a GPU',
+)
 
 
 def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
@@ -65,10 +69,7 @@ def test_making_the_state_takes_no_memory_for_the_batch(load_config):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec('jax_cuda12_plugin') is None,
-  reason='needs jax-cuda12-plugin and jax-cuda12-pjrt to compile for a GPU',
-)
+@GPU_COMPILER
 def test_the_imagenet_step_takes_less_than_10_gb_of_a_gpu():
   output = subprocess.run(
     [sys.executable, ROOT / 'benchmarks' / 'gpu_memory.py'],
@@ -84,3 +85,19 @@ def test_the_imagenet_step_takes_less_than_10_gb_of_a_gpu():
   # N x K would be 8.6 GB, the input of a transposed convolution with zeros
   # written between its elements 1.1 GB in half precision.
   assert all(float(row[6].split()[-2]) < 0.6 for row in rows)
+
+
+@pytest.mark.slow
+@GPU_COMPILER
+def test_the_imagenet_step_moves_no_more_than_docs_say():
+  output = subprocess.run(
+    [sys.executable, ROOT / 'benchmarks' / 'gpu_program.py'],
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
+  rows = [line.split('|') for line in output.splitlines() if '|' in line][2:]
+  moved = {row[1].strip(): float(row[5]) for row in rows}
+  assert moved['all'] < 3.5  # times the bytes of the convolutions
+  # A feature map in another layout or in float32 would be 0.5 or more.
+  assert moved['transposes'] + moved['copies, padding, conversions'] < 0.25
