@@ -20,13 +20,13 @@ _LOST_AFTER = flags.DEFINE_integer(
 
 def prepare_backend() -> None:
   """Prepares JAX; joins the other processes, of which the first alone logs."""
-  command_line.prepare_backend()
   given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if given != (None, None, None) and not _MULTIHOST.value:
+    command_line.fail('--coordinator and the like: expected --multihost too')
+  command_line.prepare_backend()
   if _MULTIHOST.value:
     from rvq_jax.training import multihost
 
     multihost.initialize(*given, lost_after=_LOST_AFTER.value)
     if not command_line.is_first():
       logging.getLogger().setLevel(logging.WARNING)
-  elif given != (None, None, None):
-    command_line.fail('--coordinator and the like: expected --multihost too')

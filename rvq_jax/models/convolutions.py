@@ -1,4 +1,4 @@
-"""The transposed convolution, in the form that each backend is fast at."""
+"""The transposed convolution, with fast derivatives on every backend."""
 
 import jax
 

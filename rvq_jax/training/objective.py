@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rvq_jax.models import lpips
 from rvq_jax.models.discriminator import Discriminator
 
 AVERAGES_DECAY = 0.999
@@ -95,8 +96,6 @@ class Objective:
       metrics['l1'] = jnp.mean(jnp.abs(y - x))
     loss = metrics[self.pixel]
     if self.perceptual_weight:
-      from rvq_jax.models import lpips
-
       distances = lpips.distance(lpips_weights, x, y, dtype=self.dtype)
       metrics['lpips'] = jnp.mean(distances)
       loss += self.perceptual_weight * metrics['lpips']

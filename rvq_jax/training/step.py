@@ -186,7 +186,6 @@ def _accumulate(forward_backward, judge, steps: int) -> Callable[..., Pass]:
   """
 
   def accumulated(variables, images, key):
-
     def body(carry, microbatch):
       variables, grads = carry
       result = forward_backward(variables, *microbatch)

@@ -24,6 +24,15 @@ GPU_COMPILER = pytest.mark.skipif(
 )
 
 
+def run_benchmark(name):
+  return subprocess.run(
+    [sys.executable, ROOT / 'benchmarks' / name],
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
+
+
 def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
   load_config,
 ):
@@ -71,12 +80,7 @@ def test_making_the_state_takes_no_memory_for_the_batch(load_config):
 @pytest.mark.slow
 @GPU_COMPILER
 def test_the_imagenet_step_takes_less_than_10_gb_of_a_gpu():
-  output = subprocess.run(
-    [sys.executable, ROOT / 'benchmarks' / 'gpu_memory.py'],
-    check=True,
-    capture_output=True,
-    text=True,
-  ).stdout
+  output = run_benchmark('gpu_memory.py')
   rows = [line.split('|') for line in output.splitlines()[2:]]
   rows = [row for row in rows if 'no cuDNN' not in row[4]]
   half = [row for row in rows if 'bfloat16' in row[1]]
@@ -90,12 +94,7 @@ def test_the_imagenet_step_takes_less_than_10_gb_of_a_gpu():
 @pytest.mark.slow
 @GPU_COMPILER
 def test_the_imagenet_step_moves_no_more_than_docs_say():
-  output = subprocess.run(
-    [sys.executable, ROOT / 'benchmarks' / 'gpu_program.py'],
-    check=True,
-    capture_output=True,
-    text=True,
-  ).stdout
+  output = run_benchmark('gpu_program.py')
   rows = [line.split('|') for line in output.splitlines() if '|' in line][2:]
   moved = {row[1].strip(): float(row[5]) for row in rows}
   assert moved['all'] < 3.5  # times the bytes of the convolutions
