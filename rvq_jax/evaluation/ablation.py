@@ -1,4 +1,4 @@
-"""The paper's tables as grids of runs (paper 4.2 and 4.3).
+"""The paper's tables as grids of runs (paper 4.2 and 4.3), and objectives.
 
 A cell is a method: what it changes in a config. Each cell and seed is an
 ordinary run in its own directory: a grid resumes, finished runs are only read.
@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from rvq_jax.evaluation import perceptual as networks
 from rvq_jax.evaluation.evaluate import evaluate_run
 from rvq_jax.io import write_atomic
 from rvq_jax.training import config as config_lib
@@ -17,11 +18,19 @@ from rvq_jax.training.loop import train
 
 LOG_LINES = 20  # of a short run: points of its curves
 METRICS = ('mse', 'usage', 'perplexity', 'psnr')
+PERCEPTUAL = ('lpips', 'lpips_vgg', 'fd_efficientnet_lite0')
 
 _REFLECTION = {'model.estimator': 'reflection'}
 _STE = {'model.estimator': 'ste'}
 _PLAIN = {'model.dead_code_threshold': 0.0, 'model.init_from': 'normal'}
 _LEARNED = {'model.ema': False} | _PLAIN  # as in their papers
+_OBJECTIVE = {
+  'objective.pixel': 'l1',
+  'objective.perceptual_weight': 1.0,
+  'objective.adversarial_weight': 0.1,
+}
+_NO_D = {'objective.adversarial_weight': 0.0}
+_MSE = {'objective.pixel': 'mse', 'objective.perceptual_weight': 0.0} | _NO_D
 # Name: label in tables and figures, config field -> value.
 CELLS = {
   'rotation_ema': ('rotation, EMA', {}),
@@ -34,6 +43,9 @@ CELLS = {
   'gumbel': ('Gumbel-softmax (dVAE)', {'model.quantizer': 'gumbel'}),
   'fsq': ('FSQ', {'model.quantizer': 'fsq'}),
   'simvq': ('SimVQ', {'model.quantizer': 'simvq'} | _STE),
+  'mse': ('MSE', _MSE),
+  'perceptual': ('L1 + LPIPS', _OBJECTIVE | _NO_D),
+  'adversarial': ('L1 + LPIPS + discriminator', _OBJECTIVE),
 }
 
 # Data set: what the paper prints, in the order of METRICS.
@@ -51,6 +63,7 @@ TITLES = {
   5: 'EMA on and off, with rotation',
   6: 'Rotation on and off, with learned codes',
   7: 'EMA on and off, straight-through',
+  'objectives': 'What the model minimises (not in the paper)',
 }
 TABLES = {
   3: {'rotation_ema': _BOTH, 'ste_learned': _NEITHER, 'vqvae_ema': {}}
@@ -60,7 +73,9 @@ TABLES = {
   6: {'rotation_learned': _ON, 'reflection_learned': {}}
   | {'ste_learned': _NO_ROTATION},
   7: {'ste_ema': _ON, 'ste_learned': _NO_EMA},
+  'objectives': {'mse': {}, 'perceptual': {}, 'adversarial': {}},
 }
+PAPER_TABLES = (3, 4, 5, 6, 7)
 
 
 def cells_of(tables) -> list[str]:
@@ -84,7 +99,9 @@ def cell_config(config, cell: str, seed: int):
   return config
 
 
-def run_grid(config, workdir, *, cells, seeds: int) -> list[dict[str, Any]]:
+def run_grid(
+  config, workdir, *, cells, seeds: int, perceptual: bool = False
+) -> list[dict[str, Any]]:
   """Runs every cell with seeds 0 ... seeds - 1; finished runs are only read.
 
   Args:
@@ -92,13 +109,17 @@ def run_grid(config, workdir, *, cells, seeds: int) -> list[dict[str, Any]]:
     workdir: directory of the grid; a run is in CELL/seed_S.
     cells: names in `CELLS`.
     seeds: number of seeds.
+    perceptual: measures with networks too, see `evaluate_run`.
 
   Returns:
     One record per run: cell, seed, workdir and the metrics of the test split.
 
   Raises:
     ValueError: a run in workdir was made with another config.
+    ImportError: `perceptual` finds no package to measure with.
   """
+  if perceptual:
+    networks.open_metrics()  # before hours of training
   plan = []
   for seed in range(seeds):
     for cell in cells:
@@ -112,7 +133,7 @@ def run_grid(config, workdir, *, cells, seeds: int) -> list[dict[str, Any]]:
     result = folder / 'cell.json'
     if not result.exists():
       train(own, folder)
-      metrics = evaluate_run(folder)
+      metrics = evaluate_run(folder, perceptual=perceptual)
       write_atomic(result, json.dumps(metrics, indent=2) + '\n')
     record = {'cell': cell, 'seed': seed, 'workdir': str(folder)}
     records.append(record | {'metrics': json.loads(result.read_text())})
@@ -140,7 +161,8 @@ def summarise(records) -> dict[str, dict[str, Any]]:
 
   Returns:
     cell -> {'label', 'bits', 'entropy_bits' (both per image), and for each of
-    `METRICS` {'mean', 'std' (None for one seed)}}.
+    `METRICS` and of those of `PERCEPTUAL` that were measured {'mean', 'std'
+    (None for one seed)}}.
   """
   summary = {}
   for cell in dict.fromkeys(record['cell'] for record in records):
@@ -148,7 +170,7 @@ def summarise(records) -> dict[str, dict[str, Any]]:
     entropy = [m['tokens'] / m['images'] * m['entropy_bits'] for m in runs]
     row = {'label': CELLS[cell][0], 'bits': runs[0]['bits_per_image']}
     row['entropy_bits'] = statistics.mean(entropy)
-    for name in METRICS:
+    for name in (*METRICS, *(n for n in PERCEPTUAL if n in runs[0])):
       values = [m[name] for m in runs]
       std = statistics.stdev(values) if len(values) > 1 else None
       row[name] = {'mean': statistics.mean(values), 'std': std}

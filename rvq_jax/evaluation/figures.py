@@ -25,7 +25,7 @@ _OBJECTIVE_PANELS = {
 _SPLITS = {'train': '-', 'validation': '.:'}
 
 
-def reconstructions(originals, by_method) -> Figure:
+def reconstructions(originals, by_method, notes=None) -> Figure:
   """Originals, and of each method reconstructions, PSNR and error maps.
 
   An error map is a multiple of the absolute difference; black is none.
@@ -33,6 +33,7 @@ def reconstructions(originals, by_method) -> Figure:
   Args:
     originals: uint8 [n, h, w, 3].
     by_method: of uint8 [n, h, w, 3].
+    notes: by method, lines beneath its name.
   """
   n, _, width, _ = originals.shape
   rows = [('original', originals, [])]
@@ -40,6 +41,7 @@ def reconstructions(originals, by_method) -> Figure:
     error = np.abs(images.astype(np.float32) - originals)
     mse = np.maximum((error**2).mean(axis=(1, 2, 3)), 1 / images[0].size)
     psnr = [f'{value:.1f} dB' for value in 10 * np.log10(255**2 / mse)]
+    name = '\n'.join([name, *(notes or {}).get(name, ())])
     rows += [(name, images, psnr)]
     rows += [(f'error x {_GAIN}', np.minimum(_GAIN * error.mean(-1), 255), [])]
   size = (1.2 * n + 1.6, 1.35 * len(rows))

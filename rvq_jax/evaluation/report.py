@@ -21,6 +21,7 @@ from rvq_jax.evaluation import figures, rate_distortion
 from rvq_jax.evaluation.ablation import (
   CELLS,
   METRICS,
+  PAPER_TABLES,
   TABLES,
   TITLES,
   summarise,
@@ -35,6 +36,14 @@ _FORMATS = {  # title, digits, factor, unit
   'usage': ('usage', 1, 100, ' %'),
   'perplexity': ('perplexity', 1, 1, ''),
   'psnr': ('PSNR, dB', 2, 1, ''),
+  'lpips': ('LPIPS, AlexNet', 4, 1, ''),
+  'lpips_vgg': ('LPIPS, VGG16', 4, 1, ''),
+  'fd_efficientnet_lite0': ('Frechet distance, EfficientNet', 3, 1, ''),
+}
+_NOTES = {  # beside pictures
+  'psnr': '{:.2f} dB',
+  'lpips': 'LPIPS {:.3f}',
+  'fd_efficientnet_lite0': 'Frechet {:.2f}',
 }
 _PAPER_DATA = {'tfds:cifar10': 'cifar10', 'tfds:imagenet2012': 'imagenet'}
 _LEGEND = (
@@ -80,7 +89,7 @@ def write_report(config, workdir, records, *, tables, command: str) -> str:
     config: ConfigDict that all methods share.
     workdir: directory of the grid.
     records: from `ablation.run_grid`.
-    tables: numbers of the paper's tables, keys of `TABLES`.
+    tables: keys of `TABLES`.
     command: how the program was called.
 
   Returns:
@@ -108,7 +117,7 @@ def _about(config, command, records):
   first, size = records[0]['metrics'], config.data.image_size
   length = f'{config.num_steps or config.num_epochs} '
   length += 'steps' if config.num_steps else 'epochs'
-  return {
+  about = {
     'command': command,
     'data': f'{config.data.name}, split {config.data.split}; measured on '
     f'{first["images"]:,} test images of {size} x {size}',
@@ -118,6 +127,18 @@ def _about(config, command, records):
     'measured': f'{datetime.date.today()}, {hardware()}, '
     f'{versions("jax", "flax", "optax")}',
   }
+  for record in records:
+    log = read_jsonl(Path(record['workdir']) / 'metrics.jsonl')
+    judged = [line for line in log if line.get('train/adversarial_ramp')]
+    if judged:
+      gap = [r['train/logits_real'] - r['train/logits_fake'] for r in judged]
+      loss = [r['train/discriminator_loss'] for r in judged]
+      about[f'discriminator, seed {record["seed"]}'] = (
+        f'while its loss counts, in the lines of the log: loss {min(loss):.2f} '
+        f'to {max(loss):.2f}, logits of real less generated {min(gap):.2f} to '
+        f'{max(gap):.2f}'
+      )
+  return about
 
 
 def drawn(source, count: int):
@@ -167,7 +188,7 @@ def _rate_distortion(config, summary, records):
 
 def _figures(records):
   """The figures of the runs; of seed 0, except for the curves."""
-  samples, counts, logs = {}, {}, {}
+  samples, counts, logs, notes = {}, {}, {}, {}
   for record in records:
     label = CELLS[record['cell']][0]
     folder = Path(record['workdir'])
@@ -179,30 +200,37 @@ def _figures(records):
       side = len(strip) // 2
       strip = strip.reshape(2, side, -1, side, 3).swapaxes(1, 2)
       originals, samples[label] = strip
+      measured = record['metrics']
+      notes[label] = [
+        text.format(measured[n]) for n, text in _NOTES.items() if n in measured
+      ]
   return {
-    'reconstructions': figures.reconstructions(originals, samples),
+    'reconstructions': figures.reconstructions(originals, samples, notes),
     'code_usage': figures.code_usage(counts),
     'curves': figures.curves(logs),
   }
 
 
-def table_rows(number: int, summary, data: str) -> list[list[str]]:
-  """A table of the paper as text; see `_LEGEND`.
+def table_rows(table, summary, data: str) -> list[list[str]]:
+  """A table as text; see `_LEGEND`.
 
   Args:
-    number: of the table, a key of `TABLES`.
+    table: a key of `TABLES`.
     summary: from `ablation.summarise`.
     data: config.data.name.
 
   Returns:
-    The header, and per method its label, MSE, usage, perplexity and PSNR.
+    The header, and per method its label, MSE, usage, perplexity, PSNR and what
+    networks say, where it was measured.
   """
   own = _PAPER_DATA.get(data)
-  rows = [['method', *(_FORMATS[metric][0] for metric in METRICS)]]
-  for cell, printed in TABLES[number].items():
+  measured = [summary[cell].keys() for cell in TABLES[table]]
+  shown = [m for m in _FORMATS if all(m in names for names in measured)]
+  rows = [['method', *(_FORMATS[metric][0] for metric in shown)]]
+  for cell, printed in TABLES[table].items():
     row = [summary[cell]['label']]
     paper = dict(zip(METRICS, printed.get(own or 'cifar10', ()), strict=False))
-    for metric in METRICS:
+    for metric in shown:
       _, digits, factor, unit = _FORMATS[metric]
       mean, std = (summary[cell][metric][name] for name in ('mean', 'std'))
       text = f'{factor * mean:,.{digits}f}'
@@ -220,8 +248,8 @@ def table_rows(number: int, summary, data: str) -> list[list[str]]:
 def markdown(about, tables) -> str:
   """All tables as Markdown; arguments as for `page`."""
   lines = [*(f'- {name}: {text}' for name, text in about.items()), '', _LEGEND]
-  for number, (header, *rows) in tables.items():
-    lines += ['', f'## Table {number}: {TITLES[number]}', '']
+  for table, (header, *rows) in tables.items():
+    lines += ['', f'## {_heading(table)}', '']
     for row in (header, ['---'] * len(header), *rows):
       lines.append('| ' + ' | '.join(row) + ' |')
   return '\n'.join(lines) + '\n'
@@ -232,18 +260,24 @@ def page(about, tables, pictures) -> str:
 
   Args:
     about: what was run: {name: text}.
-    tables: number -> `table_rows`.
+    tables: key of `TABLES` -> `table_rows`.
     pictures: name -> PNG file as bytes.
   """
   parts = [_html_table(about.items()), f'<p>{_LEGEND}</p>']
-  for number, rows in tables.items():
-    parts.append(f'<h2>Table {number}: {TITLES[number]}</h2>')
+  for table, rows in tables.items():
+    parts.append(f'<h2>{_heading(table)}</h2>')
     parts.append(_html_table(rows))
   for name, picture in pictures.items():
     data = base64.b64encode(picture).decode()
     parts.append(f'<h2>{name.replace("_", " ").capitalize()}</h2>')
     parts.append(f'<div><img alt="" src="data:image/png;base64,{data}"></div>')
   return _PAGE + '\n'.join(parts) + '</body></html>\n'
+
+
+def _heading(table) -> str:
+  if table in PAPER_TABLES:
+    return f'Table {table}: {TITLES[table]}'
+  return TITLES[table]
 
 
 def _html_table(rows) -> str:

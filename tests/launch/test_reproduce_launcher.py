@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
   ('flags', 'message'),
   [
     ([], 'expected --config=configs/NAME.py'),
-    (['--config=configs/photos.py', '--table=34'], "3 to 7 or all, got '34'"),
+    (
+      ['--config=configs/photos.py', '--table=34'],
+      "all or objectives, got '34'",
+    ),
     (['--config=configs/photos.py', '--seeds=0'], 'at least 1, got 0'),
     (
       ['--config=configs/photos.py', '--table=4', '--num_steps=-3'],
