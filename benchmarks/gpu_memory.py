@@ -2,6 +2,7 @@
 
   pip install "jax[cuda12]"
   python benchmarks/gpu_memory.py [--batch_size=128] [--image_size=256]
+    [--config=imagenet|imagenet_vqgan] [--accumulate_steps=1]
 
 XLA compiles for a GPU that it is only told about (no autotuning, which would
 need the device), and says how much memory the program takes beside its
@@ -23,11 +24,12 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from configs import imagenet  # noqa: E402
-from rvq_jax.models import layers  # noqa: E402
+from configs import imagenet, imagenet_vqgan  # noqa: E402
+from rvq_jax.models import layers, lpips_weights  # noqa: E402
 from rvq_jax.quantize import search  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
 from rvq_jax.training import sharding  # noqa: E402
+from rvq_jax.training.objective import Objective  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402
 from rvq_jax.training.step import make_train_step  # noqa: E402
@@ -60,6 +62,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 # This process has no GPU to ask what fits it.
 TILES = search.tile_sizes
 search.tile_sizes = lambda n, k, _: TILES(n, k, 'gpu')
+CONFIGS = {'imagenet': imagenet, 'imagenet_vqgan': imagenet_vqgan}
 BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'f16': 2, 'u8': 1, 'pred': 1}
 
 
@@ -74,28 +77,53 @@ def absent_gpu():
   return device
 
 
-def compile_step(mesh, dtype, remat, batch_size, image_size):
-  """The compiled train step of configs/imagenet.py."""
-  config = imagenet.get_config()
-  config.model.dtype, config.model.remat = dtype, remat
+def make_config(name, dtype, batch_size, image_size):
+  """A config of `CONFIGS` with these sizes."""
+  config = CONFIGS[name].get_config()
+  config.model.dtype, config.batch_size = dtype, batch_size
   config.data.image_size = image_size
-  model = config_lib.build_model(config_lib.check_config(config))
-  optimizer = make_optimizer(2e-4, weight_decay=0.01)
+  return config
+
+
+def compile_step(mesh, config):
+  """The compiled train step of a config, its last phase."""
+  flat = config_lib.check_config(config)
+  image_size, batch_size = flat['data.image_size'], flat['batch_size']
+  model = config_lib.build_model(flat)
+  objective = Objective.from_config(flat, num_steps=1000, dtype=model.dtype)
+  optimizer = make_optimizer(
+    2e-4, weight_decay=0.01, clip_norm=flat['optimizer.clip_norm']
+  )
   state = jax.eval_shape(
     lambda key: create_state(
-      model, optimizer, key, image_size=image_size, batch_size=batch_size
+      model,
+      optimizer,
+      key,
+      image_size=image_size,
+      batch_size=batch_size // flat['accumulate_steps'],
+      params_ema=flat['optimizer.params_ema'] > 0,
+      discriminator=objective.init_discriminator(key, image_size),
     ),
     jax.random.key(0),
   )
+  weights = lpips_weights.load() if objective.perceptual_weight else None
   shape = (batch_size, image_size, image_size, 3)
   everywhere = sharding.replicated(mesh)
   step = jax.jit(
-    make_train_step(model, optimizer),
-    in_shardings=(everywhere, sharding.by_rows(mesh)),
+    make_train_step(
+      model,
+      optimizer,
+      params_ema_decay=flat['optimizer.params_ema'],
+      accumulate_steps=flat['accumulate_steps'],
+      objective=objective,
+      adversarial=objective.adversarial_weight > 0,
+    ),
+    in_shardings=(everywhere, sharding.by_rows(mesh), everywhere),
     out_shardings=everywhere,
     donate_argnums=0,
   )
-  lowered = step.lower(state, {'image': jax.ShapeDtypeStruct(shape, jnp.uint8)})
+  images = {'image': jax.ShapeDtypeStruct(shape, jnp.uint8)}
+  lowered = step.lower(state, images, weights)
   return lowered.compile(compiler_options={'xla_gpu_autotune_level': 0})
 
 
@@ -116,6 +144,8 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--batch_size', type=int, default=128)
   parser.add_argument('--image_size', type=int, default=256)
+  parser.add_argument('--accumulate_steps', type=int, default=1)
+  parser.add_argument('--config', choices=CONFIGS, default='imagenet')
   args = parser.parse_args()
   mesh = sharding.data_mesh([absent_gpu()])
   print('| dtype | remat | attention | temporaries, GB | state, GB | largest |')
@@ -130,8 +160,11 @@ def main():
   ):
     layers._has_fused_attention = lambda fused=fused: fused
     jax.clear_caches()
+    config = make_config(args.config, dtype, args.batch_size, args.image_size)
+    config.model.remat = remat
+    config.accumulate_steps = args.accumulate_steps
     try:
-      step = compile_step(mesh, dtype, remat, args.batch_size, args.image_size)
+      step = compile_step(mesh, config)
     except RuntimeError as error:
       if not fused or 'cuDNN not found' not in str(error):
         raise

@@ -2,7 +2,7 @@
 
   pip install "jax[cuda12]"
   python benchmarks/gpu_program.py [--size=256] [--batch_size=128]
-    [--dtype=bfloat16]
+    [--dtype=bfloat16] [--config=imagenet|imagenet_vqgan]
 
 Reads the program that XLA compiles for an H100 (gpu_memory.py): per class of
 kernel how many there are, the bytes of their inputs and outputs and, at the
@@ -17,7 +17,15 @@ import argparse
 import collections
 import re
 
-from gpu_memory import BYTES, absent_gpu, compile_step, layers, sharding
+from gpu_memory import (
+  BYTES,
+  CONFIGS,
+  absent_gpu,
+  compile_step,
+  layers,
+  make_config,
+  sharding,
+)
 from train_step import flops
 
 BANDWIDTH, TENSOR_CORES, FLOAT32 = 4.3e12, 790e12, 67e12
@@ -92,11 +100,12 @@ def main():
   parser.add_argument('--size', type=int, default=256)
   parser.add_argument('--batch_size', type=int, default=128)
   parser.add_argument('--dtype', default='bfloat16')
+  parser.add_argument('--config', choices=CONFIGS, default='imagenet')
   args = parser.parse_args()
   layers._has_fused_attention = lambda: False  # cuDNN need not be there
   step = compile_step(
-    *(sharding.data_mesh([absent_gpu()]), args.dtype, False),
-    *(args.batch_size, args.size),
+    sharding.data_mesh([absent_gpu()]),
+    make_config(args.config, args.dtype, args.batch_size, args.size),
   )
   found = moved(step.as_text())
   width = BYTES['bf16' if args.dtype == 'bfloat16' else 'f32']

@@ -35,7 +35,9 @@ import numpy as np  # noqa: E402
 
 from configs import cifar10  # noqa: E402
 from rvq_jax.evaluation import report as provenance  # noqa: E402
+from rvq_jax.models import lpips_weights  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
+from rvq_jax.training.objective import Objective  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402
 from rvq_jax.training.step import make_train_step  # noqa: E402
@@ -62,11 +64,17 @@ def flops(side, batch):
 def our_step(config, steps=1):
   """A call that trains `steps` steps, compile time and XLA's own counts."""
   side, batch = config.data.image_size, config.batch_size
-  model = config_lib.build_model(config_lib.check_config(config))
+  flat = config_lib.check_config(config)
+  model = config_lib.build_model(flat)
+  objective = Objective.from_config(flat, num_steps=1000, dtype=model.dtype)
+  weights = lpips_weights.load() if objective.perceptual_weight else None
   optimizer = make_optimizer(2e-4, weight_decay=0.01)
   state = jax.jit(
     lambda key: create_state(
-      model, optimizer, key, image_size=side, batch_size=batch
+      *(model, optimizer, key),
+      image_size=side,
+      batch_size=batch,
+      discriminator=objective.init_discriminator(key, side),
     )
   )(jax.random.key(0))
   rng = np.random.default_rng(0)
@@ -74,8 +82,16 @@ def our_step(config, steps=1):
   images = {'image': jax.device_put(images)}
   start = time.perf_counter()
   step = (
-    jax.jit(make_train_step(model, optimizer), donate_argnums=0)
-    .lower(state, images)
+    jax.jit(
+      make_train_step(
+        model,
+        optimizer,
+        objective=objective,
+        adversarial=objective.adversarial_weight > 0,
+      ),
+      donate_argnums=0,
+    )
+    .lower(state, images, weights)
     .compile()
   )
   seconds = time.perf_counter() - start
@@ -83,7 +99,7 @@ def our_step(config, steps=1):
   def call():
     nonlocal state
     for _ in range(steps):
-      state, metrics = step(state, images)
+      state, metrics = step(state, images, weights)
     jax.block_until_ready(metrics)
 
   memory = step.memory_analysis()

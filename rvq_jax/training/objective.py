@@ -46,6 +46,16 @@ class Objective:
   num_steps: int = 1
   dtype: Any = jnp.float32
 
+  @classmethod
+  def from_config(cls, config, *, num_steps: int, dtype) -> 'Objective':
+    """That of a flat config, of a run of num_steps."""
+    own = {
+      name.removeprefix('objective.'): value
+      for name, value in config.items()
+      if name.startswith('objective.')
+    }
+    return cls(num_steps=num_steps, dtype=dtype, **own)
+
   @property
   def start(self) -> int:
     """s: steps before r(t) rises."""

@@ -83,13 +83,8 @@ class Run:
     self._build_steps()
 
   def _objective(self) -> Objective:
-    own = {
-      name.removeprefix('objective.'): value
-      for name, value in self.config.items()
-      if name.startswith('objective.')
-    }
-    objective = Objective(
-      num_steps=self.num_steps, dtype=self.model.dtype, **own
+    objective = Objective.from_config(
+      self.config, num_steps=self.num_steps, dtype=self.model.dtype
     )
     late = self.config['model.quantize_after']
     if objective.adversarial_weight and late > objective.discriminator_start:
