@@ -50,6 +50,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   data.crop = 'none'  # 'random' or 'random_resized' crops in training
   data.crop_scale = 0.08  # least share of the area, for random_resized
   data.flip = True  # mirror half of the training images
+  data.colors = False  # draw hue, channel order, saturation, contrast of each
   data.in_memory = 'auto'  # 'yes', 'no'; auto: when decoded it fits in 4 GiB
   data.num_workers = 0  # decoding processes where the set is streamed
 

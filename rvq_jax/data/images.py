@@ -1,5 +1,7 @@
 """Images on the device: the model's scale is float32 in [-1, 1]."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -22,14 +24,55 @@ def random_flip(
   It depends on the key and on the index in the global batch alone; under
   `axis_name` images [B, h, w, 3] are the share of one device.
   """
-  rows = images.shape[0]
-  if axis_name is None:
-    flip = jax.random.bernoulli(key, shape=(rows,))
-  else:
-    total = rows * jax.lax.axis_size(axis_name)
-    flip = jax.lax.dynamic_slice_in_dim(
-      jax.random.bernoulli(key, shape=(total,)),
-      rows * jax.lax.axis_index(axis_name),
-      rows,
-    )
+  draw = functools.partial(jax.random.bernoulli, key)
+  flip = _per_image(draw, (images.shape[0],), axis_name)
   return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+
+
+def random_colors(
+  key: jax.Array, images: jax.Array, *, axis_name=None
+) -> jax.Array:
+  """Draws hue, order of the channels, saturation and contrast of each image.
+
+  With G the mean of a pixel's channels and m the mean of G over the image,
+
+      y = a (G + s R (x - G) - m) + m,  clipped to [-1, 1]
+
+  R turns colours about the grey axis by any angle, for half of the images after
+  two channels are swapped, so that each order of the channels is among them;
+  s = 2^U(-1, 0.5) and a = 2^U(-0.5, 0.5). It depends on the key and on the
+  index in the global batch alone.
+
+  Args:
+    key: random key.
+    images: [B, h, w, 3] in [-1, 1]; under `axis_name` the share of one device.
+    axis_name: mapped axis of the batch.
+  """
+  draw = functools.partial(jax.random.uniform, key)
+  u = _per_image(draw, (images.shape[0], 4), axis_name)[:, :, None, None]
+  swapped = jnp.where(u[:, 0, ..., None] < 0.5, images, images[..., (1, 0, 2)])
+  grey = jnp.mean(swapped, axis=-1, keepdims=True)
+  color = swapped - grey
+  angle = 2 * jnp.pi * u[:, 1, ..., None]
+  # About (1, 1, 1) / sqrt(3), by Rodrigues' formula for a vector across it.
+  across = (color[..., (1, 2, 0)] - color[..., (2, 0, 1)]) / jnp.sqrt(3.0)
+  turned = jnp.cos(angle) * color - jnp.sin(angle) * across
+  saturation, contrast = (
+    2 ** (low + (0.5 - low) * u[:, i, ..., None])
+    for i, low in ((2, -1), (3, -0.5))
+  )
+  mean = jnp.mean(grey, axis=(1, 2), keepdims=True)
+  made = contrast * (grey + saturation * turned - mean) + mean
+  return jnp.clip(made, -1.0, 1.0)
+
+
+def _per_image(draw, shape, axis_name):
+  """draw(shape=shape), rows along axis 0; of the global batch, the own ones."""
+  if axis_name is None:
+    return draw(shape=shape)
+  rows = shape[0]
+  total = rows * jax.lax.axis_size(axis_name)
+  first = rows * jax.lax.axis_index(axis_name)
+  return jax.lax.dynamic_slice_in_dim(
+    draw(shape=(total, *shape[1:])), first, rows
+  )

@@ -54,6 +54,7 @@ FIELDS = {
   'data.crop': Field(str, choices=('none', 'random', 'random_resized')),
   'data.crop_scale': Field(float, 1e-3, 1),
   'data.flip': Field(bool),
+  'data.colors': Field(bool),
   'data.in_memory': Field(str, choices=('auto', 'yes', 'no')),
   'data.num_workers': Field(int, 0, 1024),
   'model.widths': Field(tuple),

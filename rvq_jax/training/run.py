@@ -151,6 +151,7 @@ class Run:
         optimizer,
         seed=seed,
         flip=config['data.flip'],
+        colors=config['data.colors'],
         params_ema_decay=config['optimizer.params_ema'],
         accumulate_steps=config['accumulate_steps'],
         quantize=quantize,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rvq_jax.data.images import prepare_images, random_flip
+from rvq_jax.data.images import prepare_images, random_colors, random_flip
 from rvq_jax.metrics import diversity
 from rvq_jax.training.objective import MSE, Objective
 from rvq_jax.training.optimizer import set_step
@@ -39,6 +39,7 @@ def make_train_step(
   *,
   seed: int = 0,
   flip: bool = True,
+  colors: bool = False,
   params_ema_decay: float = 0.0,
   accumulate_steps: int = 1,
   quantize: bool = True,
@@ -62,6 +63,7 @@ def make_train_step(
     optimizer: from `make_optimizer`.
     seed: of flips and of the replacement of codes.
     flip: mirror each image with probability 1/2.
+    colors: give each image other colours, see `random_colors`.
     params_ema_decay: of the state's averages, where it has them.
     accumulate_steps: microbatches per step; see `_accumulate`.
     quantize: False: the latents pass on unchanged, and the codebook with its
@@ -85,6 +87,12 @@ def make_train_step(
     images = batch['image']
     if flip:
       images = random_flip(flip_key, images, axis_name=axis_name)
+    if colors:
+      images = random_colors(
+        jax.random.fold_in(flip_key, 1),
+        prepare_images(images),
+        axis_name=axis_name,
+      )
     judge = state.discriminator if adversarial else None
     run_pass = _forward_backward(
       model, state, judge, objective, lpips_weights, axis_name, quantize

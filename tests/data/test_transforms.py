@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rvq_jax.data.images import random_flip, to_float
+from rvq_jax.data.images import random_colors, random_flip, to_float
 from rvq_jax.data.transforms import (
   random_crop,
   random_resized_crop,
@@ -42,6 +42,52 @@ def test_flip_mirrors_some_images_and_leaves_the_others():
     assert same or np.array_equal(before[:, ::-1], after)
     mirrored += not same
   assert 16 < mirrored < 48
+
+
+@pytest.fixture(scope='module')
+def colored():
+  """Images of low contrast, so that nothing is clipped, and what is made."""
+  images = np.random.default_rng(0).uniform(-0.2, 0.2, (64, 3, 5, 3))
+  return images, np.float64(random_colors(jax.random.key(0), images))
+
+
+def test_colors_turn_about_the_grey_axis_alone(colored):
+  contrasts = set()
+  for before, after in zip(*colored, strict=True):
+    grey, made = before.mean(-1), after.mean(-1)
+    centred = grey - grey.mean()
+    contrast = (made - made.mean()) @ centred.T
+    contrast = np.trace(contrast) / (centred**2).sum()
+    np.testing.assert_allclose(
+      made - grey.mean(), contrast * centred, atol=1e-6
+    )
+    color, turned = before - grey[..., None], after - made[..., None]
+    ratio = (turned**2).sum() / (color**2).sum()
+    norms = np.linalg.norm(turned, axis=-1) / np.linalg.norm(color, axis=-1)
+    np.testing.assert_allclose(norms, np.sqrt(ratio), rtol=1e-4)
+    assert 2**-0.5 <= contrast <= 2**0.5
+    assert 2**-1 <= np.sqrt(ratio) / contrast <= 2**0.5
+    contrasts.add(round(contrast, 3))
+  assert len(contrasts) > 32
+
+
+def test_colors_go_round_in_both_directions(colored):
+  """Hue falls in each quarter of the circle, of both orientations."""
+  basis = np.array([[2, -1, -1], [0, 3**0.5, -(3**0.5)]]) / 6**0.5
+  seen = set()
+  for before, after in zip(*colored, strict=True):
+    a, b = (x.reshape(-1, 3) @ basis.T @ [1, 1j] for x in (before, after))
+    turned, mirrored = np.vdot(a, b), np.vdot(a.conj(), b)
+    main = max(turned, mirrored, key=abs)
+    quarter = int(np.angle(main) // (np.pi / 2))
+    seen.add((bool(abs(turned) > abs(mirrored)), quarter))
+  assert len(seen) == 8
+
+
+def test_other_colors_stay_on_the_scale_of_the_model():
+  images = np.random.default_rng(1).uniform(-1, 1, (8, 4, 4, 3))
+  made = np.asarray(random_colors(jax.random.key(1), images))
+  assert made.min() == -1 and made.max() == 1
 
 
 def test_an_image_that_has_the_size_is_only_cut():

@@ -243,6 +243,7 @@ def run_program(make_step_config, lpips_stand_in):
     ('objective.lecam_weight', 0.5),
     ('objective.discriminator_learning_rate', 0.5),
     ('data.flip', False),
+    ('data.colors', True),
     ('seed', 1),
     ('accumulate_steps', 2),
     ('model.estimator', 'ste'),

@@ -35,7 +35,7 @@ def build(axis_name=None, codebook_size=40):
   # Adam divides by the gradient's size, which magnifies rounding; SGD shows
   # the gradient itself.
   optimizer = optax.sgd(0.3)
-  step = make_train_step(model, optimizer, axis_name=axis_name)
+  step = make_train_step(model, optimizer, colors=True, axis_name=axis_name)
   return model, optimizer, step
 
 
