@@ -1,12 +1,14 @@
-"""The embedded data set: crops of photographs that ship with scikit-image.
+"""The embedded data set: crops of photographs that ship with our dependencies.
 
-Training and test images come from different photographs: crops of one
+Three with scikit-image (public domain or CC0) and, for skin and dark cloth, one
+with matplotlib: Grace Hopper's portrait by the US Navy, public domain. Training and test images come from different photographs: crops of one
 photograph overlap, so a split by crop would test on training pixels.
 """
 
 import functools
 import io
 
+import matplotlib.cbook
 import numpy as np
 import skimage.data
 from PIL import Image
@@ -15,14 +17,24 @@ from rvq_jax.data.sources import Record, Source
 from rvq_jax.data.splits import hashed_order, seeded_rng
 from rvq_jax.data.transforms import random_resized_crop
 
-PHOTOGRAPHS = {'train': ('astronaut', 'coffee', 'rocket'), 'test': ('chelsea',)}
+PHOTOGRAPHS = {
+  'train': ('astronaut', 'coffee', 'grace_hopper', 'rocket'),
+  'test': ('chelsea',),
+}
 COUNTS = {'train': 4000, 'test': 400}
 SIZE = 64  # pixels
-_LABELS = ('astronaut', 'chelsea', 'coffee', 'rocket')
+_LABELS = tuple(sorted(sum(PHOTOGRAPHS.values(), ())))
 _SEED = 20240229
 # From about 64 pixels across, nothing but texture, to most of a photograph.
 _SCALE = (0.03, 0.8)
-_photograph = functools.cache(lambda name: getattr(skimage.data, name)())
+
+
+@functools.cache
+def _photograph(name: str) -> np.ndarray:
+  if name == 'grace_hopper':
+    with matplotlib.cbook.get_sample_data('grace_hopper.jpg') as file:
+      return np.asarray(Image.open(file))
+  return getattr(skimage.data, name)()
 
 
 class PhotoSource(Source):
