@@ -1,7 +1,8 @@
 """The embedded data set: crops of photographs that ship with our dependencies.
 
-Three with scikit-image (public domain or CC0) and, for skin and dark cloth, one
-with matplotlib: Grace Hopper's portrait by the US Navy, public domain. Training and test images come from different photographs: crops of one
+Three come with scikit-image (public domain or CC0) and, for skin and dark
+cloth, one with matplotlib: Grace Hopper by the US Navy, public domain.
+Training and test images come from different photographs: crops of one
 photograph overlap, so a split by crop would test on training pixels.
 """
 

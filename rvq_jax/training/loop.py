@@ -82,13 +82,17 @@ def train(config, workdir) -> dict[str, float]:
 def _steps(run, state, start, checkpoints, writer, progress, stop):
   """Steps from `start` to the end of the run or a signal."""
   config, window, result = run.config, [], {}
-  prefetch = Prefetch(run.loader, run.mesh)
+  prefetch, phase = Prefetch(run.loader, run.mesh), None
   for step in range(start + 1, run.num_steps + 1):
     due = {
       name: config[f'{name}_every'] and step % config[f'{name}_every'] == 0
       for name in ('log', 'eval', 'checkpoint')
     }
-    state, scalars = run.train_step(step, state, prefetch.next_batch())
+    batch, before = prefetch.next_batch(), phase
+    phase = run.quantizes(step), run.judges(step)
+    new = phase != before  # each phase is a program of its own
+    with progress.compiling() if new else contextlib.nullcontext():
+      state, scalars = run.train_step(step, state, batch)
     prefetch.dispatched(scalars['loss'])
     window.append(scalars)
     progress.advance()
@@ -172,12 +176,23 @@ def lock(workdir) -> Iterator[None]:
     yield
 
 
+def _parameter_table(params) -> str:
+  """A line for each kind of block: its name, how many, their parameters."""
+  counts = collections.defaultdict(list)
+  for module, parts in sorted(params.items()):
+    for part, values in parts.items():
+      name = f'{module}/{part.rstrip("0123456789")}'
+      counts[name].append(parameter_overview.count_parameters({part: values}))
+  lines = [f'{sum(sum(c) for c in counts.values()):,} parameters']
+  for name, own in counts.items():
+    label = name if len(own) == 1 else f'{name} x {len(own)}'
+    lines.append(f'  {label:<24}{sum(own):>12,}')
+  return '\n'.join(lines)
+
+
 def _log_overview(run, state, start):
   if start == 0:
-    overview = parameter_overview.get_parameter_overview(
-      state.params, include_stats=False
-    )
-    logging.info('parameters\n%s', overview)
+    logging.info('%s', _parameter_table(state.params))
   logging.info(
     '%s: %d training images, %d steps per epoch; step %d of %d; %d %s',
     run.config['data.name'],

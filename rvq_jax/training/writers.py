@@ -6,11 +6,13 @@ import TensorFlow.
 
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import math
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,15 +150,20 @@ def _parsed(line: str) -> dict | None:
   return record if type(step) is int else None
 
 
+def shows_bars() -> bool:
+  """Whether standard error is a terminal or a notebook's."""
+  return sys.stderr.isatty() or 'ipykernel' in sys.modules
+
+
 def logs_above_bars() -> contextlib.AbstractContextManager:
   """While it is open, what is logged goes above tqdm's bars, not into them."""
-  if sys.stderr.isatty():
+  if shows_bars():
     return logging_redirect_tqdm()
   return contextlib.nullcontext()
 
 
 class Progress:
-  """Reports the steps of a run: a bar on a terminal, lines elsewhere.
+  """Reports the steps of a run: a bar on a terminal or in a notebook, or lines.
 
   Use as a context manager.
   """
@@ -170,7 +177,7 @@ class Progress:
       initial=start,
       unit='step',
       dynamic_ncols=True,
-      disable=not sys.stderr.isatty(),
+      disable=not shows_bars(),
       bar_format='{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} '
       '[{elapsed}<{remaining}]{postfix}',
     )
@@ -186,6 +193,30 @@ class Progress:
   def advance(self) -> None:
     """A step was handed to the devices."""
     self._bar.update()
+
+  @contextlib.contextmanager
+  def compiling(self) -> Iterator[None]:
+    """Says so while a step is compiled: a spinner, or a line."""
+    if self._bar.disable:
+      logging.info('compiling the train step')
+      yield
+      return
+    done = threading.Event()
+
+    def spin():
+      for mark in itertools.cycle('|/-\\'):
+        self._bar.set_description_str(f'compiling the train step {mark} ')
+        if done.wait(0.2):
+          return
+
+    thread = threading.Thread(target=spin, daemon=True)
+    thread.start()
+    try:
+      yield
+    finally:
+      done.set()
+      thread.join()
+      self._bar.set_description_str('')
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -220,7 +251,9 @@ class Progress:
     parts.append(f'{speed:.0f} images/s')
     if wait > 0.05:
       parts[-1] += f' ({wait:.0%} waiting for data)'
-    self._bar.set_postfix_str('  '.join(parts))
+    # The bar has less room than a line.
+    shown = [p for p in parts if not p.startswith(('loss', 'perplexity'))]
+    self._bar.set_postfix_str('  '.join(shown))
     if self._bar.disable:
       left = tqdm.tqdm.format_interval((self._num_steps - step) * per_step)
       text = '  '.join([*parts, f'{left} left'])

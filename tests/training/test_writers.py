@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import time
 
 import pytest
 
@@ -99,3 +100,18 @@ def test_progress_reports_speed_and_the_share_of_waiting(caplog):
   [record] = caplog.records
   assert 'step 4/8  loss 0.5000  mse 0.2500' in record.getMessage()
   assert '100% waiting for data' in record.getMessage()
+
+
+def test_a_step_that_is_compiled_says_so(caplog):
+  caplog.set_level(logging.INFO)
+  with Progress(0, 8, 16) as progress, progress.compiling():
+    pass
+  assert caplog.messages == ['compiling the train step']
+  with terminal() as stream, Progress(0, 8, 16) as progress:
+    with progress.compiling():
+      time.sleep(0.5)
+    progress.report(4, {'loss': 0.5, 'mse': 0.25})
+  text = stream.getvalue()
+  assert len({f'step {mark} ' for mark in '|/-' if f'step {mark} ' in text}) > 1
+  assert 'compiling' not in text[text.rindex('images/s') - 60 :]
+  assert 'mse 0.2500' in text and 'loss' not in text
