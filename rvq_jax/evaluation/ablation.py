@@ -24,11 +24,7 @@ _REFLECTION = {'model.estimator': 'reflection'}
 _STE = {'model.estimator': 'ste'}
 _PLAIN = {'model.dead_code_threshold': 0.0, 'model.init_from': 'normal'}
 _LEARNED = {'model.ema': False} | _PLAIN  # as in their papers
-_OBJECTIVE = {
-  'objective.pixel': 'l1',
-  'objective.perceptual_weight': 1.0,
-  'objective.adversarial_weight': 0.1,
-}
+_LPIPS = {'objective.pixel': 'l1', 'objective.perceptual_weight': 1.0}
 _NO_D = {'objective.adversarial_weight': 0.0}
 _MSE = {'objective.pixel': 'mse', 'objective.perceptual_weight': 0.0} | _NO_D
 # Name: label in tables and figures, config field -> value.
@@ -44,8 +40,8 @@ CELLS = {
   'fsq': ('FSQ', {'model.quantizer': 'fsq'}),
   'simvq': ('SimVQ', {'model.quantizer': 'simvq'} | _STE),
   'mse': ('MSE', _MSE),
-  'perceptual': ('L1 + LPIPS', _OBJECTIVE | _NO_D),
-  'adversarial': ('L1 + LPIPS + discriminator', _OBJECTIVE),
+  'perceptual': ('L1 + LPIPS', _LPIPS | _NO_D),
+  'adversarial': ('L1 + LPIPS + discriminator', _LPIPS),
 }
 
 # Data set: what the paper prints, in the order of METRICS.
@@ -115,9 +111,15 @@ def run_grid(
     One record per run: cell, seed, workdir and the metrics of the test split.
 
   Raises:
-    ValueError: a run in workdir was made with another config.
+    ValueError: a run in workdir was made with another config, or the cell
+      'adversarial' of a config without a discriminator.
     ImportError: `perceptual` finds no package to measure with.
   """
+  if 'adversarial' in cells and not config.objective.adversarial_weight:
+    raise ValueError(
+      'config.objective.adversarial_weight: expected above 0, as in '
+      'configs/photos_vqgan.py, got 0'
+    )
   if perceptual:
     networks.open_metrics()  # before hours of training
   plan = []

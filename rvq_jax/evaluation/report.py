@@ -38,12 +38,12 @@ _FORMATS = {  # title, digits, factor, unit
   'psnr': ('PSNR, dB', 2, 1, ''),
   'lpips': ('LPIPS, AlexNet', 4, 1, ''),
   'lpips_vgg': ('LPIPS, VGG16', 4, 1, ''),
-  'fd_efficientnet_lite0': ('Frechet distance, EfficientNet', 3, 1, ''),
+  'fd_efficientnet_lite0': ('Frechet distance, EfficientNet', 1, 1, ''),
 }
 _NOTES = {  # beside pictures
   'psnr': '{:.2f} dB',
   'lpips': 'LPIPS {:.3f}',
-  'fd_efficientnet_lite0': 'Frechet {:.2f}',
+  'fd_efficientnet_lite0': 'Frechet {:.0f}',
 }
 _PAPER_DATA = {'tfds:cifar10': 'cifar10', 'tfds:imagenet2012': 'imagenet'}
 _LEGEND = (

@@ -73,6 +73,12 @@ def test_a_finished_run_is_not_run_again(tiny_config, tmp_path, runs):
   assert json.loads(json.dumps(records)) == records
 
 
+def test_a_discriminator_must_be_in_the_config(tiny_config, tmp_path, runs):
+  with pytest.raises(ValueError, match='adversarial_weight: expected above 0'):
+    ablation.run_grid(tiny_config, tmp_path, cells=['adversarial'], seeds=1)
+  assert not runs
+
+
 def test_a_directory_of_another_length_is_refused(tiny_config, tmp_path, runs):
   ablation.run_grid(tiny_config, tmp_path, cells=['fsq'], seeds=1)
   tiny_config.num_steps = 7
@@ -182,7 +188,7 @@ def test_what_networks_say_stands_beside_pictures_and_in_the_table(tmp_path):
   records = []
   for i, cell in enumerate(cells):
     found[cell] = METRICS | {'lpips': 0.1 * (i + 1), 'lpips_vgg': 0.7}
-    found[cell] |= {'fd_efficientnet_lite0': 1.5}
+    found[cell] |= {'fd_efficientnet_lite0': 1.75}
     folder = tmp_path / cell
     test = folder / 'evaluation' / 'test'
     test.mkdir(parents=True)
@@ -201,7 +207,7 @@ def test_what_networks_say_stands_beside_pictures_and_in_the_table(tmp_path):
   assert [row[-3] for row in rows] == ['0.1000', '0.2000', '0.3000']
   figure = report._figures(records)['reconstructions']
   names = [ax.get_ylabel() for ax in figure.axes]
-  assert 'L1 + LPIPS\n20.00 dB\nLPIPS 0.200\nFrechet 1.50' in names
+  assert 'L1 + LPIPS\n20.00 dB\nLPIPS 0.200\nFrechet 2' in names
   about = report._about(
     ConfigDict({'data': {'name': 'x', 'split': 'y', 'image_size': 8}} | RUN),
     'cmd',
