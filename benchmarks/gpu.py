@@ -111,7 +111,7 @@ class Campaign:
       flags.append(f'--config.model.estimator={estimator}')
     if self.args.rehearse:
       flags = ['--config=configs/photos.py', *flags, *TINY]
-      flags += ['--config.model.quantize_after=2'] * best
+      flags.append(f'--config.model.quantize_after={2 * best}')
     else:
       steps = int(epochs * 50_000 / 128)
       flags = [

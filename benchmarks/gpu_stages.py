@@ -126,6 +126,7 @@ def resume(args) -> list[dict]:
   config = photos.get_config()
   config.deterministic, config.optimizer.warmup_steps = True, 0
   config.num_steps, config.checkpoint_every, config.eval_every = 6, 3, 0
+  config.model.quantize_after = 2
   if args.rehearse:
     config.batch_size, config.model.widths = 4, (8, 16)
     config.model.num_res_blocks, config.model.codebook_size = 0, 64

@@ -90,6 +90,7 @@ def make_config(cell: str, seed: int, args):
 
   if args.setting == 'photos':
     config = photos.get_config()
+    config.data.colors, config.optimizer.learning_rate = False, 1e-3
     config.data.crop, config.data.crop_scale = 'random_resized', 0.1
   else:
     config = cifar10.get_config()
@@ -100,6 +101,9 @@ def make_config(cell: str, seed: int, args):
   config.log_every = max(args.steps // 25, 1)
   config.data.name, config.data.split = args.data, 'official'
   config.data.data_dir = args.data_dir
+  # The paper's method, whose parts the cell replaces.
+  config.model.estimator, config.model.quantize_after = 'rotation', 0
+  config.model.dead_code_threshold = 0.9
   config.update_from_flattened_dict(fields_of(cell))
   return config
 

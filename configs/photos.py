@@ -20,18 +20,20 @@ def get_config() -> ConfigDict:
   """The CIFAR-10 config with what differs here."""
   config = cifar10.get_config('f4')
   config.batch_size = 32
-  config.num_steps = 300
+  config.num_steps = 1000
   config.log_every = 25
-  config.eval_every = 100
-  config.checkpoint_every = 100
+  config.eval_every = 250
+  config.checkpoint_every = 250
   config.data.name = 'photos'
   config.data.split = 'official'  # by photograph
   config.data.image_size = 64
+  config.data.colors = True  # four photographs do not have all colours
   config.model.widths = (32, 64)
   config.model.num_res_blocks = 2
   config.model.num_heads = 4
   config.model.code_dim = 32
   config.model.codebook_size = 1024
-  config.optimizer.learning_rate = 1e-3
+  config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 20
+  cifar10.use_best(config, quantize_after=200)
   return config

@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
   config = photos.get_config()
   config.batch_size = 16
   config.num_steps = 600
+  config.optimizer.learning_rate = 1e-3
   use_vqgan(config, quantize_after=100)
   # With 0.1 and 1e-4, meant for long runs, MSE doubles where D's loss sets in.
   config.objective.adversarial_weight = 0.03

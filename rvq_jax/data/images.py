@@ -40,7 +40,7 @@ def random_colors(
 
   R turns colours about the grey axis by any angle, for half of the images after
   two channels are swapped, so that each order of the channels is among them;
-  s = 2^U(-1, 0.5) and a = 2^U(-0.5, 0.5). It depends on the key and on the
+  s = 2^U(-1.5, 0.5) and a = 2^U(-0.5, 0.5). It depends on the key and on the
   index in the global batch alone.
 
   Args:
@@ -59,7 +59,7 @@ def random_colors(
   turned = jnp.cos(angle) * color - jnp.sin(angle) * across
   saturation, contrast = (
     2 ** (low + (0.5 - low) * u[:, i, ..., None])
-    for i, low in ((2, -1), (3, -0.5))
+    for i, low in ((2, -1.5), (3, -0.5))
   )
   mean = jnp.mean(grey, axis=(1, 2), keepdims=True)
   made = contrast * (grey + saturation * turned - mean) + mean

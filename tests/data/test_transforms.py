@@ -66,7 +66,7 @@ def test_colors_turn_about_the_grey_axis_alone(colored):
     norms = np.linalg.norm(turned, axis=-1) / np.linalg.norm(color, axis=-1)
     np.testing.assert_allclose(norms, np.sqrt(ratio), rtol=1e-4)
     assert 2**-0.5 <= contrast <= 2**0.5
-    assert 2**-1 <= np.sqrt(ratio) / contrast <= 2**0.5
+    assert 2**-1.5 <= np.sqrt(ratio) / contrast <= 2**0.5
     contrasts.add(round(contrast, 3))
   assert len(contrasts) > 32
 
