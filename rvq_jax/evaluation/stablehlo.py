@@ -1,5 +1,6 @@
 """encode and decode as StableHLO: files that run with JAX alone."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -38,23 +39,27 @@ def write_stablehlo(folder, tokenizer: Tokenizer) -> None:
       '--stablehlo needs the package flatbuffers: pip install '
       '"rvq_jax[stablehlo]"'
     )
-  model, variables = tokenizer.model, tokenizer.variables
-  side = tokenizer.config['data.image_size']
+  model, side = tokenizer.model, tokenizer.config['data.image_size']
 
-  def encode(image):
+  def encode(variables, image):
     images = prepare_images(image[None])
     return model.apply(variables, images, method='encode')[0]
 
-  def decode(ids):
+  def decode(variables, ids):
     return model.apply(variables, ids[None], method='decode')[0]
 
+  def over_images(function, x):
+    # Without barriers XLA computes with the weights while it compiles.
+    variables = jax.tree.map(jax.lax.optimization_barrier, tokenizer.variables)
+    return jax.lax.map(functools.partial(function, variables), x)
+
   image = jax.ShapeDtypeStruct((side, side, 3), jnp.uint8)
-  ids = jax.eval_shape(encode, image)
+  ids = jax.eval_shape(encode, tokenizer.variables, image)
   (batch,) = jax.export.symbolic_shape('b')
   for platform in PLATFORMS:
     for function, one in ((encode, image), (decode, ids)):
       exported = jax.export.export(
-        jax.jit(lambda x, function=function: jax.lax.map(function, x)),
+        jax.jit(functools.partial(over_images, function)),
         platforms=[platform],
         disabled_checks=_CHECKS,
       )(jax.ShapeDtypeStruct((batch, *one.shape), one.dtype))

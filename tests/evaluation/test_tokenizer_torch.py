@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rvq_jax import Tokenizer, load
+from rvq_jax.evaluation import export
 from rvq_jax.evaluation.export import write_export
+from rvq_jax.quantize.fsq import fsq_levels
 from rvq_jax.quantize.registry import QUANTIZERS
 from rvq_jax.training import config as config_lib
 
@@ -27,17 +30,17 @@ MODELS += [
   {'ema': False, 'cosine': True, 'codebook_size': 40},
   {'quantizer': 'residual', 'ema': False, 'depth': 3},
   {'quantizer': 'product', 'cosine': True, 'heads': 4},
-  {'quantizer': 'fsq', 'codebook_size': 2},
+  {'quantizer': 'fsq', 'codebook_size': 16},
   {'quantizer': 'simvq', 'cosine': True},
   {'norm': 'group', 'activation': 'swish', 'factor': 2},  # a stage of stride 1
 ]
 
 
 @pytest.fixture(scope='module')
-def source(shared_export):
-  """The module in an export."""
+def source():
+  """The module whose copy is in an export."""
   spec = importlib.util.spec_from_file_location(
-    'tokenizer_torch', shared_export / 'tokenizer_torch.py'
+    'tokenizer_torch', Path(export.__file__).with_name('tokenizer_torch.py')
   )
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -113,6 +116,14 @@ def test_codes_far_from_the_origin_are_told_apart(source):
   ids = source.nearest(torch.tensor(e), torch.tensor(codes))
   distance = ((e[:, None].astype(float) - codes[None]) ** 2).sum(-1)
   np.testing.assert_array_equal(ids.numpy(), distance.argmin(1))
+
+
+@pytest.mark.parametrize('bits', range(1, 18))
+def test_the_levels_of_fsq_are_ours(bits, source):
+  tokenizer = types.SimpleNamespace(codebook_size=2**bits)
+  levels, weights = source.Tokenizer._fsq_levels(tokenizer, 'cpu').tolist()
+  assert tuple(levels) == fsq_levels(2**bits)
+  assert weights == [1, *np.cumprod(levels)[:-1].tolist()]
 
 
 def test_the_first_codes_of_a_residual_tokenizer_decode(
