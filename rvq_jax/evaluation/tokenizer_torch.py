@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 FILES = WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
@@ -154,8 +153,8 @@ class Tokenizer:
 
   def _attention(self, name, x):  # over all t positions, in h heads of d
     y = x.flatten(2).transpose(1, 2)
-    scale, bias = self._get(f'{name}.norm', 'scale bias')
-    y, qkv = F.layer_norm(y, y.shape[2:], scale, bias, 1e-6), []
+    norm, qkv = self._get(f'{name}.norm', 'scale bias'), []
+    y = F.layer_norm(y, y.shape[2:], *norm, 1e-6)
     for part in ('query', 'key', 'value'):
       kernel, bias = self._get(f'{name}.{part}')
       qkv.append(torch.einsum('btc,chd->bhtd', y, kernel) + bias[:, None])
@@ -175,12 +174,14 @@ class Tokenizer:
     if self.c['quantizer'] == 'simvq':
       return codes @ self.w['vq.map.kernel']
     if offset is not None:  # learned by gradient
-      codes = unit(codes + offset) if self.c['cosine'] else codes + offset
+      codes = codes + offset
+      codes = F.normalize(codes, dim=-1) if self.c['cosine'] else codes
     return codes
 
   def _vq_ids(self, e, part=''):
-    cosine = self.c['cosine'] and self.c['quantizer'] != 'simvq'
-    return nearest(unit(e) if cosine else e, self._codebook(part))
+    if self.c['cosine'] and self.c['quantizer'] != 'simvq':
+      e = F.normalize(e, dim=-1)
+    return nearest(e, self._codebook(part))
 
   def _vq_codes(self, ids, part=''):
     return self._codebook(part)[ids]
@@ -227,12 +228,6 @@ class Tokenizer:
     return (ids[..., None] // weights % levels) / (levels // 2) - 1.0
 
 
-def unit(x):
-  """x/|x| along the last axis; 0 stays 0."""
-  square = x.square().sum(-1, keepdim=True)
-  return torch.where(square > 0, x * square.rsqrt(), 0.0)
-
-
 def nearest(e, codes):
   """Ids of the codes [K, D] nearest to e [..., D]; the lowest of equals."""
   center = codes.mean(0)  # scores cancel where the codes lie far from 0
@@ -263,22 +258,20 @@ def _find(name):
 
 def _read(folder):
   # Config, arrays and hash of an export.
-  for file in FILES:
-    if not (folder / file).is_file():
-      raise FileNotFoundError(
-        f'{folder}: expected a folder with {WEIGHTS} and {CONFIG}, as '
-        f'launch/export.py writes it; there is no {file}'
-      )
   try:
     about = json.loads((folder / CONFIG).read_text())
     c = {n.removeprefix('model.'): v for n, v in about['config'].items()}
     header = json.dumps({n: c[n] for n in HASHED.split()}, sort_keys=True)
-    chosen = [(c['quantizer'], QUANTIZERS), (c['activation'], ACTIVATIONS)]
-    chosen.append((f'version {about["format_version"]}', ['version 1']))
+    names = str(c['quantizer']), str(c['activation'])
+    version = f'format_version {about["format_version"]}'
     arrays, wanted = load_file(folder / WEIGHTS), about['model_hash']
-  except (ValueError, LookupError, TypeError, SafetensorError) as error:
-    raise ValueError(f'{folder} is damaged, or no export: {error!r}') from error
-  for value, known in chosen:
+  except Exception as why:  # of the many that such files can cause
+    raise ValueError(
+      f'{folder}: expected {WEIGHTS} and {CONFIG} as launch/export.py writes '
+      f'them, got {type(why).__name__}: {why}'
+    ) from why
+  choices = QUANTIZERS, ACTIVATIONS, ['format_version 1']
+  for value, known in zip((*names, version), choices, strict=True):
     if value not in known:
       raise ValueError(
         f'{folder}: expected one of {", ".join(known)}, got {value!r}; use '
