@@ -1,11 +1,13 @@
 """Writes a trained model as a folder that others can load.
 
 python launch/export.py --workdir=DIR --output=OUT [--step=N|best]
-  [--name=NAME] [--license=apache-2.0]
+  [--name=NAME] [--license=apache-2.0] [--stablehlo]
 
 OUT holds model.safetensors, config.json, README.md (a model card) and figures;
-rvq_jax.load('OUT') opens it. To put it on the Hugging Face Hub:
-hf upload OWNER/NAME OUT, and then rvq_jax.load('hf:OWNER/NAME').
+rvq_jax.load('OUT') opens it, its tokenizer_torch.py does in PyTorch. To put it
+on the Hugging Face Hub: hf upload OWNER/NAME OUT, and then
+rvq_jax.load('hf:OWNER/NAME'). --stablehlo adds encode and decode for JAX alone,
+a file each for CPU and CUDA.
 """
 
 import command_line
@@ -17,6 +19,9 @@ _STEP = flags.DEFINE_string('step', None, 'A saved step, or best; the newest.')
 _NAME = flags.DEFINE_string('name', None, 'On the card; default: of the run.')
 _LICENSE = flags.DEFINE_string(
   'license', 'unknown', 'Of the weights, as the Hub writes it: apache-2.0.'
+)
+_STABLEHLO = flags.DEFINE_bool(
+  'stablehlo', False, 'Write encode and decode for JAX alone too.'
 )
 
 
@@ -34,6 +39,7 @@ def main():
     step=step,
     name=_NAME.value,
     licence=_LICENSE.value,
+    stablehlo=_STABLEHLO.value,
   )
   names = ', '.join(sorted(path.name for path in folder.iterdir()))
   print(f'{folder}: {names}')

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from rvq_jax.evaluation.load import CONFIG, FORMAT, WEIGHTS, load
+from rvq_jax.evaluation.stablehlo import write_stablehlo
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.io import read_json
 from rvq_jax.training.validation import UNITS
@@ -20,11 +21,12 @@ _FIGURES = {
   'code_usage.png': 'how often each code is chosen',
   '../curves.png': 'training',
 }
+_TORCH = 'tokenizer_torch.py'  # the file beside this one, which needs no JAX
 _LICENCE = re.compile(r'[a-z0-9][a-z0-9.+-]*')
 _CARD = """---
 license: {licence}
 library_name: rvq_jax
-tags: [image-tokenizer, vq-vae, jax]
+tags: [image-tokenizer, vq-vae, jax, pytorch]
 ---
 
 # {name}
@@ -43,7 +45,17 @@ images = tokenizer.decode(ids)  # float32 in [-1, 1]
 ```
 
 Sides that are multiples of {factor} can be encoded; `python launch/encode.py`
-takes any. Every field is in config.json. SHA-256 of the model: `{model_hash}`.
+takes any. In PyTorch, with `pip install torch safetensors`:
+
+```python
+from tokenizer_torch import Tokenizer  # the file in this folder
+
+tokenizer = Tokenizer.from_pretrained('.')
+ids = tokenizer.encode(images)  # uint8 [B, h, w, 3] or [B, 3, h, w] -> int64
+images = tokenizer.decode(ids)  # float32 [B, h, w, 3] in [-1, 1]
+```
+
+Every field is in config.json. SHA-256 of the model: `{model_hash}`.
 
 ## Results
 
@@ -57,8 +69,11 @@ def export_run(
   step: int | str | None = None,
   name: str | None = None,
   licence: str = 'unknown',
+  stablehlo: bool = False,
 ) -> Path:
   """Writes model.safetensors, config.json, README.md and figures.
+
+  Beside them tokenizer_torch.py, which opens the folder in PyTorch.
 
   Metrics and figures are those of WORKDIR/evaluation, of each split that was
   evaluated at the step. The folder appears at once, when it is whole.
@@ -69,6 +84,7 @@ def export_run(
     step: a saved step, 'best', or None for the newest.
     name: of the model on its card; None for the name of the workdir.
     licence: of the weights, as the Hugging Face Hub writes it: 'apache-2.0'.
+    stablehlo: write `stablehlo.write_stablehlo`'s files too.
 
   Returns:
     The folder.
@@ -93,6 +109,8 @@ def export_run(
       folder = Path(partial) / 'export'
       folder.mkdir()
       write_export(folder, tokenizer)
+      if stablehlo:
+        write_stablehlo(folder, tokenizer)
       card = _card(tokenizer, name or workdir.resolve().name, licence)
       card += _results(workdir, folder, tokenizer.step)
       (folder / 'README.md').write_text(card)
@@ -113,12 +131,12 @@ def check_new(folder, flag: str) -> None:
 
 
 def write_export(folder, tokenizer: Tokenizer) -> None:
-  """Writes weights and config of a tokenizer into a folder, for `load`."""
+  """Writes a tokenizer into a folder, for `load` and for PyTorch."""
   import safetensors.numpy
 
   arrays = flax.traverse_util.flatten_dict(tokenizer.variables, sep='.')
   # safetensors writes the memory of a view as if it were in order.
-  arrays = {n: np.ascontiguousarray(a) for n, a in arrays.items()}
+  arrays = {n: np.asarray(a, order='C') for n, a in arrays.items()}
   config, data = dict(tokenizer.config), tokenizer.config['data.name']
   config['data.data_dir'] = None  # nobody's business, as the path of a folder
   if data.startswith('folder:'):
@@ -132,6 +150,8 @@ def write_export(folder, tokenizer: Tokenizer) -> None:
   weights = safetensors.numpy.save(arrays, metadata={'format': 'flax'})
   (Path(folder) / WEIGHTS).write_bytes(weights)
   (Path(folder) / CONFIG).write_text(json.dumps(about, indent=2) + '\n')
+  source = Path(__file__).with_name(_TORCH).read_bytes()
+  (Path(folder) / _TORCH).write_bytes(source)
 
 
 def _card(tokenizer, name, licence) -> str:

@@ -11,6 +11,7 @@ Two things make that safe in float32 for any finite input:
   float32, which rounds nothing.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -51,16 +52,25 @@ def nearest_codes(e: jax.Array, embedding: jax.Array) -> jax.Array:
       'nearest_codes expects e [N, D] and embedding [K, D], got '
       f'{e.shape} and {embedding.shape}.'
     )
-  n, k = e.shape[0], embedding.shape[0]
-  if k == 0:
+  if len(embedding) == 0:
     raise ValueError('nearest_codes expects at least one code, got K = 0.')
-  if n == 0:
+  if len(e) == 0:
     return jnp.zeros(0, jnp.int32)
   e = jax.lax.stop_gradient(e.astype(jnp.float32))
   embedding = jax.lax.stop_gradient(embedding.astype(jnp.float32))
+  return jax.lax.platform_dependent(
+    e,
+    embedding,
+    cpu=functools.partial(_search, backend='cpu'),
+    default=functools.partial(_search, backend='gpu'),
+  )
+
+
+def _search(e, embedding, *, backend):
+  """Ids [N] of rows e [N, D], in the tiles of a backend."""
   shift, scale = centering(embedding)
   bias = _bias(embedding, shift, scale)
-  rows, codes = tile_sizes(n, k, jax.default_backend())
+  rows, codes = tile_sizes(len(e), len(embedding), backend)
 
   def search_rows(block):
     x = _center_rows(block, shift, scale)

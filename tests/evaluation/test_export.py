@@ -1,13 +1,19 @@
 """Export to a folder: weights, config, model card."""
 
 import json
+import re
+import sys
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from rvq_jax import load
-from rvq_jax.evaluation.export import export_run
+from rvq_jax.evaluation.export import export_run, write_export
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_others_can_read_the_tensors_by_name(run, exported):
@@ -17,6 +23,14 @@ def test_others_can_read_the_tensors_by_name(run, exported):
   np.testing.assert_array_equal(arrays['codebook.vq.embedding'], codes)
   kernel = variables['params']['encoder']['conv0']['kernel']
   np.testing.assert_array_equal(arrays['params.encoder.conv0.kernel'], kernel)
+
+
+def test_an_array_without_axes_keeps_its_shape(run, tmp_path):
+  tokenizer = load(run)  # as a Gumbel-softmax model has one
+  tokenizer.variables = {'codebook': {'vq': {'step': jnp.int32(3)}}}
+  write_export(tmp_path, tokenizer)
+  arrays = safetensors.numpy.load_file(tmp_path / 'model.safetensors')
+  assert arrays['codebook.vq.step'].shape == ()
 
 
 def test_the_card_has_licence_data_metrics_and_its_figures(run, exported):
@@ -33,6 +47,21 @@ def test_the_card_has_licence_data_metrics_and_its_figures(run, exported):
 def test_an_export_does_not_tell_where_the_data_lie(exported, image_folder):
   for name in ('README.md', 'config.json'):
     assert str(image_folder.parent) not in (exported / name).read_text()
+
+
+def test_the_pytorch_file_needs_torch_and_safetensors_alone(exported):
+  source = ROOT / 'rvq_jax/evaluation/tokenizer_torch.py'
+  text = (exported / 'tokenizer_torch.py').read_text()
+  assert text == source.read_text()
+  names = re.findall(r'^(?:import|from) (\w+)', text, re.MULTILINE)
+  assert set(names) - sys.stdlib_module_names == {'torch', 'safetensors'}
+  assert 'from tokenizer_torch import' in (exported / 'README.md').read_text()
+
+
+def test_nothing_of_ours_imports_the_pytorch_file():
+  for path in (ROOT / 'rvq_jax').rglob('*.py'):
+    if path.name != 'tokenizer_torch.py':
+      assert not re.search(r'import .*tokenizer_torch', path.read_text()), path
 
 
 def test_an_export_of_an_export_is_the_same(exported, tmp_path):

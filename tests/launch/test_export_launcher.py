@@ -45,7 +45,11 @@ def test_a_wrong_command_ends_in_one_line_and_exit_code_2(
 @pytest.mark.slow
 def test_an_export_is_the_model_of_the_run(tiny_run, tmp_path):
   folder = tmp_path / 'export'
-  code, out, err = run(f'--workdir={tiny_run}', f'--output={folder}')
+  code, out, err = run(
+    f'--workdir={tiny_run}', f'--output={folder}', '--stablehlo'
+  )
   assert code == 0, err
-  assert 'README.md, config.json, model.safetensors' in out
+  names = 'README.md config.json decode_cpu.stablehlo decode_cuda.stablehlo '
+  names += 'encode_cpu.stablehlo encode_cuda.stablehlo model.safetensors '
+  assert ', '.join((names + 'tokenizer_torch.py').split()) in out
   assert load(folder).model_hash == load(tiny_run).model_hash

@@ -232,6 +232,15 @@ def test_wrong_shapes_are_named(e_shape, code_shape, message):
     nearest_codes(jnp.zeros(e_shape), jnp.zeros(code_shape))
 
 
+def test_the_tiles_are_those_of_the_platform_that_is_compiled_for():
+  shapes = (jax.ShapeDtypeStruct((n, 8), jnp.float32) for n in (1024, 4096))
+  traced = nearest_codes.trace(*shapes)
+  for platform, tile in (('cpu', '1024x512'), ('cuda', '4096x1024')):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    (product,) = re.findall(r'stablehlo.dot_general.*', text)
+    assert product.endswith(f'-> tensor<{tile}xf32>')
+
+
 def test_every_backend_multiplies_in_float32():
   shape = jax.ShapeDtypeStruct((64, 8), jnp.float32)
   for platform in ('cpu', 'cuda', 'tpu'):

@@ -1,0 +1,67 @@
+"""encode and decode as StableHLO: files that run with JAX alone."""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from rvq_jax.data.images import prepare_images
+from rvq_jax.evaluation.tokenizer import Tokenizer
+
+PLATFORMS = ('cpu', 'cuda')
+# In bfloat16 on the GPU that it is exported on, `layers.attend` calls cuDNN,
+# whose name JAX does not promise to keep.
+_CHECKS = (jax.export.DisabledSafetyCheck.custom_call('__cudnn$fmhaSoftmax'),)
+
+
+def write_stablehlo(folder, tokenizer: Tokenizer) -> None:
+  """Writes encode_PLATFORM.stablehlo and decode_PLATFORM.stablehlo.
+
+  Each holds the arrays that it needs, and what the model chooses for its
+  platform; none of the platforms need be there. The images are mapped over one
+  after another: their number B is free, their side S is that of the training.
+
+  encode: uint8 [B, S, S, 3] -> ids int32 [B, H, W], or [B, H, W, L].
+  decode: such ids -> float32 [B, S, S, 3] in [-1, 1].
+
+  Args:
+    folder: to write into.
+    tokenizer: the model.
+
+  Raises:
+    ImportError: it needs the package flatbuffers, the extra `stablehlo`.
+  """
+  if not importlib.util.find_spec('flatbuffers'):
+    raise ImportError(
+      '--stablehlo needs the package flatbuffers: pip install '
+      '"rvq_jax[stablehlo]"'
+    )
+  model, side = tokenizer.model, tokenizer.config['data.image_size']
+
+  def encode(variables, image):
+    images = prepare_images(image[None])
+    return model.apply(variables, images, method='encode')[0]
+
+  def decode(variables, ids):
+    return model.apply(variables, ids[None], method='decode')[0]
+
+  def over_images(function, x):
+    # Without barriers XLA computes with the weights while it compiles.
+    variables = jax.tree.map(jax.lax.optimization_barrier, tokenizer.variables)
+    return jax.lax.map(functools.partial(function, variables), x)
+
+  image = jax.ShapeDtypeStruct((side, side, 3), jnp.uint8)
+  ids = jax.eval_shape(encode, tokenizer.variables, image)
+  (batch,) = jax.export.symbolic_shape('b')
+  for platform in PLATFORMS:
+    for function, one in ((encode, image), (decode, ids)):
+      exported = jax.export.export(
+        jax.jit(functools.partial(over_images, function)),
+        platforms=[platform],
+        disabled_checks=_CHECKS,
+      )(jax.ShapeDtypeStruct((batch, *one.shape), one.dtype))
+      name = f'{function.__name__}_{platform}.stablehlo'
+      (Path(folder) / name).write_bytes(exported.serialize())

@@ -1,0 +1,299 @@
+"""The PyTorch file of an export against our tokenizer."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rvq_jax import Tokenizer, load
+from rvq_jax.evaluation import export
+from rvq_jax.evaluation.export import write_export
+from rvq_jax.quantize.fsq import fsq_levels
+from rvq_jax.quantize.registry import QUANTIZERS
+from rvq_jax.training import config as config_lib
+
+torch = pytest.importorskip('torch', reason='no torch: pip install torch')
+MODELS = [{'quantizer': name} for name in QUANTIZERS]
+MODELS += [
+  {'cosine': True, 'factor': 8},  # one more stage than widths
+  {'ema': False, 'cosine': True, 'codebook_size': 40},
+  {'quantizer': 'residual', 'ema': False, 'depth': 3},
+  {'quantizer': 'product', 'cosine': True, 'heads': 4},
+  {'quantizer': 'fsq', 'codebook_size': 16},
+  {'quantizer': 'simvq', 'cosine': True},
+  {'norm': 'group', 'activation': 'swish', 'factor': 2},  # a stage of stride 1
+]
+
+
+@pytest.fixture(scope='module')
+def source():
+  """The module whose copy is in an export."""
+  spec = importlib.util.spec_from_file_location(
+    'tokenizer_torch', Path(export.__file__).with_name('tokenizer_torch.py')
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope='module')
+def real(source, shared_export):
+  """The export of a run: our tokenizer, and PyTorch's."""
+  return load(shared_export), source.Tokenizer.from_pretrained(shared_export)
+
+
+def random_tokenizer(config, **changed):
+  """An untrained model, none of whose arrays is 0 or 1 throughout."""
+  config.model.update(num_res_blocks=1, widths=(4, 8), code_dim=8, num_heads=2)
+  config.model.update(codebook_size=64)
+  config.model.update(changed)
+  flat = config_lib.check_config(config)
+  model = config_lib.build_model(flat)
+  images = jnp.zeros((1, 16, 16, 3))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
+  rng, arrays = np.random.default_rng(0), {}
+  for name, shape in flatten_dict(dict(shapes), sep='.').items():
+    x = rng.standard_normal(shape.shape)
+    if name.endswith(('scale', 'var')):
+      x = 1 + 0.3 * np.abs(x)
+    elif name.endswith('kernel'):
+      x *= 1.5 / np.sqrt(np.prod(shape.shape[:-1]))
+    elif name.endswith('bias'):
+      x *= 0.1
+    arrays[name] = jnp.asarray(x, shape.dtype)
+  variables = {'batch_stats': {}, 'codebook': {}}
+  variables |= unflatten_dict(arrays, sep='.')
+  return Tokenizer(model, variables, config=flat, step=1)
+
+
+def check_same(ours, theirs, images):
+  """Same ids for 99.99 % of the tokens, same pictures of our ids to 1e-4."""
+  ids = np.array(ours.encode(images))
+  got = theirs.encode(images)
+  assert got.dtype == torch.int64 and got.shape == ids.shape
+  assert np.mean(got.numpy() == ids) >= 0.9999
+  assert len(np.unique(ids)) > 1
+  pictures = theirs.decode(ids)
+  assert pictures.dtype == torch.float32
+  np.testing.assert_allclose(pictures.numpy(), ours.decode(ids), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'changed', MODELS, ids=lambda x: '-'.join(map(str, x.values()))
+)
+def test_a_model_gives_our_ids_and_our_pictures(
+  changed, source, tiny_config, test_images, tmp_path
+):
+  ours = random_tokenizer(tiny_config, **changed)
+  write_export(tmp_path, ours)
+  theirs = source.Tokenizer.from_pretrained(tmp_path)
+  check_same(ours, theirs, test_images)
+  for name in ('codebook_size', 'factor', 'codes_per_position', 'model_hash'):
+    assert getattr(theirs, name) == getattr(ours, name), name
+
+
+def test_a_run_gives_our_ids_and_our_pictures(real, test_images):
+  check_same(*real, test_images)
+
+
+def test_sides_need_not_be_those_of_the_training(real, test_images):
+  check_same(*real, test_images[:, :12, :8])
+
+
+def test_codes_far_from_the_origin_are_told_apart(source):
+  rng = np.random.default_rng(0)
+  codes = 1e3 + 0.1 * rng.standard_normal((50, 8)).astype(np.float32)
+  e = np.repeat(codes, 20, 0) + np.float32(0.01)
+  ids = source.nearest(torch.tensor(e), torch.tensor(codes))
+  distance = ((e[:, None].astype(float) - codes[None]) ** 2).sum(-1)
+  np.testing.assert_array_equal(ids.numpy(), distance.argmin(1))
+
+
+@pytest.mark.parametrize('bits', range(1, 18))
+def test_the_levels_of_fsq_are_ours(bits, source):
+  tokenizer = types.SimpleNamespace(codebook_size=2**bits)
+  levels, weights = source.Tokenizer._fsq_levels(tokenizer, 'cpu').tolist()
+  assert tuple(levels) == fsq_levels(2**bits)
+  assert weights == [1, *np.cumprod(levels)[:-1].tolist()]
+
+
+def test_the_first_codes_of_a_residual_tokenizer_decode(
+  source, tiny_config, test_images, tmp_path
+):
+  ours = random_tokenizer(tiny_config, quantizer='residual', depth=3)
+  write_export(tmp_path, ours)
+  ids = np.array(ours.encode(test_images))[..., :2]
+  got = source.Tokenizer.from_pretrained(tmp_path).decode(ids)
+  np.testing.assert_allclose(got.numpy(), ours.decode(ids), atol=1e-4)
+
+
+def test_both_layouts_and_both_dtypes_are_taken(real, test_images):
+  _, tokenizer = real
+  images = torch.tensor(test_images)
+  ids = tokenizer.encode(images)
+  floats = (images.double() / 127.5 - 1).permute(0, 3, 1, 2)
+  assert torch.equal(tokenizer.encode(floats), ids)
+  # As files of tokens hold them.
+  pictures = tokenizer.decode(ids.numpy().astype(np.uint16))
+  assert pictures.shape == images.shape
+  first = tokenizer.decode(ids.int(), channels_first=True)
+  assert torch.equal(first.permute(0, 2, 3, 1), pictures)
+
+
+@pytest.mark.parametrize(
+  ('images', 'message'),
+  [
+    (torch.zeros(16, 16, 3), r'expected images .*multiples of 4.*\[16, 16, 3'),
+    (torch.zeros(1, 16, 18, 3), r'got \[1, 16, 18, 3\]'),
+    (torch.zeros(1, 16, 16, 4), r'got \[1, 16, 16, 4\]'),
+    (torch.zeros(0, 16, 16, 3), r'got \[0, 16, 16, 3\]'),
+    (torch.zeros(1, 16, 16, 3).int(), r'uint8 or float .* got torch.int32'),
+    (torch.full((1, 16, 16, 3), 255.0), 'got torch.float32 from 255 to 255'),
+    (torch.full((1, 16, 16, 3), torch.nan), 'float32 from nan'),
+  ],
+)
+def test_other_images_are_refused_in_one_line(images, message, real):
+  with pytest.raises(ValueError, match=message) as caught:
+    real[1].encode(images)
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('ids', 'message'),
+  [
+    (
+      torch.zeros(4, 4).long(),
+      r'expected ids \[B, H, W\].*got torch.int64 \[4',
+    ),
+    (torch.zeros(1, 4, 4), 'got torch.float32'),
+    (torch.zeros(1, 4, 4, 1).long(), r'got torch.int64 \[1, 4, 4, 1\]'),
+    (torch.full((1, 4, 4), 16), 'from 0 to 15, got 16 to 16'),
+    (torch.full((1, 4, 4), -1), 'from 0 to 15, got -1 to -1'),
+  ],
+)
+def test_other_ids_are_refused_in_one_line(ids, message, real):
+  with pytest.raises(ValueError, match=message) as caught:
+    real[1].decode(ids)
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('quantizer', 'codes'), [('residual', 5), ('product', 1)]
+)
+def test_another_number_of_codes_is_refused(
+  quantizer, codes, source, tiny_config, tmp_path
+):
+  write_export(tmp_path, random_tokenizer(tiny_config, quantizer=quantizer))
+  tokenizer = source.Tokenizer.from_pretrained(tmp_path)
+  most = tokenizer.codes_per_position
+  with pytest.raises(ValueError, match=rf'expected ids \[B, H, W, {most}\]'):
+    tokenizer.decode(torch.zeros(1, 4, 4, codes).long())
+
+
+def change(folder, **changed):
+  about = json.loads((folder / 'config.json').read_text())
+  about['config'] |= {f'model.{name}': value for name, value in changed.items()}
+  (folder / 'config.json').write_text(json.dumps(about))
+
+
+def flip(folder):
+  path = folder / 'model.safetensors'
+  data = bytearray(path.read_bytes())
+  data[-1] ^= 1
+  path.write_bytes(data)
+
+
+def cut(folder):
+  path = folder / 'model.safetensors'
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+def rename_tensor(folder):
+  path = folder / 'model.safetensors'
+  arrays = safetensors.numpy.load_file(path)
+  arrays['params.x'] = arrays.pop('params.encoder.conv0.kernel')
+  safetensors.numpy.save_file(arrays, path)
+
+
+@pytest.mark.parametrize(
+  ('damage', 'message'),
+  [
+    (shutil.rmtree, 'as launch/export.py writes them, got FileNotFound'),
+    (lambda f: (f / 'config.json').unlink(), 'No such file.*config.json'),
+    (lambda f: (f / 'model.safetensors').unlink(), 'No such file.*model.safe'),
+    (lambda f: (f / 'config.json').write_text('{'), 'got JSONDecodeError'),
+    (lambda f: (f / 'config.json').write_text('[]'), 'got TypeError'),
+    (lambda f: (f / 'config.json').write_text('{}'), "got KeyError: 'config'"),
+    (cut, 'got SafetensorError'),
+    (flip, 'damaged: model.safetensors has another hash than config.json'),
+    (rename_tensor, 'has another hash'),
+    (lambda f: change(f, factor=2), 'has another hash'),
+    (lambda f: change(f, quantizer='new'), "one of vq, .*got 'new'"),
+    (lambda f: change(f, activation='relu'), "one of leaky_.*got 'relu'"),
+  ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(
+  damage, message, source, exported
+):
+  damage(exported)
+  with pytest.raises((ValueError, OSError), match=message) as caught:
+    source.Tokenizer.from_pretrained(exported)
+  assert '\n' not in str(caught.value) and str(exported) in str(caught.value)
+
+
+def test_a_model_of_the_hub_is_downloaded(source, exported, monkeypatch):
+  asked = []
+
+  def snapshot_download(repo, **options):
+    asked.append((repo, options['revision'], set(options['allow_patterns'])))
+    return str(exported)
+
+  hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
+  files = {'model.safetensors', 'config.json'}
+  for name, revision in (('a/b', None), ('hf:a/b@v1', 'v1')):
+    assert source.Tokenizer.from_pretrained(name).factor == 4
+    assert asked.pop() == ('a/b', revision, files)
+
+
+def test_a_name_that_nobody_knows_is_one_line(source, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', None)  # not installed
+  with pytest.raises(OSError, match='no/such: no such folder, and.*Hub') as got:
+    source.Tokenizer.from_pretrained('no/such')
+  assert '\n' not in str(got.value)
+
+
+PROGRAM = """
+import sys
+for name in ('rvq_jax', 'jax', 'flax', 'huggingface_hub'):
+  sys.modules[name] = None
+import numpy as np
+import torch
+from tokenizer_torch import Tokenizer
+images = torch.tensor(np.load('images.npy'))
+tokenizer = Tokenizer.from_pretrained('.')
+print(tokenizer.encode(images).flatten().tolist())
+"""
+
+
+def test_the_folder_alone_is_enough(exported, test_images):
+  np.save(exported / 'images.npy', test_images[:2])
+  done = subprocess.run(
+    [sys.executable, '-W', 'error', '-c', PROGRAM],
+    cwd=exported,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  ids = np.array(load(exported).encode(test_images[:2]))
+  assert json.loads(done.stdout) == ids.flatten().tolist()
