@@ -15,7 +15,7 @@ from ml_collections import config_flags
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))  # configs import each other and the package
 _EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
-_PATHS = ('workdir', 'input', 'output', 'data_dir', 'save_images')
+_PATHS = ('workdir', 'init', 'input', 'output', 'data_dir', 'save_images')
 _LOST = 75  # EX_TEMPFAIL: the same command resumes the run
 
 

@@ -1,13 +1,15 @@
 """Trains a tokenizer, evaluates it on the test split and draws the figures.
 
 python launch/main.py --config=configs/photos.py [--workdir=DIR]
-  [--config.model.codebook_size=8192 ...]
+  [--init=EXPORT|RUN|hf:NAME] [--config.model.codebook_size=8192 ...]
 
 The run lives in DIR (default: runs/NAME). The same command resumes a run that
-was interrupted. --multihost makes one run of all processes that were started
-with this command (docs/scale.md); all must see DIR.
+was interrupted. --init starts a new run from the parameters and codes of a
+trained model (docs/guide.md). --multihost makes one run of all processes that
+were started with this command (docs/scale.md); all must see DIR.
 """
 
+import functools
 from pathlib import Path
 
 import command_line
@@ -21,6 +23,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory of the run; default runs/NAME of the config.'
 )
+_INIT = flags.DEFINE_string(
+  'init', None, 'Run, export or hf:NAME whose parameters a new run starts from.'
+)
 
 
 def main():
@@ -31,7 +36,13 @@ def main():
   from rvq_jax.training.loop import train
 
   workdir = Path(_WORKDIR.value or Path('runs') / name)
-  train(_CONFIG.value, workdir)
+  source = _INIT.value
+  if source and Path(source).resolve() == workdir.resolve():
+    command_line.fail(
+      f'--init: expected another folder than --workdir={workdir}'
+    )
+  init = functools.partial(_load, source) if source else None
+  train(_CONFIG.value, workdir, init=init)
   # Not before: matplotlib looks for fonts, which takes a second when it is new.
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
 
@@ -39,6 +50,12 @@ def main():
   if command_line.is_first():
     print(format_table(result, f'{name}, test split'))
     print(f'metrics, figures and checkpoints are in {workdir}')
+
+
+def _load(source):
+  from rvq_jax.evaluation.load import load
+
+  return load(source)
 
 
 if __name__ == '__main__':

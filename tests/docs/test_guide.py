@@ -58,7 +58,8 @@ def test_the_blocks_run_in_their_order(checkout):
   assert (checkout / 'export' / 'model.safetensors').exists()
   config = json.loads((checkout / 'runs/mine_f8/config.json').read_text())
   assert config['model.factor'] == 8
-  for run in ('mine', 'mine_f8'):
+  assert scope['images'].shape == (8, 64, 64, 3)
+  for run in ('mine', 'mine_f8', 'tuned'):
     assert (checkout / 'runs' / run / 'evaluation/test/metrics.json').exists()
   for name in re.findall(r'`(\w+\.png)`', TEXT):
     assert (checkout / 'runs/mine/evaluation/test' / name).exists()

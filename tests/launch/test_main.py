@@ -68,6 +68,14 @@ def run(launcher, *flags):
       '/no/where',
     ),
     (
+      ['--config=configs/photos.py', '--init=/no', '--config.num_steps=30'],
+      'expected a run with checkpoints in /no, or an export',
+    ),
+    (
+      ['--config=configs/photos.py', '--config.freeze=decoder'],
+      "config.freeze: expected one of '', codes, 'encoder,codes', got 'dec",
+    ),
+    (
       ['--config=configs/photos.py', '--multihost'],
       'expected a scheduler such as SLURM, found none',
     ),
