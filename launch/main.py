@@ -1,8 +1,9 @@
 """Trains a tokenizer, evaluates it on the test split and draws the figures.
 
-python launch/main.py --config=configs/photos.py [--workdir=DIR]
+python launch/main.py, or rvq train, --config=photos [--workdir=DIR]
   [--init=EXPORT|RUN|hf:NAME] [--config.model.codebook_size=8192 ...]
 
+A config is a name, as cifar10 or cifar10:f4, or the path of a file of yours.
 The run lives in DIR (default: runs/NAME). The same command resumes a run that
 was interrupted. --init starts a new run from the parameters and codes of a
 trained model (docs/guide.md). --multihost makes one run of all processes that
@@ -18,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', help_string='Config file, as configs/cifar10.py or :f4 behind it.'
+  'config', help_string='A name, as cifar10:f4, or the path of a config file.'
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory of the run; default runs/NAME of the config.'

@@ -38,7 +38,7 @@ def run(launcher, *flags):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    ([], 'expected --config=configs/NAME.py; there are configs/cifar10.py'),
+    ([], 'expected --config=NAME, or the path of a config file; NAME is one'),
     (['--config=configs/none.py'], 'configs/none.py'),
     (
       ['--config=configs/cifar10.py:f5'],
