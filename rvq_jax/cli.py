@@ -231,7 +231,7 @@ def _launcher(command: str) -> Path:
 
 def _overview() -> str:
   """What `rvq --help` prints; nothing that is imported for it takes long."""
-  lines = ['rvq COMMAND [--help] is python launch/COMMAND.py:', '']
+  lines = ['rvq COMMAND [flags]; rvq COMMAND --help says which flags:', '']
   for command in COMMANDS:
     text = ast.get_docstring(ast.parse(_launcher(command).read_text()))
     lines.append(f'  {command:<10} {text.splitlines()[0]}')
