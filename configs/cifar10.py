@@ -37,6 +37,9 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config.num_epochs = 300
   config.num_steps = placeholder(int)  # if set, counts instead of num_epochs
   config.deterministic = False  # True: bit-exact on GPUs too, but slower
+  # What stays as it is: 'codes', or 'encoder,codes' to adapt the decoder alone
+  # to other images (--init), whose ids stay too.
+  config.freeze = ''
   config.log_every = 50  # steps between two log lines
   config.eval_every = 1640  # steps between evaluations; 0: at the end only
   config.checkpoint_every = 1640  # steps; 0: with each evaluation
@@ -82,7 +85,6 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.split_fraction = 0.2  # from a code towards its vector; 1: onto it
   model.init_from = 'data'  # 'normal': random codes
   model.max_scale = 10.0  # bound on |q|/|e| in the gradient
-  model.freeze = False  # codes stay as they are; the rest learns
   model.depth = 4  # codes per position of 'residual'
   model.heads = 2  # codes per position of 'product'
   model.temperature_steps = 10_000  # over which that of 'gumbel' falls

@@ -9,7 +9,7 @@ Hardware, time and numbers: not run.
 
 from ml_collections import ConfigDict
 
-from configs import cifar10
+from rvq_jax.configs import cifar10
 
 
 def get_config(variant: str = '') -> ConfigDict:

@@ -8,8 +8,8 @@ Hardware, time and numbers: not run.
 
 from ml_collections import ConfigDict
 
-from configs import imagenet
-from configs.photos_vqgan import use_vqgan
+from rvq_jax.configs import imagenet
+from rvq_jax.configs.photos_vqgan import use_vqgan
 
 
 def get_config() -> ConfigDict:

@@ -13,7 +13,7 @@ training 100 % and 939 over 25 steps).
 
 from ml_collections import ConfigDict
 
-from configs import cifar10
+from rvq_jax.configs import cifar10
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ Hardware, time and numbers: not run.
 
 from ml_collections import ConfigDict
 
-from configs import cifar10, photos
+from rvq_jax.configs import cifar10, photos
 
 
 def use_vqgan(config: ConfigDict, *, quantize_after: int) -> None:

@@ -1,13 +1,16 @@
 """Trains a tokenizer, evaluates it on the test split and draws the figures.
 
-python launch/main.py --config=configs/photos.py [--workdir=DIR]
-  [--config.model.codebook_size=8192 ...]
+python launch/main.py, or rvq train, --config=photos [--workdir=DIR]
+  [--init=EXPORT|RUN|hf:NAME] [--config.model.codebook_size=8192 ...]
 
+A config is a name, as cifar10 or cifar10:f4, or the path of a file of yours.
 The run lives in DIR (default: runs/NAME). The same command resumes a run that
-was interrupted. --multihost makes one run of all processes that were started
-with this command (docs/scale.md); all must see DIR.
+was interrupted. --init starts a new run from the parameters and codes of a
+trained model (docs/guide.md). --multihost makes one run of all processes that
+were started with this command (docs/scale.md); all must see DIR.
 """
 
+import functools
 from pathlib import Path
 
 import command_line
@@ -16,10 +19,13 @@ from absl import flags
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', help_string='Config file, as configs/cifar10.py or :f4 behind it.'
+  'config', help_string='A name, as cifar10:f4, or the path of a config file.'
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory of the run; default runs/NAME of the config.'
+)
+_INIT = flags.DEFINE_string(
+  'init', None, 'Run, export or hf:NAME whose parameters a new run starts from.'
 )
 
 
@@ -31,7 +37,13 @@ def main():
   from rvq_jax.training.loop import train
 
   workdir = Path(_WORKDIR.value or Path('runs') / name)
-  train(_CONFIG.value, workdir)
+  source = _INIT.value
+  if source and Path(source).resolve() == workdir.resolve():
+    command_line.fail(
+      f'--init: expected another folder than --workdir={workdir}'
+    )
+  init = functools.partial(_load, source) if source else None
+  train(_CONFIG.value, workdir, init=init)
   # Not before: matplotlib looks for fonts, which takes a second when it is new.
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
 
@@ -39,6 +51,12 @@ def main():
   if command_line.is_first():
     print(format_table(result, f'{name}, test split'))
     print(f'metrics, figures and checkpoints are in {workdir}')
+
+
+def _load(source):
+  from rvq_jax.evaluation.load import load
+
+  return load(source)
 
 
 if __name__ == '__main__':

@@ -2,12 +2,6 @@
 
 import importlib
 
-from rvq_jax.models.vqvae import VQVAE
-from rvq_jax.quantize.codebook import Codebook, ema_update
-from rvq_jax.quantize.gradients import reflect, rotate, straight_through
-from rvq_jax.quantize.search import nearest_codes
-from rvq_jax.quantize.vector_quantizer import VectorQuantizer
-
 __version__ = '0.1.0'
 
 __all__ = [
@@ -25,15 +19,27 @@ __all__ = [
   'straight_through',
 ]
 
-_ON_FIRST_USE = {  # what VectorQuantizer alone need not wait for
+_DEFINED_IN = {  # imported on first use: `rvq --help` need not wait for JAX
+  'VQVAE': 'rvq_jax.models.vqvae',
+  'Codebook': 'rvq_jax.quantize.codebook',
   'ProductQuantizer': 'rvq_jax.quantize.product',
   'ResidualQuantizer': 'rvq_jax.quantize.residual',
   'Tokenizer': 'rvq_jax.evaluation.tokenizer',
+  'VectorQuantizer': 'rvq_jax.quantize.vector_quantizer',
+  'ema_update': 'rvq_jax.quantize.codebook',
   'load': 'rvq_jax.evaluation.load',
+  'nearest_codes': 'rvq_jax.quantize.search',
+  'reflect': 'rvq_jax.quantize.gradients',
+  'rotate': 'rvq_jax.quantize.gradients',
+  'straight_through': 'rvq_jax.quantize.gradients',
 }
 
 
 def __getattr__(name):
-  if name not in _ON_FIRST_USE:
+  if name not in _DEFINED_IN:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  return getattr(importlib.import_module(_ON_FIRST_USE[name]), name)
+  return getattr(importlib.import_module(_DEFINED_IN[name]), name)
+
+
+def __dir__():
+  return [*globals(), *__all__]

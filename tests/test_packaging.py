@@ -27,8 +27,10 @@ def wheel_file(tmp_path_factory):
     pytest.skip('setuptools is too old: pip install "setuptools>=77"')
   folder = tmp_path_factory.mktemp('wheel')
   for name in PARTS:
-    copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
-    copy(ROOT / name, folder / name)
+    if (ROOT / name).is_dir():
+      shutil.copytree(ROOT / name, folder / name, symlinks=True)
+    else:
+      shutil.copyfile(ROOT / name, folder / name)
   # Without isolation, for that would fetch setuptools anew from the network.
   done = subprocess.run(
     [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-index']
@@ -63,6 +65,10 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel):
   assert {f'rvq_jax/explorer/page.{end}' for end in ('html', 'css', 'js')} < (
     files
   )
+  # Links to what lies beside the package in a checkout.
+  for part in ('configs', 'launch'):
+    assert (ROOT / 'rvq_jax' / part).resolve() == ROOT / part
+    files |= {f'rvq_jax/{part}/{x.name}' for x in (ROOT / part).glob('*.py')}
   packed = {name for name in names if '.dist-info/' not in name}
   assert packed == files
 
@@ -79,6 +85,16 @@ def test_the_wheel_holds_its_licence_and_its_dependencies(wheel):
     assert f'Provides-Extra: {extra}' in about
 
 
+TINY = (
+  '--config.batch_size=8',
+  '--config.num_steps=2',
+  '--config.optimizer.warmup_steps=0',
+  '--config.data.image_size=16',
+  '--config.model.widths=(4,8)',
+  '--config.model.num_res_blocks=0',
+  '--config.model.num_heads=2',
+  '--config.model.code_dim=4',
+)
 # Run with what the wheel holds and without the checkout.
 USE = """
 import sys
@@ -122,6 +138,18 @@ def test_what_the_wheel_holds_works_without_the_checkout(
     timeout=280,
   )
   assert done.returncode == 0, done.stderr
+  rvq = 'from rvq_jax.cli import main; main()'
+  done = subprocess.run(
+    [sys.executable, '-c', rvq, 'train', '--config=photos', *TINY],
+    cwd=elsewhere,
+    env=os.environ | {'PYTHONPATH': str(home), 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=280,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'metrics, figures and checkpoints are in runs/photos' in done.stdout
+  assert (elsewhere / 'runs/photos/evaluation/test/metrics.json').exists()
   page = (elsewhere / 'page.html').read_text()
   for end, mark in (('html', '<!doctype html>'), ('js', 'function draw()')):
     assert mark in page, end

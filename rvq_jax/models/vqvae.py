@@ -64,6 +64,8 @@ class VQVAE(nn.Module):
     remat: see `layers.residual_blocks`.
     norm: 'batch' or 'group'; see `layers.Norm`.
     activation: 'leaky_relu' or 'swish'.
+    freeze_encoder: the encoder gets no gradient, and its BatchNorm uses the
+      stored statistics in training too.
   """
 
   widths: tuple[int, ...] = (64, 128, 256)
@@ -77,6 +79,7 @@ class VQVAE(nn.Module):
   remat: bool = False
   norm: str = 'batch'
   activation: str = 'leaky_relu'
+  freeze_encoder: bool = False
 
   def __post_init__(self):
     """Makes the module hashable, so that `jax.jit` takes it as static."""
@@ -138,6 +141,8 @@ class VQVAE(nn.Module):
         f'expected images whose sides are multiples of {self.factor}, got '
         f'{shape[1]}x{shape[2]}; crop or pad them'
       )
+    if self.freeze_encoder:
+      return jax.lax.stop_gradient(self.encoder(images))
     return self.encoder(images, train=train)
 
   def encode(self, images: jax.Array) -> jax.Array:

@@ -85,7 +85,8 @@ def fault(value: Any, field: Field) -> str | None:
   ):
     return _KINDS[field.kind]
   if field.choices and value not in field.choices:
-    return f'one of {", ".join(map(str, field.choices))}'
+    plain = lambda x: x if str(x).isidentifier() else repr(x)  # noqa: E731
+    return f'one of {", ".join(map(plain, field.choices))}'
   if field.kind in (int, float) and not field.low <= value <= field.high:
     if field.high >= 2**31 - 1:
       return f'at least {field.low:g}'

@@ -271,6 +271,12 @@ class Checkpoints:
       )
 
 
+def has_checkpoints(workdir) -> bool:
+  """Whether a run has any checkpoint, sound or not."""
+  paths = (Path(workdir) / 'checkpoints').glob('*')
+  return any(path.name.isdecimal() for path in paths)
+
+
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
   """The state as Orbax items: what evaluation needs, and the rest."""
   model = dict(state.variables)

@@ -21,18 +21,11 @@ from rvq_jax.quantize.base import Field
 from rvq_jax.quantize.registry import QUANTIZERS, takes
 
 SCHEDULES = ('cosine', 'constant')
+FREEZE = ('', 'codes', 'encoder,codes')
 _QUANTIZER = (
   *('codebook_size', 'estimator', 'ema', 'decay', 'eps', 'commitment_weight'),
   *('codebook_weight', 'loss_form', 'cosine', 'dead_code_threshold'),
-  *(
-    'split_by',
-    'split_fraction',
-    'init_from',
-    'max_scale',
-    'freeze',
-    'depth',
-    'heads',
-  ),
+  *('split_by', 'split_fraction', 'init_from', 'max_scale', 'depth', 'heads'),
   *('temperature_steps', 'kl_weight'),
 )
 _INT32 = 2**31 - 1
@@ -43,6 +36,7 @@ FIELDS = {
   'num_epochs': Field(int, 1, 10**7),
   'num_steps': Field(int, 1, _INT32, optional=True),
   'deterministic': Field(bool),
+  'freeze': Field(str, choices=FREEZE),
   'log_every': Field(int, 1, _INT32),
   'eval_every': Field(int, 0, _INT32),
   'checkpoint_every': Field(int, 0, _INT32),
@@ -86,7 +80,7 @@ FIELDS = {
 RESUMABLE = {
   *('num_epochs', 'num_steps', 'log_every', 'eval_every', 'checkpoint_every'),
   *('keep_checkpoints', 'data.data_dir', 'data.num_workers', 'model.remat'),
-  *('model.freeze', 'deterministic'),
+  *('freeze', 'deterministic'),
 }
 """Fields that may differ from the config that a run was started with."""
 
@@ -243,11 +237,15 @@ def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
   name = model.pop('quantizer')
   model.pop('quantize_after')  # of the train step
   quantizer = {field: model.pop(field) for field in _QUANTIZER}
+  quantizer['freeze'] = 'codes' in flat['freeze']
   quantizer = {n: value for n, value in quantizer.items() if takes(name, n)}
   model['widths'] = tuple(model['widths'])
   model['dtype'] = jnp.dtype(model['dtype']).type
   return VQVAE(
-    quantizer={'name': name, **quantizer}, axis_name=axis_name, **model
+    quantizer={'name': name, **quantizer},
+    axis_name=axis_name,
+    freeze_encoder='encoder' in flat['freeze'],
+    **model,
   )
 
 

@@ -17,7 +17,7 @@ from rvq_jax.data.datasets import SPLIT_FILE
 from rvq_jax.io import explain_full_disk, write_atomic
 from rvq_jax.training import config as config_lib
 from rvq_jax.training import sharding, writers
-from rvq_jax.training.checkpoints import Checkpoints
+from rvq_jax.training.checkpoints import Checkpoints, has_checkpoints
 from rvq_jax.training.preemption import StopSignal
 from rvq_jax.training.run import Run
 from rvq_jax.training.step import MAX_NONFINITE_STREAK
@@ -25,7 +25,7 @@ from rvq_jax.training.step import MAX_NONFINITE_STREAK
 MAX_STEPS_IN_FLIGHT = 2
 
 
-def train(config, workdir) -> dict[str, float]:
+def train(config, workdir, *, init=None) -> dict[str, float]:
   """Trains a model, or resumes the run in workdir.
 
   Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, where it
@@ -36,20 +36,26 @@ def train(config, workdir) -> dict[str, float]:
   Args:
     config: ConfigDict or nested mapping; see configs/cifar10.py.
     workdir: directory of the run.
+    init: a function that gives a trained model, as `lambda: load(export)`. A
+      new run starts from its params, batch_stats and codebook; step, optimizer
+      and discriminator are new. A run with a checkpoint resumes from that.
 
   Returns:
     The metrics of the last evaluation on the validation split.
 
   Raises:
-    ValueError: the config is not valid or not that of the checkpoint, workdir
-      is in use, or no checkpoint in it is sound.
+    ValueError: the config is not valid or not that of the checkpoint, the model
+      of `init` does not fit it, workdir is in use, or no checkpoint in it is
+      sound.
     OSError: the disk is full.
     FloatingPointError: ten steps in a row were not finite.
     SystemExit: a signal asked to stop; the state is saved.
     jax.errors.JaxRuntimeError: another process of the run is lost.
   """
-  workdir, run = Path(workdir), Run(config, workdir)
+  workdir, run = Path(workdir), Run(config, workdir, init)
   config = run.config
+  if not has_checkpoints(workdir):
+    run.initial  # noqa: B018 - what does not fit ends here, with nothing written
   advice = 'start the same command again: it resumes from the last checkpoint'
   with (
     explain_full_disk(workdir, advice),

@@ -1,6 +1,7 @@
 """AdamW with cosine annealing (paper 4.1)."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from rvq_jax.training.config import SCHEDULES
@@ -50,13 +51,28 @@ def decay_mask(params):
   )
 
 
+def is_frozen(path, freeze: str) -> bool:
+  """Whether a parameter stays as it is.
+
+  Args:
+    path: its keys, as of `jax.tree_util.tree_map_with_path`.
+    freeze: 'codes': learned codes (`embedding`; the `map` of SimVQ);
+      'encoder,codes': the encoder and the whole quantizer, so that an image
+      keeps its ids; '': none.
+  """
+  names = [key.key for key in path]
+  if 'encoder' in freeze:
+    return names[0] in ('encoder', 'vq')
+  return freeze == 'codes' and not {'embedding', 'map'}.isdisjoint(names)
+
+
 def make_optimizer(
   schedule: optax.Schedule,
   *,
   weight_decay: float = 0.01,
   clip_norm: float = 0.0,
   b2: float = 0.999,
-  freeze_codes: bool = False,
+  freeze: str = '',
   quantizer_scale: float = 1.0,
 ) -> optax.GradientTransformation:
   """AdamW (beta 0.9, b2) with decay on kernels only.
@@ -66,8 +82,8 @@ def make_optimizer(
     weight_decay: decoupled weight decay.
     clip_norm: upper bound of the global gradient norm; 0 does not clip.
     b2: decay of the second moment.
-    freeze_codes: learned codes (parameters called 'embedding') stay as they
-      are, which a gradient of 0 does not ensure: Adam has momentum.
+    freeze: parameters that stay as they are, see `is_frozen`. A gradient of 0
+      does not ensure that: there are momentum and weight decay.
     quantizer_scale: learning rate of the quantizer's parameters (those under
       'vq'), as a multiple of that of all others.
   """
@@ -78,11 +94,15 @@ def make_optimizer(
     adamw = optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
 
   def factor(path):
-    if freeze_codes and path[-1].key == 'embedding':
+    if is_frozen(path, freeze):
       return 0.0
     return quantizer_scale if path[0].key == 'vq' else 1.0
 
   def update(grads, state, params=None):
+    # Nor do the gradients of what is frozen count in the norm that is clipped.
+    grads = jax.tree_util.tree_map_with_path(
+      lambda path, g: jnp.zeros_like(g) if is_frozen(path, freeze) else g, grads
+    )
     updates, state = adamw.update(grads, state, params)
     updates = jax.tree_util.tree_map_with_path(
       lambda path, x: x * factor(path) if factor(path) != 1 else x, updates

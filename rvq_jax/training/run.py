@@ -1,5 +1,6 @@
 """A run's parts, built from its config."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ from rvq_jax import metrics
 from rvq_jax.data import datasets, loaders
 from rvq_jax.data.images import to_float
 from rvq_jax.training import config as config_lib
-from rvq_jax.training import sharding
+from rvq_jax.training import initial, sharding
 from rvq_jax.training.backend import make_deterministic
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.objective import Objective
@@ -34,10 +35,11 @@ class Run:
   Args:
     config: ConfigDict or nested mapping; see configs/cifar10.py.
     workdir: directory of the run, whose split file is used if it exists.
+    init: gives the trained model that a new run starts from; see `train`.
 
   Attributes:
     config: the checked flat config.
-    init: key -> the first state, jitted.
+    init: key, variables or None -> the first state, jitted.
     objective: the losses other than the quantizer's.
     lpips_weights: on all devices, or None.
     template: shapes and shardings of the state.
@@ -45,7 +47,8 @@ class Run:
       step counts from 1, and the state is donated.
   """
 
-  def __init__(self, config, workdir=None):
+  def __init__(self, config, workdir=None, init=None):
+    self._init = init
     self.config = config_lib.check_config(config)
     if self.config['deterministic']:
       make_deterministic()
@@ -125,12 +128,12 @@ class Run:
       weight_decay=config['optimizer.weight_decay'],
       clip_norm=config['optimizer.clip_norm'],
       b2=config['optimizer.b2'],
-      freeze_codes=self.model.quantizer.get('freeze', False),
+      freeze=config['freeze'],
       quantizer_scale=_quantizer_scale(config),
     )
 
-    def init(key):
-      return create_state(
+    def init(key, variables=None):
+      state = create_state(
         self.model,
         optimizer,
         key,
@@ -141,6 +144,7 @@ class Run:
           jax.random.fold_in(key, 1), config['data.image_size']
         ),
       )
+      return initial.start_from(state, variables) if variables else state
 
     # The seed is an argument, so that runs that differ in it alone share one
     # program in the compilation cache; the weights of LPIPS, so that no program
@@ -207,6 +211,11 @@ class Run:
     own = self.objective
     return own.adversarial_weight > 0 and step > own.discriminator_start
 
+  @functools.cached_property
+  def initial(self):
+    """The collections that a new run starts from; None: random ones."""
+    return initial.collections(self._init, self.template, self.config)
+
   def start(self, checkpoints: Checkpoints):
     """The state to start from; the loader is set to the batch after it."""
     found = checkpoints.restore_newest(
@@ -214,7 +223,7 @@ class Run:
       lambda meta: config_lib.check_resume(self.config, meta['config']),
     )
     if found is None:
-      return self.init(self.key)
+      return self.init(self.key, self.initial)
     state, meta = found
     self.loader.seek(meta['position'])
     return state

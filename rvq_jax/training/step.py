@@ -226,7 +226,8 @@ def _accumulate(forward_backward, judge, steps: int) -> Callable[..., Pass]:
 def _average(averages, new, decay):
   if averages is None:
     return None
-  return optax.incremental_update(new, averages, 1 - decay)
+  # So written, the average of what does not move does not move either.
+  return jax.tree.map(lambda a, x: a + (1 - decay) * (x - a), averages, new)
 
 
 def _mean(tree, axis_name):

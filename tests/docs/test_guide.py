@@ -58,10 +58,31 @@ def test_the_blocks_run_in_their_order(checkout):
   assert (checkout / 'export' / 'model.safetensors').exists()
   config = json.loads((checkout / 'runs/mine_f8/config.json').read_text())
   assert config['model.factor'] == 8
-  for run in ('mine', 'mine_f8'):
+  assert scope['images'].shape == (8, 64, 64, 3)
+  for run in ('mine', 'mine_f8', 'tuned'):
     assert (checkout / 'runs' / run / 'evaluation/test/metrics.json').exists()
   for name in re.findall(r'`(\w+\.png)`', TEXT):
     assert (checkout / 'runs/mine/evaluation/test' / name).exists()
+
+
+def test_the_layer_learns_in_nnx_and_evaluation_leaves_its_codes():
+  (code,) = (code for _, code in blocks(TEXT, 'python') if 'ToNNX' in code)
+  scope = {}
+  exec(code, scope)
+  assert scope['losses'][-1] < 0.9 * scope['losses'][0]
+  assert scope['y'].shape == (128, 16) and scope['ids'].shape == (128,)
+  quantizer, x = scope['autoencoder'].quantizer, scope['x']
+
+  def codes():
+    return np.asarray(quantizer.embedding[...])
+
+  trained = codes()
+  scope['autoencoder'](x, train=False)
+  np.testing.assert_array_equal(codes(), trained)
+  scope['train_step'](scope['autoencoder'], scope['optimizer'], x)
+  assert np.any(codes() != trained)
+  fresh = scope['Autoencoder'](x, scope['nnx'].Rngs(0))
+  assert not np.any(fresh.quantizer.cluster_size[...])  # filled by training
 
 
 def test_links_lead_to_files():

@@ -38,7 +38,7 @@ def run(launcher, *flags):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    ([], 'expected --config=configs/NAME.py; there are configs/cifar10.py'),
+    ([], 'expected --config=NAME, or the path of a config file; NAME is one'),
     (['--config=configs/none.py'], 'configs/none.py'),
     (
       ['--config=configs/cifar10.py:f5'],
@@ -66,6 +66,14 @@ def run(launcher, *flags):
     (
       ['--config=configs/photos.py', '--config.data.name=folder:/no/where'],
       '/no/where',
+    ),
+    (
+      ['--config=configs/photos.py', '--init=/no', '--config.num_steps=30'],
+      'expected a run with checkpoints in /no, or an export',
+    ),
+    (
+      ['--config=configs/photos.py', '--config.freeze=decoder'],
+      "config.freeze: expected one of '', codes, 'encoder,codes', got 'dec",
     ),
     (
       ['--config=configs/photos.py', '--multihost'],

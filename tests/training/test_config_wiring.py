@@ -40,7 +40,6 @@ OTHER = {
   'split_fraction': 0.7,
   'init_from': 'normal',
   'max_scale': 1.5,
-  'freeze': True,
   'depth': 3,
   'heads': 4,
   'temperature_steps': 77,
@@ -248,6 +247,8 @@ def run_program(make_step_config, lpips_stand_in):
     ('accumulate_steps', 2),
     ('model.estimator', 'ste'),
     ('model.quantize_after', 1),
+    ('freeze', 'codes'),
+    ('freeze', 'encoder,codes'),
   ],
 )
 def test_a_field_changes_the_train_step_of_a_run(field, value, run_program):

@@ -1,5 +1,6 @@
 """The schedule's values and what decays."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,8 +53,7 @@ def test_only_kernels_decay():
 def test_frozen_codes_ignore_the_momentum_and_keep_the_state():
   zero = jax.tree.map(jnp.zeros_like, PARAMS)
   free, frozen = (
-    make_optimizer(lambda _: 0.1, freeze_codes=freeze)
-    for freeze in (False, True)
+    make_optimizer(lambda _: 0.1, freeze=freeze) for freeze in ('', 'codes')
   )
   _, state = free.update(PARAMS, free.init(PARAMS), PARAMS)
   want, want_state = free.update(zero, state, PARAMS)
@@ -62,6 +62,39 @@ def test_frozen_codes_ignore_the_momentum_and_keep_the_state():
   want['vq']['embedding'] = jnp.zeros(3)
   for got, expected in ((updates, want), (after, want_state)):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize(
+  ('freeze', 'kept'),
+  [
+    ('', set()),
+    ('codes', {'vq/embedding', 'vq/level_0/embedding', 'vq/map/kernel'}),
+    (
+      'encoder,codes',
+      {
+        'vq/embedding',
+        'vq/level_0/embedding',
+        'vq/map/kernel',
+        'vq/logits/bias',
+      }
+      | {'encoder/conv0/kernel'},
+    ),
+  ],
+)
+def test_what_is_frozen_gets_no_update_and_no_share_of_the_clipped_norm(
+  freeze, kept
+):
+  names = 'vq/embedding vq/level_0/embedding vq/map/kernel vq/logits/bias '
+  names += 'encoder/conv0/kernel decoder/up0/kernel'
+  params = flax.traverse_util.unflatten_dict(
+    {tuple(name.split('/')): jnp.ones(1) for name in names.split()}
+  )
+  optimizer = make_optimizer(lambda _: 1.0, clip_norm=1e-3, freeze=freeze)
+  updates, state = optimizer.update(params, optimizer.init(params), params)
+  updates = flax.traverse_util.flatten_dict(updates, sep='/')
+  assert {name for name, x in updates.items() if not x} == kept
+  mu = state[1][0].mu['decoder']['up0']['kernel']
+  np.testing.assert_allclose(mu, 1e-4 / np.sqrt(6 - len(kept)), rtol=1e-4)
 
 
 def test_clipping_bounds_the_gradient():

@@ -77,7 +77,7 @@ def test_learned_codes_that_are_frozen_on_resume_stay(
   tiny_config.num_steps = 2
   train(tiny_config, tmp_path)
   before = final_bits(tiny_config, tmp_path)
-  tiny_config.num_steps, tiny_config.model.freeze = 4, True
+  tiny_config.num_steps, tiny_config.freeze = 4, 'codes'
   train(tiny_config, tmp_path)
   after = final_bits(tiny_config, tmp_path)
   assert before['.step'] != after['.step']

@@ -1,0 +1,1 @@
+"""The configs; as `rvq_jax.configs` they come with the package."""

@@ -1,0 +1,182 @@
+"""A run that starts from a trained model, and what it leaves as it was."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from rvq_jax import load
+from rvq_jax.training.config import build_model, check_config
+from rvq_jax.training.loop import train
+from rvq_jax.training.run import Run
+
+pytestmark = pytest.mark.usefixtures('one_device')
+IMAGES = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
+SMALL = {
+  'model.widths': (4, 4),  # the decoder, too, has BatchNorm
+  'optimizer.learning_rate': 0.01,
+  'optimizer.weight_decay': 0.5,
+  'optimizer.params_ema': 0.9,
+}
+
+
+class Model:
+  """What `collections` needs of a tokenizer."""
+
+  step, model_hash = 1, '0' * 64
+
+  def __init__(self, variables, config):
+    self.variables, self.config = variables, config
+
+
+def leaves(tree):
+  """path -> bytes."""
+  return {
+    jax.tree_util.keystr(path): np.asarray(x).tobytes()
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+@pytest.fixture(scope='module')
+def model(make_step_config):
+  """A model with numbers that no initialiser gives."""
+  run, rng = Run(make_step_config(SMALL)), np.random.default_rng(1)
+  draw = lambda x: rng.uniform(0.5, 1, x.shape).astype('f')  # noqa: E731
+  variables = jax.tree.map(draw, run.template.variables)
+  embedding = rng.normal(size=(8, 8)).astype('f')
+  variables['codebook']['vq']['embedding'] = embedding
+  return Model(variables, run.config)
+
+
+@pytest.mark.parametrize(
+  ('freeze', 'ema', 'kept'),
+  [
+    ('codes', False, ("['vq']",)),
+    ('encoder,codes', True, ("['vq']", "['encoder']")),
+  ],
+)
+def test_what_is_frozen_keeps_its_bits_and_the_rest_learns(
+  freeze, ema, kept, model, make_step_config
+):
+  run = Run(make_step_config(SMALL | {'freeze': freeze, 'model.ema': ema}))
+  state = run.init(run.key, model.variables if ema else None)
+  momentum = jax.tree.map(lambda x: x + x.dtype.type(1), state.opt_state)
+  state = state.replace(opt_state=momentum)
+  if not ema:  # filled, so that nothing is left to fill
+    book = jax.tree.map(lambda x: x + 1, state.codebook)
+    state = state.replace(codebook=book)
+  names = ('params', 'batch_stats', 'codebook', 'averages')
+  old = {name: leaves(getattr(state, name)) for name in names}
+  for i in range(3):
+    state, metrics = run.train_step(i + 1, state, {'image': IMAGES})
+    assert metrics['skipped'] == 0
+  for name in names:
+    new = leaves(getattr(state, name))
+    same = {path for path in new if new[path] == old[name][path]}
+    assert same == {path for path in new if any(k in path for k in kept)}, name
+
+
+def test_a_frozen_encoder_uses_stored_statistics_in_training(
+  model, make_step_config
+):
+  x = IMAGES / np.float32(127.5) - 1
+
+  def latents(freeze, train):
+    fields = SMALL | {'freeze': freeze}
+    built = build_model(check_config(make_step_config(fields)))
+    return built.apply(
+      model.variables, x, train=train, method='latents', mutable=True
+    )
+
+  stored, _ = latents('', False)
+  (frozen, after), (free, _) = latents('encoder,codes', True), latents('', True)
+  np.testing.assert_array_equal(frozen, stored)
+  assert np.abs(free - stored).max() > 0.1 * np.abs(stored).max()
+  assert leaves(after) == leaves(model.variables)
+
+
+def test_a_new_run_takes_the_collections_and_nothing_else(
+  model, make_step_config
+):
+  fields = SMALL | {'objective.adversarial_weight': 0.5, 'seed': 5}
+  run = Run(make_step_config(fields), init=lambda: model)
+  fresh, state = run.init(run.key), run.init(run.key, run.initial)
+  for name in ('params', 'batch_stats', 'codebook'):
+    assert leaves(getattr(state, name)) == leaves(model.variables[name])
+    assert leaves(getattr(state, name)) != leaves(getattr(fresh, name))
+  for name in ('params', 'batch_stats'):
+    assert leaves(state.averages[name]) == leaves(model.variables[name])
+  for name in ('step', 'opt_state', 'discriminator', 'nonfinite_streak'):
+    assert leaves(getattr(state, name)) == leaves(getattr(fresh, name))
+
+
+def test_a_larger_batch_leaves_the_codes_alive(model, make_step_config):
+  fields = SMALL | {'batch_size': 32, 'accumulate_steps': 2}
+  run = Run(make_step_config(fields), init=lambda: model)
+  book, old = run.initial['codebook']['vq'], model.variables['codebook']['vq']
+  for name, scale in (('embedding', 1), ('cluster_size', 2)):
+    np.testing.assert_array_equal(book[name], scale * old[name])
+  np.testing.assert_array_equal(book['embedding_sum'], 2 * old['embedding_sum'])
+
+
+@pytest.mark.slow
+def test_the_decoder_adapts_and_the_tokens_stay(
+  tiny_run, tiny_config, tmp_path
+):
+  tiny_config.num_steps, tiny_config.freeze = 2, 'encoder,codes'
+  tiny_config.optimizer.learning_rate = 0.01
+  tiny_config.optimizer.schedule = 'constant'  # the same program of any length
+  source, workdir = load(tiny_run), tmp_path / 'tuned'
+  train(tiny_config, workdir, init=lambda: source)
+  tuned = load(workdir)
+  ids = source.encode(IMAGES)
+  np.testing.assert_array_equal(tuned.encode(IMAGES), ids)
+  assert np.any(tuned.decode(ids) != source.decode(ids))
+  tiny_config.num_steps = 3
+  train(tiny_config, workdir, init=lambda: pytest.fail('read again'))
+  resumed = load(workdir)
+  assert resumed.step == 3
+  np.testing.assert_array_equal(resumed.encode(IMAGES), ids)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    (
+      {'model.widths': (8, 8)},
+      r'config.model.widths: expected \[8, 8\], got \[4, 4\]; .*params.decoder.'
+      r'in.bias: expected \(8,\), got \(4,\).*and \d+ more',
+    ),
+    (
+      {'model.norm': 'group'},
+      "norm: expected 'group', got 'batch'.*gn.scale: expected .*, got None",
+    ),
+    ({'model.activation': 'swish'}, "activation: expected 'swish', got 'leaky"),
+    ({'model.cosine': True}, 'config.model.cosine: expected True, got False'),
+    ({'model.codebook_size': 16}, r'embedding: expected \(16, 8\), got \(8, 8'),
+    ({'model.quantize_after': 2}, 'expected config.model.quantize_after = 0'),
+  ],
+)
+def test_another_model_is_refused_before_anything_is_written(
+  fields, message, model, make_step_config, tmp_path
+):
+  config = make_step_config(SMALL | fields)
+  with pytest.raises(ValueError) as error:
+    train(config, tmp_path / 'run', init=lambda: model)
+  assert re.search(message, str(error.value)), error.value
+  assert '\n' not in str(error.value) and not (tmp_path / 'run').exists()
+
+
+def test_fields_that_the_quantizer_does_not_have_may_differ(
+  model, make_step_config
+):
+  config = make_step_config(SMALL | {'model.depth': 2, 'model.heads': 4})
+  assert Run(config, init=lambda: model).initial
+
+
+def test_a_new_encoder_is_not_frozen(make_step_config, tmp_path):
+  config = make_step_config({'freeze': 'encoder,codes'})
+  with pytest.raises(ValueError, match='expected a trained encoder, from --in'):
+    train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
