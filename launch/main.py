@@ -50,7 +50,22 @@ def main():
   result = evaluate_run(workdir)
   if command_line.is_first():
     print(format_table(result, f'{name}, test split'))
-    print(f'metrics, figures and checkpoints are in {workdir}')
+    print(summary(result, workdir))
+
+
+def summary(result, workdir) -> str:
+  """Three lines: what was made, where the picture is, what to type next."""
+  tokens, images = result['tokens'], result['images']
+  bits = result['bits_per_image'] * images / tokens
+  pictures = workdir / 'evaluation' / 'test' / 'reconstructions.png'
+  here = Path('launch/explore.py').exists()  # else: installed
+  command = 'python launch/explore.py' if here else 'rvq explore'
+  return (
+    f'made: a tokenizer, {tokens / images:,.0f} tokens of {bits:g} bits an '
+    f'image, PSNR {result["psnr"]:.2f} dB on {images:,} test images\n'
+    f'look: {pictures}\n'
+    f'next: {command} --workdir={workdir} --output={workdir.name}.html'
+  )
 
 
 def _load(source):

@@ -89,6 +89,7 @@ TINY = (
   '--config.batch_size=8',
   '--config.num_steps=2',
   '--config.optimizer.warmup_steps=0',
+  '--config.model.quantize_after=0',
   '--config.data.image_size=16',
   '--config.model.widths=(4,8)',
   '--config.model.num_res_blocks=0',
@@ -148,7 +149,7 @@ def test_what_the_wheel_holds_works_without_the_checkout(
     timeout=280,
   )
   assert done.returncode == 0, done.stderr
-  assert 'metrics, figures and checkpoints are in runs/photos' in done.stdout
+  assert 'next: rvq explore --workdir=runs/photos' in done.stdout
   assert (elsewhere / 'runs/photos/evaluation/test/metrics.json').exists()
   page = (elsewhere / 'page.html').read_text()
   for end, mark in (('html', '<!doctype html>'), ('js', 'function draw()')):

@@ -9,7 +9,6 @@ photograph overlap, so a split by crop would test on training pixels.
 import functools
 import io
 
-import matplotlib.cbook
 import numpy as np
 import skimage.data
 from PIL import Image
@@ -33,7 +32,9 @@ _SCALE = (0.03, 0.8)
 @functools.cache
 def _photograph(name: str) -> np.ndarray:
   if name == 'grace_hopper':
-    with matplotlib.cbook.get_sample_data('grace_hopper.jpg') as file:
+    from matplotlib import cbook  # a run's first step need not wait for it
+
+    with cbook.get_sample_data('grace_hopper.jpg') as file:
       return np.asarray(Image.open(file))
   return getattr(skimage.data, name)()
 

@@ -16,6 +16,7 @@ SHORT = (
   '--config.batch_size=8',
   '--config.log_every=2',
   '--config.optimizer.warmup_steps=0',
+  '--config.model.quantize_after=0',
   '--config.model.widths=(4,8)',
   '--config.model.num_res_blocks=0',
   '--config.model.num_heads=2',

@@ -68,7 +68,11 @@ def run(launcher, *flags):
       '/no/where',
     ),
     (
-      ['--config=configs/photos.py', '--init=/no', '--config.num_steps=30'],
+      [
+        '--config=configs/photos.py',
+        '--init=/no',
+        '--config.model.quantize_after=0',
+      ],
       'expected a run with checkpoints in /no, or an export',
     ),
     (
@@ -126,7 +130,10 @@ def test_main_trains_evaluates_and_draws(image_folder, tmp_path, monkeypatch):
   )
   assert done.returncode == 0, done.stderr
   assert 'step 3/3' in done.stderr and 'left' in done.stderr
-  assert 'perplexity' in done.stdout and str(workdir) in done.stdout
+  made, look, next_ = done.stdout.splitlines()[-3:]
+  assert made.startswith('made: a tokenizer, 16 tokens of 4 bits an image')
+  assert Path(look.removeprefix('look: ')).is_file()
+  assert next_.startswith(f'next: python launch/explore.py --workdir={workdir}')
   assert 'Traceback' not in done.stderr
   # Looking for fonts is not to keep a run from its first step.
   assert done.stderr.index('matplotlib') > done.stderr.index('step 3/3')
