@@ -64,7 +64,8 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.norm = 'batch'  # or 'group'
   model.activation = 'leaky_relu'  # or 'swish'
   model.quantize_after = 0  # steps of plain autoencoding before the codebook
-  model.quantizer = 'vq'  # residual, product, gumbel, fsq, simvq
+  # residual, multiscale, product, gumbel, fsq, simvq
+  model.quantizer = 'vq'
   model.codebook_size = 16384  # K
   # 'rotation_unscaled', 'reflection' (eq. 4), 'ste' (eq. 7), 'dynamic_ste',
   # 'diveq' (learned codes alone)
@@ -84,6 +85,9 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.freeze = False  # codes stay as they are; the rest learns
   model.depth = 4  # codes per position of 'residual'
   model.heads = 2  # codes per position of 'product'
+  # Of the grids of 'multiscale', as (1, 2, 4); default: 1, 2, 3, 4, 5, 6, 8, 10,
+  # 13, 16 ... up to that of the latents.
+  model.sides = placeholder(tuple)
   model.temperature_steps = 10_000  # over which that of 'gumbel' falls
   model.kl_weight = 5e-4  # of 'gumbel': KL from the uniform distribution
 

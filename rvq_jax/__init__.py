@@ -13,6 +13,7 @@ __version__ = '0.1.0'
 __all__ = [
   'VQVAE',
   'Codebook',
+  'MultiscaleQuantizer',
   'ProductQuantizer',
   'ResidualQuantizer',
   'Tokenizer',
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {  # what VectorQuantizer alone need not wait for
+  'MultiscaleQuantizer': 'rvq_jax.quantize.multiscale',
   'ProductQuantizer': 'rvq_jax.quantize.product',
   'ResidualQuantizer': 'rvq_jax.quantize.residual',
   'Tokenizer': 'rvq_jax.evaluation.tokenizer',

@@ -19,6 +19,7 @@ from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize import base
 from rvq_jax.quantize.base import Field
 from rvq_jax.quantize.registry import QUANTIZERS, takes
+from rvq_jax.quantize.scales import default_sides
 
 SCHEDULES = ('cosine', 'constant')
 _QUANTIZER = (
@@ -32,6 +33,7 @@ _QUANTIZER = (
     'freeze',
     'depth',
     'heads',
+    'sides',
   ),
   *('temperature_steps', 'kl_weight'),
 )
@@ -145,6 +147,13 @@ def _check_together(flat):
       'config.model.heads: expected a divisor of model.code_dim, '
       f'{flat["model.code_dim"]}, got {flat["model.heads"]}'
     )
+  if flat['model.quantizer'] == 'multiscale' and flat['model.sides']:
+    sides, grid = list(flat['model.sides']), size // factor
+    if sides != sorted({*sides, grid}) or sides[-1] != grid:
+      raise ValueError(
+        'config.model.sides: expected sides that grow up to that of the grid, '
+        f'{grid} of {size} pixels, as {default_sides(grid)}, got {tuple(sides)}'
+      )
   if channels % heads:
     raise ValueError(
       'config.model.num_heads: expected a divisor of the last width '
@@ -173,12 +182,11 @@ def _check_together(flat):
 
 def _check_late_quantization(flat):
   name = flat['model.quantizer']
-  if name not in ('vq', 'residual', 'product') or flat['model.init_from'] != (
-    'data'
-  ):
+  filled = ('vq', 'residual', 'multiscale', 'product')
+  if name not in filled or flat['model.init_from'] != 'data':
     raise ValueError(
       'config.model.quantize_after: expected 0, or a quantizer whose codes are '
-      "filled from data (vq, residual or product with init_from = 'data'), got "
+      f"filled from data ({', '.join(filled)}, with init_from = 'data'), got "
       f'{name} with init_from = {flat["model.init_from"]!r}'
     )
 
@@ -186,10 +194,13 @@ def _check_late_quantization(flat):
 def _check_estimator(flat):
   """What the quantizer would refuse when it is first called."""
   name, estimator = flat['model.quantizer'], flat['model.estimator']
-  if name == 'residual' and estimator in ('dynamic_ste', 'diveq'):
+  if name in ('residual', 'multiscale') and estimator in (
+    'dynamic_ste',
+    'diveq',
+  ):
     raise ValueError(
       'config.model.estimator: expected one for several codes, as '
-      f'model.quantizer = residual has, got {estimator!r}'
+      f'model.quantizer = {name} has, got {estimator!r}'
     )
   base.validate(
     **{
@@ -243,6 +254,9 @@ def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
   model.pop('quantize_after')  # of the train step
   quantizer = {field: model.pop(field) for field in _QUANTIZER}
   quantizer = {n: value for n, value in quantizer.items() if takes(name, n)}
+  if name == 'multiscale':
+    grid = flat['data.image_size'] // flat['model.factor']
+    quantizer['sides'] = tuple(quantizer['sides'] or default_sides(grid))
   model['widths'] = tuple(model['widths'])
   model['dtype'] = jnp.dtype(model['dtype']).type
   return VQVAE(

@@ -66,8 +66,9 @@ def make_optimizer(
     weight_decay: decoupled weight decay.
     clip_norm: upper bound of the global gradient norm; 0 does not clip.
     b2: decay of the second moment.
-    freeze_codes: learned codes (parameters called 'embedding') stay as they
-      are, which a gradient of 0 does not ensure: Adam has momentum.
+    freeze_codes: learned codes (parameters called 'embedding') and the phi of
+      multi-scale ones stay as they are, which a gradient of 0 does not
+      ensure: Adam has momentum.
     quantizer_scale: learning rate of the quantizer's parameters (those under
       'vq'), as a multiple of that of all others.
   """
@@ -78,7 +79,8 @@ def make_optimizer(
     adamw = optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
 
   def factor(path):
-    if freeze_codes and path[-1].key == 'embedding':
+    names = [entry.key for entry in path]
+    if freeze_codes and any(n.startswith(('embedding', 'phi_')) for n in names):
       return 0.0
     return quantizer_scale if path[0].key == 'vq' else 1.0
 
