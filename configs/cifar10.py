@@ -85,8 +85,8 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.freeze = False  # codes stay as they are; the rest learns
   model.depth = 4  # codes per position of 'residual'
   model.heads = 2  # codes per position of 'product'
-  # Of the grids of 'multiscale', as (1, 2, 4); default: 1, 2, 3, 4, 5, 6, 8, 10,
-  # 13, 16 ... up to that of the latents.
+  # Sides of the grids of 'multiscale', as (1, 2, 4); default: 1, 2, 3, 4, 5, 6,
+  # 8, 10, 13, 16 ... up to that of the latents.
   model.sides = placeholder(tuple)
   model.temperature_steps = 10_000  # over which that of 'gumbel' falls
   model.kl_weight = 5e-4  # of 'gumbel': KL from the uniform distribution
