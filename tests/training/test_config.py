@@ -24,6 +24,7 @@ def changed(config, name, value):
     *(('photos',), ('cifar10',), ('cifar10', 'f4'), ('imagenet',)),
     *(('cifar10', 'best'), ('cifar10', 'f4,best'), ('imagenet', 'best')),
     *(('photos_vqgan',), ('imagenet_vqgan',)),
+    *(('cifar10', 'multiscale'), ('imagenet', 'multiscale')),
   ],
 )
 def test_shipped_configs_are_valid_and_build(load_config, name):
@@ -235,3 +236,14 @@ def test_multiscale_takes_estimators_of_several_codes_alone(load_config):
   config.model.quantizer, config.model.estimator = 'multiscale', 'dynamic_ste'
   with pytest.raises(ValueError, match='as model.quantizer = multiscale has'):
     config_lib.check_config(config)
+
+
+@pytest.mark.parametrize(
+  ('name', 'tokens'), [('cifar10', 155), ('imagenet', 680)]
+)
+def test_multiscale_configs_have_the_tokens_that_they_say(
+  name, tokens, load_config
+):
+  flat = config_lib.check_config(load_config(name, 'multiscale'))
+  sides = config_lib.build_model(flat).quantizer['sides']
+  assert sum(side**2 for side in sides) == tokens
