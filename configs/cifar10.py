@@ -1,10 +1,10 @@
 """The paper's CIFAR-10 model, and ours.
 
-Command: python launch/main.py --config=configs/cifar10.py, with :f4, :best or
-:f4,best behind it
+Command: python launch/main.py --config=configs/cifar10.py, with :f4, :best,
+:f4,best or :multiscale behind it
 Variants: f8 (default) is the paper's text, 4x4 tokens per image, 224 bits; f4
 has 8x8 tokens, 896 bits; best trains either as our runs say is best, see
-`use_best`.
+`use_best`; multiscale has 155 tokens of 1x1 to 8x8, 1,860 bits.
 Hardware, time and numbers of 300 epochs: not run. 328 steps of f8 on 2 CPU
 cores: MSE 0.0455 on [-1, 1], usage 99.4 %, perplexity 14,202; see
 docs/results.md.
@@ -21,12 +21,27 @@ def use_best(config: ConfigDict, *, quantize_after: int) -> None:
   config.model.dead_code_threshold = 0.1
 
 
+def use_multiscale(
+  config: ConfigDict, *, factor: int, quantize_after: int
+) -> None:
+  """Sets codes on grids of growing side; see docs/codebook_health.md."""
+  use_best(config, quantize_after=quantize_after)
+  config.model.factor = factor
+  config.model.quantizer = 'multiscale'
+  config.model.codebook_size = 4096
+  config.model.code_dim = 32
+  config.model.dead_code_threshold = 0.9
+
+
 def get_config(variant: str = 'f8') -> ConfigDict:
-  """The config; variant is 'f8', 'f4', 'best' or 'f4,best'."""
+  """The config; variant is 'f8', 'f4', 'best', 'f4,best' or 'multiscale'."""
   parts = set(variant.split(','))
-  if not parts <= {'f4', 'f8', 'best'} or parts >= {'f4', 'f8'}:
+  if variant != 'multiscale' and (
+    not parts <= {'f4', 'f8', 'best'} or parts >= {'f4', 'f8'}
+  ):
     raise ValueError(
-      f'expected configs/cifar10.py:f8, :f4, :best or :f4,best, got :{variant}'
+      'expected configs/cifar10.py:f8, :f4, :best, :f4,best or :multiscale, '
+      f'got :{variant}'
     )
   config = ConfigDict()
   config.seed = 0  # initial parameters, data order, flips, code replacement
@@ -68,7 +83,8 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.norm = 'batch'  # or 'group'
   model.activation = 'leaky_relu'  # or 'swish'
   model.quantize_after = 0  # steps of plain autoencoding before the codebook
-  model.quantizer = 'vq'  # residual, product, gumbel, fsq, simvq
+  # residual, multiscale, product, gumbel, fsq, simvq
+  model.quantizer = 'vq'
   model.codebook_size = 16384  # K
   # 'rotation_unscaled', 'reflection' (eq. 4), 'ste' (eq. 7), 'dynamic_ste',
   # 'diveq' (learned codes alone)
@@ -87,6 +103,9 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.max_scale = 10.0  # bound on |q|/|e| in the gradient
   model.depth = 4  # codes per position of 'residual'
   model.heads = 2  # codes per position of 'product'
+  # Sides of the grids of 'multiscale', as (1, 2, 4); default: 1, 2, 3, 4, 5, 6,
+  # 8, 10, 13, 16 ... up to that of the latents.
+  model.sides = placeholder(tuple)
   model.temperature_steps = 10_000  # over which that of 'gumbel' falls
   model.kl_weight = 5e-4  # of 'gumbel': KL from the uniform distribution
 
@@ -110,4 +129,6 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   optimizer.params_ema = 0.0  # decay of averages for evaluation; 0: none
   if 'best' in parts:
     use_best(config, quantize_after=10_000)
+  if variant == 'multiscale':
+    use_multiscale(config, factor=4, quantize_after=10_000)
   return config

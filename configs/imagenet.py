@@ -1,7 +1,8 @@
 """The paper's ImageNet model at 256x256: 32x32 tokens, 14,336 bits per image.
 
-Command: python launch/main.py --config=configs/imagenet.py[:best]
-Variant: best trains it as our runs say is best, see `cifar10.use_best`.
+Command: python launch/main.py --config=configs/imagenet.py[:best|:multiscale]
+Variants: best trains it as our runs say is best, see `cifar10.use_best`;
+multiscale has 680 tokens of 1x1 to 16x16, 8,160 bits.
 The data set comes from the ILSVRC2012 archives in DATA_DIR/downloads/manual, or
 from folders: --config.data.name=folder:PATH.
 Hardware, time and numbers: not run.
@@ -13,10 +14,11 @@ from rvq_jax.configs import cifar10
 
 
 def get_config(variant: str = '') -> ConfigDict:
-  """The CIFAR-10 config with what differs on ImageNet; variant '' or 'best'."""
-  if variant not in ('', 'best'):
+  """The CIFAR-10 config with what differs; '', 'best' or 'multiscale'."""
+  if variant not in ('', 'best', 'multiscale'):
     raise ValueError(
-      f'expected configs/imagenet.py, or :best behind it, got :{variant}'
+      'expected configs/imagenet.py, or :best or :multiscale behind it, got '
+      f':{variant}'
     )
   config = cifar10.get_config('f8')
   config.log_every = 100
@@ -28,6 +30,8 @@ def get_config(variant: str = '') -> ConfigDict:
   config.data.crop_scale = 0.4  # 0.08 shows mostly blown-up texture
   config.data.num_workers = 16
   config.model.dtype = 'bfloat16'
-  if variant:
+  if variant == 'best':
     cifar10.use_best(config, quantize_after=50_000)
+  if variant == 'multiscale':
+    cifar10.use_multiscale(config, factor=16, quantize_after=50_000)
   return config

@@ -7,6 +7,7 @@ __version__ = '0.1.0'
 __all__ = [
   'VQVAE',
   'Codebook',
+  'MultiscaleQuantizer',
   'ProductQuantizer',
   'ResidualQuantizer',
   'Tokenizer',
@@ -22,6 +23,7 @@ __all__ = [
 _DEFINED_IN = {  # imported on first use: `rvq --help` need not wait for JAX
   'VQVAE': 'rvq_jax.models.vqvae',
   'Codebook': 'rvq_jax.quantize.codebook',
+  'MultiscaleQuantizer': 'rvq_jax.quantize.multiscale',
   'ProductQuantizer': 'rvq_jax.quantize.product',
   'ResidualQuantizer': 'rvq_jax.quantize.residual',
   'Tokenizer': 'rvq_jax.evaluation.tokenizer',

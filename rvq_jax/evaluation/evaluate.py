@@ -20,7 +20,12 @@ from rvq_jax.evaluation.export import check_new
 from rvq_jax.evaluation.load import HUB, is_export, load
 from rvq_jax.io import write_atomic
 from rvq_jax.training import sharding
-from rvq_jax.training.validation import UNITS, evaluate_split, make_eval_step
+from rvq_jax.training.validation import (
+  PREFIX_UNITS,
+  UNITS,
+  evaluate_split,
+  make_eval_step,
+)
 from rvq_jax.training.writers import read_jsonl
 
 SPLITS = ('train', 'validation', 'test')
@@ -36,6 +41,11 @@ def format_table(result: dict, title: str) -> str:
       text = f'{value:.2%}' if name == 'usage' else text
       meaning = UNITS.get(name) or result[f'{name}_definition']
       lines.append(f'  {name:<23}{text:>12}  {meaning}')
+  if 'prefixes' in result:
+    lines.append('  the first codes alone')
+    lines.append(''.join(f'{name:>20}' for name in PREFIX_UNITS))
+    for entry in result['prefixes']:
+      lines.append(''.join(f'{entry[name]:>20,.6g}' for name in PREFIX_UNITS))
   return '\n'.join(lines)
 
 
@@ -56,8 +66,9 @@ def evaluate_run(
   Writes WORKDIR/evaluation/SPLIT/metrics.json (with step, data set, the variant
   of SSIM and whether 'best' was chosen on these images), reconstructions.png,
   samples.png (the first images above their reconstructions, pixel by pixel),
-  code_usage.png, code_counts.npy and, one level up, curves.png. SPLIT is input
-  where `images` is given.
+  code_usage.png, code_counts.npy, for residual and multi-scale tokens
+  prefixes.png and, one level up, curves.png. SPLIT is input where `images` is
+  given.
 
   Args:
     workdir: directory of a run, an export or a name of the Hub; see `load`.
@@ -76,9 +87,10 @@ def evaluate_run(
     definitions: adds usage and perplexity by `metrics.CodeDefinitions`.
 
   Returns:
-    The metrics named in `UNITS`, roundtrip_error (of a few images: the largest
-    difference between decode(encode(x)) and the model's forward pass), those of
-    `perceptual`, and 'definitions'.
+    The metrics named in `UNITS`, of residual and multi-scale tokens 'prefixes'
+    (`validation.PREFIX_UNITS` of each), roundtrip_error (of a few images: the
+    largest difference between decode(encode(x)) and the model's forward pass),
+    those of `perceptual`, and 'definitions'.
 
   Raises:
     ValueError: no such split, no data, save_images or output holds files, or
@@ -149,7 +161,7 @@ def evaluate_run(
     write_atomic(folder / 'metrics.json', text)
     np.save(folder / 'code_counts.npy', counts, allow_pickle=False)
     log = Path(workdir) / 'metrics.jsonl'
-    _draw(folder, tokenizer, originals, counts, log)
+    _draw(folder, tokenizer, originals, counts, result, log)
   return result
 
 
@@ -224,7 +236,7 @@ def _measure(tokenizer, source, on_batch):
   )
   everywhere = sharding.replicated(mesh)
   eval_step = jax.jit(
-    make_eval_step(tokenizer.model),
+    make_eval_step(tokenizer.model, prefixes=tokenizer.prefixes),
     in_shardings=(everywhere, sharding.by_rows(mesh)),
     out_shardings=everywhere,
   )
@@ -234,7 +246,7 @@ def _measure(tokenizer, source, on_batch):
   )
 
 
-def _draw(folder, tokenizer, originals, counts, log):
+def _draw(folder, tokenizer, originals, counts, result, log):
   """The figures of a split, and the curves of the run beside it."""
   name, images = f'step {tokenizer.step:,}', _reconstruct(tokenizer, originals)
   strip = metrics.reconstruction_grid(originals, images)
@@ -243,6 +255,8 @@ def _draw(folder, tokenizer, originals, counts, log):
     'reconstructions': figures.reconstructions(originals, {name: images}),
     'code_usage': figures.code_usage({name: counts}),
   }
+  if 'prefixes' in result:
+    drawn['prefixes'] = figures.prefixes({name: result['prefixes']})
   if log.exists():
     drawn['../curves'] = figures.curves({'this run': [read_jsonl(log)]})
   for file, figure in drawn.items():

@@ -19,6 +19,7 @@ from rvq_jax.training.validation import UNITS
 _FIGURES = {
   'reconstructions.png': 'originals, reconstructions and their error',
   'code_usage.png': 'how often each code is chosen',
+  'prefixes.png': 'error of the first codes alone',
   '../curves.png': 'training',
 }
 _TORCH = 'tokenizer_torch.py'  # the file beside this one, which needs no JAX
@@ -40,12 +41,11 @@ codes ({quantizer}, gradient estimator {estimator}); {parameters:,} parameters.
 from rvq_jax import load
 
 tokenizer = load('.')  # this folder, or 'hf:OWNER/NAME'
-ids = tokenizer.encode(images)  # uint8 [B, h, w, 3] -> int32 [B, H, W]
+ids = tokenizer.encode(images)  # uint8 [B, h, w, 3] -> int32 {ids}
 images = tokenizer.decode(ids)  # float32 in [-1, 1]
 ```
 
-Sides that are multiples of {factor} can be encoded; `python launch/encode.py`
-takes any. In PyTorch, with `pip install torch safetensors`:
+{sizes} In PyTorch, with `pip install torch safetensors`:
 
 ```python
 from tokenizer_torch import Tokenizer  # the file in this folder
@@ -158,7 +158,7 @@ def _card(tokenizer, name, licence) -> str:
   """README.md without results; the Hub reads its first lines."""
   config = {n.split('.')[-1]: v for n, v in tokenizer.config.items()}
   side, data = config['image_size'], tokenizer.config['data.name']
-  grid = [side // tokenizer.factor] * 2 + [tokenizer.codes_per_position]
+  scales = tokenizer.sides
   config |= {
     'name': name,
     'licence': licence,
@@ -166,7 +166,12 @@ def _card(tokenizer, name, licence) -> str:
     'model_hash': tokenizer.model_hash,
     'side': side,
     'codes': tokenizer.codebook_size,
-    'grid': ' x '.join(str(n) for n in grid if n),
+    'grid': ' x '.join(map(str, tokenizer.ids_shape(side, side))),
+    'ids': '[B, T]' if scales else '[B, H, W]',
+    'sizes': 'Only images of that size can be encoded.'
+    if scales
+    else f'Sides that are multiples of {tokenizer.factor} can be encoded; '
+    '`python launch/encode.py`\ntakes any.',
     'data': 'a folder of images' if data.startswith('folder:') else data,
     'parameters': sum(x.size for x in jax.tree.leaves(tokenizer.variables)),
   }

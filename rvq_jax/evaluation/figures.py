@@ -126,6 +126,27 @@ def _series(records, name: str) -> np.ndarray:
   return np.reshape(points, (-1, 2)).T
 
 
+def prefixes(by_method) -> Figure:
+  """MSE of the first codes alone against their bits, both logarithmic.
+
+  Args:
+    by_method: of the entries of 'prefixes' in metrics.json.
+  """
+  figure = Figure(figsize=(8, 4.2), layout='constrained')
+  ax = figure.subplots()
+  for name, entries in by_method.items():
+    bits, mse, tokens = (
+      [entry[n] for entry in entries]
+      for n in ('bits_per_image', 'mse', 'tokens')
+    )
+    ax.plot(bits, mse, 'o-', label=name)
+    for point in zip(tokens, zip(bits, mse, strict=True), strict=True):
+      ax.annotate(*point, (4, 4), textcoords='offset points', fontsize=8)
+  ax.set(xscale='log', xlabel='bits per image, of so many tokens')
+  ax.set(yscale='log', ylabel='MSE on [-1, 1]')
+  return _finish(figure, ax)
+
+
 def rate_figure(curve, codecs, methods) -> Figure:
   """MSE against bits per image, both logarithmic.
 

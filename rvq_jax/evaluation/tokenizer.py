@@ -10,6 +10,7 @@ import numpy as np
 from rvq_jax.data.images import prepare_images
 from rvq_jax.io import tree_digest
 from rvq_jax.models.vqvae import VQVAE
+from rvq_jax.quantize.scales import token_offsets
 
 # With the arrays, these fields decide which function a model computes.
 _SHAPING = (
@@ -67,10 +68,36 @@ class Tokenizer:
     name = {'residual': 'depth', 'product': 'heads'}.get(quantizer)
     return self.config[f'model.{name}'] if name else None
 
+  @property
+  def sides(self) -> tuple[int, ...] | None:
+    """Sides of the scales of a multi-scale tokenizer, whose ids are [B, T]."""
+    return self.model.quantizer.get('sides')
+
+  @property
+  def prefixes(self) -> list[int]:
+    """Lengths of the last axis of ids that decode, coarse to fine.
+
+    Those of a residual or multi-scale tokenizer; [] of any other.
+    """
+    if self.sides:
+      return token_offsets(self.sides)[1:]
+    residual = self.config['model.quantizer'] == 'residual'
+    return list(range(1, self.codes_per_position + 1)) if residual else []
+
+  def ids_shape(self, height: int, width: int) -> tuple[int, ...]:
+    """Shape of the ids of an image of so many pixels."""
+    if self.sides:
+      return (self.prefixes[-1],)
+    codes = self.codes_per_position
+    grid = -(-height // self.factor), -(-width // self.factor)
+    return grid + ((codes,) if codes else ())
+
   @functools.cached_property
   def model_hash(self) -> str:
     """SHA-256 of architecture and arrays; the same for a run and its export."""
     shaping = {name: self.config[f'model.{name}'] for name in _SHAPING}
+    if self.sides:
+      shaping['sides'] = self.sides
     header = json.dumps(shaping, sort_keys=True)
     return tree_digest(self.variables, header=header)
 
@@ -79,10 +106,11 @@ class Tokenizer:
 
     Args:
       images: [B, h, w, 3], uint8 or float in [-1, 1]; `factor` divides h, w.
+        A multi-scale tokenizer takes the size that it was trained with.
 
     Returns:
       ids [B, h/factor, w/factor], int32; [..., L] with several codes per
-      position.
+      position; [B, T] of a multi-scale tokenizer, the coarsest scale first.
 
     Raises:
       ValueError: another shape, dtype or range.
@@ -97,7 +125,8 @@ class Tokenizer:
 
     Args:
       ids: [B, H, W], integers in [0, K); [B, H, W, L] with several codes per
-        position, of which a residual tokenizer takes any first few.
+        position, of which a residual tokenizer takes any first few; [B, T] of
+        all scales of a multi-scale tokenizer, or of the first ones.
 
     Returns:
       images [B, H factor, W factor, 3], float32 in [-1, 1].
@@ -108,6 +137,7 @@ class Tokenizer:
     # Not through jnp: it would wrap 64 bits to 32 before the check.
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     shape = '[B, H, W, L]' if self.codes_per_position else '[B, H, W]'
+    shape = '[B, T]' if self.sides else shape
     axes = shape.count(',') + 1
     if ids.ndim != axes or not np.issubdtype(ids.dtype, np.integer):
       raise ValueError(

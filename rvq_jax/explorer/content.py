@@ -11,6 +11,7 @@ from PIL import Image
 
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.metrics import to_uint8
+from rvq_jax.quantize import base
 from rvq_jax.tokens.tiling import decode_ids, encode_images
 
 MAX_SIDE = 512
@@ -35,6 +36,11 @@ def shrink(image: np.ndarray) -> np.ndarray:
   return np.asarray(picture)
 
 
+def _levels(tokenizer: Tokenizer) -> int:
+  """Scales, or codes per position."""
+  return len(tokenizer.sides or '') or tokenizer.codes_per_position or 1
+
+
 def model_content(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
   """What the page says of the model."""
   quantizer = tokenizer.config['model.quantizer']
@@ -43,8 +49,9 @@ def model_content(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
     'step': tokenizer.step,
     'codebookSize': tokenizer.codebook_size,
     'factor': tokenizer.factor,
-    'codes': tokenizer.codes_per_position or 1,
-    'residual': quantizer == 'residual',
+    'levels': _levels(tokenizer),
+    'nested': bool(tokenizer.prefixes),
+    'sides': tokenizer.sides,
     'quantizer': quantizer,
     'hash': tokenizer.model_hash[:16],
   }
@@ -56,25 +63,30 @@ def image_content(
   """An image, uint8 [h, w, 3], with its tokens and reconstructions.
 
   Returns:
-    JSON values. `ids` is the flattened grid, L ids per position;
-    `reconstructions` has one per depth of a residual tokenizer, else one.
+    JSON values. Of each level (code of a position, or scale) `ids` has the
+    flattened grid and `grids` its rows, columns and pixels per token;
+    `reconstructions` has one per prefix of the levels where they decode, else
+    one.
   """
   image = shrink(image)
   height, width = image.shape[:2]
   ids = encode_images(tokenizer, image[None])
-  depths = [ids]
-  if tokenizer.config['model.quantizer'] == 'residual':
-    depths = [ids[..., :depth] for depth in range(1, ids.shape[-1] + 1)]
-  made = [decode_ids(tokenizer, part, height, width)[0] for part in depths]
+  prefixes = [ids[..., :n] for n in tokenizer.prefixes] or [ids]
+  made = [decode_ids(tokenizer, part, height, width)[0] for part in prefixes]
+  if tokenizer.sides:
+    levels = np.split(ids[0], tokenizer.prefixes[:-1])
+    grids = [[side, side, height / side] for side in tokenizer.sides]
+  else:
+    levels = ids[0].reshape(-1, _levels(tokenizer)).T
+    grids = [[*ids.shape[1:3], tokenizer.factor]] * len(levels)
   errors = [np.mean((x.astype(float) - image) ** 2) for x in made]
   floor = 1 / image.size
   return {
     'name': name,
     'width': width,
     'height': height,
-    'rows': ids.shape[1],
-    'columns': ids.shape[2],
-    'ids': ids.reshape(-1).tolist(),
+    'grids': grids,
+    'ids': [level.tolist() for level in levels],
     'original': data_url(image),
     'reconstructions': [data_url(x) for x in made],
     'psnr': [10 * np.log10(255**2 / max(x, floor)) for x in errors],
@@ -82,18 +94,22 @@ def image_content(
 
 
 def code_vectors(tokenizer: Tokenizer, level: int) -> np.ndarray:
-  """Quantized vectors [K, C] of the codes of a level, code 0 elsewhere."""
+  """Quantized vectors [K, C] of the codes of a level, code 0 elsewhere.
+
+  Of multi-scale tokens: the codes themselves [K, D].
+  """
   size, codes = tokenizer.codebook_size, tokenizer.codes_per_position
   ids = jnp.arange(size)
   if codes:
     ids = jnp.zeros((size, codes), jnp.int32).at[:, level].set(ids)
-  return np.asarray(
-    tokenizer.model.apply(
-      tokenizer.variables,
-      ids,
-      method=lambda model, ids: model.vq.codes_from_ids(ids),
-    )
-  )
+
+  def vectors(model):
+    if tokenizer.sides:
+      return base.embedding(model.vq)
+    return model.vq.codes_from_ids(ids)
+
+  apply = tokenizer.model.apply
+  return np.asarray(apply(tokenizer.variables, method=vectors))
 
 
 def codes_content(
@@ -102,15 +118,18 @@ def codes_content(
   """The codes that images of `image_content` use.
 
   Returns:
-    Per level: `neighbors`, id -> [[id, distance], ...], and where a code can be
-    decoded alone, `sheet`, a picture of swatches, and `swatches`, id -> [x, y]
-    of its pixels there, `side` pixels per side.
+    Per level (one for all scales): `neighbors`, id -> [[id, distance], ...],
+    and where a code can be decoded alone, `sheet`, a picture of swatches, and
+    `swatches`, id -> [x, y] of its pixels there, `side` pixels per side.
   """
-  levels = tokenizer.codes_per_position or 1
-  ids = np.concatenate([np.reshape(x['ids'], (-1, levels)) for x in images])
+  ids = [
+    np.concatenate(x) for x in zip(*(x['ids'] for x in images), strict=True)
+  ]
   result = []
-  for level in range(levels):
-    used = np.unique(ids[:, level]).tolist()
+  for level, own in enumerate(
+    [np.concatenate(ids)] if tokenizer.sides else ids
+  ):
+    used = np.unique(own).tolist()
     near = _nearest(code_vectors(tokenizer, level), used)
     result.append({'neighbors': near})
     if level == 0 and tokenizer.config['model.quantizer'] != 'product':
@@ -133,7 +152,10 @@ def _nearest(vectors, used) -> dict[str, list]:
 
 
 def _sheet(tokenizer, codes: list[int]) -> dict[str, Any]:
-  """One picture of the codes, each decoded from a grid of itself."""
+  """One picture of the codes, each decoded from a grid of itself.
+
+  Of multi-scale tokens: the whole image, from the code as the first scale.
+  """
   f, batch = tokenizer.factor, 128
   middle = slice(_GRID // 2 * f, (_GRID // 2 + 1) * f)
   rows = -(-len(codes) // _SHEET_COLUMNS)
@@ -141,10 +163,16 @@ def _sheet(tokenizer, codes: list[int]) -> dict[str, Any]:
   swatches = {}
   for start in range(0, len(codes), batch):
     part = codes[start : start + batch]
-    grid = np.tile(np.resize(part, (batch, 1, 1)), (_GRID, _GRID))
+    alone = np.resize(part, (batch, 1))
+    if tokenizer.sides:
+      alone = np.repeat(alone, tokenizer.prefixes[0], axis=1)
+    else:
+      alone = np.tile(alone[..., None], (_GRID, _GRID))
     if tokenizer.codes_per_position:
-      grid = grid[..., None]
-    images = np.asarray(to_uint8(tokenizer.decode(grid)))[:, middle, middle]
+      alone = alone[..., None]
+    images = np.asarray(to_uint8(tokenizer.decode(alone)))
+    if not tokenizer.sides:
+      images = images[:, middle, middle]
     for i, (code, image) in enumerate(zip(part, images, strict=False), start):
       y, x = (n * _SWATCH for n in divmod(i, _SHEET_COLUMNS))
       swatch = Image.fromarray(image).resize((_SWATCH, _SWATCH))

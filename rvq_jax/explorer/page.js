@@ -1,7 +1,7 @@
 'use strict';
 const { model, images, codes } = JSON.parse(document.getElementById('data').textContent);
 const $ = (id) => document.getElementById(id);
-const L = model.codes, MARK = '#ff8c2a';
+const L = model.levels, MARK = '#ff8c2a';
 const state = { image: 0, depth: L, cell: null, level: 0, code: null };
 
 const load = (url) => new Promise((done) => {
@@ -16,18 +16,22 @@ function element(tag, content, properties = {}) {
   return made;
 }
 
-const idAt = (image, cell, level) => image.ids[cell * L + level];
+const gridOf = (image) => image.grids[state.level]; // rows, columns, pixels per token
+const codesOf = (level) => codes[Math.min(level, codes.length - 1)]; // scales share theirs
 const depthOf = (image) => Math.min(state.depth, image.made.length) - 1;
 const cellsOf = (image, code, level) =>
-  [...Array(image.rows * image.columns).keys()].filter((cell) => idAt(image, cell, level) === code);
-const corner = (image, cell, size) => [(cell % image.columns) * size, Math.floor(cell / image.columns) * size];
+  [...image.ids[level].keys()].filter((cell) => image.ids[level][cell] === code);
+function corner(image, cell, size) {
+  const columns = gridOf(image)[1];
+  return [(cell % columns) * size, Math.floor(cell / columns) * size];
+}
 
 // A code decoded alone; where that cannot be, the first position that uses it.
 function drawSwatch(canvas, code, level) {
   const context = canvas.getContext('2d'), { width, height } = canvas;
   context.clearRect(0, 0, width, height);
   context.imageSmoothingEnabled = false;
-  const { picture, side, swatches } = codes[level];
+  const { picture, side, swatches } = codesOf(level);
   const user = images.find((image) => cellsOf(image, code, level).length), f = model.factor;
   if (swatches && code in swatches) {
     context.drawImage(picture, ...swatches[code], side, side, 0, 0, width, height);
@@ -52,14 +56,14 @@ function decodedColor(code) {
 // A function of a code, for the tokens of one level.
 function colors(level) {
   const kind = $('colors').value, counts = {};
-  if (kind === 'decoded' && codes[level].swatches) return decodedColor;
+  if (kind === 'decoded' && codesOf(level).swatches) return decodedColor;
   if (kind !== 'used') {
     return (code) => {
       const n = Math.imul(code + 1, 2654435761) >>> 0;
       return `hsl(${n % 360} ${45 + ((n >>> 9) % 40)}% ${35 + ((n >>> 17) % 40)}%)`;
     };
   }
-  for (const { ids } of images) ids.forEach((id, i) => { if (i % L === level) counts[id] = (counts[id] || 0) + 1; });
+  for (const { ids } of images) ids[level].forEach((id) => { counts[id] = (counts[id] || 0) + 1; });
   const most = Math.log(Math.max(2, ...Object.values(counts)));
   return (code) => {
     const share = Math.log(counts[code]) / most;
@@ -113,9 +117,9 @@ function draw() {
   }
   drawError(image, made);
   const [context, scale] = start($('tokens'), image, 448, Math.round);
-  const size = model.factor * scale, color = colors(state.level);
-  for (let cell = 0; cell < image.rows * image.columns; cell++) {
-    context.fillStyle = color(idAt(image, cell, state.level));
+  const [rows, columns, pixels] = gridOf(image), size = pixels * scale, color = colors(state.level);
+  for (const [cell, id] of image.ids[state.level].entries()) {
+    context.fillStyle = color(id);
     context.fillRect(...corner(image, cell, size), size, size);
   }
   for (const cell of cellsOf(image, state.code, state.level)) {
@@ -127,7 +131,7 @@ function draw() {
     outline($(id).getContext('2d'), image, state.cell, size, MARK, 3, 4);
   }
   $('quality').textContent =
-    `${image.name}: ${image.width} x ${image.height}, ${image.columns} x ${image.rows} tokens, ` +
+    `${image.name}: ${image.width} x ${image.height}, ${columns} x ${rows} tokens, ` +
     `PSNR ${image.psnr[depth].toFixed(2)} dB`;
   $('gain-value').textContent = $('gain').value;
   $('depth-value').textContent = `${depth + 1} of ${L}`;
@@ -144,15 +148,15 @@ function drawCode() {
   const uses = images.map((each) => cellsOf(each, code, level));
   const times = (n) => (n === 1 ? 'once' : `${n} times`);
   const where = state.cell === null ? '' :
-    `row ${Math.floor(state.cell / image.columns)}, column ${state.cell % image.columns}; `;
+    `row ${Math.floor(state.cell / gridOf(image)[1])}, column ${state.cell % gridOf(image)[1]}; `;
   $('name').textContent = `code ${code}`;
   $('counts').textContent =
     `${where}${times(uses[state.image].length)} in this image, ${times(uses.flat().length)} in all ${images.length}`;
   drawSwatch($('swatch'), code, level);
-  $('levels').replaceChildren(...(L === 1 || state.cell === null ? [] : Array.from({ length: L }, (_, i) =>
-    element('button', [`${i + 1}: ${idAt(image, state.cell, i)}`],
+  $('levels').replaceChildren(...(L === 1 || model.sides || state.cell === null ? [] : Array.from({ length: L }, (_, i) =>
+    element('button', [`${i + 1}: ${image.ids[i][state.cell]}`],
       { onclick: () => select(state.cell, i), ariaPressed: String(i === level) }))));
-  const near = codes[level].neighbors[code];
+  const near = codesOf(level).neighbors[code];
   $('neighbors').replaceChildren(...(near || []).map(([id, distance]) => {
     const canvas = element('canvas', [], { width: 40, height: 40 });
     drawSwatch(canvas, id, level);
@@ -165,7 +169,7 @@ function drawCode() {
 
 function use(image, number, cells) {
   const canvas = document.createElement('canvas');
-  const [context, scale] = start(canvas, image, 128, Math.ceil), f = model.factor;
+  const [context, scale] = start(canvas, image, 128, Math.ceil), f = gridOf(image)[2];
   context.globalAlpha = 0.45;
   context.drawImage(image.picture, 0, 0, canvas.width, canvas.height);
   context.globalAlpha = 1;
@@ -181,17 +185,18 @@ function show(changed) {
   Object.assign(state, changed);
   draw();
 }
-const select = (cell, level = state.level) => show({ cell, level, code: idAt(images[state.image], cell, level) });
+const select = (cell, level = state.level) => show({ cell, level, code: images[state.image].ids[level][cell] });
 
 function onClick(event) {
   const image = images[state.image], box = event.target.getBoundingClientRect();
-  const x = Math.floor((((event.clientX - box.left) / box.width) * image.width) / model.factor);
-  const y = Math.floor((((event.clientY - box.top) / box.height) * image.height) / model.factor);
-  if (x >= 0 && y >= 0 && x < image.columns && y < image.rows) select(y * image.columns + x);
+  const [rows, columns, pixels] = gridOf(image);
+  const x = Math.floor((((event.clientX - box.left) / box.width) * image.width) / pixels);
+  const y = Math.floor((((event.clientY - box.top) / box.height) * image.height) / pixels);
+  if (x >= 0 && y >= 0 && x < columns && y < rows) select(y * columns + x);
 }
 
 function onKey(event) {
-  const { columns, rows } = images[state.image];
+  const [rows, columns] = gridOf(images[state.image]);
   const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key] || [];
   if (dx === undefined || state.cell === null || !['BODY', 'CANVAS'].includes(event.target.tagName)) return;
   const x = (state.cell % columns) + dx, y = Math.floor(state.cell / columns) + dy;
@@ -203,7 +208,7 @@ async function main() {
   document.title = $('title').textContent = model.name;
   $('about').textContent =
     `step ${model.step.toLocaleString('en')}, ${model.quantizer}, ${model.codebookSize.toLocaleString('en')} codes` +
-    `${L > 1 ? `, ${L} per position` : ''}, ${model.factor} x ${model.factor} pixels per token, model ${model.hash}`;
+    `${model.sides ? `, scales ${model.sides.join(', ')}` : L > 1 ? `, ${L} per position` : ''}, ${model.factor} x ${model.factor} pixels per token, model ${model.hash}`;
   for (const level of codes) if (level.sheet) level.picture = await load(level.sheet);
   for (const [number, image] of images.entries()) {
     image.picture = await load(image.original);
@@ -213,9 +218,14 @@ async function main() {
     $('thumbnails').append(element('button', [thumbnail], { role: 'option', title: image.name, onclick }));
   }
   if (!codes[0].sheet) $('colors').options[0].remove();
-  $('depth-control').hidden = !model.residual || L === 1;
+  $('depth-control').hidden = !model.nested || L === 1;
+  $('depth-name').textContent = model.sides ? 'scales' : 'codes per position';
   $('depth').max = $('depth').value = L;
-  $('depth').oninput = (event) => show({ depth: Number(event.target.value) });
+  $('depth').oninput = (event) => {
+    const depth = Number(event.target.value);
+    show(model.sides ? { depth, level: depth - 1, cell: null, code: null } : { depth });
+  };
+  if (model.sides) state.level = L - 1;
   $('colors').onchange = $('gain').oninput = draw;
   for (const id of ['original', 'made', 'error', 'tokens']) $(id).onclick = onClick;
   document.addEventListener('keydown', onKey);

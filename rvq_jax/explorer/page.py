@@ -33,8 +33,9 @@ def example_images(
   Args:
     tokenizer: the model.
     count: at most so many.
-    source: an image, a folder or a data set, shown at its own size; None for
-      the test images of the run, cropped as in evaluation.
+    source: an image, a folder or a data set, shown at its own size (cropped
+      for multi-scale tokens); None for the test images of the run, cropped as
+      in evaluation.
     data_dir: where tfds keeps prepared data; None: as in training.
     split_file: of the run; see `open_dataset`.
 
@@ -44,15 +45,19 @@ def example_images(
   Raises:
     ValueError: there is no such data set, or no image that can be decoded.
   """
+  config = tokenizer.config
+  crop = functools.partial(
+    resize_and_center_crop, size=config['data.image_size']
+  )
+  transform = crop if tokenizer.sides or not source else np.asarray
   if source and Path(source).is_file():
     name = Path(source).name
-    return [(name, decode_image(Path(source).read_bytes(), name=name))]
-  transform = np.asarray
+    image = decode_image(Path(source).read_bytes(), name=name)
+    return [(name, transform(image))]
   if source:
     splits = open_images(source, data_dir=data_dir)
     images = splits.get('test') or next(iter(splits.values()))
   else:
-    config = tokenizer.config
     try:
       images = open_dataset(
         config['data.name'],
@@ -62,8 +67,6 @@ def example_images(
       ).test
     except ValueError as error:
       raise ValueError(f'{error}; or name images by --input') from error
-    size = config['data.image_size']
-    transform = functools.partial(resize_and_center_crop, size=size)
   rows, shown = np.random.default_rng(0).permutation(len(images)), []
   rows[:count].sort()
   for row in rows.tolist():

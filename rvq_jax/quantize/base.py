@@ -60,6 +60,7 @@ FIELDS = {
   'freeze': Field(bool),
   'depth': Field(int, 1, 64),
   'heads': Field(int, 1, 64),
+  'sides': Field(tuple, optional=True),
   'temperature_start': Field(float, 1e-30),
   'temperature_end': Field(float, 1e-30),
   'temperature_steps': Field(int, 1, 2**31 - 1),
@@ -193,7 +194,7 @@ def estimate(
   module: nn.Module,
   e: jax.Array,
   q: jax.Array,
-  ids: jax.Array,
+  ids: jax.Array | None,
   mask: jax.Array,
 ) -> jax.Array:
   """q [N, D], whose gradient reaches e [N, D] as the estimator says."""

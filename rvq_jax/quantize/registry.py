@@ -7,6 +7,7 @@ import flax.linen as nn
 QUANTIZERS = {
   'vq': 'rvq_jax.quantize.vector_quantizer.VectorQuantizer',
   'residual': 'rvq_jax.quantize.residual.ResidualQuantizer',
+  'multiscale': 'rvq_jax.quantize.multiscale.MultiscaleQuantizer',
   'product': 'rvq_jax.quantize.product.ProductQuantizer',
   'gumbel': 'rvq_jax.quantize.gumbel.GumbelQuantizer',
   'fsq': 'rvq_jax.quantize.fsq.FSQ',

@@ -55,16 +55,7 @@ class ResidualQuantizer(VectorQuantizer):
     self, z: jax.Array, *, train: bool = False, mask: jax.Array | None = None
   ) -> base.QuantizerOutput:
     """Quantizes z; see `VectorQuantizer.__call__`."""
-    if self.cosine:
-      raise ValueError(
-        'ResidualQuantizer: expected cosine=False: a unit vector loses the '
-        'length of a residual'
-      )
-    if self.estimator in ('dynamic_ste', 'diveq'):
-      raise ValueError(
-        'ResidualQuantizer: expected an estimator for several codes, got '
-        f'{self.estimator!r}'
-      )
+    check_residual(self)
     e, mask = base.flatten(self, z, mask)
     dim = self.code_dim or z.shape[-1]
     e = base.project_in(e, dim)
@@ -115,3 +106,22 @@ class ResidualQuantizer(VectorQuantizer):
       for d in range(depth)
     ]
     return base.project_out(self, sum(levels[1:], levels[0]))
+
+
+def check_residual(module: nn.Module) -> None:
+  """Raises ValueError where a quantizer of residuals is asked the impossible.
+
+  Args:
+    module: the quantizer, with the attributes of `VectorQuantizer`.
+  """
+  name = type(module).__name__
+  if module.cosine:
+    raise ValueError(
+      f'{name}: expected cosine=False: a unit vector loses the length of a '
+      'residual'
+    )
+  if module.estimator in ('dynamic_ste', 'diveq'):
+    raise ValueError(
+      f'{name}: expected an estimator for several codes, got '
+      f'{module.estimator!r}'
+    )

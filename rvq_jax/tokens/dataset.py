@@ -1,10 +1,12 @@
 """A data set as tokens: a folder of NumPy files that any framework reads.
 
-ids.npy     [N, H, W] or [N, H, W, L], the smallest unsigned integer for K
+ids.npy     [N, H, W], [N, H, W, L] or [N, T], the smallest unsigned integer
+            for K
 labels.npy  int32 [N], -1 without a label
 names.txt   N lines
 meta.json   model, K, factor, source, rows_done, and the skipped rows: images
-            that could not be decoded; their ids are 0
+            that could not be decoded; their ids are 0; of multi-scale tokens
+            the sides of the scales and the offsets at which they begin in T
 """
 
 from pathlib import Path
@@ -59,7 +61,7 @@ def open_folder(folder):
 class TokenDataset:
   """A complete folder of tokens with random access, also a Grain source.
 
-  Item i is {'ids': [H, W] or [H, W, L], 'label': int32, 'name': str}.
+  Item i is {'ids': [H, W], [H, W, L] or [T], 'label': int32, 'name': str}.
 
   Args:
     folder: that `encoding.encode_dataset` wrote.

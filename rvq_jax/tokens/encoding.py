@@ -20,6 +20,7 @@ from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import resize_and_center_crop
 from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.io import explain_full_disk, lock, write_atomic
+from rvq_jax.quantize.scales import token_offsets
 from rvq_jax.tokens import tiling
 from rvq_jax.tokens.dataset import (
   FORMAT,
@@ -74,6 +75,7 @@ def encode_dataset(
     'num_images': len(source),
     'image_size': size,
     'grid': list(tiling.ids_type(tokenizer, size, size)[0]),
+    **_scales(tokenizer.sides),
     'source': dict(about or {}),
     'source_digest': hashlib.sha256(names + labels.tobytes()).hexdigest(),
     'rows_done': 0,
@@ -82,6 +84,13 @@ def encode_dataset(
   encode = _encode_folder if jax.process_count() == 1 else _encode_shares
   with explain_full_disk(folder, 'run the same command again: it resumes'):
     return encode(tokenizer, source, folder, meta)
+
+
+def _scales(sides) -> dict[str, Any]:
+  """What meta.json says of multi-scale tokens."""
+  if not sides:
+    return {}
+  return {'sides': list(sides), 'offsets': token_offsets(sides)}
 
 
 def _encode_folder(tokenizer, source, folder, meta) -> dict[str, Any]:

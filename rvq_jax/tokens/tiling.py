@@ -5,9 +5,11 @@ number. A grid of at most WINDOW x WINDOW positions is coded in one piece and
 equals `Tokenizer.reconstruct` bit-exactly. A larger grid is coded in windows
 that overlap: each keeps only positions at least HALO from its inner borders,
 so every position has one id and no seams show. The windows depend on the grid
-alone, so encoder and decoder agree on them.
+alone, so encoder and decoder agree on them. Multi-scale tokens are those of
+images of one size, in one piece.
 """
 
+import functools
 import io
 import itertools
 
@@ -25,11 +27,9 @@ _MAX_BYTES = 2**28
 
 
 def ids_type(tokenizer: Tokenizer, height: int, width: int):
-  """Shape ([H, W] or [H, W, L]) and dtype of the ids of an image."""
-  shape = -(-height // tokenizer.factor), -(-width // tokenizer.factor)
-  codes = tokenizer.codes_per_position
+  """Shape ([H, W], [H, W, L] or [T]) and dtype of the ids of an image."""
   dtype = np.min_scalar_type(tokenizer.codebook_size - 1)
-  return shape + ((codes,) if codes else ()), dtype
+  return tokenizer.ids_shape(height, width), dtype
 
 
 def check_model(tokenizer: Tokenizer, model_hash: str, name) -> None:
@@ -86,20 +86,22 @@ def encode_images(
     placement: sharding of the images; None: one device.
 
   Returns:
-    ids [B, H, W] or [B, H, W, L], H = ceil(h / factor), of the dtype of
-    `ids_type`.
+    ids [B, H, W], [B, H, W, L] or [B, T], H = ceil(h / factor), of the dtype
+    of `ids_type`.
   """
   f = tokenizer.factor
   height, width = images.shape[1:3]
   shape, dtype = ids_type(tokenizer, height, width)
-  padding = (0, shape[0] * f - height), (0, shape[1] * f - width)
+  padding = (0, -height % f), (0, -width % f)
   images = np.pad(images, ((0, 0), *padding, (0, 0)), 'edge')
+  place = functools.partial(jax.device_put, device=placement)
+  if tokenizer.sides:
+    return np.asarray(tokenizer.encode(place(images))).astype(dtype)
   ids = np.empty((len(images), *shape), dtype)
   windows = itertools.product(spans(shape[0]), spans(shape[1]))
   for (y, top, bottom), (x, left, right) in windows:
     window = images[:, y * f : (y + WINDOW) * f, x * f : (x + WINDOW) * f]
-    window = window if placement is None else jax.device_put(window, placement)
-    result = np.asarray(tokenizer.encode(window))
+    result = np.asarray(tokenizer.encode(place(window)))
     ids[:, top:bottom, left:right] = result[
       :, top - y : bottom - y, left - x : right - x
     ]
@@ -113,13 +115,15 @@ def decode_ids(
 
   Args:
     tokenizer: the model.
-    ids: [B, H, W] or [B, H, W, L], integers in [0, K).
+    ids: [B, H, W], [B, H, W, L] or [B, T], integers in [0, K).
     height: of the images in pixels, at most H factor.
     width: of the images in pixels, at most W factor.
 
   Returns:
     uint8 [B, height, width, 3].
   """
+  if tokenizer.sides:
+    return np.asarray(to_uint8(tokenizer.decode(ids)))[:, :height, :width]
   f = tokenizer.factor
   rows, columns = ids.shape[1:3]
   images = np.empty((len(ids), rows * f, columns * f, 3), np.uint8)

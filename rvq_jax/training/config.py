@@ -19,14 +19,15 @@ from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize import base
 from rvq_jax.quantize.base import Field
 from rvq_jax.quantize.registry import QUANTIZERS, takes
+from rvq_jax.quantize.scales import default_sides
 
 SCHEDULES = ('cosine', 'constant')
 FREEZE = ('', 'codes', 'encoder,codes')
 _QUANTIZER = (
   *('codebook_size', 'estimator', 'ema', 'decay', 'eps', 'commitment_weight'),
   *('codebook_weight', 'loss_form', 'cosine', 'dead_code_threshold'),
-  *('split_by', 'split_fraction', 'init_from', 'max_scale', 'depth', 'heads'),
-  *('temperature_steps', 'kl_weight'),
+  *('split_by', 'split_fraction', 'init_from', 'max_scale'),
+  *('depth', 'heads', 'sides', 'temperature_steps', 'kl_weight'),
 )
 _INT32 = 2**31 - 1
 FIELDS = {
@@ -140,6 +141,13 @@ def _check_together(flat):
       'config.model.heads: expected a divisor of model.code_dim, '
       f'{flat["model.code_dim"]}, got {flat["model.heads"]}'
     )
+  if flat['model.quantizer'] == 'multiscale' and flat['model.sides']:
+    sides, grid = list(flat['model.sides']), size // factor
+    if sides != sorted({*sides, grid}) or sides[-1] != grid:
+      raise ValueError(
+        'config.model.sides: expected sides that grow up to that of the grid, '
+        f'{grid} of {size} pixels, as {default_sides(grid)}, got {tuple(sides)}'
+      )
   if channels % heads:
     raise ValueError(
       'config.model.num_heads: expected a divisor of the last width '
@@ -168,12 +176,11 @@ def _check_together(flat):
 
 def _check_late_quantization(flat):
   name = flat['model.quantizer']
-  if name not in ('vq', 'residual', 'product') or flat['model.init_from'] != (
-    'data'
-  ):
+  filled = ('vq', 'residual', 'multiscale', 'product')
+  if name not in filled or flat['model.init_from'] != 'data':
     raise ValueError(
       'config.model.quantize_after: expected 0, or a quantizer whose codes are '
-      "filled from data (vq, residual or product with init_from = 'data'), got "
+      f"filled from data ({', '.join(filled)}, with init_from = 'data'), got "
       f'{name} with init_from = {flat["model.init_from"]!r}'
     )
 
@@ -181,10 +188,13 @@ def _check_late_quantization(flat):
 def _check_estimator(flat):
   """What the quantizer would refuse when it is first called."""
   name, estimator = flat['model.quantizer'], flat['model.estimator']
-  if name == 'residual' and estimator in ('dynamic_ste', 'diveq'):
+  if name in ('residual', 'multiscale') and estimator in (
+    'dynamic_ste',
+    'diveq',
+  ):
     raise ValueError(
       'config.model.estimator: expected one for several codes, as '
-      f'model.quantizer = residual has, got {estimator!r}'
+      f'model.quantizer = {name} has, got {estimator!r}'
     )
   base.validate(
     **{
@@ -239,6 +249,9 @@ def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
   quantizer = {field: model.pop(field) for field in _QUANTIZER}
   quantizer['freeze'] = 'codes' in flat['freeze']
   quantizer = {n: value for n, value in quantizer.items() if takes(name, n)}
+  if name == 'multiscale':
+    grid = flat['data.image_size'] // flat['model.factor']
+    quantizer['sides'] = tuple(quantizer['sides'] or default_sides(grid))
   model['widths'] = tuple(model['widths'])
   model['dtype'] = jnp.dtype(model['dtype']).type
   return VQVAE(

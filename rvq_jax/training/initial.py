@@ -15,7 +15,7 @@ _DECIDING = ('model.activation', 'model.cosine')
 _SHAPING = (
   *('model.widths', 'model.factor', 'model.num_res_blocks', 'model.num_heads'),
   *('model.code_dim', 'model.norm', 'model.quantizer', 'model.codebook_size'),
-  *('model.ema', 'model.depth', 'model.heads'),
+  *('model.ema', 'model.depth', 'model.heads', 'model.sides'),
 )
 _SHOWN = 12
 

@@ -56,14 +56,16 @@ def is_frozen(path, freeze: str) -> bool:
 
   Args:
     path: its keys, as of `jax.tree_util.tree_map_with_path`.
-    freeze: 'codes': learned codes (`embedding`; the `map` of SimVQ);
+    freeze: 'codes': learned codes (`embedding`; the `map` of SimVQ) and the phi
+      of multi-scale ones;
       'encoder,codes': the encoder and the whole quantizer, so that an image
       keeps its ids; '': none.
   """
   names = [key.key for key in path]
   if 'encoder' in freeze:
     return names[0] in ('encoder', 'vq')
-  return freeze == 'codes' and not {'embedding', 'map'}.isdisjoint(names)
+  codes = 'embedding', 'map', 'phi_'
+  return freeze == 'codes' and any(name.startswith(codes) for name in names)
 
 
 def make_optimizer(

@@ -1,6 +1,7 @@
 """The evaluation step, and the metrics of a whole split from its sums."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 
 from rvq_jax import metrics
 from rvq_jax.data.images import prepare_images
-from rvq_jax.quantize.codebook import unit
+from rvq_jax.quantize.codebook import count_codes, unit
 from rvq_jax.training import sharding
 
 UNITS = {
@@ -33,19 +34,33 @@ UNITS = {
 """Metric -> its unit and meaning."""
 
 
-def make_eval_step(model, *, axis_name=None):
+PREFIX_UNITS = {
+  'tokens': 'codes of an image that are decoded',
+  **{n: UNITS[n] for n in ('bits_per_image', 'mse', 'psnr')},
+  'quantization_error': UNITS['quantization_error'],
+  'usage': 'of the last of these levels, as a share of the lesser of K and its '
+  'tokens in the split',
+  'perplexity': 'of the last of these levels',
+}
+"""Metric of a prefix of the codes -> its unit and meaning."""
+
+
+def make_eval_step(model, *, prefixes: Sequence[int] = (), axis_name=None):
   """Builds `eval_step(variables, batch) -> sums` over the valid images.
 
   Args:
     model: a `VQVAE`.
+    prefixes: lengths of the last axis of ids that are to be decoded too,
+      ascending, the last one whole; see `Tokenizer.prefixes`.
     axis_name: mapped axis under `pmap` or `shard_map`, to sum over.
 
   Returns:
     A function of the model's variables and {'image': [B, h, w, 3] uint8 or
     float in [-1, 1], 'mask': bool [B]} that returns float32 sums: images,
     tokens, mse, psnr, ssim, quantization_error, latent_error (|z - q|^2 of the
-    latents and what replaces them), 'latents' and 'codes' (`_moments`), and
-    counts [K].
+    latents and what replaces them), 'latents' and 'codes' (`_moments`), counts
+    [K], and of each prefix in 'prefixes': mse, psnr, quantization_error and the
+    counts [K] of the codes that it adds.
   """
 
   def eval_step(variables, batch):
@@ -67,18 +82,47 @@ def make_eval_step(model, *, axis_name=None):
       'latents': _moments(z, mask),
       'codes': _moments(q, mask),
     }
-    for name, per_image in (
-      ('mse', metrics.squared_error),
-      ('psnr', metrics.psnr),
-      ('ssim', metrics.ssim),
-    ):
-      values = per_image(out.reconstruction, images)
-      sums[name] = jnp.sum(jnp.where(mask, values, 0.0))
+    sums |= _image_sums(out.reconstruction, images, mask)
+    if prefixes:
+      sums['prefixes'] = list(prefix_sums(variables, out, images, mask, tokens))
     if axis_name is not None:
       sums = jax.lax.psum(sums, axis_name)
     return sums | {'counts': out.quantizer.counts}
 
+  def prefix_sums(variables, out, images, mask, tokens):
+    ids, first = out.quantizer.ids, 0
+    size = model.quantizer['codebook_size']
+    for level, end in enumerate(prefixes, 1):
+      made = out.reconstruction
+      if end < ids.shape[-1]:
+        made = model.apply(variables, ids[..., :end], method='decode')
+      added = ids[..., first:end]
+      valid = jnp.broadcast_to(
+        mask.reshape(-1, *[1] * (ids.ndim - 1)), added.shape
+      )
+      error = out.quantizer.metrics[f'quantization_error_{level}']
+      sums = _image_sums(made, images, mask)
+      yield {
+        'mse': sums['mse'],
+        'psnr': sums['psnr'],
+        'quantization_error': tokens * error,
+        'counts': count_codes(added.ravel(), size, valid=valid.ravel()),
+      }
+      first = end
+
   return eval_step
+
+
+def _image_sums(made, images, mask):
+  """Sums of the metrics of reconstructions over the valid images."""
+  return {
+    name: jnp.sum(jnp.where(mask, per_image(made, images), 0.0))
+    for name, per_image in (
+      ('mse', metrics.squared_error),
+      ('psnr', metrics.psnr),
+      ('ssim', metrics.ssim),
+    )
+  }
 
 
 def _squares(x):
@@ -126,7 +170,8 @@ def evaluate_split(
     on_batch: called with each batch and what `eval_step` returned for it.
 
   Returns:
-    The metrics named in `UNITS`, and the codes' counts [K], or [L, K] for L
+    The metrics named in `UNITS`, and of an eval_step with prefixes 'prefixes',
+    those of `PREFIX_UNITS` of each; the codes' counts [K], or [L, K] for L
     codebooks.
 
   Raises:
@@ -155,7 +200,29 @@ def evaluate_split(
     result['entropy_bits'],
   )
   result |= {'images': int(images), 'tokens': int(tokens)}
-  return {name: result[name] for name in UNITS}, counts
+  found = {name: result[name] for name in UNITS}
+  if 'prefixes' in total:
+    found['prefixes'] = _prefixes(total, counts.shape[-1])
+  return found, counts
+
+
+def _prefixes(total, size) -> list[dict[str, float]]:
+  """The metrics of the prefixes."""
+  result, images, tokens = [], total['images'], 0
+  for sums in total['prefixes']:
+    own = sums['counts'].sum()
+    tokens += round(own / images)
+    codes = metrics.code_statistics(sums['counts'])
+    entry = {name: float(sums[name] / images) for name in ('mse', 'psnr')}
+    entry |= {
+      'tokens': tokens,
+      'bits_per_image': tokens * math.log2(size),
+      'quantization_error': float(sums['quantization_error'] / total['tokens']),
+      'usage': codes['usage'] * size / min(size, own),
+      'perplexity': codes['perplexity'],
+    }
+    result.append({name: entry[name] for name in PREFIX_UNITS})
+  return result
 
 
 def autoencoder_error(

@@ -5,13 +5,17 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from rvq_jax import load
+from rvq_jax.data.images import to_float
+from rvq_jax.evaluation.evaluate import evaluate_run
 from rvq_jax.evaluation.export import export_run, write_export
+from rvq_jax.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +46,38 @@ def test_the_card_has_licence_data_metrics_and_its_figures(run, exported):
   assert f'| psnr | {metrics["psnr"]:.6g} |' in text
   for name in ('test_reconstructions.png', 'test_curves.png'):
     assert f']({name})' in text and (exported / name).is_file()
+
+
+@pytest.mark.slow
+def test_an_export_of_multi_scale_tokens_is_the_run(
+  tiny_config, tmp_path, test_images
+):
+  tiny_config.model.quantizer = 'multiscale'
+  tiny_config.num_steps = 3
+  train(tiny_config, tmp_path / 'run')
+  evaluate_run(tmp_path / 'run')
+  folder = export_run(tmp_path / 'run', tmp_path / 'export')
+  run, exported = load(tmp_path / 'run'), load(folder)
+  assert run.model_hash == exported.model_hash
+  ids = run.encode(test_images)
+  assert ids.shape == (11, 30)
+  np.testing.assert_array_equal(exported.encode(test_images), ids)
+  np.testing.assert_array_equal(
+    exported.decode(ids[:, :14]), run.decode(ids[:, :14])
+  )
+  forward = jax.jit(run.model.apply)(run.variables, to_float(test_images))
+  np.testing.assert_array_equal(run.decode(ids), forward.reconstruction)
+  text = (folder / 'README.md').read_text()
+  assert '16 x 16 pixels become 30 tokens' in text
+  assert 'int32 [B, T]' in text and 'Only images of that size' in text
+  assert (folder / 'test_prefixes.png').is_file()
+  with pytest.raises(ValueError, match=r'expected ids \[B, T\] of integers'):
+    run.decode(ids[:, None])
+  other = load(tmp_path / 'run')
+  other.model = other.model.clone(
+    quantizer=other.model.quantizer.copy({'sides': (1, 4)})
+  )
+  assert other.model_hash != run.model_hash
 
 
 def test_an_export_does_not_tell_where_the_data_lie(exported, image_folder):

@@ -71,17 +71,17 @@ def test_a_click_shows_the_code_its_neighbors_and_its_uses(open_file):
   tab, images = open_file()
   image = images[0]
   click_cell(tab, image, 2, 5)
-  ids = np.reshape(image['ids'], (4, 6))
+  ids = np.reshape(image['ids'][0], (4, 6))
   assert tab.inner_text('#name') == f'code {ids[2, 5]}'
   count = (ids == ids[2, 5]).sum()
-  total = sum(i['ids'].count(ids[2, 5]) for i in images)
+  total = sum(i['ids'][0].count(ids[2, 5]) for i in images)
   text = tab.inner_text('#counts')
   assert text.startswith('row 2, column 5; ')
   assert f'{count} times in this image' in text or count == 1
   assert f'{total} times in all 2' in text or total == 1
   assert tab.locator('#neighbors button').count() == 8
   assert tab.locator('#uses button').count() == sum(
-    ids[2, 5] in i['ids'] for i in images
+    ids[2, 5] in i['ids'][0] for i in images
   )
   # The same cell of another picture is the same token.
   click_cell(tab, image, 1, 1, canvas='#original')
@@ -116,7 +116,20 @@ def test_the_slider_goes_through_the_depth_of_a_residual(open_file):
   levels = tab.locator('#levels button')
   assert levels.count() == 2
   levels.nth(1).click()
-  assert tab.inner_text('#name') == f'code {images[0]["ids"][1]}'
+  assert tab.inner_text('#name') == f'code {images[0]["ids"][1][0]}'
+
+
+def test_the_slider_goes_through_the_scales(open_file):
+  tab, images = open_file(quantizer='multiscale')
+  assert '4 x 4 tokens' in tab.inner_text('#quality')
+  tab.locator('#depth').fill('2')
+  assert tab.inner_text('#depth-value') == '2 of 4'
+  assert '2 x 2 tokens' in tab.inner_text('#quality')
+  assert f'{images[0]["psnr"][1]:.2f} dB' in tab.inner_text('#quality')
+  box = tab.locator('#tokens').bounding_box()
+  tab.mouse.click(box['x'] + 0.9 * box['width'], box['y'] + 5)
+  assert tab.inner_text('#name') == f'code {images[0]["ids"][1][1]}'
+  assert tab.locator('#levels button').count() == 0
 
 
 def test_another_image_is_a_click_away(open_file):
@@ -128,8 +141,8 @@ def test_another_image_is_a_click_away(open_file):
 def test_colors_by_use_run_from_rare_to_frequent(open_file):
   tab, images = open_file()
   tab.locator('#colors').select_option('used')
-  counts = np.bincount(sum((i['ids'] for i in images), []))
-  for i, code in enumerate(images[0]['ids']):
+  counts = np.bincount(sum((i['ids'][0] for i in images), []))
+  for i, code in enumerate(images[0]['ids'][0]):
     row, column = divmod(i, 6)  # tokens are drawn 19 x 4 pixels per side
     color = pixel(tab, 'tokens', 76 * column + 38, 76 * row + 38)
     lightness = (max(color) + min(color)) / 510

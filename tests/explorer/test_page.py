@@ -30,8 +30,9 @@ def test_the_page_shows_ids_and_reconstructions(make_data, images, fields):
   tokenizer, data = make_data(**fields)
   shown, (_, image) = data['images'][0], images[0]
   ids = np.asarray(tokenizer.encode(image[None]))
-  assert shown['ids'] == ids.reshape(-1).tolist()
-  assert (shown['rows'], shown['columns']) == (4, 6)
+  levels = ids.reshape(24, -1).T
+  assert shown['ids'] == levels.tolist()
+  assert shown['grids'] == [(4, 6, 4)] * len(levels)
   np.testing.assert_array_equal(picture(shown['original']), image)
   made = np.asarray(to_uint8(tokenizer.decode(ids)))[0]
   np.testing.assert_array_equal(picture(shown['reconstructions'][-1]), made)
@@ -39,6 +40,28 @@ def test_the_page_shows_ids_and_reconstructions(make_data, images, fields):
     first = np.asarray(to_uint8(tokenizer.decode(ids[..., :1])))[0]
     np.testing.assert_array_equal(picture(shown['reconstructions'][0]), first)
   assert len(shown['reconstructions']) == fields.get('depth', 1)
+
+
+def test_the_page_shows_every_scale(make_tokenizer, images):
+  tokenizer = make_tokenizer(quantizer='multiscale')
+  square = [(name, np.resize(image, (16, 16, 3))) for name, image in images]
+  data = page.page_data(tokenizer, 'tiny', square)
+  shown, ids = data['images'][0], tokenizer.encode(square[0][1][None])
+  assert [len(level) for level in shown['ids']] == [1, 4, 9, 16]
+  assert sum(shown['ids'], []) == ids[0].tolist()
+  assert shown['grids'][2] == [3, 3, 16 / 3]
+  for number, end in enumerate((1, 5, 14, 30)):
+    made = np.asarray(to_uint8(tokenizer.decode(ids[:, :end])))[0]
+    got = picture(shown['reconstructions'][number])
+    np.testing.assert_array_equal(got, made)
+  assert data['model']['sides'] == (1, 2, 3, 4) and data['model']['nested']
+  (codes,) = data['codes']
+  used = {str(i) for x in data['images'] for level in x['ids'] for i in level}
+  assert set(codes['neighbors']) == used <= set(codes['swatches'])
+  code, (x, y) = list(codes['swatches'].items())[-1]
+  alone = to_uint8(tokenizer.decode(np.full((128, 1), int(code))))[0]
+  swatch = picture(codes['sheet'])[y : y + 16, x : x + 16]
+  np.testing.assert_array_equal(swatch, alone)
 
 
 def test_neighbors_are_the_nearest_codes(make_data):
@@ -99,6 +122,13 @@ def test_an_image_of_ones_own_is_shown_at_its_size(make_tokenizer, numbered):
   source = str(numbered / '7.png')
   ((name, image),) = page.example_images(make_tokenizer(), 5, source=source)
   assert (name, image.shape) == ('7.png', (12, 8, 3))
+
+
+def test_images_for_multi_scale_tokens_are_cropped(make_tokenizer, numbered):
+  tokenizer = make_tokenizer(quantizer='multiscale')
+  for source in (numbered, numbered / '7.png'):
+    images = page.example_images(tokenizer, 5, source=str(source))
+    assert {image.shape for _, image in images} == {(16, 16, 3)}
 
 
 def test_an_undecodable_test_image_of_the_run_is_left_out(

@@ -42,7 +42,8 @@ def run(launcher, *flags):
     (['--config=configs/none.py'], 'configs/none.py'),
     (
       ['--config=configs/cifar10.py:f5'],
-      'error: expected configs/cifar10.py:f8, :f4, :best or :f4,best, got :f5',
+      'error: expected configs/cifar10.py:f8, :f4, :best, :f4,best or '
+      ':multiscale, got :f5',
     ),
     (['--config=configs/photos.py', 'stray'], "got 'stray'"),
     (['--config=configs/photos.py', '--wrkdir=x'], 'wrkdir'),

@@ -51,5 +51,5 @@ def test_a_name_gives_its_class(name):
 
 
 def test_an_unknown_name_is_refused():
-  with pytest.raises(ValueError, match='expected one of vq, residual, product'):
+  with pytest.raises(ValueError, match='expected one of vq, residual, multi'):
     make_quantizer('lfq')

@@ -106,6 +106,18 @@ def test_several_codes_per_position_are_a_last_axis(
   assert tokens.ids.shape == (4, 6, 6, 3) and tokens.meta['grid'] == [6, 6, 3]
 
 
+def test_multi_scale_tokens_say_where_each_scale_begins(
+  make_tokenizer, numbered, tmp_path
+):
+  tokenizer = make_tokenizer(quantizer='multiscale')
+  encode_dataset(tokenizer, numbered(4), tmp_path / 'tokens')
+  tokens = TokenDataset(tmp_path / 'tokens')
+  assert tokens.ids.shape == (4, 30) and tokens.meta['grid'] == [30]
+  assert tokens.meta['sides'] == [1, 2, 3, 4]
+  assert tokens.meta['offsets'] == [0, 1, 5, 14, 30]
+  assert decode_dataset(tokenizer, tmp_path / 'tokens', tmp_path / 'out') == 4
+
+
 @pytest.mark.parametrize(('batch', 'devices'), [(16, 8), (12, 6), (5, 5)])
 def test_every_device_encodes_an_equal_share(
   make_tokenizer, source, tmp_path, monkeypatch, shared_tokens, batch, devices

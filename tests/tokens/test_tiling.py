@@ -1,10 +1,12 @@
 """Images of any size to ids and back, and as one file."""
 
+import functools
 import types
 
 import numpy as np
 import pytest
 
+from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.metrics import to_uint8
 from rvq_jax.tokens import tiling
 
@@ -49,9 +51,24 @@ def test_an_image_is_padded_by_its_last_pixels_and_equals_the_tokenizer(
 )
 def test_ids_are_the_smallest_unsigned_integers(size, dtype):
   like = types.SimpleNamespace(
-    codebook_size=size, factor=4, codes_per_position=None
+    codebook_size=size, factor=4, codes_per_position=None, sides=None
   )
+  like.ids_shape = functools.partial(Tokenizer.ids_shape, like)
   assert tiling.ids_type(like, 13, 16) == ((4, 4), dtype)
+
+
+def test_multi_scale_tokens_are_those_of_one_size(make_tokenizer, photograph):
+  tokenizer, image = make_tokenizer(quantizer='multiscale'), photograph(15, 16)
+  padded = image[np.minimum(np.arange(16), 14)]
+  ids = tiling.encode_images(tokenizer, image[None])
+  assert ids.shape == (1, 30) and ids.dtype == np.uint8
+  np.testing.assert_array_equal(ids, tokenizer.encode(padded[None]))
+  np.testing.assert_array_equal(
+    reconstruct(tokenizer, image),
+    to_uint8(tokenizer.reconstruct(padded[None]))[0, :15],
+  )
+  with pytest.raises(ValueError, match='images of one size: resize or crop'):
+    tiling.encode_images(tokenizer, photograph(21, 21)[None])
 
 
 def test_a_large_image_is_coded_in_windows(

@@ -23,6 +23,7 @@ QUANTIZERS = {
   'replaced': {'codebook_size': 40, 'decay': 0.3, 'dead_code_threshold': 2.0},
   'learned': {'codebook_size': 40, 'ema': False},
   'residual': {'name': 'residual', 'codebook_size': 20, 'depth': 2},
+  'multiscale': {'name': 'multiscale', 'codebook_size': 20, 'sides': (1, 2)},
 }
 
 
@@ -111,6 +112,7 @@ def assert_close(got, want):
     pytest.param('vq', marks=pytest.mark.slow),
     pytest.param('learned', marks=pytest.mark.slow),
     pytest.param('residual', marks=pytest.mark.slow),
+    pytest.param('multiscale', marks=pytest.mark.slow),
   ],
 )
 def test_microbatches_are_a_loop_that_updates_the_codebook_each_time(quantizer):

@@ -24,6 +24,7 @@ def changed(config, name, value):
     *(('photos',), ('cifar10',), ('cifar10', 'f4'), ('imagenet',)),
     *(('cifar10', 'best'), ('cifar10', 'f4,best'), ('imagenet', 'best')),
     *(('photos_vqgan',), ('imagenet_vqgan',)),
+    *(('cifar10', 'multiscale'), ('imagenet', 'multiscale')),
   ],
 )
 def test_shipped_configs_are_valid_and_build(load_config, name):
@@ -64,6 +65,7 @@ def test_best_variants_differ_in_method_alone(load_config, paper, best):
     ('model.widths', (), 'integers from 1 to 1048576'),
     ('model.widths', (64, -1), 'integers from 1 to 1048576'),
     ('model.factor', 3, 'one of 2, 4, 8'),
+    ('model.sides', (), 'integers from 1 to 1048576'),
     ('model.num_heads', 7, 'a divisor of the last width 256'),
     ('model.estimator', 'straight', 'rotation_unscaled, reflection, ste'),
     ('model.decay', 1.5, 'a value from 0 to 1'),
@@ -204,3 +206,44 @@ def test_a_folder_is_the_same_however_it_is_named(
   config.data.name = f'folder:{path.format(tmp_path)}'
   flat = config_lib.check_config(config)
   assert flat['data.name'] == f'folder:{tmp_path}/set'
+
+
+@pytest.mark.parametrize(
+  'sides', [(1, 2), (2, 1, 4), (1, 1, 4), (1, 8), (4, 2)]
+)
+def test_sides_of_another_grid_are_refused(sides, load_config):
+  config = load_config('cifar10')
+  config.model.sides = sides
+  config_lib.check_config(config)  # of another quantizer
+  config.model.quantizer = 'multiscale'
+  with pytest.raises(
+    ValueError, match=r'the grid, 4 of 32 .*as \(1, 2, 3, 4\)'
+  ):
+    config_lib.check_config(config)
+
+
+def test_sides_are_those_of_the_grid_or_ones_own(load_config):
+  config = load_config('cifar10', 'f4')
+  config.model.quantizer = 'multiscale'
+  for own, want in ((None, (1, 2, 3, 4, 5, 6, 8)), ((2, 8), (2, 8))):
+    config.model.sides = own
+    flat = config_lib.check_config(config)
+    assert config_lib.build_model(flat).quantizer['sides'] == want
+
+
+def test_multiscale_takes_estimators_of_several_codes_alone(load_config):
+  config = load_config('cifar10')
+  config.model.quantizer, config.model.estimator = 'multiscale', 'dynamic_ste'
+  with pytest.raises(ValueError, match='as model.quantizer = multiscale has'):
+    config_lib.check_config(config)
+
+
+@pytest.mark.parametrize(
+  ('name', 'tokens'), [('cifar10', 155), ('imagenet', 680)]
+)
+def test_multiscale_configs_have_the_tokens_that_they_say(
+  name, tokens, load_config
+):
+  flat = config_lib.check_config(load_config(name, 'multiscale'))
+  sides = config_lib.build_model(flat).quantizer['sides']
+  assert sum(side**2 for side in sides) == tokens

@@ -42,6 +42,7 @@ OTHER = {
   'max_scale': 1.5,
   'depth': 3,
   'heads': 4,
+  'sides': (1, 4),
   'temperature_steps': 77,
   'kl_weight': 0.125,
 }
@@ -56,7 +57,7 @@ NEEDS = {
     'objective.adversarial_weight': 0.5
   },
 }
-CANNOT = {('residual', 'cosine')}
+CANNOT = {('residual', 'cosine'), ('multiscale', 'cosine')}
 OF_STEP = {'quantize_after'}  # see test_quantize_after.py
 OF_MODEL = [
   f[6:] for f in FIELDS if f.startswith('model.') and f[6:] not in OF_STEP

@@ -10,12 +10,14 @@ from rvq_jax.training.checkpoints import Checkpoints
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('route', ['memory', 'stream'])
+@pytest.mark.parametrize('route', ['memory', 'stream', 'multiscale'])
 def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(
   route, tiny_config, tmp_path, final_bits, log_of
 ):
   if route == 'stream':
     tiny_config.data.crop = 'random_resized'
+  if route == 'multiscale':
+    tiny_config.model.quantizer = 'multiscale'
   whole, parts = tmp_path / 'whole', tmp_path / 'parts'
   loop.train(tiny_config, whole)
   # Cut off at step 4 by a signal; the cosine is that of the whole run.

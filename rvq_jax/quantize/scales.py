@@ -1,0 +1,121 @@
+"""Grids of several sides: means over areas, bicubic interpolation, phi.
+
+Pure functions of float32 arrays; what `MultiscaleQuantizer` is made of.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 51, 64)
+
+
+def default_sides(grid: int) -> tuple[int, ...]:
+  """The sides of the scales of a grid, coarse to fine.
+
+  >>> from rvq_jax.quantize.scales import default_sides
+  >>> default_sides(8)
+  (1, 2, 3, 4, 5, 6, 8)
+
+  Args:
+    grid: positions along the side of the finest scale.
+  """
+  return (*(side for side in _SIDES if side < grid), grid)
+
+
+def token_offsets(sides) -> list[int]:
+  """Where each scale begins on the axis of an image's tokens; last, its end.
+
+  >>> from rvq_jax.quantize.scales import token_offsets
+  >>> token_offsets((1, 2, 4))
+  [0, 1, 5, 21]
+  """
+  return [0, *np.cumsum(np.square(sides)).tolist()]
+
+
+def area_weights(grid: int, side: int) -> np.ndarray:
+  """Share of each position in each of `side` cells, float32 [side, grid]."""
+  edges, left = np.arange(side + 1) * grid / side, np.arange(grid)
+  end = np.minimum(edges[1:, None], left + 1)
+  overlap = np.maximum(end - np.maximum(edges[:-1, None], left), 0)
+  return np.float32(overlap * side / grid)
+
+
+def bicubic_weights(side: int, grid: int) -> np.ndarray:
+  """Weight of each of `side` cells at each position, float32 [grid, side]."""
+  with jax.ensure_compile_time_eval():
+    return np.asarray(jax.image.resize(jnp.eye(side), (grid, side), 'cubic'))
+
+
+def _resize(x, weights):
+  """x [B, h, w, D] along both sides by weights [n, h], in float32."""
+  if weights.shape[0] == weights.shape[1]:
+    return x
+  for axes in 'nh,bhwd->bnwd', 'nw,bhwd->bhnd':
+    x = jnp.einsum(axes, weights, x, precision=jax.lax.Precision.HIGHEST)
+  return x
+
+
+def pool(
+  z: jax.Array, mask: jax.Array, side: int
+) -> tuple[jax.Array, jax.Array]:
+  """Means over areas of the positions in the mask, and where there are any.
+
+  Args:
+    z: [B, n, n, D].
+    mask: valid positions [B, n, n], bool.
+    side: areas along a side.
+
+  Returns:
+    [B, side^2, D], and bool [B, side^2].
+  """
+  weights, mask = area_weights(z.shape[1], side), mask[..., None]
+  total = _resize(jnp.where(mask, z, 0.0), weights)
+  share = _resize(mask.astype(jnp.float32), weights)
+  # Whole areas are not divided: their share is 1 up to rounding.
+  e = total / jnp.where((share == 0) | (share > 1 - 1e-5), 1.0, share)
+  return e.reshape(len(z), -1, z.shape[-1]), (share > 0).reshape(len(z), -1)
+
+
+def expand(q: jax.Array, grid: int) -> jax.Array:
+  """Codes [B, side^2, D] on the whole grid, bicubic: [B, grid, grid, D]."""
+  side = round(q.shape[1] ** 0.5)
+  x = q.reshape(len(q), side, side, q.shape[-1])
+  return _resize(x, bicubic_weights(side, grid))
+
+
+def phi(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+  """(x + conv3x3(x)) / 2 of x [B, n, n, D]."""
+  y = jax.lax.conv_general_dilated(
+    *(x, params['kernel'], (1, 1), 'SAME'),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+  return 0.5 * (x + (y + params['bias'][None, None, None]))
+
+
+def identity_phi(key, dim: int) -> dict[str, jax.Array]:
+  """kernel [3, 3, D, D] and bias [D] of a phi that changes nothing."""
+  del key
+  kernel = jnp.zeros((3, 3, dim, dim)).at[1, 1].set(jnp.eye(dim))
+  return {'kernel': kernel, 'bias': jnp.zeros(dim)}
+
+
+def pyramid(
+  z: jax.Array, mask: jax.Array, sides: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+  """What the scales are given where none is quantized and phi is the identity.
+
+  Args:
+    z: [B, n, n, D].
+    mask: valid positions [B, n, n], bool.
+    sides: of the scales.
+
+  Returns:
+    [B, T, D], and bool [B, T].
+  """
+  scales = []
+  for side in sides:
+    scales.append(pool(z, mask, side))
+    z = z - expand(scales[-1][0], z.shape[1])
+  rows, valid = (jnp.concatenate(x, axis=1) for x in zip(*scales, strict=True))
+  return rows, valid

@@ -1,0 +1,92 @@
+"""The first codes alone: what an evaluation says of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rvq_jax.data.images import to_float
+from rvq_jax.evaluation import figures
+from rvq_jax.evaluation.evaluate import format_table
+from rvq_jax.evaluation.tokenizer import Tokenizer
+from rvq_jax.training import config as config_lib
+from rvq_jax.training import sharding
+from rvq_jax.training.validation import (
+  PREFIX_UNITS,
+  evaluate_split,
+  make_eval_step,
+)
+
+FIELDS = {
+  'multiscale': {},
+  'residual': {'depth': 2},
+}
+
+
+@functools.cache
+def make_tokenizer(make_tiny_config, name):
+  config = make_tiny_config()
+  config.model.quantizer = name
+  config.model.update(FIELDS[name])
+  flat = config_lib.check_config(config)
+  model = config_lib.build_model(flat)
+  variables = jax.jit(
+    lambda key: model.init(key, jnp.zeros((1, 16, 16, 3)), train=True)
+  )(jax.random.key(0))
+  return Tokenizer(model, dict(variables), config=flat, step=7)
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_each_prefix_is_measured_over_the_split(
+  make_tiny_config, test_images, name
+):
+  tokenizer = make_tokenizer(make_tiny_config, name)
+  mesh = sharding.data_mesh()
+  images = np.concatenate([test_images, test_images[:1]])
+  masks = np.array([[True] * 6, [True] * 5 + [False]])
+  batches = [
+    {'image': x, 'mask': mask}
+    for x, mask in zip(np.split(images, 2), masks, strict=True)
+  ]
+  result, _ = evaluate_split(
+    jax.jit(make_eval_step(tokenizer.model, prefixes=tokenizer.prefixes)),
+    tokenizer.variables,
+    batches,
+    mesh=mesh,
+  )
+  entries, ids = result['prefixes'], np.asarray(tokenizer.encode(test_images))
+  assert [list(entry) for entry in entries] == [list(PREFIX_UNITS)] * len(
+    tokenizer.prefixes
+  )
+  first = 0
+  for end, entry in zip(tokenizer.prefixes, entries, strict=True):
+    made = np.asarray(tokenizer.decode(ids[..., :end]))
+    error = ((made - to_float(test_images)) ** 2).mean()
+    np.testing.assert_allclose(entry['mse'], error, rtol=1e-4)
+    assert entry['tokens'] == ids[0, ..., :end].size
+    assert entry['bits_per_image'] == entry['tokens'] * 4
+    own = ids[..., first:end]
+    first = end
+    p = np.bincount(own.ravel(), minlength=16) / own.size
+    usage = (p > 0).sum() / min(16, own.size)
+    np.testing.assert_allclose(entry['usage'], usage, rtol=1e-6)
+    perplexity = np.exp(-(p[p > 0] * np.log(p[p > 0])).sum())
+    np.testing.assert_allclose(entry['perplexity'], perplexity, rtol=1e-6)
+  for metric in ('mse', 'psnr', 'quantization_error'):
+    np.testing.assert_allclose(entry[metric], result[metric], rtol=1e-6)
+  assert entries[0]['quantization_error'] != entry['quantization_error']
+  table = format_table(result, 'title')
+  assert all(f'{entry["mse"]:,.6g}' in table for entry in entries)
+
+
+def test_the_figure_has_a_point_of_each_prefix():
+  entries = [
+    {'tokens': n, 'bits_per_image': 4.0 * n, 'mse': 1 / n} for n in (1, 5, 14)
+  ]
+  (axes,) = figures.prefixes({'one': entries, 'two': entries[:2]}).axes
+  x, y = axes.lines[0].get_data()
+  np.testing.assert_array_equal(x, [4, 20, 56])
+  np.testing.assert_allclose(y, [1, 1 / 5, 1 / 14])
+  assert [text.get_text() for text in axes.texts] == ['1', '5', '14', '1', '5']
