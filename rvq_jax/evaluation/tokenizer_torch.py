@@ -11,6 +11,7 @@ Apache-2.0, as rvq_jax, whose launch/export.py puts it beside model.safetensors.
 
 import ctypes
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 FILES = WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
-QUANTIZERS = ('vq', 'residual', 'product', 'fsq', 'simvq', 'gumbel')
+QUANTIZERS = 'vq residual multiscale product fsq simvq gumbel'.split()
+SIDES = 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 51, 64
 ACTIVATIONS = {'leaky_relu': F.leaky_relu, 'swish': F.silu}
 # With the arrays, these fields are what the model's hash is taken of.
 HASHED = 'widths factor num_res_blocks num_heads code_dim quantizer '
@@ -41,7 +43,7 @@ class Tokenizer:
     self.codebook_size, self.factor = config['codebook_size'], config['factor']
     several = {'residual': 'depth', 'product': 'heads'}
     self.codes_per_position = config.get(several.get(config['quantizer']))
-    self._act = ACTIVATIONS[config['activation']]
+    self._act, self.sides = ACTIVATIONS[config['activation']], config['sides']
     self._halvings = int(math.log2(self.factor))
     self._stages = range(max(len(config['widths']), self._halvings))
 
@@ -58,6 +60,8 @@ class Tokenizer:
   @torch.no_grad()
   def encode(self, images):
     """Token ids, int64 [B, h/factor, w/factor], with several codes [..., L].
+
+    Multi-scale ids are [B, T], the coarsest scale first.
 
     images: [B, h, w, 3] or [B, 3, h, w], uint8 or float in [-1, 1]; `factor`
     divides h and w, so that neither is 3.
@@ -78,6 +82,9 @@ class Tokenizer:
         f'{x.min().item():.4g} to {x.max().item():.4g}'
       )
     z = self._encoder(x.float()).movedim(1, -1)
+    if self.sides and z.shape[1:3] != (self.sides[-1],) * 2:
+      size = self.sides[-1] * self.factor
+      raise ValueError(f'expected images of {size} x {size}, got {shape}')
     e = self._dense('vq.project_in', z)
     return getattr(self, f'_{self.c["quantizer"]}_ids')(e)
 
@@ -85,17 +92,21 @@ class Tokenizer:
   def decode(self, ids, *, channels_first=False):
     """Images of ids: float32 [B, h, w, 3], or [B, 3, h, w], in [-1, 1].
 
-    A residual tokenizer takes any first few of the codes of a position. As
+    Residual and multi-scale tokenizers take any first codes or scales. As
     pixels: ((images + 1) * 127.5).round().clamp(0, 255).byte().
     """
     ids, most = self._tensor(ids), self.codes_per_position
     least = 1 if self.c['quantizer'] == 'residual' else most
     fits = ids.ndim == 3 + bool(most) and 0 not in ids.shape
     fits = fits and (not most or least <= ids.shape[3] <= most)
+    if self.sides:
+      ends = [*itertools.accumulate(side**2 for side in self.sides)]
+      fits = ids.ndim == 2 and len(ids) > 0 and ids.shape[1] in ends
     if not fits or ids.is_floating_point() or ids.dtype == torch.bool:
+      form = f'[B, T], T of {ends}' if self.sides else '[B, H, W]'
+      form = f'[B, H, W, {most}]' if most else form
       raise ValueError(
-        f'expected ids [B, H, W{f", {most}" if most else ""}] of integers, got '
-        f'{ids.dtype} {list(ids.shape)}'
+        f'expected ids {form}, integers, got {ids.dtype} {list(ids.shape)}'
       )
     ids, last = ids.long(), self.codebook_size - 1
     if not 0 <= ids.min() <= ids.max() <= last:
@@ -202,6 +213,31 @@ class Tokenizer:
     levels = enumerate(ids.unbind(-1))
     return sum(self._vq_codes(x, f'.level_{i}') for i, x in levels)
 
+  def _multiscale_ids(self, e):
+    total, ids = torch.zeros_like(e), []
+    for i, side in enumerate(self.sides):
+      rows = area(e.shape[1], side).to(e)
+      rest = torch.einsum('nh,mw,bhwd->bnmd', rows, rows, e - total)
+      ids.append(self._vq_ids(rest).flatten(1))
+      total = total + self._scale(ids[-1], i)
+    return torch.cat(ids, 1)
+
+  def _scale(self, ids, i):  # what the ids of scale i add to the whole grid
+    side, groups = self.sides[i], min(4, len(self.sides))
+    x = self._vq_codes(ids).unflatten(1, (side, side)).movedim(-1, 1)
+    size = (self.sides[-1],) * 2
+    x = F.interpolate(x, size, mode='bicubic', antialias=True)
+    y = self._conv(f'vq.phi_{i * groups // len(self.sides)}', x)
+    return ((x + y) / 2).movedim(1, -1)
+
+  def _multiscale_codes(self, ids):
+    total = 0
+    for i, side in enumerate(self.sides):
+      if ids.shape[1]:  # else: a prefix of the scales
+        total = total + self._scale(ids[:, : side**2], i)
+        ids = ids[:, side**2 :]
+    return total
+
   def _product_ids(self, e):
     pieces = enumerate(e.chunk(self.c['heads'], -1))
     return torch.stack([self._vq_ids(x, f'.head_{i}') for i, x in pieces], -1)
@@ -238,6 +274,14 @@ def nearest(e, codes):
   return torch.cat(ids).view(e.shape[:-1])
 
 
+def area(grid, side):
+  """Share of each of `grid` positions in each of `side` cells."""
+  edges, left = torch.arange(side + 1.0) * grid / side, torch.arange(grid)
+  end = torch.minimum(edges[1:, None], left + 1)
+  overlap = end - torch.maximum(edges[:-1, None], left)
+  return overlap.clamp(min=0) * side / grid
+
+
 def _find(name):
   # The folder called `name`, or that of the Hub, downloaded.
   folder = Path(name).expanduser()
@@ -260,8 +304,14 @@ def _read(folder):
   # Config, arrays and hash of an export.
   try:
     about = json.loads((folder / CONFIG).read_text())
-    c = {n.removeprefix('model.'): v for n, v in about['config'].items()}
-    header = json.dumps({n: c[n] for n in HASHED.split()}, sort_keys=True)
+    c = {n.rpartition('.')[2]: v for n, v in about['config'].items()}
+    hashed = {n: c[n] for n in HASHED.split()}
+    sides, c['sides'] = c.get('sides'), None
+    if c['quantizer'] == 'multiscale':
+      grid = c['image_size'] // c['factor']
+      default = [*(side for side in SIDES if side < grid), grid]
+      hashed['sides'] = c['sides'] = sides or default
+    header = json.dumps(hashed, sort_keys=True)
     names = str(c['quantizer']), str(c['activation'])
     version = f'format_version {about["format_version"]}'
     arrays, wanted = load_file(folder / WEIGHTS), about['model_hash']

@@ -127,14 +127,28 @@ def test_the_levels_of_fsq_are_ours(bits, source):
   assert weights == [1, *np.cumprod(levels)[:-1].tolist()]
 
 
-def test_the_first_codes_of_a_residual_tokenizer_decode(
-  source, tiny_config, test_images, tmp_path
+@pytest.mark.parametrize(
+  ('changed', 'count'),
+  [
+    ({'quantizer': 'residual', 'depth': 3}, 2),
+    ({'quantizer': 'multiscale', 'sides': (1, 3, 4)}, 10),
+  ],
+  ids=['residual', 'multiscale'],
+)
+def test_the_first_codes_of_a_tokenizer_decode(
+  changed, count, source, tiny_config, test_images, tmp_path
 ):
-  ours = random_tokenizer(tiny_config, quantizer='residual', depth=3)
+  ours = random_tokenizer(tiny_config, **changed)
   write_export(tmp_path, ours)
-  ids = np.array(ours.encode(test_images))[..., :2]
-  got = source.Tokenizer.from_pretrained(tmp_path).decode(ids)
-  np.testing.assert_allclose(got.numpy(), ours.decode(ids), atol=1e-4)
+  ids = np.array(ours.encode(test_images))[..., :count]
+  theirs = source.Tokenizer.from_pretrained(tmp_path)
+  want = ours.decode(ids)
+  np.testing.assert_allclose(theirs.decode(ids).numpy(), want, atol=1e-4)
+  if 'sides' in changed:
+    with pytest.raises(ValueError, match=r'T of \[1, 10, 26\], .* \[11, 9\]'):
+      theirs.decode(ids[:, :9])
+    with pytest.raises(ValueError, match='expected images of 16 x 16, got'):
+      theirs.encode(test_images[:, :12])
 
 
 def test_both_layouts_and_both_dtypes_are_taken(real, test_images):
