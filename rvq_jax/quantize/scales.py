@@ -3,9 +3,10 @@
 Pure functions of float32 arrays; what `MultiscaleQuantizer` is made of.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 _SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 51, 64)
 
@@ -30,21 +31,23 @@ def token_offsets(sides) -> list[int]:
   >>> token_offsets((1, 2, 4))
   [0, 1, 5, 21]
   """
-  return [0, *np.cumsum(np.square(sides)).tolist()]
+  return [0, *itertools.accumulate(side**2 for side in sides)]
 
 
-def area_weights(grid: int, side: int) -> np.ndarray:
+def area_weights(grid: int, side: int) -> jax.Array:
   """Share of each position in each of `side` cells, float32 [side, grid]."""
-  edges, left = np.arange(side + 1) * grid / side, np.arange(grid)
-  end = np.minimum(edges[1:, None], left + 1)
-  overlap = np.maximum(end - np.maximum(edges[:-1, None], left), 0)
-  return np.float32(overlap * side / grid)
+  with jax.ensure_compile_time_eval():
+    edges = jnp.arange(side + 1) * grid / side
+    left = jnp.arange(grid)[None]
+    end = jnp.minimum(edges[1:, None], left + 1)
+    overlap = jnp.maximum(end - jnp.maximum(edges[:-1, None], left), 0)
+    return overlap * side / grid
 
 
-def bicubic_weights(side: int, grid: int) -> np.ndarray:
+def bicubic_weights(side: int, grid: int) -> jax.Array:
   """Weight of each of `side` cells at each position, float32 [grid, side]."""
   with jax.ensure_compile_time_eval():
-    return np.asarray(jax.image.resize(jnp.eye(side), (grid, side), 'cubic'))
+    return jax.image.resize(jnp.eye(side), (grid, side), 'cubic')
 
 
 def _resize(x, weights):

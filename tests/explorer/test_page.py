@@ -32,7 +32,7 @@ def test_the_page_shows_ids_and_reconstructions(make_data, images, fields):
   ids = np.asarray(tokenizer.encode(image[None]))
   levels = ids.reshape(24, -1).T
   assert shown['ids'] == levels.tolist()
-  assert shown['grids'] == [(4, 6, 4)] * len(levels)
+  assert shown['grids'] == [[4, 6, 4]] * len(levels)
   np.testing.assert_array_equal(picture(shown['original']), image)
   made = np.asarray(to_uint8(tokenizer.decode(ids)))[0]
   np.testing.assert_array_equal(picture(shown['reconstructions'][-1]), made)

@@ -373,7 +373,8 @@ def test_sides_of_a_grid_grow_up_to_it(grid, tokens):
 def test_areas_are_weighted_by_what_they_cover(grid, side):
   x = np.random.default_rng(0).normal(size=(1, grid, grid, 2))
   mask = np.ones((1, grid, grid), bool)
-  e, valid = scales.pool(x.astype(np.float32), mask, side)
+  pool = jax.jit(scales.pool, static_argnames='side')
+  e, valid = pool(x.astype(np.float32), mask, side=side)
   np.testing.assert_allclose(e[0], area(x[0], side), atol=1e-5)
   assert valid.all()
 
@@ -381,7 +382,8 @@ def test_areas_are_weighted_by_what_they_cover(grid, side):
 @pytest.mark.parametrize(('side', 'grid'), [(3, 8), (13, 16), (1, 7), (5, 5)])
 def test_codes_are_interpolated_by_the_bicubic_kernel(side, grid):
   q = np.random.default_rng(0).normal(size=(1, side * side, 2))
-  got = scales.expand(q.astype(np.float32), grid)
+  expand = jax.jit(scales.expand, static_argnames='grid')
+  got = expand(q.astype(np.float32), grid=grid)
   np.testing.assert_allclose(got[0], bicubic(q[0], side, grid), atol=1e-5)
 
 
