@@ -84,15 +84,7 @@ def make_train_step(
   def train_step(state: TrainState, batch, lpips_weights=None):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     flip_key, codebook_key = jax.random.split(key)
-    images = batch['image']
-    if flip:
-      images = random_flip(flip_key, images, axis_name=axis_name)
-    if colors:
-      images = random_colors(
-        jax.random.fold_in(flip_key, 1),
-        prepare_images(images),
-        axis_name=axis_name,
-      )
+    images = _augment(flip_key, batch['image'], flip, colors, axis_name)
     judge = state.discriminator if adversarial else None
     run_pass = _forward_backward(
       model, state, judge, objective, lpips_weights, axis_name, quantize
@@ -134,6 +126,15 @@ def make_train_step(
     }
 
   return train_step
+
+
+def _augment(key, images, flip: bool, colors: bool, axis_name):
+  if flip:
+    images = random_flip(key, images, axis_name=axis_name)
+  if colors:
+    key, images = jax.random.fold_in(key, 1), prepare_images(images)
+    images = random_colors(key, images, axis_name=axis_name)
+  return images
 
 
 def _forward_backward(
