@@ -58,10 +58,7 @@ class Transformer(nn.Module):
 
 
 def guided(model, params, inputs, labels, guidance: float) -> jax.Array:
-  """Logits l_0 + guidance (l_c - l_0), l_0 those without the class.
-
-  Classifier-free guidance (Ho and Salimans 2022); 1 is none.
-  """
+  """Logits l_0 + guidance (l - l_0), l_0 of no class (Ho and Salimans 2022)."""
   logits = model.apply(params, inputs, labels)
   if guidance == 1:
     return logits

@@ -34,7 +34,7 @@ from rvq_jax.models import efficientnet
 from rvq_jax.tokens import dataset, tiling
 from rvq_jax.training.backend import prepare_backend
 
-OPTIONS = {
+OPTIONS = {  # the first eight tell one run from another
   'num_steps': (3000, 'updates'),
   'batch_size': (0, 'images; 0: about 4096 tokens'),
   'width': (192, 'channels'),
@@ -74,17 +74,6 @@ def open_tokens(folder, tokenizer, seed: int, share: float):
   return *parts, shape
 
 
-def open_workdir(folder, settings) -> None:
-  """Makes a folder, or checks that it is of the same settings."""
-  path = folder / 'config.json'
-  if not path.exists():
-    dataset.check_new(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(settings))
-  elif read_json(path) != settings:
-    raise ValueError(f'{folder} has other settings; name another --workdir')
-
-
 def train(generator, ids, labels, args):
   """Parameters after --num_steps; resumes from the last checkpoint."""
   warmup = min(200, args.num_steps // 10)
@@ -97,22 +86,21 @@ def train(generator, ids, labels, args):
 
   @functools.partial(jax.jit, donate_argnums=0)
   def update(state, ids, labels, step):
-    hide_key, key_of_loss = jax.random.split(jax.random.fold_in(key, step))
-    hidden = jax.random.bernoulli(hide_key, args.label_dropout, labels.shape)
-    labels = jnp.where(hidden, -1, labels)
+    hide, own = jax.random.split(jax.random.fold_in(key, step))
+    hidden = jax.random.bernoulli(hide, args.label_dropout, labels.shape)
     nats, gradient = jax.value_and_grad(
-      lambda params: generator.nats(params, ids, labels, key_of_loss).mean()
+      lambda x: generator.nats(
+        x, ids, jnp.where(hidden, -1, labels), own
+      ).mean()
     )(state[0])
     updates, moments = optimizer.update(gradient, state[1], state[0])
     return (optax.apply_updates(state[0], updates), moments), nats
 
   options = ocp.CheckpointManagerOptions(max_to_keep=2)
   path = args.workdir.resolve() / 'checkpoints'
-  save, restore = ocp.args.StandardSave, ocp.args.StandardRestore
   with ocp.CheckpointManager(path, options=options) as checkpoints:
-    start = checkpoints.latest_step() or 0
-    if start:
-      state = checkpoints.restore(start, args=restore(state))
+    if start := checkpoints.latest_step() or 0:
+      state = checkpoints.restore(start, args=ocp.args.StandardRestore(state))
     bar = tqdm(range(start, args.num_steps), disable=None)
     for step in bar:
       epoch, batch = divmod(step, len(ids) // args.batch_size)
@@ -122,7 +110,7 @@ def train(generator, ids, labels, args):
       if (step + 1) % 20 == 0:
         bar.set_postfix_str(f'{nats / np.log(2):.2f} bits per token')
       if (step + 1) % args.save_every == 0 or step + 1 == args.num_steps:
-        checkpoints.save(step + 1, args=save(state))
+        checkpoints.save(step + 1, args=ocp.args.StandardSave(state))
   return state[0]
 
 
@@ -163,14 +151,11 @@ def frechet(samples, real, trained) -> dict[str, float]:
   except ImportError as error:
     print(f'fd_efficientnet_lite0 left out: {error}')
     return {}
-  samples, real, trained = (
-    over_batches(lambda _, x: extract(weights, x / np.float32(127.5) - 1), x)
-    for x in (samples, real, trained)
-  )
-  return {
-    'fd_efficientnet_lite0': frechet_distance(samples, real),
-    'fd_efficientnet_lite0_of_training_images': frechet_distance(trained, real),
-  }
+  of_batch = lambda _, x: extract(weights, np.float32(x / 127.5 - 1))  # noqa: E731
+  real, *others = (over_batches(of_batch, x) for x in (real, samples, trained))
+  names = 'fd_efficientnet_lite0', 'fd_efficientnet_lite0_of_training_images'
+  distances = (frechet_distance(x, real) for x in others)
+  return dict(zip(names, distances, strict=True))
 
 
 def parse(argv):
@@ -192,7 +177,12 @@ def parse(argv):
   args.batch_size = min(args.batch_size or max(1, 4096 // length), count)
   settings = {name: getattr(args, name) for name in list(OPTIONS)[:8]}
   settings |= {'model_hash': tokenizer.model_hash, 'num_images': count}
-  open_workdir(args.workdir, settings)
+  if not (path := args.workdir / 'config.json').exists():
+    dataset.check_new(args.workdir)
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(settings))
+  if read_json(path) != settings:
+    raise ValueError(f'{path} has other settings; name another --workdir')
   return args, tokenizer, parts, shape
 
 
@@ -226,16 +216,14 @@ def main(argv=None):
 
   rows = np.unique(np.linspace(0, classes - 1, 10, dtype=int))
   images = decode(sample(np.repeat(rows if classes else [-1] * 8, 8)))
-  images = images.reshape(-1, 8, *images.shape[1:])
-  sheet = np.concatenate(np.concatenate(images, axis=1), axis=1)
-  Image.fromarray(sheet).save(args.workdir / 'samples.png')
+  sheet = [np.hstack(images[i : i + 8]) for i in range(0, len(images), 8)]
+  Image.fromarray(np.vstack(sheet)).save(args.workdir / 'samples.png')
   count = min(args.fd_images, len(there))
-  if count:
+  if count > 1:
     drawn = sample(labels_there[:count]), there[:count], ids[:count]
     result |= frechet(*map(decode, drawn))
   write_atomic(args.workdir / 'metrics.json', json.dumps(result, indent=2))
-  for name, value in result.items():
-    print(f'{name:<42}{value:.4f}')
+  print(json.dumps(result, indent=2))
 
 
 if __name__ == '__main__':
