@@ -1,6 +1,7 @@
 """A transformer that generates ids by masks or scale by scale."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -41,6 +42,7 @@ class Transformer(nn.Module):
     else:
       x = nn.Dense(self.width)(inputs)
     length, mask = x.shape[1], None
+    heads = math.gcd(self.width, max(1, self.width // 64))
     positions = self.param('positions', init, (self.num_tokens, self.width))
     x += positions[None, :length]
     labels = jnp.where(labels < 0, self.num_classes, labels)
@@ -50,7 +52,7 @@ class Transformer(nn.Module):
       x += embed(len(self.sides))(scale)[None]
       mask = jnp.asarray(scale[:, None] >= scale)[None, None]
     for _ in range(self.depth):
-      attention = nn.MultiHeadDotProductAttention(-(-self.width // 64))
+      attention = nn.MultiHeadDotProductAttention(heads)
       x += attention(nn.LayerNorm()(x), mask=mask)
       y = nn.Dense(4 * self.width)(nn.LayerNorm()(x))
       x += nn.Dense(self.width)(nn.gelu(y))
@@ -99,7 +101,7 @@ class Masked:
     return jnp.sum(each * masked, axis=1) / count
 
   def sample(self, guidance, steps, params, key, labels):
-    """Draws ids [B, T], int32, in at most T steps (MaskGIT, section 3.2).
+    """Draws ids [B, T], int32, in so many steps (MaskGIT, section 3.2).
 
     Each step draws all masked ids and keeps the surest, so that T cos(pi/2 t /
     steps) are masked after step t. Sureness is log p of the id plus Gumbel
@@ -125,10 +127,7 @@ class Masked:
 
 @dataclasses.dataclass(frozen=True)
 class NextScale:
-  """Next-scale prediction (VAR, Tian et al. 2024): a scale's ids at once.
-
-  The model, of the tokenizer's sides, sees its grids divided by `unit`.
-  """
+  """Next-scale prediction (VAR, Tian et al. 2024) of grids over `unit`."""
 
   model: Transformer
   tokenizer: Tokenizer
@@ -158,7 +157,6 @@ class NextScale:
     p is the product over the scales (section 3.1), and over the tokens of each,
     of p(id | ids of the scales before it, label). The key is not used.
     """
-    del key
     logits = self.model.apply(params, self.inputs(ids), labels)
     return cross_entropy(logits, ids).mean(axis=1)
 
@@ -166,10 +164,8 @@ class NextScale:
     """Draws ids [B, T], int32, scale by scale; `steps` is not used."""
     ids = jnp.zeros((len(labels), 0), jnp.int32)
     for number, side in enumerate(self.model.sides):
-      inputs = self.inputs(ids)
-      logits = guided(self.model, params, inputs, labels, guidance)
-      drawn = jax.random.categorical(
-        jax.random.fold_in(key, number), logits[:, -(side**2) :]
-      )
+      logits = guided(self.model, params, self.inputs(ids), labels, guidance)
+      own = jax.random.fold_in(key, number)
+      drawn = jax.random.categorical(own, logits[:, -(side**2) :])
       ids = jnp.concatenate([ids, drawn], axis=1)
     return ids

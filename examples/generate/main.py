@@ -167,9 +167,8 @@ def parse(argv):
     options = {'type': type(value), 'default': value}
     parser.add_argument(f'--{name}', **options, help=f'{text} [{value}]')
   args = parser.parse_args(argv)
-  for name in ('num_steps', 'width', 'sample_steps'):
-    if getattr(args, name) < 1:
-      raise ValueError(f'--{name}: expected at least 1')
+  if min(args.num_steps, args.width, args.sample_steps, args.save_every) < 1:
+    raise ValueError('expected steps, --width and --save_every of at least 1')
   prepare_backend()
   tokenizer = load(args.tokenizer)
   *parts, shape = open_tokens(args.tokens, tokenizer, args.seed, args.held_out)
@@ -203,9 +202,8 @@ def main(argv=None):
   params = train(generator, ids, labels, args)
   result = likelihood(generator, params, *parts)
 
-  steps = min(args.sample_steps, ids.shape[1])
-  guidance = args.guidance if classes else 1.0
-  draw = jax.jit(functools.partial(generator.sample, guidance, steps))
+  settings = args.guidance if classes else 1.0, args.sample_steps
+  draw = jax.jit(functools.partial(generator.sample, *settings))
 
   def sample(labels):
     return over_batches(lambda key, x: draw(params, key, x), labels)

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def test_without_splits_a_share_is_held_out(arrange, example, tmp_path):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'width': 0}, '--width: expected at least 1'),
+    ({'width': 0}, '--width and --save_every of at least 1'),
     ({'tokens': '.'}, 'holds no tokens'),
     ({'held_out': 0, 'tokens': 'tokens/train'}, 'train on and to hold out'),
     ({'workdir': 'mine'}, 'a new or empty output folder'),
@@ -170,6 +171,15 @@ def test_a_mistake_is_one_line(
   assert error.value.code.startswith('error: ') and '\n' not in error.value.code
   assert not (tmp_path / 'run').exists()
   assert (tmp_path / 'old/config.json').read_text() == '{}'
+
+
+def test_nothing_needs_the_example_and_it_is_small():
+  lines = [path.read_text().splitlines() for path in FOLDER.glob('*.py')]
+  assert sum(map(len, lines)) < 400
+  for path in (ROOT / 'rvq_jax').rglob('*.py'):
+    assert not re.search(
+      'import generators|examples.generate', path.read_text()
+    )
 
 
 def random_weights(generator, ids):
