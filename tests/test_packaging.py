@@ -17,7 +17,7 @@ from rvq_jax.evaluation.export import export_run
 ROOT = Path(__file__).resolve().parents[1]
 # A build of the whole checkout would also pack a build folder left there.
 PARTS = ('pyproject.toml', 'README.md', 'LICENSE', 'rvq_jax', 'tests')
-PARTS += ('configs', 'launch', 'benchmarks', 'notebooks', 'docs')
+PARTS += ('configs', 'launch', 'benchmarks', 'notebooks', 'docs', 'examples')
 
 
 @pytest.fixture(scope='module')

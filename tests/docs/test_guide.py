@@ -22,12 +22,13 @@ SHORT = (
   '--config.model.num_heads=2',
   '--config.model.code_dim=4',
 )
+SHORT_EXAMPLE = ('--num_steps=4', '--width=8', '--depth=1', '--fd_images=0')
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-  """A folder to work in that has launch and configs, as a checkout does."""
-  for name in ('launch', 'configs'):
+  """A folder to work in that has the programs and configs of a checkout."""
+  for name in ('launch', 'configs', 'examples'):
     (tmp_path / name).symlink_to(ROOT / name)
   monkeypatch.chdir(tmp_path)
   return tmp_path
@@ -46,6 +47,7 @@ def test_the_blocks_run_in_their_order(checkout):
         if command.startswith('pip install'):
           continue
         more = SHORT if 'launch/main.py' in command else ()
+        more = SHORT_EXAMPLE if 'generate/main.py' in command else more
         run_command(command, checkout, *more)
   assert scope['K'] == 1024 and scope['targets'].shape == (16, 256)
   assert np.all(scope['inputs'][:, 0] == scope['K'])
@@ -60,6 +62,10 @@ def test_the_blocks_run_in_their_order(checkout):
   config = json.loads((checkout / 'runs/mine_f8/config.json').read_text())
   assert config['model.factor'] == 8
   assert scope['images'].shape == (8, 64, 64, 3)
+  bits = json.loads((checkout / 'runs/generator/metrics.json').read_text())
+  assert bits['bits_per_token'] < 11
+  with Image.open('runs/generator/samples.png') as image:
+    assert image.size == (8 * 64, 8 * 64)
   for run in ('mine', 'mine_f8', 'tuned'):
     assert (checkout / 'runs' / run / 'evaluation/test/metrics.json').exists()
   for name in re.findall(r'`(\w+\.png)`', TEXT):
