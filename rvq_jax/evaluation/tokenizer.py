@@ -10,7 +10,6 @@ import numpy as np
 from rvq_jax.data.images import prepare_images
 from rvq_jax.io import tree_digest
 from rvq_jax.models.vqvae import VQVAE
-from rvq_jax.quantize.scales import token_offsets
 
 # With the arrays, these fields decide which function a model computes.
 _SHAPING = (
@@ -80,6 +79,8 @@ class Tokenizer:
     Those of a residual or multi-scale tokenizer; [] of any other.
     """
     if self.sides:
+      from rvq_jax.quantize.scales import token_offsets  # no other needs it
+
       return token_offsets(self.sides)[1:]
     residual = self.config['model.quantizer'] == 'residual'
     return list(range(1, self.codes_per_position + 1)) if residual else []

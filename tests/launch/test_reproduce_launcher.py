@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    ([], 'expected --config=configs/NAME.py'),
+    ([], 'expected --config=NAME'),
     (
       ['--config=configs/photos.py', '--table=34'],
       "all or objectives, got '34'",
