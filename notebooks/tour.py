@@ -84,8 +84,8 @@ print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
 # ## Train
 #
 # The config `photos` takes 64 x 64 crops of four photographs that ship with
-# scikit-image and matplotlib, in colours drawn at random. 500 of its 1,000 steps
-# take two minutes on two CPU cores. From a shell:
+# scikit-image and matplotlib, in colours drawn at random. 500 of its 1,000
+# steps take two minutes on two CPU cores. From a shell:
 # `python launch/main.py --config=configs/photos.py`.
 # The cell resumes from the last checkpoint when it runs again.
 

@@ -19,7 +19,6 @@ from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize import base
 from rvq_jax.quantize.base import Field
 from rvq_jax.quantize.registry import QUANTIZERS, takes
-from rvq_jax.quantize.scales import default_sides
 
 SCHEDULES = ('cosine', 'constant')
 FREEZE = ('', 'codes', 'encoder,codes')
@@ -142,6 +141,8 @@ def _check_together(flat):
       f'{flat["model.code_dim"]}, got {flat["model.heads"]}'
     )
   if flat['model.quantizer'] == 'multiscale' and flat['model.sides']:
+    from rvq_jax.quantize.scales import default_sides  # no other needs it
+
     sides, grid = list(flat['model.sides']), size // factor
     if sides != sorted({*sides, grid}) or sides[-1] != grid:
       raise ValueError(
@@ -250,6 +251,8 @@ def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
   quantizer['freeze'] = 'codes' in flat['freeze']
   quantizer = {n: value for n, value in quantizer.items() if takes(name, n)}
   if name == 'multiscale':
+    from rvq_jax.quantize.scales import default_sides
+
     grid = flat['data.image_size'] // flat['model.factor']
     quantizer['sides'] = tuple(quantizer['sides'] or default_sides(grid))
   model['widths'] = tuple(model['widths'])
