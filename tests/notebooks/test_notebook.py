@@ -41,7 +41,7 @@ def test_the_stored_notebook_shows_its_pictures_and_no_error():
   assert len(pictures(cells)) == 8
   assert all(x['output_type'] != 'error' for x in outputs)
   text = json.dumps(outputs)
-  assert 'step 300/300' in text and 'uint16 ids (400, 16, 16)' in text
+  assert '500/500' in text and 'uint16 ids (400, 16, 16)' in text
   assert str(NOTEBOOKS.parent) not in text and str(Path.home()) not in text
   assert STORED.stat().st_size < 1.5e6
 
