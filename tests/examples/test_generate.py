@@ -101,7 +101,9 @@ def features(example, monkeypatch):
   )
 
 
-@pytest.mark.parametrize('kind', ['vq', 'multiscale'])
+@pytest.mark.parametrize(
+  'kind', [pytest.param('vq', marks=pytest.mark.slow), 'multiscale']
+)
 def test_a_folder_of_tokens_becomes_a_sheet_and_numbers(
   arrange, features, tmp_path, kind
 ):

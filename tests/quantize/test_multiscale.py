@@ -314,7 +314,9 @@ def test_a_position_that_is_not_finite_spoils_its_own_image():
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
 
 
-@pytest.mark.parametrize('route', ['jit', 'shard_map'])
+@pytest.mark.parametrize(
+  'route', ['jit', pytest.param('shard_map', marks=pytest.mark.slow)]
+)
 def test_devices_agree_with_one(route):
   layer = LAYER.clone(codebook_size=20, dead_code_threshold=0.7)
   mesh = sharding.data_mesh(jax.devices('cpu'))
