@@ -30,7 +30,8 @@ def use_multiscale(
   config.model.quantizer = 'multiscale'
   config.model.codebook_size = 4096
   config.model.code_dim = 32
-  config.model.dead_code_threshold = 0.9
+  config.model.split_by = 'distortion'
+  config.model.decay = 0.95
 
 
 def get_config(variant: str = 'f8') -> ConfigDict:

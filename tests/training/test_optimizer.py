@@ -73,15 +73,6 @@ def test_what_frozen_multi_scale_ids_decode_to_does_not_decay():
   assert jnp.all(updates['vq']['project_out']['kernel'] < -0.01)
 
 
-def test_what_frozen_multi_scale_ids_decode_to_does_not_decay():
-  phi = {'kernel': jnp.ones(3), 'bias': jnp.ones(3)}
-  params = {'vq': {'phi_0': phi, 'project_out': {'kernel': jnp.ones(3)}}}
-  optimizer = make_optimizer(lambda _: 0.1, freeze_codes=True)
-  updates, _ = optimizer.update(params, optimizer.init(params), params)
-  assert not any(jnp.any(x) for x in updates['vq']['phi_0'].values())
-  assert jnp.all(updates['vq']['project_out']['kernel'] < -0.01)
-
-
 def test_clipping_bounds_the_gradient():
   optimizer = make_optimizer(lambda _: 1.0, weight_decay=0.0, clip_norm=1e-3)
   state = optimizer.init(PARAMS)
