@@ -45,6 +45,9 @@ def make_data(make_tiny_config, images):
   @functools.cache
   def make(**fields):
     tokenizer = _make_tokenizer(make_tiny_config(), **fields)
-    return tokenizer, page.page_data(tokenizer, 'tiny', images)
+    shown = images
+    if tokenizer.sides:  # takes the size of its training alone
+      shown = [(name, np.resize(x, (16, 16, 3))) for name, x in images]
+    return tokenizer, page.page_data(tokenizer, 'tiny', shown)
 
   return make
