@@ -41,7 +41,7 @@ def test_the_stored_notebook_shows_its_pictures_and_no_error():
   assert len(pictures(cells)) == 8
   assert all(x['output_type'] != 'error' for x in outputs)
   text = json.dumps(outputs)
-  assert '500/500' in text and 'uint16 ids (400, 16, 16)' in text
+  assert '| 500/500 [' in text and 'uint16 ids (400, 16, 16)' in text
   assert str(NOTEBOOKS.parent) not in text and str(Path.home()) not in text
   assert STORED.stat().st_size < 1.5e6
 
@@ -69,7 +69,7 @@ def execute(output, tmp_path, **variables):
 def test_the_notebook_runs_in_short(tmp_path):
   cells = execute(tmp_path / 'short.ipynb', tmp_path)
   assert len(pictures(cells)) == 8
-  assert '24/24' in json.dumps(cells)
+  assert '| 24/24 [' in json.dumps(cells)
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_the_notebook_shows_an_export_without_training(
   grid = '(4, 4, 2)' if fields else '(4, 4)'
   size = fields.get('codebook_size', 16)
   assert f'(16, 16, 3) -> ids {grid}, each one of {size}' in outputs
-  assert '24/24' not in outputs
+  assert '| 24/24 [' not in outputs
   assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
