@@ -24,7 +24,7 @@ class Transformer(nn.Module):
   num_tokens: int
   num_classes: int = 0
   sides: tuple[int, ...] = ()
-  width: int = 192
+  width: int = 128
   depth: int = 6
 
   @nn.compact

@@ -37,7 +37,7 @@ from rvq_jax.training.backend import prepare_backend
 OPTIONS = {  # the first eight tell one run from another
   'num_steps': (3000, 'updates'),
   'batch_size': (0, 'images; 0: about 4096 tokens'),
-  'width': (192, 'channels'),
+  'width': (128, 'channels'),
   'depth': (6, 'blocks'),
   'learning_rate': (1e-3, 'of AdamW, at its highest'),
   'label_dropout': (0.1, 'share of the labels that is hidden'),
