@@ -379,6 +379,19 @@ def test_areas_are_weighted_by_what_they_cover(grid, side):
   assert valid.all()
 
 
+def test_areas_are_means_over_the_positions_in_the_mask():
+  rng = np.random.default_rng(0)
+  x, mask = rng.normal(size=(8, 8, 2)), rng.random((8, 8)) < 0.5
+  mask[:3, :3] = False
+  pool = jax.jit(scales.pool, static_argnames='side')
+  e, valid = pool(x[None].astype(np.float32), mask[None], side=3)
+  share = area(np.float64(mask[..., None]), 3)
+  want = area(np.where(mask[..., None], x, 0.0), 3) / share.clip(1e-9)
+  np.testing.assert_allclose(e[0], want, atol=1e-5)
+  np.testing.assert_array_equal(valid[0], share[:, 0] > 0)
+  assert not valid[0, 0] and valid[0, 1:].all()
+
+
 @pytest.mark.parametrize(('side', 'grid'), [(3, 8), (13, 16), (1, 7), (5, 5)])
 def test_codes_are_interpolated_by_the_bicubic_kernel(side, grid):
   q = np.random.default_rng(0).normal(size=(1, side * side, 2))
