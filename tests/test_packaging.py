@@ -130,26 +130,23 @@ def test_what_the_wheel_holds_works_without_the_checkout(
   with zipfile.ZipFile(wheel_file) as archive:
     archive.extractall(home)
   (elsewhere / 'use.py').write_text(USE)
-  done = subprocess.run(
-    [sys.executable, 'use.py', home, tmp_path / 'export'],
-    cwd=elsewhere,
-    env=os.environ | {'PYTHONPATH': str(home), 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-    timeout=280,
-  )
-  assert done.returncode == 0, done.stderr
+
+  def run(*arguments):
+    done = subprocess.run(
+      [sys.executable, *arguments],
+      cwd=elsewhere,
+      env=os.environ | {'PYTHONPATH': str(home), 'JAX_PLATFORMS': 'cpu'},
+      capture_output=True,
+      text=True,
+      timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+  run('use.py', home, tmp_path / 'export')
   rvq = 'from rvq_jax.cli import main; main()'
-  done = subprocess.run(
-    [sys.executable, '-c', rvq, 'train', '--config=photos', *TINY],
-    cwd=elsewhere,
-    env=os.environ | {'PYTHONPATH': str(home), 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-    timeout=280,
-  )
-  assert done.returncode == 0, done.stderr
-  assert 'next: rvq explore --workdir=runs/photos' in done.stdout
+  out = run('-c', rvq, 'train', '--config=photos', *TINY)
+  assert 'next: rvq explore --workdir=runs/photos' in out
   assert (elsewhere / 'runs/photos/evaluation/test/metrics.json').exists()
   page = (elsewhere / 'page.html').read_text()
   for end, mark in (('html', '<!doctype html>'), ('js', 'function draw()')):

@@ -21,13 +21,13 @@ METRICS = ('mse', 'usage', 'perplexity', 'psnr')
 PERCEPTUAL = ('lpips', 'lpips_vgg', 'fd_efficientnet_lite0')
 
 # The paper's method, also of a config that has another.
-_ROTATION = {
+_PAPER = {
   'model.estimator': 'rotation',
   'model.quantize_after': 0,
   'model.dead_code_threshold': 0.9,
 }
-_REFLECTION = _ROTATION | {'model.estimator': 'reflection'}
-_STE = _ROTATION | {'model.estimator': 'ste'}
+_REFLECTION = _PAPER | {'model.estimator': 'reflection'}
+_STE = _PAPER | {'model.estimator': 'ste'}
 _PLAIN = {'model.dead_code_threshold': 0.0, 'model.init_from': 'normal'}
 _LEARNED = {'model.ema': False} | _PLAIN  # as in their papers
 _LPIPS = {'objective.pixel': 'l1', 'objective.perceptual_weight': 1.0}
@@ -35,18 +35,18 @@ _NO_D = {'objective.adversarial_weight': 0.0}
 _MSE = {'objective.pixel': 'mse', 'objective.perceptual_weight': 0.0} | _NO_D
 # Name: label in tables and figures, config field -> value.
 CELLS = {
-  'rotation_ema': ('rotation, EMA', _ROTATION),
+  'rotation_ema': ('rotation, EMA', _PAPER),
   'reflection_ema': ('reflection (eq. 4), EMA', _REFLECTION),
   'ste_ema': ('STE, EMA', _STE),
-  'rotation_learned': ('rotation, learned codes', _ROTATION | _LEARNED),
+  'rotation_learned': ('rotation, learned codes', _PAPER | _LEARNED),
   'reflection_learned': ('reflection, learned codes', _REFLECTION | _LEARNED),
   'ste_learned': ('VQ-VAE (STE, learned codes)', _STE | _LEARNED),
   'vqvae_ema': ('VQ-VAE EMA (no replacement)', _STE | _PLAIN),
   'gumbel': (
     'Gumbel-softmax (dVAE)',
-    _ROTATION | {'model.quantizer': 'gumbel'},
+    _PAPER | {'model.quantizer': 'gumbel'},
   ),
-  'fsq': ('FSQ', _ROTATION | {'model.quantizer': 'fsq'}),
+  'fsq': ('FSQ', _PAPER | {'model.quantizer': 'fsq'}),
   'simvq': ('SimVQ', _STE | {'model.quantizer': 'simvq'}),
   'mse': ('MSE', _MSE),
   'perceptual': ('L1 + LPIPS', _LPIPS | _NO_D),
