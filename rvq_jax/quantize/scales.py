@@ -7,6 +7,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 51, 64)
 
@@ -32,6 +33,18 @@ def token_offsets(sides) -> list[int]:
   [0, 1, 5, 21]
   """
   return [0, *itertools.accumulate(side**2 for side in sides)]
+
+
+def token_weights(sides) -> np.ndarray:
+  """The area that each token of an image covers, float32 [T], 1 on average.
+
+  >>> from rvq_jax.quantize.scales import token_weights
+  >>> token_weights((1, 2))  # doctest: +NORMALIZE_WHITESPACE
+  array([2.5  , 0.625, 0.625, 0.625, 0.625], dtype=float32)
+  """
+  tokens = token_offsets(sides)[-1]
+  areas = [tokens / len(sides) / side**2 for side in sides]
+  return np.float32(areas).repeat(np.square(sides))
 
 
 def area_weights(grid: int, side: int) -> jax.Array:
