@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 
 from absl import app, flags
@@ -136,10 +137,20 @@ def _expand(path: str) -> str:
 def _reason(error: Exception) -> str:
   """What flags raised, as a sentence."""
   text = str(error) or type(error).__name__
-  if isinstance(error, KeyError | AttributeError):
-    return 'the config has no field ' + text.strip('\'"')
   if 'Traceback' in text:  # of a config file; the last line says why
     text = re.sub(r'^\w+Error: ', '', text.strip().splitlines()[-1])
+  elif "no attribute 'get_config'" in text:
+    return 'the config file does not define get_config()'
+  elif isinstance(error, KeyError | AttributeError):
+    return 'the config has no field ' + text.strip('\'"')
+  if 'get_config() takes 0' in text:
+    return 'this config has no variants: expected --config=NAME without a colon'
+  if 'get_config() missing' in text:
+    return 'this config needs a variant: expected --config=NAME:VARIANT'
+  text = re.sub(
+    'invalid literal for int.*: ', 'expected an integer, got ', text
+  )
+  text = re.sub('could not convert .*float: ', 'expected a number, got ', text)
   # Several arguments of an exception read as a tuple.
   return re.sub(r"\('(.*)', '(.*)'\)$", r"\1: '\2'", text)
 
@@ -208,6 +219,9 @@ def run(main, *, positional: int = 0) -> None:
       sys.stdout.flush()
       os._exit(130)  # at once: without waiting for threads that still save
 
+  program = sys.modules['__main__']
+  if typed := getattr(program, 'TYPED', ''):  # else: python launch/NAME.py
+    program.__doc__ = re.sub(r'python launch/\w+\.py', typed, program.__doc__)
   app.run(guarded, flags_parser=lambda argv: _parse(argv, positional))
 
 
@@ -217,12 +231,16 @@ def main() -> None:
   if command in ('-h', '--help', 'help'):
     print(_overview())
     return
+  if command == '--version':
+    print(f'rvq_jax {version("rvq_jax")}')
+    return
   if command not in COMMANDS:
     fail(f'expected rvq {", ".join(COMMANDS)} or --help, got {command!r}')
   path = _launcher(command)
+  rest = ['--help' if argument == '-h' else argument for argument in rest]
   sys.argv = [str(path), *rest]
   sys.path.insert(0, str(path.parent))  # as Python does for a script
-  runpy.run_path(str(path), run_name='__main__')
+  runpy.run_path(str(path), {'TYPED': f'rvq {command}'}, '__main__')
 
 
 def _launcher(command: str) -> Path:
