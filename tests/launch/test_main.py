@@ -53,8 +53,7 @@ def run(launcher, *flags):
     ),
     (
       ['--config=configs/photos.py', '--config.batch_size=abc'],
-      'error: flag --config.batch_size=abc: invalid literal for int() with '
-      "base 10: 'abc'",
+      "error: flag --config.batch_size=abc: expected an integer, got 'abc'",
     ),
     (
       ['--config=configs/photos.py', '--config.model.remat=maybe'],

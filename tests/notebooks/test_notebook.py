@@ -22,10 +22,10 @@ def load(path):
 
 def pictures(cells):
   return [
-    output['data']['image/png']
+    output['data']['image/jpeg']
     for cell in cells
     for output in cell.get('outputs', ())
-    if 'image/png' in output.get('data', {})
+    if 'image/jpeg' in output.get('data', {})
   ]
 
 
