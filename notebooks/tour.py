@@ -91,7 +91,8 @@ def show(titles, pictures, columns=4):
   _, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
   for ax, title, picture in zip(axes.flat, titles, pictures, strict=True):
     ax.imshow(picture)
-    ax.set(title=title, xticks=[], yticks=[])
+    ax.set_title(title)
+    ax.axis('off')
   plt.show()
 
 
@@ -101,13 +102,13 @@ print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
 # ## Train
 #
 # The config `photos` takes 64 x 64 crops of four photographs that ship with
-# scikit-image and matplotlib, in colours drawn at random. 500 of its 1,000
+# scikit-image and matplotlib, in colors drawn at random. 800 of its 1,000
 # steps take two minutes on two CPU cores. From a shell:
 # `python launch/main.py --config=configs/photos.py`.
 # The cell resumes from the last checkpoint when it runs again.
 
 # %%
-steps = int(os.environ.get('RVQ_JAX_STEPS', 500))
+steps = int(os.environ.get('RVQ_JAX_STEPS', 800))
 workdir = Path(os.environ.get('RVQ_JAX_WORKDIR', 'runs/notebook'))
 
 if not RUN:
@@ -238,8 +239,9 @@ show(('A', 'B', 'A | B', 'B | A'), mixed)
 # %% [markdown]
 # ## How the codes are used
 #
-# The training images use nearly all codes, about evenly: codes that are hardly
-# used are moved next to codes that are used often. The cat needs fewer.
+# Training, in random colors, uses all codes: those that are hardly used are
+# moved next to codes that are used often. The photographs in their own colors
+# need fewer, the cat fewer still.
 
 # %%
 train_set = datasets.open_dataset('photos').train
@@ -379,7 +381,7 @@ if not IMAGE and 'google.colab' in sys.modules:
 photograph = skimage.data.chelsea()
 if IMAGE:
   try:
-    data = Path(IMAGE).expanduser().read_bytes()
+    data = Path(IMAGE).expanduser().resolve().read_bytes()
     photograph = decode_image(data, name=IMAGE)
   except (OSError, ValueError) as error:
     raise SystemExit(
