@@ -103,7 +103,7 @@ print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
 #
 # The config `photos` takes 64 x 64 crops of four photographs that ship with
 # scikit-image and matplotlib, in colors drawn at random. 800 of its 1,000
-# steps take two minutes on two CPU cores. From a shell:
+# steps take two and a half minutes on two CPU cores. From a shell:
 # `python launch/main.py --config=configs/photos.py`.
 # The cell resumes from the last checkpoint when it runs again.
 
