@@ -49,7 +49,7 @@ def main():
 
   result = evaluate_run(workdir)
   if command_line.is_first():
-    print(format_table(result, f'{name}, test split'))
+    print(format_table(result, f'{workdir}, test split'))
     print(summary(result, workdir))
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import runpy
+import select
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ COMMANDS = {
 """Command -> its launcher, launch/NAME.py."""
 _EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
 _PATHS = ('workdir', 'init', 'input', 'output', 'data_dir', 'save_images')
+_NOISY = ('jax', 'orbax', 'tensorboardX', 'absl', 'asyncio', 'matplotlib')
 _LOST = 75  # EX_TEMPFAIL: the same command resumes the run
 
 
@@ -171,6 +173,13 @@ def _parse(argv, positional):
   return [rest[0], *map(_expand, rest[1:])]
 
 
+def _output_is_closed() -> bool:
+  """Whether the reader of standard output, such as `head`, has ended."""
+  poll = select.poll()
+  poll.register(1, 0)
+  return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def run(main, *, positional: int = 0) -> None:
   """Runs main(*paths) as a program, with at most `positional` paths.
 
@@ -183,7 +192,7 @@ def run(main, *, positional: int = 0) -> None:
     form = {'format': '%(asctime)s %(message)s', 'datefmt': '%H:%M:%S'}
     logging.basicConfig(**form, level=logging.INFO, force=True)
     # What libraries log of each file, and of errors that they raise anyway.
-    for name in ('jax', 'orbax', 'tensorboardX', 'absl', 'asyncio'):
+    for name in _NOISY:
       logging.getLogger(name).setLevel(logging.CRITICAL)
     # Of a thread that writes files: main fails with the cause.
     threading.excepthook = lambda args: (
@@ -196,7 +205,11 @@ def run(main, *, positional: int = 0) -> None:
     )
     try:
       main(*argv[1:])
+      sys.stdout.flush()
     except Exception as error:
+      if isinstance(error, BrokenPipeError) and _output_is_closed():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered
+        sys.exit(1)
       frame = traceback.extract_tb(error.__traceback__)[-1]
       ours = PACKAGE in Path(frame.filename).resolve().parents
       if isinstance(error, _EXPECTED) and ours:

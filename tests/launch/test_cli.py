@@ -113,3 +113,38 @@ def test_a_commands_help_is_that_of_its_launcher(flag, tmp_path):
 
 def test_it_tells_its_version(tmp_path):
   assert rvq(tmp_path, '--version') == (0, f'rvq_jax {__version__}\n', '')
+
+
+def test_what_libraries_log_of_their_files_is_left_out(tmp_path):
+  program = """
+import logging
+from rvq_jax import cli
+def main():
+  logging.getLogger('matplotlib.font_manager').info('generated new fontManager')
+  logging.info('ours')
+cli.run(main)
+"""
+  code, _, err = rvq(tmp_path, program=program)
+  assert code == 0 and err.endswith(' ours\n') and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_output_that_nobody_reads_on_ends_without_a_traceback(unbuffered):
+  program = """
+import sys
+from rvq_jax import cli
+def main():
+  sys.stdin.read()
+  print('made')
+cli.run(main)
+"""
+  with subprocess.Popen(
+    [sys.executable, '-c', program],
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': unbuffered},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  ) as process:
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (1, b'')

@@ -148,10 +148,14 @@ def test_colab_asks_for_an_image(uploaded, shape, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('content', 'reason'), [(None, 'No such file'), (b'text', 'in no format')]
 )
-def test_an_unreadable_image_ends_in_one_line(content, reason, tmp_path):
-  path = tmp_path / 'mine.png'
+def test_an_unreadable_image_ends_in_one_line(
+  content, reason, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  path = Path('mine.png')
   if content:
     path.write_bytes(content)
   with pytest.raises(SystemExit, match=f'^Cannot read .*{reason}') as error:
     own_image(path)
-  assert str(path) in str(error.value) and '\n' not in str(error.value)
+  assert str(path.resolve()) in str(error.value)
+  assert '\n' not in str(error.value)

@@ -115,3 +115,12 @@ def test_a_step_that_is_compiled_says_so(caplog):
   assert len({f'step {mark} ' for mark in '|/-' if f'step {mark} ' in text}) > 1
   assert 'compiling' not in text[text.rindex('images/s') - 60 :]
   assert 'mse 0.2500' in text and 'loss' not in text
+
+
+def test_the_speed_is_that_of_steps_without_compilation(caplog):
+  with Progress(0, 8, 16) as progress:
+    with progress.compiling():
+      time.sleep(0.4)
+    time.sleep(0.01)
+    result = progress.report(1, {'mse': 0.25})
+  assert result['images_per_second'] > 16 / 0.4
