@@ -381,8 +381,8 @@ if not IMAGE and 'google.colab' in sys.modules:
 photograph = skimage.data.chelsea()
 if IMAGE:
   try:
-    data = Path(IMAGE).expanduser().resolve().read_bytes()
-    photograph = decode_image(data, name=IMAGE)
+    path = Path(IMAGE).expanduser().resolve()
+    photograph = decode_image(path.read_bytes(), name=str(path))
   except (OSError, ValueError) as error:
     raise SystemExit(
       f'Cannot read the image; set another one. {error}'
