@@ -14,7 +14,7 @@ import command_line
 from absl import flags
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Run, export or hf:NAME.')
-_STEP = flags.DEFINE_string('step', None, 'A saved step, or best; the newest.')
+_STEP = flags.DEFINE_string('step', None, 'Saved step or best; default newest.')
 _INPUT = flags.DEFINE_string('input', None, 'Folder of tokens.')
 _OUTPUT = flags.DEFINE_string('output', None, 'New folder of images.')
 

@@ -16,12 +16,12 @@ import processes
 from absl import flags
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Run, export or hf:NAME.')
-_STEP = flags.DEFINE_string('step', None, 'A saved step, or best; the newest.')
+_STEP = flags.DEFINE_string('step', None, 'Saved step or best; default newest.')
 _INPUT = flags.DEFINE_string('input', None, 'Folder or data set.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the tokens.')
 _SPLIT = flags.DEFINE_string('split', None, 'One split; default: each.')
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Of prepared tfds data.')
-_IMAGE_SIZE = flags.DEFINE_integer('image_size', None, 'Other than trained.', 1)
+_IMAGE_SIZE = flags.DEFINE_integer('image_size', None, 'Pixels of a side.', 1)
 
 
 def main(*paths):

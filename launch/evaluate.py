@@ -13,7 +13,7 @@ from absl import flags
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Run, export or hf:NAME.')
 _SPLIT = flags.DEFINE_string('split', 'test', 'train, validation or test.')
-_STEP = flags.DEFINE_string('step', None, 'A saved step, or best; the newest.')
+_STEP = flags.DEFINE_string('step', None, 'Saved step or best; default newest.')
 _DATA_DIR = flags.DEFINE_string(
   'data_dir', None, 'Where the data set is now; default: where it was.'
 )

@@ -13,7 +13,7 @@ import command_line
 from absl import flags
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Run, export or hf:NAME.')
-_STEP = flags.DEFINE_string('step', None, 'A saved step, or best; the newest.')
+_STEP = flags.DEFINE_string('step', None, 'Saved step or best; default newest.')
 _INPUT = flags.DEFINE_string(
   'input', None, 'Image, folder or data set; default: test images of the run.'
 )

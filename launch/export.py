@@ -15,7 +15,7 @@ from absl import flags
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 _OUTPUT = flags.DEFINE_string('output', None, 'New folder to write.')
-_STEP = flags.DEFINE_string('step', None, 'A saved step, or best; the newest.')
+_STEP = flags.DEFINE_string('step', None, 'Saved step or best; default newest.')
 _NAME = flags.DEFINE_string('name', None, 'On the card; default: of the run.')
 _LICENSE = flags.DEFINE_string(
   'license', 'unknown', 'Of the weights, as the Hub writes it: apache-2.0.'

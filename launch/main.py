@@ -1,6 +1,6 @@
 """Trains a tokenizer, evaluates it on the test split and draws the figures.
 
-python launch/main.py, or rvq train, --config=photos [--workdir=DIR]
+python launch/main.py --config=photos [--workdir=DIR]
   [--init=EXPORT|RUN|hf:NAME] [--config.model.codebook_size=8192 ...]
 
 A config is a name, as cifar10 or cifar10:f4, or the path of a file of yours.
@@ -49,7 +49,7 @@ def main():
 
   result = evaluate_run(workdir)
   if command_line.is_first():
-    print(format_table(result, f'{name}, test split'))
+    print(format_table(result, f'{workdir}, test split'))
     print(summary(result, workdir))
 
 

@@ -22,7 +22,8 @@ from absl import flags
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', help_string='Config file that all methods share.'
+  'config',
+  help_string='A name, as cifar10:f4, or a config file; all methods share it.',
 )
 _TABLE = flags.DEFINE_string('table', 'all', '3, 4, 5, 6, 7, all, objectives.')
 _SEEDS = flags.DEFINE_integer('seeds', 1, 'Runs of each method.')

@@ -10,10 +10,12 @@ import logging
 import os
 import re
 import runpy
+import select
 import sys
 import threading
 import time
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 
 from absl import app, flags
@@ -32,6 +34,7 @@ COMMANDS = {
 """Command -> its launcher, launch/NAME.py."""
 _EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
 _PATHS = ('workdir', 'init', 'input', 'output', 'data_dir', 'save_images')
+_NOISY = ('jax', 'orbax', 'tensorboardX', 'absl', 'asyncio', 'matplotlib')
 _LOST = 75  # EX_TEMPFAIL: the same command resumes the run
 
 
@@ -136,10 +139,20 @@ def _expand(path: str) -> str:
 def _reason(error: Exception) -> str:
   """What flags raised, as a sentence."""
   text = str(error) or type(error).__name__
-  if isinstance(error, KeyError | AttributeError):
-    return 'the config has no field ' + text.strip('\'"')
   if 'Traceback' in text:  # of a config file; the last line says why
     text = re.sub(r'^\w+Error: ', '', text.strip().splitlines()[-1])
+  elif "no attribute 'get_config'" in text:
+    return 'the config file does not define get_config()'
+  elif isinstance(error, KeyError | AttributeError):
+    return 'the config has no field ' + text.strip('\'"')
+  if 'get_config() takes 0' in text:
+    return 'this config has no variants: expected --config=NAME without a colon'
+  if 'get_config() missing' in text:
+    return 'this config needs a variant: expected --config=NAME:VARIANT'
+  text = re.sub(
+    'invalid literal for int.*: ', 'expected an integer, got ', text
+  )
+  text = re.sub('could not convert .*float: ', 'expected a number, got ', text)
   # Several arguments of an exception read as a tuple.
   return re.sub(r"\('(.*)', '(.*)'\)$", r"\1: '\2'", text)
 
@@ -160,6 +173,13 @@ def _parse(argv, positional):
   return [rest[0], *map(_expand, rest[1:])]
 
 
+def _output_is_closed() -> bool:
+  """Whether the reader of standard output, such as `head`, has ended."""
+  poll = select.poll()
+  poll.register(1, 0)
+  return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def run(main, *, positional: int = 0) -> None:
   """Runs main(*paths) as a program, with at most `positional` paths.
 
@@ -172,7 +192,7 @@ def run(main, *, positional: int = 0) -> None:
     form = {'format': '%(asctime)s %(message)s', 'datefmt': '%H:%M:%S'}
     logging.basicConfig(**form, level=logging.INFO, force=True)
     # What libraries log of each file, and of errors that they raise anyway.
-    for name in ('jax', 'orbax', 'tensorboardX', 'absl', 'asyncio'):
+    for name in _NOISY:
       logging.getLogger(name).setLevel(logging.CRITICAL)
     # Of a thread that writes files: main fails with the cause.
     threading.excepthook = lambda args: (
@@ -185,7 +205,11 @@ def run(main, *, positional: int = 0) -> None:
     )
     try:
       main(*argv[1:])
+      sys.stdout.flush()
     except Exception as error:
+      if isinstance(error, BrokenPipeError) and _output_is_closed():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered
+        sys.exit(1)
       frame = traceback.extract_tb(error.__traceback__)[-1]
       ours = PACKAGE in Path(frame.filename).resolve().parents
       if isinstance(error, _EXPECTED) and ours:
@@ -208,6 +232,9 @@ def run(main, *, positional: int = 0) -> None:
       sys.stdout.flush()
       os._exit(130)  # at once: without waiting for threads that still save
 
+  program = sys.modules['__main__']
+  if typed := getattr(program, 'TYPED', ''):  # else: python launch/NAME.py
+    program.__doc__ = re.sub(r'python launch/\w+\.py', typed, program.__doc__)
   app.run(guarded, flags_parser=lambda argv: _parse(argv, positional))
 
 
@@ -217,12 +244,16 @@ def main() -> None:
   if command in ('-h', '--help', 'help'):
     print(_overview())
     return
+  if command == '--version':
+    print(f'rvq_jax {version("rvq_jax")}')
+    return
   if command not in COMMANDS:
     fail(f'expected rvq {", ".join(COMMANDS)} or --help, got {command!r}')
   path = _launcher(command)
+  rest = ['--help' if argument == '-h' else argument for argument in rest]
   sys.argv = [str(path), *rest]
   sys.path.insert(0, str(path.parent))  # as Python does for a script
-  runpy.run_path(str(path), run_name='__main__')
+  runpy.run_path(str(path), {'TYPED': f'rvq {command}'}, '__main__')
 
 
 def _launcher(command: str) -> Path:

@@ -179,7 +179,7 @@ def _download(name: str) -> Path:
     import huggingface_hub
   except ImportError as error:
     raise ImportError(
-      f'hf:{name} needs the package huggingface_hub: pip install "rvq_jax[hub]"'
+      f'hf:{name} needs the extra hub: pip install huggingface_hub'
     ) from error
   repo, _, revision = name.partition('@')
   try:

@@ -36,8 +36,7 @@ def write_stablehlo(folder, tokenizer: Tokenizer) -> None:
   """
   if not importlib.util.find_spec('flatbuffers'):
     raise ImportError(
-      '--stablehlo needs the package flatbuffers: pip install '
-      '"rvq_jax[stablehlo]"'
+      '--stablehlo needs the extra stablehlo: pip install flatbuffers'
     )
   model, side = tokenizer.model, tokenizer.config['data.image_size']
 

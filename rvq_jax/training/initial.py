@@ -69,7 +69,9 @@ def collections(
   variables['codebook'] = jax.tree_util.tree_map_with_path(
     scaled, variables['codebook']
   )
-  logging.info('starts from step %d of %.16s', model.step, model.model_hash)
+  logging.info(
+    'starts from step %d of the model %.16s', model.step, model.model_hash
+  )
   return variables
 
 

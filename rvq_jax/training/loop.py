@@ -80,7 +80,9 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
     ):
       result = _steps(run, state, start, checkpoints, writer, progress, stop)
   if stop.exit_code is not None:
-    logging.info('stopped by a signal; the state is saved in %s', workdir)
+    logging.info(
+      'stopped by a signal and saved in %s; the same command resumes', workdir
+    )
     sys.exit(stop.exit_code)
   return result
 

@@ -74,7 +74,8 @@ class Run:
     if self.config['model.quantize_after'] >= self.num_steps:
       raise ValueError(
         f'config.model.quantize_after: expected less than the {self.num_steps} '
-        f'steps of the run, got {self.config["model.quantize_after"]}'
+        f'steps of the run, got {self.config["model.quantize_after"]}; with 0 '
+        'all steps quantize'
       )
     self.objective = self._objective()
     self.lpips_weights = None

@@ -197,6 +197,11 @@ class Progress:
   @contextlib.contextmanager
   def compiling(self) -> Iterator[None]:
     """Says so while a step is compiled: a spinner, or a line."""
+    with self.paused(), self._spinning():
+      yield
+
+  @contextlib.contextmanager
+  def _spinning(self):
     if self._bar.disable:
       logging.info('compiling the train step')
       yield

@@ -60,7 +60,7 @@ def test_ids_and_pictures_are_ours_without_our_package(
 
 def test_without_flatbuffers_the_extra_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-  with pytest.raises(ImportError, match=r'pip install "rvq_jax\[stablehlo\]"'):
+  with pytest.raises(ImportError, match='extra stablehlo: pip install flat'):
     write_stablehlo(tmp_path, None)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rvq_jax import __version__
 from rvq_jax.cli import COMMANDS, config_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +66,11 @@ def test_each_launcher_is_a_command():
     ('train --config=configs/photos.py', "; got 'configs/photos.py'"),
     ('train --config=__init__', "; got '__init__'"),
     ('train --config=cifar10:f5', 'or :multiscale, got :f5'),
-    ('train --config=photos:f5', 'takes 0 positional arguments but 1 was giv'),
+    ('train --config=photos:f5', 'this config has no variants: expected --c'),
+    ('train --config=needs.py', 'this config needs a variant: expected --con'),
+    ('train --config=empty.py', 'the config file does not define get_config()'),
+    ('train --config=photos --config.batch_size=a', "an integer, got 'a'"),
+    ('train --config=photos --config.model.decay=a', "a number, got 'a'"),
     # These configs were found: what is behind them is at fault.
     ('train --config=photos --config.a=1', 'the config has no field a'),
     ('train --config imagenet --config.a=1', 'the config has no field a'),
@@ -86,15 +91,60 @@ def test_a_wrong_command_ends_in_one_line(
 ):
   monkeypatch.setenv('HOME', str(tmp_path))
   (tmp_path / 'mine.py').write_text(MINE)
+  (tmp_path / 'empty.py').write_text('')
+  (tmp_path / 'needs.py').write_text('def get_config(variant):\n  pass')
   code, _, err = rvq(tmp_path, *arguments.format(tmp=tmp_path).split())
   assert code == 2, err
   assert message in err and len(err.splitlines()) == 1, err
   assert {path.name for path in tmp_path.iterdir()} <= {
     'mine.py',
+    'empty.py',
+    'needs.py',
     '__pycache__',
   }
 
 
-def test_a_commands_help_is_that_of_its_launcher(tmp_path):
-  _, out, err = rvq(tmp_path, 'train', '--help')
-  assert 'rvq train' in out and '--workdir' in out, err
+@pytest.mark.parametrize('flag', ['-h', '--help'])
+def test_a_commands_help_is_that_of_its_launcher(flag, tmp_path):
+  _, out, err = rvq(tmp_path, 'train', flag)
+  assert '\nrvq train --config' in out and '--workdir' in out, err
+  assert 'launch/main.py --' not in out
+
+
+def test_it_tells_its_version(tmp_path):
+  assert rvq(tmp_path, '--version') == (0, f'rvq_jax {__version__}\n', '')
+
+
+def test_what_libraries_log_of_their_files_is_left_out(tmp_path):
+  program = """
+import logging
+from rvq_jax import cli
+def main():
+  logging.getLogger('matplotlib.font_manager').info('generated new fontManager')
+  logging.info('ours')
+cli.run(main)
+"""
+  code, _, err = rvq(tmp_path, program=program)
+  assert code == 0 and err.endswith(' ours\n') and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_output_that_nobody_reads_on_ends_without_a_traceback(unbuffered):
+  program = """
+import sys
+from rvq_jax import cli
+def main():
+  sys.stdin.read()
+  print('made')
+cli.run(main)
+"""
+  with subprocess.Popen(
+    [sys.executable, '-c', program],
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': unbuffered},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  ) as process:
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (1, b'')

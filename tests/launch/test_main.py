@@ -53,8 +53,7 @@ def run(launcher, *flags):
     ),
     (
       ['--config=configs/photos.py', '--config.batch_size=abc'],
-      'error: flag --config.batch_size=abc: invalid literal for int() with '
-      "base 10: 'abc'",
+      "error: flag --config.batch_size=abc: expected an integer, got 'abc'",
     ),
     (
       ['--config=configs/photos.py', '--config.model.remat=maybe'],
@@ -131,6 +130,7 @@ def test_main_trains_evaluates_and_draws(image_folder, tmp_path, monkeypatch):
   )
   assert done.returncode == 0, done.stderr
   assert 'step 3/3' in done.stderr and 'left' in done.stderr
+  assert f'\n{workdir}, test split\n' in f'\n{done.stdout}'
   made, look, next_ = done.stdout.splitlines()[-3:]
   assert made.startswith('made: a tokenizer, 16 tokens of 4 bits an image')
   assert Path(look.removeprefix('look: ')).is_file()

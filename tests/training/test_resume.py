@@ -12,8 +12,9 @@ from rvq_jax.training.checkpoints import Checkpoints
 @pytest.mark.slow
 @pytest.mark.parametrize('route', ['memory', 'stream', 'multiscale'])
 def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(
-  route, tiny_config, tmp_path, final_bits, log_of
+  route, tiny_config, tmp_path, final_bits, log_of, caplog
 ):
+  caplog.set_level('INFO')
   if route == 'stream':
     tiny_config.data.crop = 'random_resized'
   if route == 'multiscale':
@@ -39,6 +40,7 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(
     with pytest.raises(SystemExit) as caught:
       loop.train(tiny_config, parts)
   assert caught.value.code == 143
+  assert f'saved in {parts}; the same command resumes' in caplog.text
   with Checkpoints(parts, read_only=True) as checkpoints:
     assert checkpoints.resolve() == 4
   loop.train(tiny_config, parts)

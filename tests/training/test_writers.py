@@ -115,3 +115,14 @@ def test_a_step_that_is_compiled_says_so(caplog):
   assert len({f'step {mark} ' for mark in '|/-' if f'step {mark} ' in text}) > 1
   assert 'compiling' not in text[text.rindex('images/s') - 60 :]
   assert 'mse 0.2500' in text and 'loss' not in text
+
+
+def test_the_speed_is_that_of_steps_without_compilation(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr('time.monotonic', lambda: now[0])
+  with Progress(0, 8, 16) as progress:
+    with progress.compiling():
+      now[0] += 100
+    now[0] += 2
+    result = progress.report(1, {'mse': 0.25})
+  assert result['images_per_second'] == 8
