@@ -102,7 +102,7 @@ def train(generator, ids, labels, args):
   with ocp.CheckpointManager(path, options=options) as checkpoints:
     if start := checkpoints.latest_step() or 0:
       state = checkpoints.restore(start, args=ocp.args.StandardRestore(state))
-    bar = tqdm(range(start, args.num_steps), disable=None)
+    bar = tqdm(range(start, args.num_steps), mininterval=1)
     for step in bar:
       epoch, batch = divmod(step, len(ids) // args.batch_size)
       order = np.random.default_rng([args.seed, epoch]).permutation(len(ids))
