@@ -6,13 +6,15 @@ import os
 import shutil
 
 _flags = '--xla_force_host_platform_device_count=8'
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flags}'
-# Whole runs compile hundreds of small programs and run each for a moment:
-# without optimization they take half of the time. The tests of the layers, the
-# models, the train step and the exact resume run programs that are optimized as
-# a user's are; OPTIMIZED=1 does so everywhere.
+# Tests compile thousands of small programs and run each for a moment: without
+# MLIR's emitters and LLVM's optimization they take a third of the time. LLVM
+# optimizes those of the layers, the models, the train step and the exact
+# resume; OPTIMIZED=1 compiles all of them as a user's are, and .ci/run does so.
 if not os.environ.get('OPTIMIZED'):
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+  _flags += ' --xla_cpu_use_fusion_emitters=false'
+  _flags += ' --xla_cpu_parallel_codegen_split_count=1'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flags}'
 
 import importlib.util  # noqa: E402
 import re  # noqa: E402
