@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 
@@ -197,6 +198,28 @@ def tiny_run(make_tiny_config, make_once):
   return make_once('tiny_run', lambda folder: loop.train(config, folder))
 
 
+@pytest.fixture(scope='session')
+def make_tokenizer(make_tiny_config):
+  """Returns a function: seed, model fields -> a tokenizer, never trained."""
+  from rvq_jax.evaluation.tokenizer import Tokenizer
+  from rvq_jax.training import config as config_lib
+
+  @functools.cache
+  def make(seed=0, **fields):
+    config = make_tiny_config()
+    config.model.update(fields)
+    flat = config_lib.check_config(config)
+    model = config_lib.build_model(flat)
+    size = flat['data.image_size']
+    images = np.zeros((1, size, size, 3), np.float32)
+    variables = jax.jit(lambda key: model.init(key, images, train=True))(
+      jax.random.key(seed)
+    )
+    return Tokenizer(model, dict(variables), config=flat, step=7)
+
+  return make
+
+
 def _tiny_config(image_folder):
   config = _load_config('cifar10')
   config.batch_size = 8
@@ -214,4 +237,5 @@ def _tiny_config(image_folder):
   config.model.num_heads = 2
   config.model.code_dim = 4
   config.model.codebook_size = 16
+  config.model.sides = (1, 3, 4)  # of a multi-scale quantizer alone
   return config

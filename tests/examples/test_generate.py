@@ -15,12 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rvq_jax.evaluation.tokenizer import Tokenizer
-from rvq_jax.training import config as config_lib
-
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / 'examples' / 'generate'
-KINDS = {'vq': {}, 'multiscale': {'sides': (1, 2, 4)}, 'residual': {'depth': 2}}
+KINDS = {'vq': {}, 'multiscale': {'sides': (1, 4)}, 'residual': {'depth': 2}}
 
 
 @pytest.fixture(scope='module')
@@ -34,24 +31,6 @@ def example():
     main = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(main)
   return main
-
-
-@pytest.fixture(scope='module')
-def make_tokenizer(make_tiny_config):
-  """Returns a function of model fields that gives an untrained tokenizer."""
-
-  @functools.cache
-  def make(seed=0, **fields):
-    config = make_tiny_config()
-    config.model.update(fields)
-    flat = config_lib.check_config(config)
-    model = config_lib.build_model(flat)
-    variables = jax.jit(
-      lambda key: model.init(key, jnp.zeros((1, 16, 16, 3)), train=True)
-    )(jax.random.key(seed))
-    return Tokenizer(model, dict(variables), config=flat, step=7)
-
-  return make
 
 
 @pytest.fixture
