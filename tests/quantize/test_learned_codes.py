@@ -41,6 +41,15 @@ def test_the_first_batch_fills_them_and_leaves_the_parameter():
   np.testing.assert_array_equal(codes_of(later), codes_of(filled))
 
 
+def test_the_second_step_is_no_other_program():
+  def types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+
+  layer, variables = make()
+  _, after = jax.eval_shape(functools.partial(train, layer), variables)
+  assert types(after) == types(variables)
+
+
 @pytest.mark.parametrize('cosine', [False, True])
 def test_dead_ones_come_back_to_the_data(cosine):
   layer, variables = make(
