@@ -30,6 +30,7 @@ def use_multiscale(
   config.model.quantizer = 'multiscale'
   config.model.codebook_size = 4096
   config.model.code_dim = 32
+  config.model.commitment_weight = 0.05
   config.model.split_by = 'distortion'
   config.model.decay = 0.95
 

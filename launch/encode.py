@@ -67,7 +67,7 @@ def encode_data_set(step, name):
   tokenizer = load(_WORKDIR.value, step)
   for split, images in splits.items():
     folder = Path(_OUTPUT.value) / ('' if list(splits) == ['all'] else split)
-    about = {'input': name, 'split': split}
+    about = {'input': name, 'split': split, 'model': _WORKDIR.value}
     meta = encode_dataset(
       tokenizer, images, folder, image_size=_IMAGE_SIZE.value, about=about
     )

@@ -136,9 +136,8 @@ class NextScale:
   def inputs(self, ids: jax.Array) -> jax.Array:
     """What the model sees [B, t', C] of ids [B, t] of no, some or all scales.
 
-    0 at the first scale; at scale l the grid that the ids of the scales 1 ...
-    l - 1 stand for, as means over areas, on its side. t' is up to the first
-    scale that has no ids.
+    0 at the first scale; at the others the grid that the ids of those before
+    stand for, as means over areas; up to the first scale that has no ids.
     """
     sides, tokenizer = self.model.sides, self.tokenizer
     decode = lambda model, ids: model.vq.codes_from_ids(ids)  # noqa: E731

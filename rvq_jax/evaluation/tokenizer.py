@@ -14,7 +14,7 @@ from rvq_jax.models.vqvae import VQVAE
 # With the arrays, these fields decide which function a model computes.
 _SHAPING = (
   'widths factor num_res_blocks num_heads code_dim quantizer codebook_size '
-  'cosine depth heads dtype'
+  'activation cosine depth heads dtype'
 ).split()
 
 

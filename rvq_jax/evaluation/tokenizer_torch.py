@@ -27,7 +27,7 @@ SIDES = 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 51, 64
 ACTIVATIONS = {'leaky_relu': F.leaky_relu, 'swish': F.silu}
 # With the arrays, these fields are what the model's hash is taken of.
 HASHED = 'widths factor num_res_blocks num_heads code_dim quantizer '
-HASHED += 'codebook_size cosine depth heads dtype'
+HASHED += 'codebook_size activation cosine depth heads dtype'
 
 
 class Tokenizer:

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize.codebook import count_codes, unit, valid_rows
+from rvq_jax.quantize.codebook import count_codes, row_weights, unit
 from rvq_jax.quantize.estimators import ESTIMATORS
 from rvq_jax.quantize.losses import LOSS_FORMS
 
@@ -212,11 +212,14 @@ def estimate(
 def count(
   module: nn.Module, ids: jax.Array, e: jax.Array, mask: jax.Array
 ) -> jax.Array:
-  """Counts [K] of the ids [N] of valid rows e [N, D], in the global batch."""
+  """Counts [K] of the ids [N] of valid rows e [N, D], in the global batch.
+
+  With weights [N] as the mask, what their rows count for.
+  """
   return count_codes(
     ids,
     module.codebook_size,
-    valid=valid_rows(e, mask),
+    weight=row_weights(e, mask),
     axis_name=mapped_axis(module),
   )
 

@@ -68,23 +68,34 @@ def valid_rows(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   return finite if mask is None else finite & mask.astype(bool)
 
 
+def row_weights(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """What each row of e [N, D] counts for, float32 [N]: 0 where not finite.
+
+  mask is bool [N], or weights [N], at least 0; None: all count 1.
+  """
+  finite = jnp.all(jnp.isfinite(e), axis=-1)
+  return jnp.where(finite, 1.0 if mask is None else mask, 0).astype(jnp.float32)
+
+
 def _global_sum(x, axis_name):
   return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
 def expected_count(
-  valid: jax.Array, codebook_size: int, *, axis_name=None
+  weight: jax.Array, codebook_size: int, *, axis_name=None
 ) -> jax.Array:
-  """N/K of the global batch: the vectors per step that a code expects."""
-  total = _global_sum(jnp.sum(valid.astype(jnp.float32)), axis_name)
+  """N/K of the global batch: the vectors per step that a code expects.
+
+  weight [N] is what each counts for.
+  """
+  total = _global_sum(jnp.sum(weight), axis_name)
   return total / codebook_size
 
 
 def count_codes(
-  ids: jax.Array, codebook_size: int, *, valid: jax.Array, axis_name=None
+  ids: jax.Array, codebook_size: int, *, weight: jax.Array, axis_name=None
 ) -> jax.Array:
-  """How often each code occurs in ids [N]; float32 [K], over all devices."""
-  weight = valid.astype(jnp.float32)
+  """Sum of the weights [N] of each code in ids [N]; float32 [K], global."""
   counts = jnp.zeros(codebook_size, jnp.float32).at[ids].add(weight)
   return _global_sum(counts, axis_name)
 
@@ -134,19 +145,21 @@ def ema_update(
     decay: alpha in [0, 1]; the paper's is 0.99.
     eps: Laplace smoothing, > 0.
     axis_name: mapped axis or axes to sum counts and vectors over.
-    mask: valid rows [N], bool; all of them if None.
+    mask: valid rows [N], bool; all of them if None. Or weights [N], at least
+      0: a vector of weight 2 counts as two.
 
   Returns:
     The codebook after the step.
   """
   size = codebook.cluster_size.shape[0]
   e = jax.lax.stop_gradient(e).astype(jnp.float32)
-  valid = valid_rows(e, mask)
-  counts = count_codes(ids, size, valid=valid, axis_name=axis_name)
+  weight = row_weights(e, mask)
+  counts = count_codes(ids, size, weight=weight, axis_name=axis_name)
   cluster_size = decay * codebook.cluster_size + (1 - decay) * counts
   # A scatter-add: the one-hot product is the same sum at 2 N K D operations.
   decayed = decay * codebook.embedding_sum
-  share = jnp.where(valid[:, None], (1 - decay) * e, 0.0)
+  weight = weight[:, None]
+  share = jnp.where(weight > 0, (1 - decay) * weight * e, 0.0)
   if axis_name is None:
     embedding_sum = decayed.at[ids].add(share)  # no second [K, D] array
   else:

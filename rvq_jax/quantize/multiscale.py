@@ -23,13 +23,15 @@ class MultiscaleQuantizer(VectorQuantizer):
       z^_l  = z^_(l-1) + phi_l(bicubic_n(codes of ids_l))
       phi(x) = (x + conv3x3(x)) / 2
 
-  All scales share one codebook: counts, moving average, filling and splitting
-  are over the tokens of all of them. The quantized grid is z^_L; the estimator
-  is applied once, from z to z^_L. The loss is the mean over l of commitment_
-  weight MSE(z, sg z^_l) + codebook_weight MSE(sg z, z^_l). The second term
-  trains phi and, with `ema=False`, the codes. phi starts as the identity. The
-  codebook is filled with what remains at each scale where coarser ones are
-  not quantized.
+  All scales share one codebook. Moving average, filling and splitting are over
+  the tokens of all of them, each weighted by the area of the grid that it
+  covers: the scales count alike, 1x1 as much as n x n. By numbers, the one
+  token of 1x1 would keep next to no codes. The quantized grid is z^_L; the
+  estimator is applied once, from z to z^_L. The loss is the mean over l of
+  commitment_weight MSE(z, sg z^_l) + codebook_weight MSE(sg z, z^_l). The
+  second term trains phi and, with `ema=False`, the codes. phi starts as the
+  identity. The codebook is filled with what remains at each scale where coarser
+  ones are not quantized.
 
   ids are [..., T], T = s_1^2 + ... + s_L^2, scale by scale, each row by row;
   the ids of the first scales decode to a coarser grid. counts are [K], over all
@@ -78,8 +80,8 @@ class MultiscaleQuantizer(VectorQuantizer):
       self.param(f'phi_{i}', scales.identity_phi, dim)
       for i in range(min(PHIS, len(sides)))
     ]
-    tokens = len(grid) * scales.token_offsets(sides)[-1]
-    book, write = self._codebook(batch=tokens, dim=dim)
+    areas = jnp.tile(scales.token_weights(sides), len(grid))
+    book, write = self._codebook(batch=len(areas), dim=dim)
     update = train and not self.is_initializing()
     fill = update and self.init_from == 'data'
     if self.freeze:
@@ -87,7 +89,8 @@ class MultiscaleQuantizer(VectorQuantizer):
       update = False
     if fill:
       rows, valid = _flat(*scales.pyramid(grid, mask_grid, sides))
-      book = self._fill(book, rows, valid, self._expected_count(rows, valid))
+      share = jnp.where(valid, areas, 0.0)
+      book = self._fill(book, rows, share, self._expected_count(rows, share))
 
     total, found, parts = jnp.zeros_like(grid), [], []
     for number, side in enumerate(sides):
@@ -111,14 +114,14 @@ class MultiscaleQuantizer(VectorQuantizer):
     metrics |= losses.direction_metrics(e, total, mask)
     # Image by image, so that the rows of a device are next to each other.
     rows, valid, ids = (jnp.concatenate(x, 1) for x in zip(*found, strict=True))
-    rows, valid = _flat(rows, valid)
-    counts, expected = sum(counts), self._expected_count(rows, valid)
+    (rows, valid), ids = _flat(rows, valid), ids.reshape(-1)
+    share = jnp.where(valid, areas, 0.0)
+    expected, counts = self._expected_count(rows, share), sum(counts)
     dead = self._dead(book, expected)
     metrics['dead_codes'] = jnp.mean(dead.astype(jnp.float32))
     if update:
-      book, replaced = self._update(
-        book, rows, ids.reshape(-1), valid, expected, counts
-      )
+      weighted = base.count(self, ids, rows, share)
+      book, replaced = self._update(book, rows, ids, share, expected, weighted)
       metrics['replaced_codes'] = replaced.astype(jnp.float32)
     if update or fill:
       write(book)

@@ -7,7 +7,7 @@ the global batch (`pmap`, `shard_map`).
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize.codebook import Codebook, valid_rows
+from rvq_jax.quantize.codebook import Codebook, row_weights
 
 
 def draw_rows(
@@ -33,19 +33,22 @@ def draw_rows(
     count: rows to draw, at most the size of the global batch.
     weight: relative probability of each row [N]; None: uniform.
     axis_name: mapped axis or axes of the batch.
-    mask: rows that may be drawn [N], bool; all finite ones if None.
+    mask: rows that may be drawn [N], bool; all finite ones if None. Or what
+      each counts for [N], at least 0, which multiplies `weight`.
 
   Returns:
     The rows [count, D] and whether each may be used, bool [count]: False where
     fewer than `count` rows may be drawn.
   """
   n = x.shape[0]
-  valid = valid_rows(x, mask)
+  counts_for = row_weights(x, mask)
+  valid = counts_for > 0
   first = 0 if axis_name is None else n * jax.lax.axis_index(axis_name)
   noise = jax.random.gumbel(key, (_global_size(x, axis_name),))
   score = jax.lax.dynamic_slice_in_dim(noise, first, n)
-  if weight is not None:
-    score += jnp.log(jnp.maximum(weight, jnp.finfo(jnp.float32).tiny))
+  for factor in (counts_for, weight):
+    if factor is not None:
+      score += jnp.log(jnp.maximum(factor, jnp.finfo(jnp.float32).tiny))
   score = jnp.where(valid, score, -jnp.inf)
   best, indices = _largest(score, count, axis_name)
   usable = best > -jnp.inf
@@ -119,18 +122,14 @@ def _place(codebook, dead, rows, usable, size):
   return codebook, jnp.sum(placed.astype(jnp.int32))
 
 
-def _cell_means(x, ids, k, valid, axis_name):
-  """Mean of x [N] over the valid rows of each code [K]; 0 without any."""
-  sums = (
-    jnp.zeros((k, 2))
-    .at[ids]
-    .add(
-      jnp.where(valid[:, None], jnp.stack([x, jnp.ones_like(x)], axis=1), 0.0)
-    )
-  )
+def _cell_means(x, ids, k, weight, axis_name):
+  """Weighted mean of x [N] over the rows of each code [K]; 0 without any."""
+  rows = jnp.stack([x, jnp.ones_like(x)], axis=1) * weight[:, None]
+  rows = jnp.where(weight[:, None] > 0, rows, 0.0)
+  sums = jnp.zeros((k, 2)).at[ids].add(rows)
   if axis_name is not None:
     sums = jax.lax.psum(sums, axis_name)
-  return sums[:, 0] / jnp.maximum(sums[:, 1], 1.0)
+  return sums[:, 0] / jnp.where(sums[:, 1] > 0, sums[:, 1], 1.0)
 
 
 def fill_codebook(
@@ -155,7 +154,7 @@ def fill_codebook(
     e: vectors [N, D]; this device's share when axis_name is given.
     expected_size: cluster_size that a filled code starts with.
     axis_name: mapped axis or axes of the batch.
-    mask: rows that may be drawn [N], bool.
+    mask: rows that may be drawn [N], bool, or what they count for.
   """
   k = codebook.cluster_size.shape[0]
   e = jax.lax.stop_gradient(e).astype(jnp.float32)
@@ -207,7 +206,7 @@ def replace_codes(
       (Gersho 1979).
     split_fraction: how far from the code c to the vector e, in (0, 1].
     axis_name: mapped axis or axes of the batch.
-    mask: rows that may be drawn [N], bool.
+    mask: rows that may be drawn [N], bool, or what they count for.
 
   Returns:
     The codebook, and how many codes were replaced (int32 scalar).
@@ -218,7 +217,7 @@ def replace_codes(
   weight = codebook.cluster_size
   if split_by == 'distortion':
     error = jnp.sum((e - parent) ** 2, axis=1)
-    weight *= _cell_means(error, ids, k, valid_rows(e, mask), axis_name)
+    weight *= _cell_means(error, ids, k, row_weights(e, mask), axis_name)
   rows, usable = draw_rows(
     key,
     parent + split_fraction * (e - parent),

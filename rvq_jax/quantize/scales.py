@@ -35,6 +35,18 @@ def token_offsets(sides) -> list[int]:
   return [0, *itertools.accumulate(side**2 for side in sides)]
 
 
+def token_weights(sides) -> np.ndarray:
+  """The area that each token of an image covers, float32 [T], 1 on average.
+
+  >>> from rvq_jax.quantize.scales import token_weights
+  >>> token_weights((1, 2))  # doctest: +NORMALIZE_WHITESPACE
+  array([2.5  , 0.625, 0.625, 0.625, 0.625], dtype=float32)
+  """
+  tokens = token_offsets(sides)[-1]
+  areas = [tokens / len(sides) / side**2 for side in sides]
+  return np.float32(areas).repeat(np.square(sides))
+
+
 def area_weights(grid: int, side: int) -> np.ndarray:
   """Share of each position in each of `side` cells, float32 [side, grid]."""
   edges, left = np.arange(side + 1) * grid / side, np.arange(grid)

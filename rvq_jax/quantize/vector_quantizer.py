@@ -14,8 +14,8 @@ from rvq_jax.quantize.codebook import (
   draw_codes,
   ema_update,
   expected_count,
+  row_weights,
   unit,
-  valid_rows,
 )
 from rvq_jax.quantize.replacement import fill_codebook, replace_codes
 from rvq_jax.quantize.search import nearest_codes
@@ -237,7 +237,7 @@ class VectorQuantizer(nn.Module):
   def _expected_count(self, e, mask):
     """N/K: the vectors per step that a code expects."""
     return expected_count(
-      valid_rows(e, mask), self.codebook_size, axis_name=base.mapped_axis(self)
+      row_weights(e, mask), self.codebook_size, axis_name=base.mapped_axis(self)
     )
 
   def _dead(self, book, expected):

@@ -106,7 +106,7 @@ def make_eval_step(model, *, prefixes: Sequence[int] = (), axis_name=None):
         'mse': sums['mse'],
         'psnr': sums['psnr'],
         'quantization_error': tokens * error,
-        'counts': count_codes(added.ravel(), size, valid=valid.ravel()),
+        'counts': count_codes(added.ravel(), size, weight=valid.ravel()),
       }
       first = end
 

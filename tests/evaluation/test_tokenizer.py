@@ -150,13 +150,14 @@ def test_other_ids_are_refused(run, ids, message):
     load(run).decode(ids)
 
 
-def test_another_step_weight_or_head_count_has_another_hash(run):
+def test_another_step_weight_or_function_has_another_hash(run):
   hashes = {load(run, step).model_hash for step in (4, 6)}
-  tokenizer = load(run)
-  tokenizer.config['model.num_heads'] = 1
-  hashes.add(tokenizer.model_hash)
+  for name, value in (('num_heads', 1), ('activation', 'swish')):
+    tokenizer = load(run)
+    tokenizer.config[f'model.{name}'] = value
+    hashes.add(tokenizer.model_hash)
   tokenizer = load(run)
   book = tokenizer.variables['codebook']['vq']
   book['embedding'] = book['embedding'].at[3, 2].add(1e-6)
   hashes.add(tokenizer.model_hash)
-  assert len(hashes) == 4
+  assert len(hashes) == 5

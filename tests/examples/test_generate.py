@@ -44,8 +44,7 @@ def arrange(make_tokenizer, example, tmp_path, monkeypatch):
     monkeypatch.setattr(example, 'load', lambda _: tokenizer)
     values = {'num_steps': 4, 'save_every': 2, 'batch_size': 8, 'width': 8}
     values |= {'depth': 1, 'sample_steps': 2, 'fd_images': 6}
-    values |= {'tokens': tmp_path / 'tokens', 'tokenizer': 'it'}
-    values |= {'workdir': tmp_path / 'run'}
+    values |= {'tokens': tmp_path / 'tokens', 'workdir': tmp_path / 'run'}
 
     def run(**changed):
       pairs = (values | changed).items()
@@ -57,7 +56,7 @@ def arrange(make_tokenizer, example, tmp_path, monkeypatch):
   return make
 
 
-def write_tokens(folder, tokenizer, count):
+def write_tokens(folder, tokenizer, count, **about):
   """A folder of random tokens of two classes; row 3 was skipped."""
   folder.mkdir(parents=True)
   shape = count, *tokenizer.ids_shape(16, 16)
@@ -67,6 +66,7 @@ def write_tokens(folder, tokenizer, count):
   (folder / 'names.txt').write_text('x\n' * count)
   meta = {'format': 'rvq_jax tokens 1', 'model_hash': tokenizer.model_hash}
   meta |= {'codebook_size': 16, 'grid': shape[1:], 'num_images': count}
+  meta |= {'source': {'model': 'it'}} | about
   meta |= {'rows_done': count, 'skipped': [{'row': 3, 'reason': 'x'}]}
   (folder / 'meta.json').write_text(json.dumps(meta))
 
@@ -112,8 +112,8 @@ def test_a_folder_of_tokens_becomes_a_sheet_and_numbers(
 
 def test_without_splits_a_share_is_held_out(arrange, example, tmp_path):
   arrange('vq')
-  (ids, labels), (there, _), shape = example.open_tokens(
-    tmp_path / 'tokens/train', example.load(''), 0, 0.25
+  _, (ids, labels), (there, _), shape = example.open_tokens(
+    tmp_path / 'tokens/train', None, 0, 0.25
   )
   assert (len(ids), len(labels), len(there), shape) == (29, 29, 10, (4, 4))
   stored = np.load(tmp_path / 'tokens/train/ids.npy').reshape(40, -1)
@@ -133,6 +133,7 @@ def test_without_splits_a_share_is_held_out(arrange, example, tmp_path):
     ({'workdir': 'old'}, 'has other settings; name another --workdir'),
     ({'kind': 'residual'}, 'expected one id per position'),
     ({'kind': 'other'}, 'tokens is of the model'),
+    ({'tokens': 'mute'}, 'does not name its model: expected --tokenizer'),
   ],
 )
 def test_a_mistake_is_one_line(
@@ -143,6 +144,7 @@ def test_a_mistake_is_one_line(
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_text('{}')
   kind = change.pop('kind', 'vq')
+  write_tokens(tmp_path / 'mute', make_tokenizer(), 4, source={})
   run = arrange('vq' if kind == 'other' else kind)
   if kind == 'other':
     tokenizer = make_tokenizer(seed=5)

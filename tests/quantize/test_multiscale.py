@@ -227,14 +227,16 @@ def test_the_estimator_is_one_rotation_onto_the_sum():
   assert np.abs(np.asarray(got) - g).max() > 0.1  # not straight-through
 
 
-def test_the_moving_average_is_over_the_tokens_of_all_scales():
+def test_the_moving_average_weighs_tokens_by_the_area_that_they_cover():
   variables = trained()
   _, after = step(LAYER, variables)
   rows, ids, _ = oracle(variables, Z)
   old = variables['codebook']
-  counts = np.bincount(ids.ravel(), minlength=K)
+  area = np.concatenate([np.full(s * s, T / (3 * s * s)) for s in SIDES])
+  area = np.tile(area, len(Z))  # each scale counts for T / 3 an image
+  counts = np.bincount(ids.ravel(), area, minlength=K)
   sums = np.zeros((K, D))
-  np.add.at(sums, ids.ravel(), rows.reshape(-1, D))
+  np.add.at(sums, ids.ravel(), area[:, None] * rows.reshape(-1, D))
   for name, new in (('cluster_size', counts), ('embedding_sum', sums)):
     want = 0.8 * np.float64(old[name]) + 0.2 * new
     np.testing.assert_allclose(after['codebook'][name], want, atol=1e-4)
@@ -252,7 +254,20 @@ def test_the_first_batch_fills_the_codebook_from_every_scale():
   rows, codes = np.concatenate(rows), variables['codebook']['embedding']
   distance = np.linalg.norm(rows[:, None] - codes[None], axis=-1)
   assert distance.min(0).max() < 1e-5 and distance.min(1).max() < 1e-5
-  np.testing.assert_allclose(variables['codebook']['cluster_size'], 1.0)
+  np.testing.assert_allclose(variables['codebook']['cluster_size'], 1, 1e-6)
+
+
+def test_the_first_codes_are_drawn_from_all_scales_alike():
+  """Of 8 x 16 tokens of the finest scale as many as of the eight of 2x2."""
+  layer = LAYER.clone(sides=(2, 4), codebook_size=40, decay=1.0)
+  z = np.abs(np.random.default_rng(0).normal(size=(8, 4, 4, D)))
+  z *= np.where(np.arange(4) % 2, 1, -1)[:, None]
+  variables = start(layer.clone(sides=(2, N)))  # the same on any grid
+  _, variables = step(layer, variables, np.float32(z))
+  coarse = np.concatenate([area(np.float64(x), 2) for x in z])
+  codes = variables['codebook']['embedding']
+  distance = np.linalg.norm(coarse[:, None] - codes[None], axis=-1)
+  assert 12 < (distance.min(0) < 1e-5).sum() < 28  # by numbers: 8
 
 
 def test_evaluation_and_init_leave_the_codebook_and_freeze_phi_too():
@@ -261,7 +276,10 @@ def test_evaluation_and_init_leave_the_codebook_and_freeze_phi_too():
   _, after = jax.jit(
     lambda v: LAYER.apply(v, Z, mutable=['codebook', 'params'])
   )(variables)
-  _, fixed = step(frozen, variables)
+  out, fixed = step(frozen, variables)
+  # (1 + BETA) MSE without the codebook's term.
+  whole = evaluate(LAYER, variables).loss
+  np.testing.assert_allclose(out.loss, whole * BETA / (1 + BETA), rtol=1e-6)
   for kept in (after, fixed):
     jax.tree.map(
       np.testing.assert_array_equal, kept['codebook'], variables['codebook']
@@ -280,7 +298,7 @@ def test_a_dead_code_joins_the_others():
   out, after = step(layer, variables | {'codebook': book})
   assert out.metrics['replaced_codes'] >= 1
   assert np.linalg.norm(after['codebook']['embedding'][3]) < 10
-  assert after['codebook']['cluster_size'][3] == 8 * T / K
+  assert after['codebook']['cluster_size'][3] == pytest.approx(8 * T / K)
 
 
 def test_masked_positions_count_nowhere():
