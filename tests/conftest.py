@@ -8,9 +8,9 @@ import shutil
 
 _flags = '--xla_force_host_platform_device_count=8'
 # Tests compile thousands of small programs and run each for a moment: without
-# MLIR's emitters and LLVM's optimization they take a third of the time. With
-# OPTIMIZED=1 they are compiled as a user's are: by .ci/run, for the tests of
-# the layers, the models, the train step and the exact resume.
+# MLIR's emitters and LLVM's optimization they take a third of the time. LLVM
+# optimizes those of the layers, the models and the exact resume; OPTIMIZED=1
+# compiles all of them as a user's are: .ci/run, for the numerical tests.
 if not os.environ.get('OPTIMIZED'):
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
   _flags += ' --xla_cpu_use_fusion_emitters=false'
@@ -18,6 +18,7 @@ if not os.environ.get('OPTIMIZED'):
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flags}'
 
 import importlib.util  # noqa: E402
+import re  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
@@ -44,6 +45,18 @@ if os.environ.get('CI'):
   hypothesis.settings.load_profile('ci')
 
 ROOT = Path(__file__).resolve().parents[1]
+_EXACT = re.compile('tests/(quantize|models)/|tests/training/test_resume')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Sets how far the programs of a test are optimized."""
+  if os.environ.get('OPTIMIZED'):
+    return
+  low = not _EXACT.search(item.path.as_posix())
+  if low != jax.config.read('jax_disable_most_optimizations'):
+    jax.config.update('jax_disable_most_optimizations', low)
+    jax.clear_caches()  # those compiled at the other level
 
 
 @pytest.fixture(scope='session')
