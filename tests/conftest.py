@@ -9,8 +9,8 @@ import shutil
 _flags = '--xla_force_host_platform_device_count=8'
 # Tests compile thousands of small programs and run each for a moment: without
 # MLIR's emitters and LLVM's optimization they take a third of the time. LLVM
-# optimizes those of the layers, the models and the exact resume; OPTIMIZED=1
-# compiles all of them as a user's are: .ci/run, for the numerical tests.
+# optimizes those of the layers, the models, the train step and the exact
+# resume; OPTIMIZED=1 compiles all of them as a user's are, and .ci/run does so.
 if not os.environ.get('OPTIMIZED'):
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
   _flags += ' --xla_cpu_use_fusion_emitters=false'
@@ -45,7 +45,10 @@ if os.environ.get('CI'):
   hypothesis.settings.load_profile('ci')
 
 ROOT = Path(__file__).resolve().parents[1]
-_EXACT = re.compile('tests/(quantize|models)/|tests/training/test_resume')
+_NUMERICAL = re.compile(
+  'tests/(quantize|models)/|'
+  'tests/training/test_(accumulate|devices|optimizer|resume|step)'
+)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -53,7 +56,7 @@ def pytest_runtest_setup(item):
   """Sets how far the programs of a test are optimized."""
   if os.environ.get('OPTIMIZED'):
     return
-  low = not _EXACT.search(item.path.as_posix())
+  low = not _NUMERICAL.search(item.path.as_posix())
   if low != jax.config.read('jax_disable_most_optimizations'):
     jax.config.update('jax_disable_most_optimizations', low)
     jax.clear_caches()  # those compiled at the other level
