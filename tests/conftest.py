@@ -31,7 +31,6 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
-import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -40,8 +39,10 @@ from PIL import Image  # noqa: E402
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 # What lands must not hang on a draw; at a desk every run draws anew.
-hypothesis.settings.register_profile('ci', derandomize=True)
 if os.environ.get('CI'):
+  import hypothesis
+
+  hypothesis.settings.register_profile('ci', derandomize=True)
   hypothesis.settings.load_profile('ci')
 
 ROOT = Path(__file__).resolve().parents[1]
