@@ -57,9 +57,10 @@ def run(launcher, *arguments):
       'error: flag --config.batch_size=abc: invalid literal for int() with '
       "base 10: 'abc'",
     ),
-    (
+    pytest.param(
       ['--config=configs/photos.py', '--config.model.remat=maybe'],
       "Non-boolean argument to boolean flag: 'maybe'",
+      marks=pytest.mark.slow,
     ),
     (
       ['--config=configs/photos.py', '--config.model.codebook_size=-5'],
@@ -86,9 +87,10 @@ def run(launcher, *arguments):
       ['--config=configs/photos.py', '--multihost'],
       'expected a scheduler such as SLURM, found none',
     ),
-    (
+    pytest.param(
       ['--config=configs/photos.py', '--multihost', '--process_id=0'],
       'together or none of them, got None, None, 0',
+      marks=pytest.mark.slow,
     ),
     (
       ['--config=configs/photos.py', '--process_id=0'],

@@ -34,9 +34,13 @@ def step(layer, variables, z=Z, mask=None):
   return _step(layer, variables, z, mask)
 
 
-evaluate = functools.partial(jax.jit, static_argnames='layer')(
-  lambda layer, variables, z=Z: layer.apply(variables, z)
-)
+@functools.partial(jax.jit, static_argnames='layer')
+def _evaluate(layer, variables, z):
+  return layer.apply(variables, z, mutable=['codebook', 'params'])
+
+
+def evaluate(layer, variables, z=Z):
+  return _evaluate(layer, variables, z)[0]
 
 
 @functools.partial(jax.jit, static_argnames='layer')
@@ -276,9 +280,7 @@ def test_the_first_codes_are_drawn_from_all_scales_alike():
 def test_evaluation_and_init_leave_the_codebook_and_freeze_phi_too():
   assert not np.any(start()['codebook']['cluster_size'])
   variables, frozen = trained(), LAYER.clone(freeze=True)
-  _, after = jax.jit(
-    lambda v: LAYER.apply(v, Z, mutable=['codebook', 'params'])
-  )(variables)
+  _, after = _evaluate(LAYER, variables, Z)
   out, fixed = step(frozen, variables)
   # (1 + BETA) MSE without the codebook's term.
   whole = evaluate(LAYER, variables).loss

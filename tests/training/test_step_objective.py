@@ -144,7 +144,7 @@ def test_each_player_follows_the_gradient_of_its_own_loss():
   after, _ = take(state)
   old = state.discriminator
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=RUNS_ONCE)
   def gradients(params, judge):
     def reconstruct(params):
       variables = state.variables | {'params': params}
