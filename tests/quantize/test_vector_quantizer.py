@@ -311,8 +311,7 @@ def test_learned_codes_get_the_codebook_gradient(form, weight):
 
 
 def test_projections_lead_to_code_dim_and_back():
-  layer, variables = make(code_dim=2)
-  _, variables = train(layer, variables)
+  layer, variables = make(code_dim=2, init_from='normal')
   out = evaluate(layer, variables)
   assert out.quantized.shape == Z.shape
   assert variables['codebook']['embedding'].shape == (8, 2)
