@@ -2,17 +2,20 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 
 _flags = '--xla_force_host_platform_device_count=8'
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flags}'
-# Whole runs compile hundreds of small programs and run each for a moment:
-# without optimization they take half of the time. The tests of the layers, the
-# models, the train step and the exact resume run programs that are optimized as
-# a user's are; OPTIMIZED=1 does so everywhere.
+# Tests compile thousands of small programs and run each for a moment: without
+# MLIR's emitters and LLVM's optimization they take a third of the time. LLVM
+# optimizes those of the layers, the models, the train step and the exact
+# resume; OPTIMIZED=1 compiles all of them as a user's are, and .ci/run does so.
 if not os.environ.get('OPTIMIZED'):
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+  _flags += ' --xla_cpu_use_fusion_emitters=false'
+  _flags += ' --xla_cpu_parallel_codegen_split_count=1'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flags}'
 
 import importlib.util  # noqa: E402
 import re  # noqa: E402
@@ -28,7 +31,6 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
-import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -37,8 +39,10 @@ from PIL import Image  # noqa: E402
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 # What lands must not hang on a draw; at a desk every run draws anew.
-hypothesis.settings.register_profile('ci', derandomize=True)
 if os.environ.get('CI'):
+  import hypothesis
+
+  hypothesis.settings.register_profile('ci', derandomize=True)
   hypothesis.settings.load_profile('ci')
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,6 +199,28 @@ def tiny_run(make_tiny_config, make_once):
   return make_once('tiny_run', lambda folder: loop.train(config, folder))
 
 
+@pytest.fixture(scope='session')
+def make_tokenizer(make_tiny_config):
+  """Returns a function: seed, model fields -> a tokenizer, never trained."""
+  from rvq_jax.evaluation.tokenizer import Tokenizer
+  from rvq_jax.training import config as config_lib
+
+  @functools.cache
+  def make(seed=0, **fields):
+    config = make_tiny_config()
+    config.model.update(fields)
+    flat = config_lib.check_config(config)
+    model = config_lib.build_model(flat)
+    size = flat['data.image_size']
+    images = np.zeros((1, size, size, 3), np.float32)
+    variables = jax.jit(lambda key: model.init(key, images, train=True))(
+      jax.random.key(seed)
+    )
+    return Tokenizer(model, dict(variables), config=flat, step=7)
+
+  return make
+
+
 def _tiny_config(image_folder):
   config = _load_config('cifar10')
   config.batch_size = 8
@@ -212,4 +238,5 @@ def _tiny_config(image_folder):
   config.model.num_heads = 2
   config.model.code_dim = 4
   config.model.codebook_size = 16
+  config.model.sides = (1, 3, 4)  # of a multi-scale quantizer alone
   return config

@@ -47,20 +47,25 @@ def token_weights(sides) -> np.ndarray:
   return np.float32(areas).repeat(np.square(sides))
 
 
-def area_weights(grid: int, side: int) -> jax.Array:
+def area_weights(grid: int, side: int) -> np.ndarray:
   """Share of each position in each of `side` cells, float32 [side, grid]."""
-  with jax.ensure_compile_time_eval():
-    edges = jnp.arange(side + 1) * grid / side
-    left = jnp.arange(grid)[None]
-    end = jnp.minimum(edges[1:, None], left + 1)
-    overlap = jnp.maximum(end - jnp.maximum(edges[:-1, None], left), 0)
-    return overlap * side / grid
+  edges, left = np.arange(side + 1) * grid / side, np.arange(grid)
+  end = np.minimum(edges[1:, None], left + 1)
+  overlap = np.maximum(end - np.maximum(edges[:-1, None], left), 0)
+  return np.float32(overlap * side / grid)
 
 
-def bicubic_weights(side: int, grid: int) -> jax.Array:
-  """Weight of each of `side` cells at each position, float32 [grid, side]."""
-  with jax.ensure_compile_time_eval():
-    return jax.image.resize(jnp.eye(side), (grid, side), 'cubic')
+def bicubic_weights(side: int, grid: int) -> np.ndarray:
+  """Weight of each of `side` cells at each position, float32 [grid, side].
+
+  Keys' kernel, a = -1/2, divided by its sum at the edges: as `jax.image.resize`
+  does, which would compile a program for each side.
+  """
+  at = (np.arange(grid)[:, None] + 0.5) * side / grid - 0.5
+  t = abs(at - np.arange(side))
+  near, far = (1.5 * t - 2.5) * t**2 + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
+  weights = np.where(t < 1, near, np.where(t < 2, far, 0))
+  return np.float32(weights / weights.sum(1, keepdims=True))
 
 
 def _resize(x, weights):

@@ -209,9 +209,9 @@ class VectorQuantizer(nn.Module):
     shape = (self.codebook_size, dim)
     learned = self.param('embedding', draw)
     offset = self.variable('codebook', 'offset', jnp.zeros, shape)
-    count = self.variable(
-      'codebook', 'cluster_size', jnp.full, shape[:1], expected
-    )
+    # Of a dtype: a weak one would have the second step compiled anew.
+    full = jnp.full, shape[:1], expected, jnp.float32
+    count = self.variable('codebook', 'cluster_size', *full)
     embedding = learned + offset.value
     if self.cosine:
       embedding = unit(embedding)

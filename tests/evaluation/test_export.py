@@ -60,15 +60,15 @@ def test_an_export_of_multi_scale_tokens_is_the_run(
   run, exported = load(tmp_path / 'run'), load(folder)
   assert run.model_hash == exported.model_hash
   ids = run.encode(test_images)
-  assert ids.shape == (11, 30)
+  assert ids.shape == (11, 26)
   np.testing.assert_array_equal(exported.encode(test_images), ids)
   np.testing.assert_array_equal(
-    exported.decode(ids[:, :14]), run.decode(ids[:, :14])
+    exported.decode(ids[:, :10]), run.decode(ids[:, :10])
   )
   forward = jax.jit(run.model.apply)(run.variables, to_float(test_images))
   np.testing.assert_array_equal(run.decode(ids), forward.reconstruction)
   text = (folder / 'README.md').read_text()
-  assert '16 x 16 pixels become 30 tokens' in text
+  assert '16 x 16 pixels become 26 tokens' in text
   assert 'int32 [B, T]' in text and 'Only images of that size' in text
   assert (folder / 'test_prefixes.png').is_file()
   with pytest.raises(ValueError, match=r'expected ids \[B, T\] of integers'):

@@ -1,17 +1,12 @@
 """The first codes alone: what an evaluation says of them."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rvq_jax.data.images import to_float
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation.evaluate import format_table
-from rvq_jax.evaluation.tokenizer import Tokenizer
-from rvq_jax.training import config as config_lib
 from rvq_jax.training import sharding
 from rvq_jax.training.validation import (
   PREFIX_UNITS,
@@ -19,30 +14,14 @@ from rvq_jax.training.validation import (
   make_eval_step,
 )
 
-FIELDS = {
-  'multiscale': {},
-  'residual': {'depth': 2},
-}
 
-
-@functools.cache
-def make_tokenizer(make_tiny_config, name):
-  config = make_tiny_config()
-  config.model.quantizer = name
-  config.model.update(FIELDS[name])
-  flat = config_lib.check_config(config)
-  model = config_lib.build_model(flat)
-  variables = jax.jit(
-    lambda key: model.init(key, jnp.zeros((1, 16, 16, 3)), train=True)
-  )(jax.random.key(0))
-  return Tokenizer(model, dict(variables), config=flat, step=7)
-
-
-@pytest.mark.parametrize('name', FIELDS)
+@pytest.mark.parametrize(
+  'fields', [{'quantizer': 'multiscale'}, {'quantizer': 'residual', 'depth': 2}]
+)
 def test_each_prefix_is_measured_over_the_split(
-  make_tiny_config, test_images, name
+  make_tokenizer, test_images, fields
 ):
-  tokenizer = make_tokenizer(make_tiny_config, name)
+  tokenizer = make_tokenizer(**fields)
   mesh = sharding.data_mesh()
   images = np.concatenate([test_images, test_images[:1]])
   masks = np.array([[True] * 6, [True] * 5 + [False]])

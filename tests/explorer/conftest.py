@@ -1,31 +1,11 @@
-"""A small tokenizer, and a page with two images."""
+"""A page with two images."""
 
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.explorer import page
-from rvq_jax.training import config as config_lib
-
-
-@pytest.fixture
-def make_tokenizer(tiny_config):
-  """Returns a function of model fields that gives an untrained tokenizer."""
-  return functools.partial(_make_tokenizer, tiny_config)
-
-
-def _make_tokenizer(config, **fields):
-  config.model.update(fields)
-  flat = config_lib.check_config(config)
-  model = config_lib.build_model(flat)
-  variables = jax.jit(
-    lambda key: model.init(key, jnp.zeros((1, 16, 16, 3)), train=True)
-  )(jax.random.key(0))
-  return Tokenizer(model, dict(variables), config=flat, step=7)
 
 
 @pytest.fixture(scope='session')
@@ -39,12 +19,12 @@ def images():
 
 
 @pytest.fixture(scope='session')
-def make_data(make_tiny_config, images):
+def make_data(make_tokenizer, images):
   """Returns a function of model fields: the tokenizer and the page's data."""
 
   @functools.cache
   def make(**fields):
-    tokenizer = _make_tokenizer(make_tiny_config(), **fields)
+    tokenizer = make_tokenizer(**fields)
     shown = images
     if tokenizer.sides:  # takes the size of its training alone
       shown = [(name, np.resize(x, (16, 16, 3))) for name, x in images]

@@ -123,12 +123,12 @@ def test_the_slider_goes_through_the_scales(open_file):
   tab, images = open_file(quantizer='multiscale')
   assert '4 x 4 tokens' in tab.inner_text('#quality')
   tab.locator('#depth').fill('2')
-  assert tab.inner_text('#depth-value') == '2 of 4'
-  assert '2 x 2 tokens' in tab.inner_text('#quality')
+  assert tab.inner_text('#depth-value') == '2 of 3'
+  assert '3 x 3 tokens' in tab.inner_text('#quality')
   assert f'{images[0]["psnr"][1]:.2f} dB' in tab.inner_text('#quality')
   box = tab.locator('#tokens').bounding_box()
   tab.mouse.click(box['x'] + 0.9 * box['width'], box['y'] + 5)
-  assert tab.inner_text('#name') == f'code {images[0]["ids"][1][1]}'
+  assert tab.inner_text('#name') == f'code {images[0]["ids"][1][2]}'
   assert tab.locator('#levels button').count() == 0
 
 

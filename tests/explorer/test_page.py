@@ -1,6 +1,7 @@
 """What the explorer's page is given."""
 
 import base64
+import copy
 import html.parser
 import io
 import shutil
@@ -47,14 +48,14 @@ def test_the_page_shows_every_scale(make_tokenizer, images):
   square = [(name, np.resize(image, (16, 16, 3))) for name, image in images]
   data = page.page_data(tokenizer, 'tiny', square)
   shown, ids = data['images'][0], tokenizer.encode(square[0][1][None])
-  assert [len(level) for level in shown['ids']] == [1, 4, 9, 16]
+  assert [len(level) for level in shown['ids']] == [1, 9, 16]
   assert sum(shown['ids'], []) == ids[0].tolist()
-  assert shown['grids'][2] == [3, 3, 16 / 3]
-  for number, end in enumerate((1, 5, 14, 30)):
+  assert shown['grids'][1] == [3, 3, 16 / 3]
+  for number, end in enumerate((1, 10, 26)):
     made = np.asarray(to_uint8(tokenizer.decode(ids[:, :end])))[0]
     got = picture(shown['reconstructions'][number])
     np.testing.assert_array_equal(got, made)
-  assert data['model']['sides'] == (1, 2, 3, 4) and data['model']['nested']
+  assert data['model']['sides'] == (1, 3, 4) and data['model']['nested']
   (codes,) = data['codes']
   used = {str(i) for x in data['images'] for level in x['ids'] for i in level}
   assert set(codes['neighbors']) == used <= set(codes['swatches'])
@@ -131,32 +132,38 @@ def test_images_for_multi_scale_tokens_are_cropped(make_tokenizer, numbered):
     assert {image.shape for _, image in images} == {(16, 16, 3)}
 
 
+def trained_on(tokenizer, name):
+  tokenizer = copy.copy(tokenizer)
+  tokenizer.config = tokenizer.config | {'data.name': name}
+  return tokenizer
+
+
 def test_an_undecodable_test_image_of_the_run_is_left_out(
-  make_tokenizer, tiny_config, image_folder, tmp_path
+  make_tokenizer, image_folder, tmp_path
 ):
   shutil.copytree(image_folder, tmp_path / 'images')
   paths = sorted((tmp_path / 'images' / 'test').rglob('*.png'))
   paths[0].write_bytes(b'no image')
-  tiny_config.data.name = f'folder:{tmp_path / "images"}'
-  images = page.example_images(make_tokenizer(), 11)
+  tokenizer = trained_on(make_tokenizer(), f'folder:{tmp_path / "images"}')
+  images = page.example_images(tokenizer, 11)
   names = {str(path.relative_to(tmp_path / 'images')) for path in paths[1:]}
   assert {name for name, _ in images} == names
   assert all(image.shape == (16, 16, 3) for _, image in images)
 
 
 def test_where_there_is_nothing_to_show_there_is_one_line(
-  make_tokenizer, tiny_config, numbered
+  make_tokenizer, numbered
 ):
   for path in numbered.iterdir():
     path.write_bytes(b'no image')
-  tiny_config.data.name = 'folder:/no/such/folder'
+  tokenizer = trained_on(make_tokenizer(), 'folder:/no/such/folder')
   for source, message in (
     (str(numbered), 'none of 10 images can be decoded'),
     (str(numbered / '3.png'), '3.png'),
     (None, 'or name images by --input'),
   ):
     with pytest.raises(ValueError, match=message) as error:
-      page.example_images(make_tokenizer(), 5, source=source)
+      page.example_images(tokenizer, 5, source=source)
     assert '\n' not in str(error.value)
 
 

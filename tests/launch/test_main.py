@@ -23,12 +23,13 @@ TINY = (
 )
 
 
-def run(launcher, *flags):
-  environment = os.environ | {'XLA_FLAGS': ''}
+def run(launcher, *arguments):
+  flags = os.environ['XLA_FLAGS'].split()
+  flags = ' '.join(f for f in flags if 'device_count' not in f)
   return subprocess.run(
-    [sys.executable, f'launch/{launcher}.py', *flags],
+    [sys.executable, f'launch/{launcher}.py', *arguments],
     cwd=ROOT,
-    env=environment,
+    env=os.environ | {'XLA_FLAGS': flags},
     capture_output=True,
     text=True,
     timeout=280,
@@ -55,9 +56,10 @@ def run(launcher, *flags):
       ['--config=configs/photos.py', '--config.batch_size=abc'],
       "error: flag --config.batch_size=abc: expected an integer, got 'abc'",
     ),
-    (
+    pytest.param(
       ['--config=configs/photos.py', '--config.model.remat=maybe'],
       "Non-boolean argument to boolean flag: 'maybe'",
+      marks=pytest.mark.slow,
     ),
     (
       ['--config=configs/photos.py', '--config.model.codebook_size=-5'],
@@ -67,13 +69,14 @@ def run(launcher, *flags):
       ['--config=configs/photos.py', '--config.data.name=folder:/no/where'],
       '/no/where',
     ),
-    (
+    pytest.param(
       [
         '--config=configs/photos.py',
         '--init=/no',
         '--config.model.quantize_after=0',
       ],
       'expected a run with checkpoints in /no, or an export',
+      marks=pytest.mark.slow,
     ),
     (
       ['--config=configs/photos.py', '--config.freeze=decoder'],
@@ -83,9 +86,10 @@ def run(launcher, *flags):
       ['--config=configs/photos.py', '--multihost'],
       'expected a scheduler such as SLURM, found none',
     ),
-    (
+    pytest.param(
       ['--config=configs/photos.py', '--multihost', '--process_id=0'],
       'together or none of them, got None, None, 0',
+      marks=pytest.mark.slow,
     ),
     (
       ['--config=configs/photos.py', '--process_id=0'],
@@ -141,6 +145,7 @@ def test_main_trains_evaluates_and_draws(image_folder, tmp_path, monkeypatch):
   stored = json.loads((workdir / 'evaluation/test/metrics.json').read_text())
   assert stored['images'] == 11
   assert (workdir / 'evaluation/test/reconstructions.png').exists()
+  monkeypatch.delenv('PYTHONPROFILEIMPORTTIME')
   again = run('evaluate', f'--workdir={workdir}', '--split=test')
   assert again.returncode == 0, again.stderr
   again = json.loads((workdir / 'evaluation/test/metrics.json').read_text())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rvq_jax.models.discriminator import Discriminator, blur
+from rvq_jax.training.run import RUNS_ONCE
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32, 3)).astype('f')
 
@@ -15,7 +16,8 @@ IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32, 3)).astype('f')
 @functools.cache
 def build():
   module = Discriminator(widths=(8, 16, 16, 16))
-  variables = jax.jit(module.init)(jax.random.key(0), IMAGES)
+  init = jax.jit(module.init, compiler_options=RUNS_ONCE)
+  variables = init(jax.random.key(0), IMAGES)
   return jax.jit(module.apply), variables
 
 

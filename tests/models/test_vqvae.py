@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rvq_jax import VQVAE
+from rvq_jax.training.run import RUNS_ONCE
 
 
 def build(factor=4, dtype=jnp.float32, **quantizer):
@@ -22,9 +23,11 @@ def build(factor=4, dtype=jnp.float32, **quantizer):
   )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def init(model, x):
+def start(model, x):
   return model.init(jax.random.key(0), x, train=True)
+
+
+init = jax.jit(start, static_argnums=0, compiler_options=RUNS_ONCE)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames='method')
@@ -41,7 +44,7 @@ def images(height=16, width=16, seed=0):
 @pytest.mark.parametrize('size', [(16, 16), (48, 32)])
 def test_shapes_follow_the_factor(factor, size):
   model, x = build(factor), images(*size)
-  variables = jax.eval_shape(lambda: init(model, x[:, :16, :16]))
+  variables = jax.eval_shape(lambda: start(model, x[:, :16, :16]))
   out = jax.eval_shape(lambda variables: apply(model, variables, x), variables)
   assert out.reconstruction.shape == x.shape
   assert out.quantizer.ids.shape == (2, size[0] // factor, size[1] // factor)
@@ -184,7 +187,7 @@ def test_the_variables_have_the_names_that_checkpoints_hold():
     f'codebook/vq/{name}'
     for name in ('embedding', 'cluster_size', 'embedding_sum')
   }
-  variables = jax.eval_shape(lambda: init(build(), images()))
+  variables = jax.eval_shape(lambda: start(build(), images()))
   assert want == {
     jax.tree_util.keystr(path, simple=True, separator='/')
     for path, _ in jax.tree_util.tree_leaves_with_path(variables)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from rvq_jax.quantize.fsq import FSQ, fsq_levels
 from rvq_jax.quantize.gumbel import GumbelQuantizer
 from rvq_jax.quantize.simvq import SimVQ
+from rvq_jax.training.run import RUNS_ONCE
 
 K = 16
 Z = np.random.default_rng(0).normal(size=(8, 6, 5)).astype(np.float32)
@@ -31,7 +32,9 @@ EACH = pytest.mark.parametrize('name', ['gumbel', 'fsq', 'simvq'])
 EVERY = pytest.mark.parametrize('name', LAYERS)
 
 
-@functools.partial(jax.jit, static_argnames=('layer', 'train'))
+@functools.partial(
+  jax.jit, static_argnames=('layer', 'train'), compiler_options=RUNS_ONCE
+)
 def _init(layer, z, train):
   return layer.init(jax.random.key(0), z, train=train)
 

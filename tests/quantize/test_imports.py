@@ -22,7 +22,7 @@ import jax
 from rvq_jax import VectorQuantizer
 z = jax.numpy.ones((2, 3))
 layer = VectorQuantizer(codebook_size=4)
-layer.apply(layer.init(jax.random.key(0), z), z)
+jax.eval_shape(layer.init_with_output, jax.random.key(0), z)
 print(*sys.modules)
 """
 

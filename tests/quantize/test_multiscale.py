@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 from rvq_jax import MultiscaleQuantizer, rotate
 from rvq_jax.quantize import scales
 from rvq_jax.training import sharding
+from rvq_jax.training.run import RUNS_ONCE
 
-SIDES, K, D, N = (1, 2, 3, 4), 8, 3, 4
+SIDES, K, D, N, T = (1, 2, 3), 8, 3, 3, 14
 BETA = 0.25
 Z = np.random.default_rng(0).normal(size=(8, N, N, D)).astype(np.float32)
 LAYER = MultiscaleQuantizer(
@@ -33,9 +34,13 @@ def step(layer, variables, z=Z, mask=None):
   return _step(layer, variables, z, mask)
 
 
-evaluate = functools.partial(jax.jit, static_argnames='layer')(
-  lambda layer, variables, z=Z: layer.apply(variables, z)
-)
+@functools.partial(jax.jit, static_argnames='layer')
+def _evaluate(layer, variables, z):
+  return layer.apply(variables, z, mutable=['codebook', 'params'])
+
+
+def evaluate(layer, variables, z=Z):
+  return _evaluate(layer, variables, z)[0]
 
 
 @functools.partial(jax.jit, static_argnames='layer')
@@ -45,7 +50,8 @@ def decode(layer, variables, ids):
 
 @functools.cache
 def start(layer=LAYER):
-  return jax.jit(lambda: layer.init(jax.random.key(0), Z, train=True))()
+  init = functools.partial(layer.init, train=True)
+  return jax.jit(init, compiler_options=RUNS_ONCE)(jax.random.key(0), Z)
 
 
 @functools.cache
@@ -115,7 +121,7 @@ def oracle(variables, images):
       ids.append(own)
       sums.append(total)
   rows, ids = (
-    np.concatenate(x).reshape(len(images), 30, -1) for x in (rows, ids)
+    np.concatenate(x).reshape(len(images), T, -1) for x in (rows, ids)
   )
   return rows, ids[..., 0], np.reshape(sums, (-1, len(SIDES), N, N, D))
 
@@ -145,7 +151,7 @@ def test_each_scale_codes_what_the_ones_before_leave():
       got = out.metrics[f'{name}_{number}']
       np.testing.assert_allclose(got, value, rtol=1e-5, err_msg=name)
   assert (
-    out.metrics['quantization_error'] == out.metrics['quantization_error_4']
+    out.metrics['quantization_error'] == out.metrics['quantization_error_3']
   )
 
 
@@ -156,7 +162,7 @@ def test_ids_decode_to_the_forward_pass_and_those_of_the_first_scales_to_less():
     decode(LAYER, variables, out.ids), out.quantized
   )
   _, _, sums = oracle(variables, Z)
-  for number, end in enumerate((1, 5, 14)):
+  for number, end in enumerate((1, 5)):
     got = decode(LAYER, variables, out.ids[:, :end])
     np.testing.assert_allclose(got, sums[:, number], atol=1e-5)
 
@@ -164,12 +170,11 @@ def test_ids_decode_to_the_forward_pass_and_those_of_the_first_scales_to_less():
 @pytest.mark.parametrize(
   'layer',
   [
-    LAYER.clone(code_dim=5),
-    LAYER.clone(ema=False, dead_code_threshold=0.9),
-    pytest.param(LAYER.clone(sides=(2, 4)), marks=pytest.mark.slow),
-    pytest.param(LAYER.clone(sides=(4,)), marks=pytest.mark.slow),
+    LAYER.clone(sides=(2, 3), code_dim=5, ema=False, dead_code_threshold=0.9),
+    pytest.param(LAYER.clone(sides=(1, 3)), marks=pytest.mark.slow),
+    pytest.param(LAYER.clone(sides=(3,)), marks=pytest.mark.slow),
   ],
-  ids=['projected', 'learned', 'two scales', 'one scale'],
+  ids=['projected and learned', 'two scales', 'one scale'],
 )
 @pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
 def test_every_layer_decodes_its_ids_bit_exactly(layer, dtype):
@@ -233,8 +238,8 @@ def test_the_moving_average_weighs_tokens_by_the_area_that_they_cover():
   _, after = step(LAYER, variables)
   rows, ids, _ = oracle(variables, Z)
   old = variables['codebook']
-  area = np.concatenate([np.full(s * s, 30 / (4 * s * s)) for s in SIDES])
-  area = np.tile(area, len(Z))  # each scale counts for 30 / 4 an image
+  area = np.concatenate([np.full(s * s, T / (3 * s * s)) for s in SIDES])
+  area = np.tile(area, len(Z))  # each scale counts for T / 3 an image
   counts = np.bincount(ids.ravel(), area, minlength=K)
   sums = np.zeros((K, D))
   np.add.at(sums, ids.ravel(), area[:, None] * rows.reshape(-1, D))
@@ -245,11 +250,12 @@ def test_the_moving_average_weighs_tokens_by_the_area_that_they_cover():
 
 
 def test_the_first_batch_fills_the_codebook_from_every_scale():
-  layer = LAYER.clone(codebook_size=8 * 30, decay=1.0)
+  sides = (2, 3)
+  layer = LAYER.clone(sides=sides, codebook_size=8 * 13, decay=1.0)
   _, variables = step(layer, start(layer))
   rows = []
   for z in np.float64(Z):
-    for side in SIDES:
+    for side in sides:
       rows.append(area(z, side))
       z = z - bicubic(rows[-1], side, N)
   rows, codes = np.concatenate(rows), variables['codebook']['embedding']
@@ -261,20 +267,20 @@ def test_the_first_batch_fills_the_codebook_from_every_scale():
 def test_the_first_codes_are_drawn_from_all_scales_alike():
   """Of 8 x 16 tokens of the finest scale as many as of the eight of 2x2."""
   layer = LAYER.clone(sides=(2, 4), codebook_size=40, decay=1.0)
-  z = np.where(np.arange(N) % 2, 1, -1)[None, None, :, None] * np.abs(Z)
-  _, variables = step(layer, start(layer), np.float32(z))
+  z = np.abs(np.random.default_rng(0).normal(size=(8, 4, 4, D)))
+  z *= np.where(np.arange(4) % 2, 1, -1)[:, None]
+  variables = start(layer.clone(sides=(2, N)))  # the same on any grid
+  _, variables = step(layer, variables, np.float32(z))
   coarse = np.concatenate([area(np.float64(x), 2) for x in z])
   codes = variables['codebook']['embedding']
   distance = np.linalg.norm(coarse[:, None] - codes[None], axis=-1)
-  assert 12 < (distance.min(0) < 1e-5).sum() < 28  # by numbers: 8
+  assert 16 < (distance.min(0) < 1e-5).sum() < 24  # by numbers: 13
 
 
 def test_evaluation_and_init_leave_the_codebook_and_freeze_phi_too():
   assert not np.any(start()['codebook']['cluster_size'])
   variables, frozen = trained(), LAYER.clone(freeze=True)
-  _, after = jax.jit(
-    lambda v: LAYER.apply(v, Z, mutable=['codebook', 'params'])
-  )(variables)
+  _, after = _evaluate(LAYER, variables, Z)
   out, fixed = step(frozen, variables)
   # (1 + BETA) MSE without the codebook's term.
   whole = evaluate(LAYER, variables).loss
@@ -290,14 +296,15 @@ def test_evaluation_and_init_leave_the_codebook_and_freeze_phi_too():
 
 
 def test_a_dead_code_joins_the_others():
-  layer, variables = LAYER.clone(dead_code_threshold=0.5), trained()
+  layer, variables = LAYER.clone(sides=(2, 3)), trained()
+  layer = layer.clone(dead_code_threshold=0.5)
   book = jax.tree.map(np.array, variables['codebook'])
   book['embedding'][3], book['cluster_size'][3] = 100.0, 0.0
   book['embedding_sum'][3] = 0.0
   out, after = step(layer, variables | {'codebook': book})
   assert out.metrics['replaced_codes'] >= 1
   assert np.linalg.norm(after['codebook']['embedding'][3]) < 10
-  assert after['codebook']['cluster_size'][3] == pytest.approx(8 * 30 / K)
+  assert after['codebook']['cluster_size'][3] == pytest.approx(8 * 13 / K)
 
 
 def test_masked_positions_count_nowhere():
@@ -314,14 +321,14 @@ def test_masked_positions_count_nowhere():
   )
   # The finest scale has a token per position, the coarsest one per image.
   usable = mask.sum() + 7
-  assert usable < np.sum(one.counts) < 8 * 30
+  assert usable < np.sum(one.counts) < 8 * T
   whole = step(LAYER, variables)[0]
   np.testing.assert_array_equal(one.ids[1], whole.ids[1])
 
 
 def test_a_position_that_is_not_finite_spoils_its_own_image():
   variables, spoilt = trained(), Z.copy()
-  spoilt[2, 1, 3, 0] = np.nan
+  spoilt[2, 1, 2, 0] = np.nan
   out, after = step(LAYER, variables, spoilt)
   whole = step(LAYER, variables)[0]
   others = np.arange(8) != 2
@@ -334,40 +341,40 @@ def test_a_position_that_is_not_finite_spoils_its_own_image():
   'route', ['jit', pytest.param('shard_map', marks=pytest.mark.slow)]
 )
 def test_devices_agree_with_one(route):
-  layer = LAYER.clone(codebook_size=20, dead_code_threshold=0.7)
+  layer = LAYER.clone(sides=(1, 3), codebook_size=20, dead_code_threshold=0.7)
   mesh = sharding.data_mesh(jax.devices('cpu'))
   rows, everywhere = sharding.by_rows(mesh), sharding.replicated(mesh)
   axis = None if route == 'jit' else 'data'
-  mask = np.arange(8 * 16).reshape(8, 4, 4) % 11 > 0
+  mask = np.arange(8 * N * N).reshape(8, N, N) % 11 > 0
 
-  def steps(layer, variables, z, mask):
-    for i in range(3):
-      out, updates = layer.apply(
-        variables,
-        z,
-        train=True,
-        mask=mask,
-        mutable=['codebook'],
-        rngs={'codebook': jax.random.key(i)},
-      )
-      variables = variables | updates
+  def step(layer, key, variables, z, mask):
+    out, updates = layer.apply(
+      variables,
+      z,
+      train=True,
+      mask=mask,
+      mutable=['codebook'],
+      rngs={'codebook': key},
+    )
     loss = (
       out.loss if layer.axis_name is None else jax.lax.pmean(out.loss, 'data')
     )
-    return variables, out.ids, loss, out.counts
+    return variables | updates, out.ids, loss, out.counts
 
-  variables = start(layer)
-  one = jax.jit(functools.partial(steps, layer))(variables, Z, mask)
-  many = functools.partial(steps, layer.clone(axis_name=axis))
+  many = functools.partial(step, layer.clone(axis_name=axis))
   if route == 'shard_map':
     many = jax.shard_map(
       many,
       mesh=mesh,
-      in_specs=(P(), P('data'), P('data')),
+      in_specs=(P(), P(), P('data'), P('data')),
       out_specs=(P(), P('data'), P(), P()),
     )
-  many = jax.jit(many, in_shardings=(everywhere, rows, rows))
-  got = many(variables, Z, mask)
+  shardings = everywhere, everywhere, rows, rows
+  many = jax.jit(many, in_shardings=shardings)
+  single = jax.jit(functools.partial(step, layer))
+  got, one = [jax.device_put(start(layer), everywhere)], [start(layer)]
+  for key in jax.random.split(jax.random.key(0), 3):
+    got, one = many(key, got[0], Z, mask), single(key, one[0], Z, mask)
   np.testing.assert_array_equal(got[1], one[1])
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
@@ -421,7 +428,7 @@ def test_codes_are_interpolated_by_the_bicubic_kernel(side, grid):
 @pytest.mark.parametrize(
   ('layer', 'shape', 'message'),
   [
-    (LAYER, (2, 5, 5, 3), 'up to that of the grid, 5, got .1, 2, 3, 4'),
+    (LAYER, (2, 5, 5, 3), 'up to that of the grid, 5, got .1, 2, 3'),
     (LAYER, (2, 4, 8, 3), r'square grid .* got \[2, 4, 8, 3\]'),
     (LAYER, (4, 4, 3), 'square grid'),
     (LAYER.clone(sides=(2, 1, 4)), (2, 4, 4, 3), 'sides that grow'),
@@ -436,9 +443,9 @@ def test_what_cannot_be_is_refused(layer, shape, message):
     layer.init(jax.random.key(0), jnp.zeros(shape))
 
 
-@pytest.mark.parametrize('tokens', [0, 2, 29, 31])
+@pytest.mark.parametrize('tokens', [0, 2, 13, 15])
 def test_ids_of_a_part_of_a_scale_are_refused(tokens):
-  with pytest.raises(ValueError, match=r'T one of \[1, 5, 14, 30\]'):
+  with pytest.raises(ValueError, match=r'T one of \[1, 5, 14\]'):
     LAYER.apply(
       start(), np.zeros((2, tokens), np.int32), method='codes_from_ids'
     )
@@ -447,5 +454,5 @@ def test_ids_of_a_part_of_a_scale_are_refused(tokens):
 def test_ids_without_sides_are_refused():
   with pytest.raises(ValueError, match='expected its argument sides'):
     LAYER.clone(sides=None).apply(
-      start(), np.zeros((2, 30), np.int32), method='codes_from_ids'
+      start(), np.zeros((2, T), np.int32), method='codes_from_ids'
     )

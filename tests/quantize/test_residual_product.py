@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 
 from rvq_jax import ProductQuantizer, ResidualQuantizer, VectorQuantizer, rotate
+from rvq_jax.training.run import RUNS_ONCE
 
 Z = np.random.default_rng(0).normal(size=(2, 24, 6)).astype(np.float32)
 K = 8
 # Shared: each other layer is another handful of programs.
 RESIDUAL = ResidualQuantizer(K, depth=3, decay=0.8)
-PRODUCT = ProductQuantizer(K, heads=3)
+PRODUCT = ProductQuantizer(K, heads=2)
 EACH = pytest.mark.parametrize(
   'layer', [RESIDUAL, PRODUCT], ids=['residual', 'product']
 )
 
 
-@functools.partial(jax.jit, static_argnames=('layer', 'train'))
+@functools.partial(
+  jax.jit, static_argnames=('layer', 'train'), compiler_options=RUNS_ONCE
+)
 def init(layer, train=True):
   return layer.init(jax.random.key(0), Z, train=train)
 
@@ -89,13 +92,13 @@ def test_residual_codes_are_the_greedy_ones():
 )
 def test_levels_of_more_codes_than_vectors_are_filled_with_residuals(threshold):
   layer = ResidualQuantizer(
-    codebook_size=64, depth=3, dead_code_threshold=threshold
+    codebook_size=64, depth=2, dead_code_threshold=threshold
   )
   variables = init(layer)
   for seed in range(4):
     z = np.random.default_rng(seed).normal(size=Z.shape).astype(np.float32)
     _, variables = step(layer, variables, z=z)
-  for d in range(3):
+  for d in range(2):
     book = variables['codebook'][f'level_{d}']
     used = np.asarray(book['cluster_size']) > 0
     lengths = np.linalg.norm(book['embedding'], axis=1)[used]
@@ -163,13 +166,13 @@ def test_residual_learns_to_leave_less():
 def test_product_codes_are_the_nearest_of_each_piece():
   variables = trained(PRODUCT)
   out = evaluate(PRODUCT, variables)
-  assert out.ids.shape == (2, 24, 3)
-  for h in range(3):
+  assert out.ids.shape == (2, 24, 2)
+  for h in range(2):
     codes = np.asarray(variables['codebook'][f'head_{h}']['embedding'])
-    ids = nearest(Z.reshape(-1, 3, 2)[:, h], codes)
+    ids = nearest(Z.reshape(-1, 2, 3)[:, h], codes)
     np.testing.assert_array_equal(np.ravel(np.asarray(out.ids)[..., h]), ids)
     np.testing.assert_array_equal(
-      np.asarray(out.quantized).reshape(-1, 3, 2)[:, h], codes[ids]
+      np.asarray(out.quantized).reshape(-1, 2, 3)[:, h], codes[ids]
     )
     np.testing.assert_array_equal(
       np.asarray(out.counts)[h], np.bincount(ids, minlength=K)

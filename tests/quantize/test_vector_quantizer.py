@@ -11,11 +11,14 @@ import pytest
 from rvq_jax import ResidualQuantizer, VectorQuantizer, rotate
 from rvq_jax.quantize.gumbel import GumbelQuantizer
 from rvq_jax.quantize.simvq import SimVQ
+from rvq_jax.training.run import RUNS_ONCE
 
 Z = np.random.default_rng(0).normal(size=(2, 4, 4, 6)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=('layer', 'train'))
+@functools.partial(
+  jax.jit, static_argnames=('layer', 'train'), compiler_options=RUNS_ONCE
+)
 def init(layer, train=True):
   return layer.init(jax.random.key(0), Z, train=train)
 
@@ -195,7 +198,8 @@ def test_edge_inputs_give_codes_and_finite_gradients(estimator, dtype):
 def test_smallest_shapes_train(size, dim):
   layer = VectorQuantizer(codebook_size=size, code_dim=dim)
   z = np.ones((1, dim), np.float32)
-  variables = jax.jit(layer.init)(jax.random.key(0), z)
+  start = jax.jit(layer.init, compiler_options=RUNS_ONCE)
+  variables = start(jax.random.key(0), z)
   out, after = train(layer, variables, z=z)
   assert out.ids.shape == (1,) and np.isfinite(float(out.loss))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
@@ -258,7 +262,8 @@ def test_a_masked_loss_over_devices_is_that_of_the_global_batch(layer):
   z *= np.arange(8, dtype=np.float32)[:, None, None]
   mask = np.arange(64).reshape(8, 8) ** 2 % 64 < 20
   mask[0] = False  # a device without a valid row
-  variables = jax.jit(layer.init)(jax.random.key(0), z)
+  start = jax.jit(layer.init, compiler_options=RUNS_ONCE)
+  variables = start(jax.random.key(0), z)
   mapped = layer.clone(axis_name='data')
 
   @jax.jit
@@ -306,8 +311,7 @@ def test_learned_codes_get_the_codebook_gradient(form, weight):
 
 
 def test_projections_lead_to_code_dim_and_back():
-  layer, variables = make(code_dim=2)
-  _, variables = train(layer, variables)
+  layer, variables = make(code_dim=2, init_from='normal')
   out = evaluate(layer, variables)
   assert out.quantized.shape == Z.shape
   assert variables['codebook']['embedding'].shape == (8, 2)
@@ -399,7 +403,9 @@ def test_works_inside_another_module_under_scan():
       return VectorQuantizer(8, 6, name='vq')(x, train=train).quantized
 
   model = Model()
-  variables = jax.jit(lambda: model.init(jax.random.key(0), Z, False))()
+  start = functools.partial(model.init, x=Z, train=False)
+  start = jax.jit(start, compiler_options=RUNS_ONCE)
+  variables = start(jax.random.key(0))
 
   @jax.jit
   def run(book, batches):

@@ -18,6 +18,7 @@ from rvq_jax.models import lpips, lpips_weights
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.optimizer import make_optimizer, make_schedule
+from rvq_jax.training.run import RUNS_ONCE
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step
 from rvq_jax.training.writers import read_jsonl
@@ -136,7 +137,8 @@ def _make_step(flat, model, **options):
       image_size=8,
       batch_size=8,
       params_ema=average > 0,
-    )
+    ),
+    compiler_options=RUNS_ONCE,
   )()
   options = {'flip': False, 'params_ema_decay': average} | options
   return state, jax.jit(make_train_step(model, optimizer, **options))

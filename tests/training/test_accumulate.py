@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from rvq_jax import VQVAE
 from rvq_jax.models.layers import Norm
 from rvq_jax.training import sharding
+from rvq_jax.training.run import RUNS_ONCE
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step
 
@@ -58,7 +59,8 @@ def start(quantizer):
   state = jax.jit(
     lambda: create_state(
       model, optimizer, jax.random.key(0), image_size=8, batch_size=16
-    )
+    ),
+    compiler_options=RUNS_ONCE,
   )()
   with nn.intercept_methods(without_batch_norm):
     return jax.device_get(jax.jit(step)(state, {'image': IMAGES})[0])

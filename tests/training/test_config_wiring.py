@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -87,25 +88,18 @@ def model_of(make_step_config):
   return build
 
 
-def called_modules(model, part):
-  """The modules of a part of the model that a forward pass calls."""
+def trace(model, call, shape, gradient=False):
+  """The modules of a call of the model, and its program as text."""
   modules = []
 
   def record(call, arguments, keywords, context):
     modules.append(context.module)
     return call(*arguments, **keywords)
 
-  images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
-  with nn.intercept_methods(record):
-    jax.eval_shape(model.init, jax.random.key(0), images)
-  return [module for module in modules if module.path[:1] == (part,)]
-
-
-def program(model, call, shape):
-  """The program of the gradient of a call of the model, as text."""
   x = jax.ShapeDtypeStruct(shape, jnp.float32)
   init = functools.partial(model.init, method=call)
-  variables = jax.eval_shape(init, jax.random.key(0), x)
+  with nn.intercept_methods(record):
+    variables = jax.eval_shape(init, jax.random.key(0), x)
 
   def total(x, variables):
     y, loss = model.apply(
@@ -117,8 +111,10 @@ def program(model, call, shape):
     )[0]
     return jnp.mean(y) + loss
 
-  gradient = jax.value_and_grad(total, argnums=(0, 1), allow_int=True)
-  return str(jax.make_jaxpr(gradient)(x, variables))
+  if gradient:
+    total = jax.value_and_grad(total, argnums=(0, 1), allow_int=True)
+  text = str(jax.make_jaxpr(total)(x, variables))
+  return modules, re.sub(' at 0x[0-9a-f]+', '', text)
 
 
 def quantize(model, z):
@@ -132,50 +128,57 @@ def reconstruct(model, images):
 
 
 @pytest.fixture(scope='module')
-def quantizer_program(model_of):
-  """Returns a function of fields of model: the program of its quantizer."""
-  cached = functools.cache(
-    lambda items: program(model_of(**dict(items)), quantize, (2, 4, 4, 8))
-  )
-  return lambda **fields: cached(tuple(fields.items()))
+def trace_quantizer(model_of):
+  """Returns a function: gradient, fields of model -> `trace` of a quantizer."""
+
+  @functools.cache
+  def cached(gradient, items):
+    return trace(model_of(**dict(items)), quantize, (2, 4, 4, 8), gradient)
+
+  return lambda gradient, fields: cached(gradient, tuple(fields.items()))
 
 
 @pytest.mark.parametrize(
   ('name', 'field'),
   [(name, field) for name in QUANTIZERS for field in quantizer_fields(name)],
 )
-def test_a_field_reaches_the_quantizer_of_the_forward_pass(
-  name, field, model_of, quantizer_program
-):
+def test_a_field_reaches_the_quantizer(name, field, trace_quantizer):
   base = {'quantizer': name}
   base |= {} if name == 'simvq' else NEEDS.get(field, {})
   changed = base | {field: OTHER[field]}
-  modules = called_modules(model_of(**changed), 'vq')
+  modules, _ = trace_quantizer(False, changed)
   found = {getattr(m, field) for m in modules if field in fields_of(m)}
   assert found == {OTHER[field]}
-  assert quantizer_program(**changed) != quantizer_program(**base)
+  assert any(  # a gradient takes three times as long
+    trace_quantizer(gradient, changed)[1] != trace_quantizer(gradient, base)[1]
+    for gradient in (False, True)
+  )
 
 
 @pytest.mark.parametrize(
   'field', [f for f in OF_MODEL if f in fields_of(VQVAE) - {'quantizer'}]
 )
 def test_a_field_reaches_the_encoder_and_the_decoder(field, model_of):
-  base = {'num_res_blocks': 1}
-  model, changed = model_of(**base), model_of(**base | {field: OTHER[field]})
+  base, images = {'num_res_blocks': 1}, (2, 8, 8, 3)
+  _, one = trace(model_of(**base), reconstruct, images)
+  modules, other = trace(
+    model_of(**base | {field: OTHER[field]}), reconstruct, images
+  )
+  assert one != other
   want = jnp.bfloat16 if field == 'dtype' else OTHER[field]
   parts = {'code_dim': ['encoder'], 'num_heads': ['decoder']}
   for part in parts.get(field, ['encoder', 'decoder']):
-    modules = called_modules(changed, part)
-    found = {getattr(m, field) for m in modules if field in fields_of(m)}
+    own = [m for m in modules if m.path[:1] == (part,)]
+    found = {getattr(m, field) for m in own if field in fields_of(m)}
     assert found == {want}
-  images = (2, 8, 8, 3)
-  one, other = (program(m, reconstruct, images) for m in (model, changed))
-  assert one != other
 
 
 @pytest.mark.parametrize('name', QUANTIZERS)
 def test_the_name_chooses_the_quantizer(name, model_of):
-  class_of = type(model_of(quantizer=name).bind({}).vq)
+  model = model_of(quantizer=name)
+  class_of = type(model.bind({}).vq)
+  modules, _ = trace(model, reconstruct, (2, 8, 8, 3))
+  assert {type(m) for m in modules if m.path == ('vq',)} == {class_of}
   others = {type(model_of(quantizer=n).bind({}).vq) for n in QUANTIZERS}
   assert len(others) == len(QUANTIZERS)
   assert class_of.__name__.lower().startswith({'vq': 'vector'}.get(name, name))
@@ -219,9 +222,8 @@ def run_program(make_step_config, lpips_stand_in):
     run = Run(make_step_config(dict(items)))
     side = run.config['data.image_size']
     images = jax.ShapeDtypeStruct((8, side, side, 3), jnp.uint8)
-    state = jax.eval_shape(run.init, run.key)
     step = functools.partial(run.train_step, 1)
-    return str(jax.make_jaxpr(step)(state, {'image': images}))
+    return str(jax.make_jaxpr(step)(run.template, {'image': images}))
 
   return lambda **fields: program(tuple(fields['fields'].items()))
 

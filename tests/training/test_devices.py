@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from rvq_jax import VQVAE
 from rvq_jax.training import sharding
+from rvq_jax.training.run import RUNS_ONCE
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step
 from rvq_jax.training.validation import make_eval_step
@@ -46,7 +47,8 @@ def start():
     jax.jit(
       lambda: create_state(
         model, optimizer, jax.random.key(0), image_size=8, batch_size=16
-      )
+      ),
+      compiler_options=RUNS_ONCE,
     )()
   )
 

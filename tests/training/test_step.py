@@ -7,6 +7,7 @@ import numpy as np
 
 from rvq_jax import VQVAE
 from rvq_jax.training.optimizer import make_optimizer
+from rvq_jax.training.run import RUNS_ONCE
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step
 from rvq_jax.training.validation import make_eval_step
@@ -33,7 +34,8 @@ def build():
       image_size=8,
       batch_size=4,
       params_ema=True,
-    )
+    ),
+    compiler_options=RUNS_ONCE,
   )()
   step = make_train_step(model, optimizer, params_ema_decay=0.5)
   return model, jax.jit(step), state

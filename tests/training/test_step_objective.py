@@ -13,6 +13,7 @@ from rvq_jax import VQVAE
 from rvq_jax.models.discriminator import Discriminator
 from rvq_jax.training import sharding
 from rvq_jax.training.objective import Objective, lecam
+from rvq_jax.training.run import RUNS_ONCE
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step
 
@@ -61,7 +62,8 @@ def state_at(step):
       image_size=8,
       batch_size=8,
       discriminator=OBJECTIVE.init_discriminator(jax.random.key(1), 8),
-    )
+    ),
+    compiler_options=RUNS_ONCE,
   )()
   own = state.discriminator | {'logits_real': 0.7, 'logits_fake': -0.2}
   own = jax.tree.map(jnp.asarray, own)
@@ -142,7 +144,7 @@ def test_each_player_follows_the_gradient_of_its_own_loss():
   after, _ = take(state)
   old = state.discriminator
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=RUNS_ONCE)
   def gradients(params, judge):
     def reconstruct(params):
       variables = state.variables | {'params': params}

@@ -62,7 +62,7 @@ def one_line_or(function):
     return None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(name=NAMES, text=TYPED)
 @example(name='model.widths', text='32')
 @example(name='model.codebook_size', text='-5')
