@@ -73,8 +73,8 @@ def row_weights(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
   mask is bool [N], or weights [N], at least 0; None: all count 1.
   """
-  finite = jnp.all(jnp.isfinite(e), axis=-1)
-  return jnp.where(finite, 1.0 if mask is None else mask, 0).astype(jnp.float32)
+  weight = jnp.where(valid_rows(e), 1.0 if mask is None else mask, 0)
+  return weight.astype(jnp.float32)
 
 
 def _global_sum(x, axis_name):

@@ -120,8 +120,7 @@ class MultiscaleQuantizer(VectorQuantizer):
     dead = self._dead(book, expected)
     metrics['dead_codes'] = jnp.mean(dead.astype(jnp.float32))
     if update:
-      weighted = base.count(self, ids, rows, share)
-      book, replaced = self._update(book, rows, ids, share, expected, weighted)
+      book, replaced = self._update(book, rows, ids, share, expected)
       metrics['replaced_codes'] = replaced.astype(jnp.float32)
     if update or fill:
       write(book)

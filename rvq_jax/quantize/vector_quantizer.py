@@ -156,7 +156,7 @@ class VectorQuantizer(nn.Module):
     dead = self._dead(book, expected)
     metrics['dead_codes'] = jnp.mean(dead.astype(jnp.float32))
     if update:
-      book, replaced = self._update(book, e, ids, mask, expected, counts)
+      book, replaced = self._update(book, e, ids, mask, expected)
       metrics['replaced_codes'] = replaced.astype(jnp.float32)
     if update or fill:
       write(book)
@@ -267,7 +267,7 @@ class VectorQuantizer(nn.Module):
       axis_name=base.mapped_axis(self),
     )
 
-  def _update(self, book, e, ids, mask, expected, counts):
+  def _update(self, book, e, ids, mask, expected):
     """Moving average, then replacement; the codebook and how many replaced."""
     key, axis = self._key(book), self.axis_name
     if self.ema:
@@ -276,6 +276,7 @@ class VectorQuantizer(nn.Module):
       )
       book = self._on_sphere(book)
     else:
+      counts = base.count(self, ids, e, mask)
       size = self.decay * book.cluster_size + (1 - self.decay) * counts
       book = book.replace(cluster_size=size)
     if not self.dead_code_threshold:
