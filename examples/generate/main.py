@@ -60,7 +60,7 @@ def open_tokens(folder, tokenizer, seed: int, share: float):
     raise ValueError(f'{folder} does not name its model: expected --tokenizer')
   tokenizer = load(name)
   for tokens in datasets:
-    tiling.check_model(tokenizer, tokens.meta['model_hash'], folder)
+    tiling.check_model(tokenizer, tokens.meta['encoder_hash'], folder)
     shape = tokens.ids.shape[1:]
     if len(shape) != (1 if tokenizer.sides else 2):
       raise ValueError(f'{folder}: expected one id per position, got {shape}')

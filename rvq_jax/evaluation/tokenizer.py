@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from rvq_jax.data.images import prepare_images
 from rvq_jax.io import tree_digest
@@ -16,6 +17,8 @@ _SHAPING = (
   'widths factor num_res_blocks num_heads code_dim quantizer codebook_size '
   'activation cosine depth heads dtype'
 ).split()
+# What the moving average counts, in units of the batch that it is trained on.
+_COUNTS = 'cluster_size', 'embedding_sum'
 
 
 class Tokenizer:
@@ -96,11 +99,26 @@ class Tokenizer:
   @functools.cached_property
   def model_hash(self) -> str:
     """SHA-256 of architecture and arrays; the same for a run and its export."""
+    return tree_digest(self.variables, header=self._architecture())
+
+  @functools.cached_property
+  def encoder_hash(self) -> str:
+    """SHA-256 of architecture, encoder and codes, all that gives ids a meaning.
+
+    The same after fine-tuning the decoder alone.
+    """
+    arrays = {
+      name: array
+      for name, array in flatten_dict(dict(self.variables), sep='.').items()
+      if name.split('.')[1] in ('encoder', 'vq') and not name.endswith(_COUNTS)
+    }
+    return tree_digest(arrays, header=self._architecture())
+
+  def _architecture(self) -> str:
     shaping = {name: self.config[f'model.{name}'] for name in _SHAPING}
     if self.sides:
       shaping['sides'] = self.sides
-    header = json.dumps(shaping, sort_keys=True)
-    return tree_digest(self.variables, header=header)
+    return json.dumps(shaping, sort_keys=True)
 
   def encode(self, images) -> jax.Array:
     """Token ids of images.

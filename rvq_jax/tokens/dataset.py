@@ -20,7 +20,7 @@ from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.io import explain_full_disk, read_json
 from rvq_jax.tokens import tiling
 
-META, FORMAT = 'meta.json', 'rvq_jax tokens 1'
+META, FORMAT = 'meta.json', 'rvq_jax tokens 2'
 _MAX_META_BYTES = 2**26
 
 
@@ -104,7 +104,8 @@ def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
   """Writes the images of a folder of tokens as PNG files, numbered by row.
 
   Args:
-    tokenizer: the model that made the tokens.
+    tokenizer: the model that made the tokens, or one of the same encoder and
+      codes.
     folder: of the tokens.
     output: new or empty folder.
 
@@ -115,7 +116,7 @@ def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
     ValueError: the tokens are of another model, or the output is not empty.
   """
   dataset, output = TokenDataset(folder), Path(output)
-  tiling.check_model(tokenizer, dataset.meta['model_hash'], folder)
+  tiling.check_model(tokenizer, dataset.meta['encoder_hash'], folder)
   check_new(output)
   size = dataset.meta['image_size']
   batch, skipped = batch_size(size), {x['row'] for x in dataset.meta['skipped']}

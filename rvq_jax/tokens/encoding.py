@@ -70,6 +70,7 @@ def encode_dataset(
   meta = {
     'format': FORMAT,
     'model_hash': tokenizer.model_hash,
+    'encoder_hash': tokenizer.encoder_hash,
     'codebook_size': tokenizer.codebook_size,
     'factor': tokenizer.factor,
     'num_images': len(source),

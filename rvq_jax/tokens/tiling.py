@@ -32,12 +32,13 @@ def ids_type(tokenizer: Tokenizer, height: int, width: int):
   return tokenizer.ids_shape(height, width), dtype
 
 
-def check_model(tokenizer: Tokenizer, model_hash: str, name) -> None:
-  """Raises ValueError where tokens stored in `name` are of another model."""
-  if model_hash != tokenizer.model_hash:
+def check_model(tokenizer: Tokenizer, encoder_hash: str, name) -> None:
+  """Raises ValueError where tokens stored in `name` are of other codes."""
+  if encoder_hash != tokenizer.encoder_hash:
     raise ValueError(
-      f'{name} is of the model {model_hash[:16]}, got the model '
-      f'{tokenizer.model_hash[:16]}; pass the --workdir and --step of the first'
+      f'{name} is of the encoder {encoder_hash[:16]}, got the encoder '
+      f'{tokenizer.encoder_hash[:16]}; pass the --workdir and --step that made '
+      'it, or of a decoder fine-tuned for it'
     )
 
 
@@ -148,6 +149,7 @@ def save_image(tokenizer: Tokenizer, image: np.ndarray, path) -> np.ndarray:
     factor=tokenizer.factor,
     codebook_size=tokenizer.codebook_size,
     model_hash=tokenizer.model_hash,
+    encoder_hash=tokenizer.encoder_hash,
   )
   write_atomic(path, content.getvalue())
   return ids
@@ -163,7 +165,7 @@ def load_image(tokenizer: Tokenizer, path) -> np.ndarray:
     with open(path, 'rb') as file, np.load(file, allow_pickle=False) as arrays:
       if sum(entry.file_size for entry in arrays.zip.infolist()) > _MAX_BYTES:
         raise ValueError(f'it holds more than {_MAX_BYTES} bytes')
-      ids, model_hash = arrays['ids'], str(arrays['model_hash'])
+      ids, encoder_hash = arrays['ids'], str(arrays['encoder_hash'])
       height, width = map(int, arrays['size'])
     if not (height > 0 < width and height * width <= MAX_PIXELS):
       raise ValueError(f'it says {width} x {height} pixels')
@@ -173,7 +175,7 @@ def load_image(tokenizer: Tokenizer, path) -> np.ndarray:
     raise ValueError(
       f'{path}: expected an .npz file of launch/encode.py: {reason}'
     ) from error
-  check_model(tokenizer, model_hash, path)
+  check_model(tokenizer, encoder_hash, path)
   shape, dtype = ids_type(tokenizer, height, width)
   if (ids.shape, ids.dtype) != (shape, dtype):
     raise ValueError(

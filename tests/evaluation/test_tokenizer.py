@@ -1,5 +1,8 @@
 """`Tokenizer`: encode and decode against the forward pass of the model."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from rvq_jax import load
 from rvq_jax.data.images import to_float
 from rvq_jax.evaluation.evaluate import evaluate_run
+from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.training.loop import train
 
 
@@ -161,3 +165,27 @@ def test_another_step_weight_or_function_has_another_hash(run):
   book['embedding'] = book['embedding'].at[3, 2].add(1e-6)
   hashes.add(tokenizer.model_hash)
   assert len(hashes) == 5
+
+
+@pytest.mark.parametrize(
+  ('path', 'same'),
+  [
+    ('params.decoder.in.bias', True),
+    ('codebook.vq.cluster_size', True),
+    ('codebook.vq.embedding_sum', True),
+    ('codebook.vq.embedding', False),
+    ('params.encoder.out.bias', False),
+    ('batch_stats.encoder.norm0.bn.mean', False),
+  ],
+)
+def test_the_encoder_hash_is_that_of_what_gives_ids_a_meaning(run, path, same):
+  tokenizer = load(run)
+  before = tokenizer.encoder_hash, tokenizer.model_hash
+  *folders, name = path.split('.')
+  arrays = functools.reduce(operator.getitem, folders, tokenizer.variables)
+  arrays[name] = arrays[name] + np.float32(1e-3)
+  changed = Tokenizer(
+    tokenizer.model, tokenizer.variables, config=tokenizer.config, step=1
+  )
+  assert (changed.encoder_hash == before[0]) == same
+  assert changed.model_hash != before[1]

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rvq_jax.tokens import dataset
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / 'examples' / 'generate'
 KINDS = {'vq': {}, 'multiscale': {'sides': (1, 4)}, 'residual': {'depth': 2}}
@@ -64,7 +66,7 @@ def write_tokens(folder, tokenizer, count, **about):
   np.save(folder / 'ids.npy', rng.binomial(15, 0.3, shape).astype(np.uint8))
   np.save(folder / 'labels.npy', np.arange(count, dtype=np.int32) % 2)
   (folder / 'names.txt').write_text('x\n' * count)
-  meta = {'format': 'rvq_jax tokens 1', 'model_hash': tokenizer.model_hash}
+  meta = {'format': dataset.FORMAT, 'encoder_hash': tokenizer.encoder_hash}
   meta |= {'codebook_size': 16, 'grid': shape[1:], 'num_images': count}
   meta |= {'source': {'model': 'it'}} | about
   meta |= {'rows_done': count, 'skipped': [{'row': 3, 'reason': 'x'}]}
@@ -132,7 +134,7 @@ def test_without_splits_a_share_is_held_out(arrange, example, tmp_path):
     ({'workdir': 'mine'}, 'a new or empty output folder'),
     ({'workdir': 'old'}, 'has other settings; name another --workdir'),
     ({'kind': 'residual'}, 'expected one id per position'),
-    ({'kind': 'other'}, 'tokens is of the model'),
+    ({'kind': 'other'}, 'tokens is of the encoder'),
     ({'tokens': 'mute'}, 'does not name its model: expected --tokenizer'),
   ],
 )

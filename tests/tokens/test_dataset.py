@@ -91,7 +91,8 @@ def test_plain_numpy_reads_ids_labels_and_names(tokens, source):
   names = (folder / 'names.txt').read_text().splitlines()
   assert names == [record.name for record in source]
   meta = json.loads((folder / 'meta.json').read_text())
-  assert meta['model_hash'] == tokenizer.model_hash
+  for name in ('model_hash', 'encoder_hash'):
+    assert meta[name] == getattr(tokenizer, name)
   assert (meta['codebook_size'], meta['factor']) == (16, 4)
   assert (meta['num_images'], meta['rows_done']) == (40, 40)
   assert meta['grid'] == [4, 4] and meta['skipped'] == []
@@ -397,7 +398,7 @@ def test_decoding_a_folder_gives_the_reconstructions(
   tokens, make_tokenizer, tmp_path
 ):
   tokenizer, folder = tokens
-  with pytest.raises(ValueError, match='is of the model'):
+  with pytest.raises(ValueError, match='is of the encoder'):
     decode_dataset(make_tokenizer(seed=5), folder, tmp_path / 'out')
   assert decode_dataset(tokenizer, folder, tmp_path / 'out') == 40
   ids = np.zeros((256, 4, 4), int)

@@ -111,7 +111,8 @@ def test_a_file_holds_the_reconstruction(
   with np.load(path, allow_pickle=False) as arrays:
     assert (arrays['ids'].dtype, arrays['ids'].shape) == (dtype, shape)
     assert arrays['size'].tolist() == [21, 30]
-    assert str(arrays['model_hash']) == tokenizer.model_hash
+    for name in ('model_hash', 'encoder_hash'):
+      assert str(arrays[name]) == getattr(tokenizer, name)
     assert arrays['codebook_size'] == tokenizer.codebook_size
     assert arrays['factor'] == 4
   np.testing.assert_array_equal(
@@ -128,7 +129,7 @@ def saved(make_tokenizer, photograph, tmp_path):
 
 
 def test_the_file_of_another_model_is_refused(saved, make_tokenizer):
-  with pytest.raises(ValueError, match='is of the model .*, got the model'):
+  with pytest.raises(ValueError, match='is of the encoder .*, got the encoder'):
     tiling.load_image(make_tokenizer(seed=2), saved[1])
 
 
@@ -143,7 +144,7 @@ def test_the_file_of_another_model_is_refused(saved, make_tokenizer):
     {'size': [2**30, 2**30]},
     {'size': [-1, -1]},
     {'size': [16]},
-    {'model_hash': None},
+    {'encoder_hash': None},
   ],
 )
 def test_a_file_that_lies_is_refused(saved, changed):

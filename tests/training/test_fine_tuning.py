@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from rvq_jax import load
+from rvq_jax.metrics import to_uint8
+from rvq_jax.tokens import tiling
 from rvq_jax.training.config import build_model, check_config
 from rvq_jax.training.loop import train
 from rvq_jax.training.run import Run
@@ -133,6 +135,11 @@ def test_the_decoder_adapts_and_the_tokens_stay(
   ids = source.encode(IMAGES)
   np.testing.assert_array_equal(tuned.encode(IMAGES), ids)
   assert np.any(tuned.decode(ids) != source.decode(ids))
+  tiling.save_image(source, IMAGES[0], tmp_path / 'x.npz')
+  np.testing.assert_array_equal(
+    tiling.load_image(tuned, tmp_path / 'x.npz'),
+    to_uint8(tuned.decode(ids[:1]))[0],
+  )
   tiny_config.num_steps = 3
   train(tiny_config, workdir, init=lambda: pytest.fail('read again'))
   resumed = load(workdir)
