@@ -10,8 +10,8 @@
 # notebook in a checkout after `pip install -r requirements.txt`.
 #
 # **With your own model:** set RUN to a run, to a folder of `launch/export.py`,
-# or to `hf:OWNER/NAME`. Nothing is trained then. The text describes the model
-# that is trained here.
+# or to `hf:OWNER/NAME`, of one grid of tokens (not multi-scale). Nothing is
+# trained then. The text describes the model that is trained here.
 
 # %%
 import os
@@ -129,6 +129,11 @@ if not RUN:
 
 # %%
 tokenizer = rvq_jax.load(RUN or workdir)
+if tokenizer.sides:
+  raise SystemExit(
+    'Set another RUN: the notebook shows one grid of tokens, got multi-scale '
+    'ones; evaluation/test/prefixes.png of its run shows what each scale adds'
+  )
 side, K = tokenizer.config['data.image_size'], tokenizer.codebook_size
 several = tokenizer.codes_per_position or 1
 batch_size = max(1, 100 * 64**2 // side**2)
