@@ -61,7 +61,7 @@ def main():
   records = ablation.run_grid(
     config, workdir, cells=cells, seeds=_SEEDS.value, perceptual=objectives
   )
-  command = shlex.join(['python', *sys.argv])
+  command = shlex.join(['python', 'launch/reproduce.py', *sys.argv[1:]])
   text = report.write_report(
     config, workdir, records, tables=tables, command=command
   )
