@@ -32,7 +32,11 @@ _PLAIN = {'model.dead_code_threshold': 0.0, 'model.init_from': 'normal'}
 _LEARNED = {'model.ema': False} | _PLAIN  # as in their papers
 _LPIPS = {'objective.pixel': 'l1', 'objective.perceptual_weight': 1.0}
 _NO_D = {'objective.adversarial_weight': 0.0}
-_MSE = {'objective.pixel': 'mse', 'objective.perceptual_weight': 0.0} | _NO_D
+_MSE = _NO_D | {
+  'objective.pixel': 'mse',
+  'objective.perceptual_weight': 0.0,
+  'model.commitment_weight': 0.25,  # its gradient is less than that of LPIPS
+}
 # Name: label in tables and figures, config field -> value.
 CELLS = {
   'rotation_ema': ('rotation, EMA', _PAPER),
