@@ -4,7 +4,8 @@ python launch/decode.py --workdir=DIR photo.npz photo.png
 python launch/decode.py --workdir=DIR --input=tokens/ --output=images/
   [--step=N|best]
 
-DIR is the model that made the tokens: a run, an export or hf:OWNER/NAME.
+DIR is the model that made the tokens, or one whose decoder alone was
+fine-tuned: a run, an export or hf:OWNER/NAME.
 """
 
 import io

@@ -11,14 +11,13 @@ from flax.traverse_util import flatten_dict
 from rvq_jax.data.images import prepare_images
 from rvq_jax.io import tree_digest
 from rvq_jax.models.vqvae import VQVAE
+from rvq_jax.quantize.codebook import COUNTS
 
 # With the arrays, these fields decide which function a model computes.
 _SHAPING = (
   'widths factor num_res_blocks num_heads code_dim quantizer codebook_size '
   'activation cosine depth heads dtype'
 ).split()
-# What the moving average counts, in units of the batch that it is trained on.
-_COUNTS = 'cluster_size', 'embedding_sum'
 
 
 class Tokenizer:
@@ -110,7 +109,7 @@ class Tokenizer:
     arrays = {
       name: array
       for name, array in flatten_dict(dict(self.variables), sep='.').items()
-      if name.split('.')[1] in ('encoder', 'vq') and not name.endswith(_COUNTS)
+      if name.split('.')[1] in ('encoder', 'vq') and not name.endswith(COUNTS)
     }
     return tree_digest(arrays, header=self._architecture())
 

@@ -9,6 +9,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+# The leaves of a codebook's state that count vectors: no id depends on them.
+COUNTS = ('cluster_size', 'embedding_sum')
+
 
 @flax.struct.dataclass
 class Codebook:

@@ -8,6 +8,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from rvq_jax.quantize.codebook import COUNTS
 from rvq_jax.training.state import TrainState
 
 # What a model computes from arrays of the same shapes, and what shapes them.
@@ -62,7 +63,7 @@ def collections(
   scale = _vectors(config) / _vectors(model.config)
 
   def scaled(path, x):
-    counted = path[-1].key in ('cluster_size', 'embedding_sum')
+    counted = path[-1].key in COUNTS
     return x * x.dtype.type(scale) if counted else x
 
   variables = jax.device_get(dict(model.variables))
