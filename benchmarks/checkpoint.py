@@ -20,9 +20,10 @@ import jax
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rvq_jax.evaluation.report import hardware, versions  # noqa: E402
 from rvq_jax.io import tree_digest  # noqa: E402
+from rvq_jax.paper.report import hardware, versions  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
+from rvq_jax.training.build import build_model  # noqa: E402
 from rvq_jax.training.checkpoints import Checkpoints  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402
@@ -34,7 +35,7 @@ def initial_state(path: str):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   flat = config_lib.check_config(module.get_config())
-  model = config_lib.build_model(flat)
+  model = build_model(flat)
   return jax.jit(
     lambda: create_state(
       model,

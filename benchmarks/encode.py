@@ -35,9 +35,10 @@ import numpy as np  # noqa: E402
 from configs import photos  # noqa: E402
 from rvq_jax.data import datasets, decoding  # noqa: E402
 from rvq_jax.data.transforms import resize_and_center_crop  # noqa: E402
-from rvq_jax.evaluation.tokenizer import Tokenizer  # noqa: E402
-from rvq_jax.tokens import encoding  # noqa: E402
+from rvq_jax.tokenizer import encoding  # noqa: E402
+from rvq_jax.tokenizer.tokenizer import Tokenizer  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
+from rvq_jax.training.build import build_model  # noqa: E402
 
 FIRST = 4  # batches
 
@@ -103,7 +104,7 @@ def encode(tokenizer, devices: int, source, size: int) -> np.ndarray:
 def tokenizers() -> dict[str, Tokenizer]:
   """A constant and an untrained model."""
   config = config_lib.check_config(photos.get_config())
-  model = config_lib.build_model(config)
+  model = build_model(config)
   images = jnp.zeros((1, 64, 64, 3))
   variables = jax.jit(model.init)(jax.random.key(0), images)
   return {

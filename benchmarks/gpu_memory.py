@@ -25,9 +25,10 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from configs import imagenet, imagenet_vqgan  # noqa: E402
+from rvq_jax import sharding  # noqa: E402
 from rvq_jax.models import layers, lpips_weights  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
-from rvq_jax.training import sharding  # noqa: E402
+from rvq_jax.training.build import build_model  # noqa: E402
 from rvq_jax.training.objective import Objective  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402
@@ -85,7 +86,7 @@ def compile_step(mesh, config):
   """The compiled train step of a config, its last phase."""
   flat = config_lib.check_config(config)
   image_size, batch_size = flat['data.image_size'], flat['batch_size']
-  model = config_lib.build_model(flat)
+  model = build_model(flat)
   objective = Objective.from_config(flat, num_steps=1000, dtype=model.dtype)
   optimizer = make_optimizer(
     2e-4, weight_decay=0.01, clip_norm=flat['optimizer.clip_norm']

@@ -28,12 +28,13 @@ from command_line import prepare_backend  # noqa: E402
 from quantizer import our_step  # noqa: E402
 
 from configs import cifar10, imagenet, photos  # noqa: E402
-from rvq_jax.evaluation.report import hardware, versions  # noqa: E402
-from rvq_jax.evaluation.tokenizer import Tokenizer  # noqa: E402
+from rvq_jax.paper.report import hardware, versions  # noqa: E402
 from rvq_jax.quantize.codebook import Codebook  # noqa: E402
 from rvq_jax.quantize.estimators import ESTIMATORS  # noqa: E402
 from rvq_jax.quantize.search import nearest_codes  # noqa: E402
+from rvq_jax.tokenizer.tokenizer import Tokenizer  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
+from rvq_jax.training.build import build_model  # noqa: E402
 from rvq_jax.training.checkpoints import Checkpoints  # noqa: E402
 from rvq_jax.training.loop import train  # noqa: E402
 
@@ -220,7 +221,7 @@ def encode(args) -> list[dict]:
   config = imagenet.get_config()
   config.data.image_size = size
   flat = config_lib.check_config(config)
-  model = config_lib.build_model(flat)
+  model = build_model(flat)
   variables = jax.jit(model.init)(
     jax.random.key(0), jnp.zeros((1, size, size, 3))
   )

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from train_step import flops, our_step
 
 from configs import photos_vqgan
-from rvq_jax.evaluation import report as provenance
-from rvq_jax.evaluation.ablation import cell_config
 from rvq_jax.models import lpips, lpips_weights
 from rvq_jax.models.discriminator import Discriminator
+from rvq_jax.paper import report as provenance
+from rvq_jax.paper.ablation import cell_config
 
 CELLS = ('mse', 'perceptual', 'adversarial')
 TENSOR_CORES, FLOAT32 = 790e12, 67e12

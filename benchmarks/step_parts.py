@@ -25,7 +25,6 @@ import flax.linen as nn  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from rvq_jax.evaluation.report import hardware, versions  # noqa: E402
 from rvq_jax.models.encoder import Encoder  # noqa: E402
 from rvq_jax.models.layers import (  # noqa: E402
   Norm,
@@ -33,6 +32,7 @@ from rvq_jax.models.layers import (  # noqa: E402
   SelfAttention,
   Upsample,
 )
+from rvq_jax.paper.report import hardware, versions  # noqa: E402
 from rvq_jax.quantize.codebook import Codebook, ema_update  # noqa: E402
 from rvq_jax.quantize.search import nearest_codes  # noqa: E402
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from rvq_jax import load
-from rvq_jax.evaluation import report as provenance
+from rvq_jax.paper import report as provenance
 
 
 def measure(tokenizers, images, repeats):

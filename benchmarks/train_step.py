@@ -34,9 +34,10 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from configs import cifar10  # noqa: E402
-from rvq_jax.evaluation import report as provenance  # noqa: E402
 from rvq_jax.models import lpips_weights  # noqa: E402
+from rvq_jax.paper import report as provenance  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
+from rvq_jax.training.build import build_model  # noqa: E402
 from rvq_jax.training.objective import Objective  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402
@@ -65,7 +66,7 @@ def our_step(config, steps=1):
   """A call that trains `steps` steps, compile time and XLA's own counts."""
   side, batch = config.data.image_size, config.batch_size
   flat = config_lib.check_config(config)
-  model = config_lib.build_model(flat)
+  model = build_model(flat)
   objective = Objective.from_config(flat, num_steps=1000, dtype=model.dtype)
   weights = lpips_weights.load() if objective.perceptual_weight else None
   optimizer = make_optimizer(2e-4, weight_decay=0.01)

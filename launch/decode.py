@@ -36,9 +36,9 @@ def decode_image(step, source, output=''):
   command_line.check_output(output, '.png')
   from PIL import Image
 
-  from rvq_jax.evaluation.load import load
   from rvq_jax.io import write_atomic
-  from rvq_jax.tokens import tiling
+  from rvq_jax.tokenizer import tiling
+  from rvq_jax.tokenizer.load import load
 
   command_line.prepare_backend()
   image = tiling.load_image(load(_WORKDIR.value, step), source)
@@ -50,8 +50,8 @@ def decode_image(step, source, output=''):
 
 def decode_folder(step):
   """Writes a folder of images, or one per split."""
-  from rvq_jax.evaluation.load import load
-  from rvq_jax.tokens import dataset
+  from rvq_jax.tokenizer import dataset
+  from rvq_jax.tokenizer.load import load
 
   command_line.prepare_backend()
   source = Path(_INPUT.value)

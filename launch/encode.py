@@ -40,8 +40,8 @@ def encode_image(step, source, output=''):
     command_line.fail(f'expected an image file, got {source}')
   from rvq_jax import metrics
   from rvq_jax.data.transforms import decode_image
-  from rvq_jax.evaluation.load import load
-  from rvq_jax.tokens import tiling
+  from rvq_jax.tokenizer import tiling
+  from rvq_jax.tokenizer.load import load
 
   command_line.prepare_backend()
   image = decode_image(Path(source).read_bytes(), name=source)
@@ -59,8 +59,8 @@ def encode_image(step, source, output=''):
 def encode_data_set(step, name):
   """Writes one folder of tokens per split."""
   from rvq_jax.data.datasets import open_images
-  from rvq_jax.evaluation.load import load
-  from rvq_jax.tokens.encoding import encode_dataset
+  from rvq_jax.tokenizer.encoding import encode_dataset
+  from rvq_jax.tokenizer.load import load
 
   processes.prepare_backend()
   splits = open_images(name, data_dir=_DATA_DIR.value, split=_SPLIT.value)

@@ -28,8 +28,8 @@ def main():
     command_line.fail('expected --workdir=DIR, of a run or an export')
   step = command_line.parse_step(_STEP.value)
   from rvq_jax.data.datasets import SPLIT_FILE
-  from rvq_jax.evaluation.load import load
   from rvq_jax.explorer import page
+  from rvq_jax.tokenizer.load import load
 
   command_line.prepare_backend()
   page.check_output(_OUTPUT.value)

@@ -30,7 +30,7 @@ def main():
   if not _WORKDIR.value or not _OUTPUT.value:
     command_line.fail('expected --workdir=DIR and --output=FOLDER')
   step = command_line.parse_step(_STEP.value)
-  from rvq_jax.evaluation.export import export_run
+  from rvq_jax.tokenizer.export import export_run
 
   command_line.prepare_backend()
   folder = export_run(

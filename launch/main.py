@@ -69,7 +69,7 @@ def summary(result, workdir) -> str:
 
 
 def _load(source):
-  from rvq_jax.evaluation.load import load
+  from rvq_jax.tokenizer.load import load
 
   return load(source)
 

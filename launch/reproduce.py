@@ -45,7 +45,7 @@ def main():
   if _SEEDS.value < 1:
     command_line.fail(f'--seeds: expected at least 1, got {_SEEDS.value}')
   # Imported once the flags are known to be good: this takes seconds.
-  from rvq_jax.evaluation import ablation, report
+  from rvq_jax.paper import ablation, report
 
   command_line.prepare_backend()
   config, tables = _CONFIG.value, ablation.PAPER_TABLES

@@ -58,11 +58,11 @@ from configs import photos
 from rvq_jax import metrics
 from rvq_jax.data import datasets, loaders
 from rvq_jax.data.transforms import decode_image, resize_and_center_crop
-from rvq_jax.evaluation import rate_distortion
+from rvq_jax.paper import rate_distortion
 from rvq_jax.metrics import to_uint8
-from rvq_jax.tokens import tiling
-from rvq_jax.tokens.dataset import TokenDataset
-from rvq_jax.tokens.encoding import encode_dataset
+from rvq_jax.tokenizer import tiling
+from rvq_jax.tokenizer.dataset import TokenDataset
+from rvq_jax.tokenizer.encoding import encode_dataset
 from rvq_jax.training.loop import train
 
 logging.basicConfig(

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import functools
+import importlib.metadata
 import os
 import shutil
 
@@ -13,8 +14,10 @@ _flags = '--xla_force_host_platform_device_count=8'
 # resume; OPTIMIZED=1 compiles all of them as a user's are, and .ci/run does so.
 if not os.environ.get('OPTIMIZED'):
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
-  _flags += ' --xla_cpu_use_fusion_emitters=false'
   _flags += ' --xla_cpu_parallel_codegen_split_count=1'
+  # jaxlib 0.12 has no such flag, and aborts on one that it does not know.
+  if importlib.metadata.version('jaxlib') < '0.12':
+    _flags += ' --xla_cpu_use_fusion_emitters=false'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flags}'
 
 import importlib.util  # noqa: E402
@@ -129,7 +132,7 @@ def one_device():
 
 @contextlib.contextmanager
 def _one_device():
-  from rvq_jax.training import sharding
+  from rvq_jax import sharding
 
   def mesh(devices=None, real=sharding.data_mesh):
     return real(jax.devices()[:1] if devices is None else devices)
@@ -202,15 +205,16 @@ def tiny_run(make_tiny_config, make_once):
 @pytest.fixture(scope='session')
 def make_tokenizer(make_tiny_config):
   """Returns a function: seed, model fields -> a tokenizer, never trained."""
-  from rvq_jax.evaluation.tokenizer import Tokenizer
+  from rvq_jax.tokenizer.tokenizer import Tokenizer
   from rvq_jax.training import config as config_lib
+  from rvq_jax.training.build import build_model
 
   @functools.cache
   def make(seed=0, **fields):
     config = make_tiny_config()
     config.model.update(fields)
     flat = config_lib.check_config(config)
-    model = config_lib.build_model(flat)
+    model = build_model(flat)
     size = flat['data.image_size']
     images = np.zeros((1, size, size, 3), np.float32)
     variables = jax.jit(lambda key: model.init(key, images, train=True))(
@@ -219,6 +223,40 @@ def make_tokenizer(make_tiny_config):
     return Tokenizer(model, dict(variables), config=flat, step=7)
 
   return make
+
+
+@pytest.fixture(scope='session')
+def run(tiny_run, make_once, tmp_path_factory):
+  """An evaluated run with averaged parameters, of the steps 3, 4 and 6."""
+  from rvq_jax.evaluation.evaluate import evaluate_run
+
+  def evaluated(folder):
+    shutil.copytree(tiny_run, folder)
+    evaluate_run(folder)
+
+  folder = tmp_path_factory.mktemp('evaluation') / 'run'
+  return shutil.copytree(make_once('evaluated', evaluated), folder)
+
+
+@pytest.fixture(scope='session')
+def shared_export(run, make_once):
+  from rvq_jax.tokenizer.export import export_run
+
+  about = {'licence': 'cc-by-4.0', 'name': 'Tiny'}
+  return make_once('export', lambda folder: export_run(run, folder, **about))
+
+
+@pytest.fixture
+def exported(shared_export, tmp_path):
+  """A copy of the export of `run`, to be changed."""
+  return shutil.copytree(shared_export, tmp_path / 'export')
+
+
+@pytest.fixture(scope='session')
+def test_images(image_folder):
+  """The 11 test images as evaluation sees them, uint8 [11, 16, 16, 3]."""
+  paths = sorted((image_folder / 'test').glob('*/*.png'))
+  return np.stack([np.asarray(Image.open(path))[:, 2:18] for path in paths])
 
 
 def _tiny_config(image_folder):

@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import pytest
 
 import rvq_jax
-from rvq_jax.evaluation.export import write_export
+from rvq_jax.tokenizer.export import write_export
 from rvq_jax.training import config as config_lib
+from rvq_jax.training.build import build_model
 
 
 @pytest.fixture
 def beside_a_model(tiny_config, tmp_path, monkeypatch):
   """The examples load runs/photos: here an untrained one of the same factor."""
   flat = config_lib.check_config(tiny_config)
-  model = config_lib.build_model(flat)
+  model = build_model(flat)
   variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, 16, 16, 3))))(
     jax.random.key(0)
   )

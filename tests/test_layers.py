@@ -13,15 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
   'io': 0,
   'metrics': 0,
+  'sharding': 0,
   'quantize': 1,
   'models': 2,
   'data': 2,
   'training': 3,
-  'evaluation': 4,
-  'tokens': 5,
+  'tokenizer': 4,
+  'evaluation': 5,
+  'paper': 6,
   'explorer': 6,
-  'cli': 7,
-  '__init__': 8,
+  'commands': 7,
+  'cli': 8,
+  '__init__': 9,
 }
 SOURCES = sorted((ROOT / 'rvq_jax').rglob('*.py'))
 MAX_LINES = 300

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import rvq_jax
-from rvq_jax.evaluation.export import export_run
+from rvq_jax.tokenizer.export import export_run
 
 ROOT = Path(__file__).resolve().parents[1]
 # A build of the whole checkout would also pack a build folder left there.

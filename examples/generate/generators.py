@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.quantize.scales import pool
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 
 class Transformer(nn.Module):

@@ -27,11 +27,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from rvq_jax import load
+from rvq_jax.evaluation import efficientnet
 from rvq_jax.evaluation.perceptual import frechet_distance
 from rvq_jax.io import read_json, write_atomic
 from rvq_jax.metrics import code_statistics, to_uint8
-from rvq_jax.models import efficientnet
-from rvq_jax.tokens import dataset, tiling
+from rvq_jax.tokenizer import dataset, tiling
 from rvq_jax.training.backend import prepare_backend
 
 OPTIONS = {  # the first seven tell one run from another

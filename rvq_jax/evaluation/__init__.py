@@ -1,1 +1,1 @@
-"""Metrics, evaluation, the tokenizer and figures."""
+"""Measuring a tokenizer: metrics of a split, perceptual ones, figures."""

@@ -11,15 +11,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from rvq_jax import metrics
+from rvq_jax import metrics, sharding
 from rvq_jax.data import datasets, loaders
 from rvq_jax.data.images import prepare_images
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation import perceptual as networks
-from rvq_jax.evaluation.export import check_new
-from rvq_jax.evaluation.load import HUB, is_export, load
 from rvq_jax.io import write_atomic
-from rvq_jax.training import sharding
+from rvq_jax.tokenizer.export import check_new
+from rvq_jax.tokenizer.load import HUB, is_export, load
 from rvq_jax.training.validation import (
   PREFIX_UNITS,
   UNITS,

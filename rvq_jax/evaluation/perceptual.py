@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from rvq_jax.models import efficientnet, lpips, lpips_weights
+from rvq_jax.evaluation import efficientnet
+from rvq_jax.models import lpips, lpips_weights
 
 KINDS = ('originals', 'reconstructions')
 _BATCH = 32

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.metrics import to_uint8
 from rvq_jax.quantize import base
-from rvq_jax.tokens.tiling import decode_ids, encode_images
+from rvq_jax.tokenizer.tiling import decode_ids, encode_images
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_SIDE = 512
 """Images are shrunk to this many pixels per side: the page holds them all."""

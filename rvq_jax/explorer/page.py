@@ -12,9 +12,9 @@ import numpy as np
 from rvq_jax.data.datasets import open_dataset, open_images
 from rvq_jax.data.decoding import decode_record
 from rvq_jax.data.transforms import decode_image, resize_and_center_crop
-from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.explorer import content
 from rvq_jax.io import write_atomic
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 # How the page begins; only such a file is replaced.
 MARKER = '<!doctype html><!-- rvq_jax explorer -->'

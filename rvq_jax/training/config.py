@@ -11,18 +11,15 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
 from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.layers import ACTIVATIONS, NORMS, num_groups
-from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize import base
 from rvq_jax.quantize.base import Field
 from rvq_jax.quantize.registry import QUANTIZERS, takes
 
 SCHEDULES = ('cosine', 'constant')
 FREEZE = ('', 'codes', 'encoder,codes')
-_QUANTIZER = (
+QUANTIZER_FIELDS = (
   *('codebook_size', 'estimator', 'ema', 'decay', 'eps', 'commitment_weight'),
   *('codebook_weight', 'loss_form', 'cosine', 'dead_code_threshold'),
   *('split_by', 'split_fraction', 'init_from', 'max_scale'),
@@ -62,7 +59,7 @@ FIELDS = {
   'model.norm': Field(str, choices=NORMS),
   'model.activation': Field(str, choices=tuple(ACTIVATIONS)),
   'model.quantize_after': Field(int, 0, _INT32),
-  **{f'model.{name}': base.FIELDS[name] for name in _QUANTIZER},
+  **{f'model.{name}': base.FIELDS[name] for name in QUANTIZER_FIELDS},
   'objective.pixel': Field(str, choices=('mse', 'l1')),
   'objective.perceptual_weight': Field(float, 0),
   'objective.adversarial_weight': Field(float, 0),
@@ -200,7 +197,7 @@ def _check_estimator(flat):
   base.validate(
     **{
       field: flat[f'model.{field}']
-      for field in _QUANTIZER
+      for field in QUANTIZER_FIELDS
       if takes(name, field)
     }
   )
@@ -236,33 +233,6 @@ def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
       'the checkpoint in this workdir was made with another config; use '
       'another --workdir, or undo: ' + '; '.join(differ)
     )
-
-
-def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
-  """The model of a checked flat config; axis_name as of `VQVAE`."""
-  model = {
-    name.removeprefix('model.'): value
-    for name, value in flat.items()
-    if name.startswith('model.')
-  }
-  name = model.pop('quantizer')
-  model.pop('quantize_after')  # of the train step
-  quantizer = {field: model.pop(field) for field in _QUANTIZER}
-  quantizer['freeze'] = 'codes' in flat['freeze']
-  quantizer = {n: value for n, value in quantizer.items() if takes(name, n)}
-  if name == 'multiscale':
-    from rvq_jax.quantize.scales import default_sides
-
-    grid = flat['data.image_size'] // flat['model.factor']
-    quantizer['sides'] = tuple(quantizer['sides'] or default_sides(grid))
-  model['widths'] = tuple(model['widths'])
-  model['dtype'] = jnp.dtype(model['dtype']).type
-  return VQVAE(
-    quantizer={'name': name, **quantizer},
-    axis_name=axis_name,
-    freeze_encoder='encoder' in flat['freeze'],
-    **model,
-  )
 
 
 def to_json(flat: Mapping[str, Any]) -> str:

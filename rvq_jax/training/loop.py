@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from rvq_jax import io, metrics
+from rvq_jax import io, metrics, sharding
 from rvq_jax.data.datasets import SPLIT_FILE
 from rvq_jax.io import explain_full_disk, write_atomic
 from rvq_jax.training import config as config_lib
-from rvq_jax.training import sharding, writers
+from rvq_jax.training import writers
 from rvq_jax.training.checkpoints import Checkpoints, has_checkpoints
 from rvq_jax.training.preemption import StopSignal
 from rvq_jax.training.run import Run

@@ -6,12 +6,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rvq_jax import metrics
+from rvq_jax import metrics, sharding
 from rvq_jax.data import datasets, loaders
 from rvq_jax.data.images import to_float
 from rvq_jax.training import config as config_lib
-from rvq_jax.training import initial, sharding
+from rvq_jax.training import initial
 from rvq_jax.training.backend import make_deterministic
+from rvq_jax.training.build import build_model
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.objective import Objective
 from rvq_jax.training.optimizer import make_optimizer, make_schedule
@@ -66,7 +67,7 @@ class Run:
       split_file=workdir and Path(workdir) / datasets.SPLIT_FILE,
     )
     self.mesh = sharding.data_mesh()
-    self.model = config_lib.build_model(self.config)
+    self.model = build_model(self.config)
     self.loader = self._train_loader()
     self.num_steps = self.config['num_steps'] or (
       self.config['num_epochs'] * self.loader.steps_per_epoch

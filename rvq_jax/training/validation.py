@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rvq_jax import metrics
+from rvq_jax import metrics, sharding
 from rvq_jax.data.images import prepare_images
 from rvq_jax.quantize.codebook import count_codes, unit
-from rvq_jax.training import sharding
 
 UNITS = {
   'mse': 'mean squared error on [-1, 1]',

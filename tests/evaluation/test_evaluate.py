@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rvq_jax import VectorQuantizer, load, metrics
+from rvq_jax import VectorQuantizer, load, metrics, sharding
 from rvq_jax.data import loaders
 from rvq_jax.data.datasets import PARTS
 from rvq_jax.data.images import to_float
 from rvq_jax.evaluation import evaluate
 from rvq_jax.evaluation.evaluate import UNITS, evaluate_run, format_table
-from rvq_jax.training import sharding
 from rvq_jax.training.loop import train
 
 

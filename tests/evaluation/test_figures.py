@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from rvq_jax.evaluation import figures, rate_distortion
+from rvq_jax.evaluation import figures
+from rvq_jax.paper import rate_distortion
 
 
 def lines(ax):

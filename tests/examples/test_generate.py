@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rvq_jax.tokens import dataset
+from rvq_jax.tokenizer import dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / 'examples' / 'generate'

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from rvq_jax.training import config as config_lib
-from rvq_jax.training import sharding
+from rvq_jax import sharding
+from rvq_jax.training.build import build_model
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.optimizer import make_optimizer
 from rvq_jax.training.state import create_state
@@ -136,7 +136,7 @@ def load(workdir, devices=1):
     )
     template = jax.eval_shape(
       lambda: create_state(
-        config_lib.build_model(config),
+        build_model(config),
         make_optimizer(lambda _: 1e-3),
         jax.random.key(0),
         image_size=16,

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from rvq_jax import load
-from rvq_jax.tokens import tiling
-from rvq_jax.tokens.dataset import TokenDataset
+from rvq_jax.tokenizer import tiling
+from rvq_jax.tokenizer.dataset import TokenDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ import skimage.data
 from PIL import Image
 
 from rvq_jax.data.transforms import decode_image
-from rvq_jax.evaluation.export import export_run
+from rvq_jax.tokenizer.export import export_run
 from rvq_jax.training import loop
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / 'notebooks'

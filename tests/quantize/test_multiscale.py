@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rvq_jax import MultiscaleQuantizer, rotate
+from rvq_jax import MultiscaleQuantizer, rotate, sharding
 from rvq_jax.quantize import scales
-from rvq_jax.training import sharding
 from rvq_jax.training.run import RUNS_ONCE
 
 SIDES, K, D, N, T = (1, 2, 3), 8, 3, 3, 14

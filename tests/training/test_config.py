@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from rvq_jax.training import config as config_lib
+from rvq_jax.training.build import build_model
 
 
 def changed(config, name, value):
@@ -29,7 +30,7 @@ def changed(config, name, value):
 )
 def test_shipped_configs_are_valid_and_build(load_config, name):
   flat = config_lib.check_config(load_config(*name))
-  model = config_lib.build_model(flat)
+  model = build_model(flat)
   assert model.quantizer['codebook_size'] == flat['model.codebook_size']
 
 
@@ -228,7 +229,7 @@ def test_sides_are_those_of_the_grid_or_ones_own(load_config):
   for own, want in ((None, (1, 2, 3, 4, 5, 6, 8)), ((2, 8), (2, 8))):
     config.model.sides = own
     flat = config_lib.check_config(config)
-    assert config_lib.build_model(flat).quantizer['sides'] == want
+    assert build_model(flat).quantizer['sides'] == want
 
 
 def test_multiscale_takes_estimators_of_several_codes_alone(load_config):
@@ -245,5 +246,5 @@ def test_multiscale_configs_have_the_tokens_that_they_say(
   name, tokens, load_config
 ):
   flat = config_lib.check_config(load_config(name, 'multiscale'))
-  sides = config_lib.build_model(flat).quantizer['sides']
+  sides = build_model(flat).quantizer['sides']
   assert sum(side**2 for side in sides) == tokens

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from rvq_jax import VQVAE
-from rvq_jax.training.config import FIELDS, build_model, check_config
+from rvq_jax.training.build import build_model
+from rvq_jax.training.config import FIELDS, check_config
 from rvq_jax.training.run import Run
 
 QUANTIZERS = FIELDS['model.quantizer'].choices

@@ -10,8 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rvq_jax import VQVAE
-from rvq_jax.training import sharding
+from rvq_jax import VQVAE, sharding
 from rvq_jax.training.run import RUNS_ONCE
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step

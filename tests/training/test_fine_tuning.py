@@ -8,8 +8,9 @@ import pytest
 
 from rvq_jax import load
 from rvq_jax.metrics import to_uint8
-from rvq_jax.tokens import tiling
-from rvq_jax.training.config import build_model, check_config
+from rvq_jax.tokenizer import tiling
+from rvq_jax.training.build import build_model
+from rvq_jax.training.config import check_config
 from rvq_jax.training.loop import train
 from rvq_jax.training.run import Run
 

@@ -9,8 +9,9 @@ import threading
 import numpy as np
 import pytest
 
+from rvq_jax import sharding
 from rvq_jax.training import config as config_lib
-from rvq_jax.training import loop, sharding
+from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.writers import read_jsonl
 

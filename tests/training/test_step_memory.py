@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from rvq_jax.training import config as config_lib
+from rvq_jax.training.build import build_model
 from rvq_jax.training.optimizer import make_optimizer
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step
@@ -39,7 +40,7 @@ def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
   config = load_config('imagenet')
   config.model.num_res_blocks = 1  # blocks are alike
   flat = config_lib.check_config(config)
-  model = config_lib.build_model(flat)
+  model = build_model(flat)
   optimizer = make_optimizer(2e-4, weight_decay=0.01)
   state = jax.eval_shape(
     lambda key: create_state(
@@ -62,7 +63,7 @@ def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
 @pytest.mark.slow
 def test_making_the_state_takes_no_memory_for_the_batch(load_config):
   flat = config_lib.check_config(load_config('photos'))
-  model = config_lib.build_model(flat)
+  model = build_model(flat)
   optimizer = make_optimizer(2e-4, weight_decay=0.01)
 
   def memory(batch_size):

@@ -9,9 +9,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rvq_jax import VQVAE
+from rvq_jax import VQVAE, sharding
 from rvq_jax.models.discriminator import Discriminator
-from rvq_jax.training import sharding
 from rvq_jax.training.objective import Objective, lecam
 from rvq_jax.training.run import RUNS_ONCE
 from rvq_jax.training.state import create_state

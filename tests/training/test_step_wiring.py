@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from rvq_jax.training.config import build_model, check_config
+from rvq_jax.training.build import build_model
+from rvq_jax.training.config import check_config
 from rvq_jax.training.run import RUNS_ONCE
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype('f')

@@ -15,6 +15,8 @@ import safetensors.numpy
 from rvq_jax import load
 from rvq_jax.training.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 
 def change(folder, **changed):
   about = json.loads((folder / 'config.json').read_text())

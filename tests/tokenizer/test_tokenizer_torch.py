@@ -16,11 +16,14 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rvq_jax import Tokenizer, load
-from rvq_jax.evaluation import export
-from rvq_jax.evaluation.export import write_export
 from rvq_jax.quantize.fsq import fsq_levels
 from rvq_jax.quantize.registry import QUANTIZERS
+from rvq_jax.tokenizer import export
+from rvq_jax.tokenizer.export import write_export
 from rvq_jax.training import config as config_lib
+from rvq_jax.training.build import build_model
+
+pytestmark = pytest.mark.usefixtures('one_device')
 
 torch = pytest.importorskip('torch', reason='no torch: pip install torch')
 MODELS = [{'quantizer': name} for name in QUANTIZERS]
@@ -58,7 +61,7 @@ def random_tokenizer(config, **changed):
   config.model.update(codebook_size=64)
   config.model.update(changed)
   flat = config_lib.check_config(config)
-  model = config_lib.build_model(flat)
+  model = build_model(flat)
   images = jnp.zeros((1, 16, 16, 3))
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
   rng, arrays = np.random.default_rng(0), {}

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.io import explain_full_disk, read_json
-from rvq_jax.tokens import tiling
+from rvq_jax.tokenizer import tiling
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 META, FORMAT = 'meta.json', 'rvq_jax tokens 2'
 _MAX_META_BYTES = 2**26

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rvq_jax.evaluation import rate_distortion
+from rvq_jax.paper import rate_distortion
 
 
 def noise(count=50, side=4):

@@ -22,10 +22,10 @@ from PIL import Image
 
 from rvq_jax.data.datasets import open_images
 from rvq_jax.data.transforms import decode_image, resize_and_center_crop
-from rvq_jax.evaluation.tokenizer import Tokenizer
-from rvq_jax.tokens import encoding, tiling
-from rvq_jax.tokens.dataset import TokenDataset, decode_dataset
-from rvq_jax.tokens.encoding import encode_dataset
+from rvq_jax.tokenizer import encoding, tiling
+from rvq_jax.tokenizer.dataset import TokenDataset, decode_dataset
+from rvq_jax.tokenizer.encoding import encode_dataset
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 FILES = ['ids.npy', 'labels.npy', 'meta.json', 'names.txt']
 
@@ -241,7 +241,7 @@ def test_processes_do_not_write_beside_files_of_a_user(
 
 KILLED = """
 import os, sys
-import rvq_jax.tokens.encoding as encoding
+import rvq_jax.tokenizer.encoding as encoding
 from rvq_jax import load
 from rvq_jax.data.datasets import open_images
 

@@ -9,7 +9,7 @@ import jax.export
 import jax.numpy as jnp
 
 from rvq_jax.data.images import prepare_images
-from rvq_jax.evaluation.tokenizer import Tokenizer
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 PLATFORMS = ('cpu', 'cuda')
 # In bfloat16 on the GPU that it is exported on, `layers.attend` calls cuDNN,

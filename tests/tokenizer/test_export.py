@@ -14,8 +14,10 @@ import safetensors.numpy
 from rvq_jax import load
 from rvq_jax.data.images import to_float
 from rvq_jax.evaluation.evaluate import evaluate_run
-from rvq_jax.evaluation.export import export_run, write_export
+from rvq_jax.tokenizer.export import export_run, write_export
 from rvq_jax.training.loop import train
+
+pytestmark = pytest.mark.usefixtures('one_device')
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,7 +88,7 @@ def test_an_export_does_not_tell_where_the_data_lie(exported, image_folder):
 
 
 def test_the_pytorch_file_needs_torch_and_safetensors_alone(exported):
-  source = ROOT / 'rvq_jax/evaluation/tokenizer_torch.py'
+  source = ROOT / 'rvq_jax/tokenizer/tokenizer_torch.py'
   text = (exported / 'tokenizer_torch.py').read_text()
   assert text == source.read_text()
   names = re.findall(r'^(?:import|from) (\w+)', text, re.MULTILINE)
@@ -120,7 +122,7 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
   def full(*_, **__):
     raise OSError('no space left')
 
-  monkeypatch.setattr('rvq_jax.evaluation.export._card', full)
+  monkeypatch.setattr('rvq_jax.tokenizer.export._card', full)
   with pytest.raises(ValueError, match='cannot write to .*no space left'):
     export_run(run, tmp_path / 'x')
   assert not list(tmp_path.iterdir())

@@ -16,11 +16,11 @@ import itertools
 import jax
 import numpy as np
 
+from rvq_jax import sharding
 from rvq_jax.data.transforms import MAX_PIXELS
-from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.io import write_atomic
 from rvq_jax.metrics import to_uint8
-from rvq_jax.training import sharding
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 WINDOW, HALO = 64, 8
 _MAX_BYTES = 2**28

@@ -17,8 +17,10 @@ from PIL import Image
 
 from rvq_jax.data import datasets, loaders
 from rvq_jax.data.splits import seeded_permutation
-from rvq_jax.evaluation import figures, rate_distortion
-from rvq_jax.evaluation.ablation import (
+from rvq_jax.evaluation import figures
+from rvq_jax.io import write_atomic
+from rvq_jax.paper import rate_distortion
+from rvq_jax.paper.ablation import (
   CELLS,
   METRICS,
   PAPER_TABLES,
@@ -26,7 +28,6 @@ from rvq_jax.evaluation.ablation import (
   TITLES,
   summarise,
 )
-from rvq_jax.io import write_atomic
 from rvq_jax.training.writers import read_jsonl
 
 CODEC_IMAGES = 256

@@ -4,15 +4,17 @@ import jax
 import numpy as np
 import pytest
 
+from rvq_jax import sharding
 from rvq_jax.data.images import to_float
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation.evaluate import format_table
-from rvq_jax.training import sharding
 from rvq_jax.training.validation import (
   PREFIX_UNITS,
   evaluate_split,
   make_eval_step,
 )
+
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import flax
 import jax
 import numpy as np
 
-from rvq_jax.evaluation.load import CONFIG, FORMAT, WEIGHTS, load
-from rvq_jax.evaluation.stablehlo import write_stablehlo
-from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.io import read_json
+from rvq_jax.tokenizer.load import CONFIG, FORMAT, WEIGHTS, load
+from rvq_jax.tokenizer.stablehlo import write_stablehlo
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.validation import UNITS
 
 _FIGURES = {

@@ -12,8 +12,10 @@ from flax.traverse_util import flatten_dict
 from rvq_jax import load
 from rvq_jax.data.images import to_float
 from rvq_jax.evaluation.evaluate import evaluate_run
-from rvq_jax.evaluation.tokenizer import Tokenizer
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.loop import train
+
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 def check_round_trip(tokenizer, images):

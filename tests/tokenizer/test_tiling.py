@@ -6,9 +6,9 @@ import types
 import numpy as np
 import pytest
 
-from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.metrics import to_uint8
-from rvq_jax.tokens import tiling
+from rvq_jax.tokenizer import tiling
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 
 def reconstruct(tokenizer, image):

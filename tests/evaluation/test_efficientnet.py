@@ -9,9 +9,9 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from rvq_jax.evaluation import efficientnet
+from rvq_jax.evaluation.efficientnet import features, load
 from rvq_jax.io import tree_digest
-from rvq_jax.models import efficientnet
-from rvq_jax.models.efficientnet import features, load
 
 FILE = 'models/efficientnet-lite0-57934424.pth'
 # Table 1 of Tan and Le 2019 without squeeze-and-excitation, block by block:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from rvq_jax import load
-from rvq_jax.evaluation.stablehlo import PLATFORMS, write_stablehlo
+from rvq_jax.tokenizer.stablehlo import PLATFORMS, write_stablehlo
+
+pytestmark = pytest.mark.usefixtures('one_device')
 
 pytest.importorskip('flatbuffers', reason='pip install "rvq_jax[stablehlo]"')
 PROGRAM = """

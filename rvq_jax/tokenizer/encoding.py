@@ -18,17 +18,17 @@ from tqdm import tqdm
 from rvq_jax.data.decoding import DecodeErrors, decode_ahead, map_ahead
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import resize_and_center_crop
-from rvq_jax.evaluation.tokenizer import Tokenizer
 from rvq_jax.io import explain_full_disk, lock, write_atomic
 from rvq_jax.quantize.scales import token_offsets
-from rvq_jax.tokens import tiling
-from rvq_jax.tokens.dataset import (
+from rvq_jax.tokenizer import tiling
+from rvq_jax.tokenizer.dataset import (
   FORMAT,
   META,
   batch_size,
   check_new,
   open_folder,
 )
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 
 def encode_dataset(

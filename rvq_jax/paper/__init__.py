@@ -1,0 +1,1 @@
+"""The paper's tables: grids of runs, their report, rate and distortion."""

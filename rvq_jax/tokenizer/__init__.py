@@ -1,0 +1,1 @@
+"""The deliverable: images to tokens and back, load, export, token folders."""

@@ -1,1 +1,0 @@
-"""Images of any size and whole data sets as tokens, and back."""

@@ -1,0 +1,41 @@
+"""Objects of a checked flat config; below, nothing sees the flat dictionary.
+
+Whatever opens a model imports this file: optax and the training loop stay out
+of it, or inside of a function.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from rvq_jax.models.vqvae import VQVAE
+from rvq_jax.quantize.registry import takes
+from rvq_jax.training.config import QUANTIZER_FIELDS
+
+
+def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
+  """The model of a checked flat config; axis_name as of `VQVAE`."""
+  model = {
+    name.removeprefix('model.'): value
+    for name, value in flat.items()
+    if name.startswith('model.')
+  }
+  name = model.pop('quantizer')
+  model.pop('quantize_after')  # of the train step
+  quantizer = {field: model.pop(field) for field in QUANTIZER_FIELDS}
+  quantizer['freeze'] = 'codes' in flat['freeze']
+  quantizer = {n: value for n, value in quantizer.items() if takes(name, n)}
+  if name == 'multiscale':
+    from rvq_jax.quantize.scales import default_sides
+
+    grid = flat['data.image_size'] // flat['model.factor']
+    quantizer['sides'] = tuple(quantizer['sides'] or default_sides(grid))
+  model['widths'] = tuple(model['widths'])
+  model['dtype'] = jnp.dtype(model['dtype']).type
+  return VQVAE(
+    quantizer={'name': name, **quantizer},
+    axis_name=axis_name,
+    freeze_encoder='encoder' in flat['freeze'],
+    **model,
+  )
