@@ -87,7 +87,8 @@ def compile_step(mesh, config):
   flat = config_lib.check_config(config)
   image_size, batch_size = flat['data.image_size'], flat['batch_size']
   model = build_model(flat)
-  objective = Objective.from_config(flat, num_steps=1000, dtype=model.dtype)
+  dtype = model.decoder.dtype
+  objective = Objective.from_config(flat, num_steps=1000, dtype=dtype)
   optimizer = make_optimizer(
     2e-4, weight_decay=0.01, clip_norm=flat['optimizer.clip_norm']
   )

@@ -13,6 +13,8 @@ from rvq_jax import VQVAE
 from rvq_jax.data.datasets import open_dataset
 from rvq_jax.data.images import to_float
 from rvq_jax.data.loaders import eval_batches
+from rvq_jax.models.decoder import Decoder
+from rvq_jax.models.encoder import Encoder
 
 DIM = 16
 
@@ -37,18 +39,13 @@ def load_images(source, count, size):
 
 def autoencoder(images, steps, batch=64):
   """Trains the autoencoder; latents [n, D] of images [n, h, w, 3] uint8."""
+  sizes = {'widths': (32, 64), 'factor': 4, 'num_res_blocks': 1}
   model = VQVAE(
-    widths=(32, 64),
-    factor=4,
-    num_res_blocks=1,
-    num_heads=4,
-    code_dim=DIM,
-    quantizer={'codebook_size': 2},
+    encoder=Encoder(code_dim=DIM, **sizes),
+    decoder=Decoder(num_heads=4, **sizes),
   )
   optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
-  state = model.init(
-    jax.random.key(0), to_float(images[:2]), method='autoencode'
-  )
+  state = model.init(jax.random.key(0), to_float(images[:2]), quantize=False)
   state = state['params'], state['batch_stats']
 
   @jax.jit
@@ -59,9 +56,10 @@ def autoencoder(images, steps, batch=64):
         to_float(x),
         train=True,
         mutable=['batch_stats'],
-        method='autoencode',
+        quantize=False,
       )
-      return jnp.mean((out - to_float(x)) ** 2), updates['batch_stats']
+      error = jnp.mean((out.reconstruction - to_float(x)) ** 2)
+      return error, updates['batch_stats']
 
     (error, stats), grads = jax.value_and_grad(loss, has_aux=True)(state[0])
     change, opt_state = optimizer.update(grads, opt_state)

@@ -67,7 +67,8 @@ def our_step(config, steps=1):
   side, batch = config.data.image_size, config.batch_size
   flat = config_lib.check_config(config)
   model = build_model(flat)
-  objective = Objective.from_config(flat, num_steps=1000, dtype=model.dtype)
+  dtype = model.decoder.dtype
+  objective = Objective.from_config(flat, num_steps=1000, dtype=dtype)
   weights = lpips_weights.load() if objective.perceptual_weight else None
   optimizer = make_optimizer(2e-4, weight_decay=0.01)
   state = jax.jit(

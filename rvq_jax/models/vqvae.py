@@ -1,8 +1,5 @@
 """The whole VQ-VAE: encoder, quantizer, decoder."""
 
-from typing import Any
-
-import flax.core
 import flax.linen as nn
 import flax.struct
 import jax
@@ -11,7 +8,7 @@ import jax.numpy as jnp
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
 from rvq_jax.quantize.base import QuantizerOutput
-from rvq_jax.quantize.registry import make_quantizer
+from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
 
 @flax.struct.dataclass
@@ -21,12 +18,12 @@ class VQVAEOutput:
   Attributes:
     reconstruction: images [B, h, w, 3], float32 in [-1, 1].
     quantizer: the quantizer's output; its ids are [B, H, W], or [B, H, W, L]
-      with L codes per position.
+      with L codes per position. None without quantization.
     latents: z [B, H, W, D] before quantization.
   """
 
   reconstruction: jax.Array
-  quantizer: QuantizerOutput
+  quantizer: QuantizerOutput | None
   latents: jax.Array
 
 
@@ -36,14 +33,14 @@ class VQVAE(nn.Module):
   Collections: params, batch_stats, codebook.
 
   >>> import jax
-  >>> from rvq_jax import VQVAE
+  >>> from rvq_jax import VQVAE, VectorQuantizer
+  >>> from rvq_jax.models.decoder import Decoder
+  >>> from rvq_jax.models.encoder import Encoder
+  >>> sizes = {'widths': (4, 8), 'factor': 4, 'num_res_blocks': 0}
   >>> model = VQVAE(
-  ...   widths=(4, 8),
-  ...   factor=4,
-  ...   num_res_blocks=0,
-  ...   num_heads=2,
-  ...   code_dim=4,
-  ...   quantizer={'codebook_size': 16},
+  ...   encoder=Encoder(code_dim=4, **sizes),
+  ...   vq=VectorQuantizer(codebook_size=16),
+  ...   decoder=Decoder(num_heads=2, **sizes),
   ... )
   >>> images = jax.numpy.zeros((2, 16, 16, 3))  # in [-1, 1]
   >>> variables = jax.jit(model.init)(jax.random.key(0), images)
@@ -52,55 +49,23 @@ class VQVAE(nn.Module):
   ((2, 16, 16, 3), (2, 4, 4))
 
   Attributes:
-    widths: channels of the encoder's convolutions.
-    factor: image side over latent side, a power of two from 2 to 64.
-    num_res_blocks: residual blocks in the encoder and in the decoder.
-    num_heads: attention heads of the decoder.
-    code_dim: D, channels of the latents.
-    quantizer: arguments of the quantizer other than code_dim and axis_name;
-      'name' says which (`registry.QUANTIZERS`), `VectorQuantizer` if left out.
-    dtype: compute dtype of encoder and decoder, float32 or bfloat16.
-    axis_name: mapped axis of `pmap` or `shard_map`.
-    remat: see `layers.residual_blocks`.
-    norm: 'batch' or 'group'; see `layers.Norm`.
-    activation: 'leaky_relu' or 'swish'.
+    encoder: images [B, h, w, 3] to latents [B, h/factor, w/factor, D]; it has
+      `factor`, and takes `train`.
+    vq: a quantizer of latents, see `rvq_jax.quantize.registry`.
+    decoder: latents to images; it takes `train`.
     freeze_encoder: the encoder gets no gradient, and its BatchNorm uses the
       stored statistics in training too.
   """
 
-  widths: tuple[int, ...] = (64, 128, 256)
-  factor: int = 8
-  num_res_blocks: int = 6
-  num_heads: int = 8
-  code_dim: int = 256
-  quantizer: Any = flax.core.FrozenDict(codebook_size=16384)
-  dtype: Any = jnp.float32
-  axis_name: Any = None
-  remat: bool = False
-  norm: str = 'batch'
-  activation: str = 'leaky_relu'
+  encoder: nn.Module = Encoder()
+  vq: nn.Module = VectorQuantizer(codebook_size=16384)
+  decoder: nn.Module = Decoder()
   freeze_encoder: bool = False
 
-  def __post_init__(self):
-    """Makes the module hashable, so that `jax.jit` takes it as static."""
-    self.quantizer = flax.core.freeze(self.quantizer)
-    super().__post_init__()
-
-  def setup(self):
-    """Declares the three parts."""
-    shared = {
-      'widths': tuple(self.widths),
-      'factor': self.factor,
-      'num_res_blocks': self.num_res_blocks,
-      'dtype': self.dtype,
-      'axis_name': self.axis_name,
-      'remat': self.remat,
-      'norm': self.norm,
-      'activation': self.activation,
-    }
-    self.encoder = Encoder(code_dim=self.code_dim, **shared)
-    self.vq = make_quantizer(axis_name=self.axis_name, **self.quantizer)
-    self.decoder = Decoder(num_heads=self.num_heads, **shared)
+  @property
+  def factor(self) -> int:
+    """Image side over latent side."""
+    return self.encoder.factor
 
   def __call__(
     self,
@@ -108,6 +73,7 @@ class VQVAE(nn.Module):
     *,
     train: bool = False,
     mask: jax.Array | None = None,
+    quantize: bool = True,
   ) -> VQVAEOutput:
     """Reconstructs images.
 
@@ -117,19 +83,18 @@ class VQVAE(nn.Module):
         and 'codebook' must be mutable).
       mask: valid images [B], bool; the others stay out of the quantizer's
         counts, losses and metrics.
+      quantize: False: the decoder gets the latents as they are.
 
     Raises:
       ValueError: the images have another shape.
     """
     z = self.latents(images, train=train)
+    if not quantize:
+      return VQVAEOutput(self.decoder(z, train=train), None, z)
     if mask is not None:
       mask = jnp.broadcast_to(mask[:, None, None], z.shape[:-1])
     out = self.vq(z, train=train, mask=mask)
     return VQVAEOutput(self.decoder(out.quantized, train=train), out, z)
-
-  def autoencode(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-    """Reconstructions [B, h, w, 3] of images without quantization."""
-    return self.decoder(self.latents(images, train=train), train=train)
 
   def latents(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     """Encoder outputs z [B, H, W, D] before quantization."""

@@ -1,7 +1,7 @@
 """What every quantizer shares: arguments, inputs, projections, outputs."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -10,36 +10,11 @@ import jax.numpy as jnp
 
 from rvq_jax.quantize.codebook import count_codes, row_weights, unit
 from rvq_jax.quantize.estimators import ESTIMATORS
+from rvq_jax.quantize.fields import Field, fault
 from rvq_jax.quantize.losses import LOSS_FORMS
 
 INITS = ('data', 'normal')
 SPLIT_RULES = ('count', 'distortion')
-_MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
-_KINDS = {
-  int: 'an integer',
-  float: 'a number',
-  str: 'text',
-  bool: 'True or False',
-}
-
-
-class Field(NamedTuple):
-  """What an argument may hold.
-
-  Attributes:
-    kind: int, float, bool, str or tuple (of widths).
-    low: least value.
-    high: greatest value.
-    choices: allowed values, or None.
-    optional: None is allowed.
-  """
-
-  kind: type
-  low: float = -float('inf')
-  high: float = float('inf')
-  choices: tuple | None = None
-  optional: bool = False
-
 
 FIELDS = {
   'codebook_size': Field(int, 1, 2**31 - 1),
@@ -67,34 +42,6 @@ FIELDS = {
   'kl_weight': Field(float, 0),
 }
 """The arguments of the quantizers, by name."""
-
-
-def fault(value: Any, field: Field) -> str | None:
-  """What `field` expects instead of `value`, in words; None if it fits."""
-  if value is None:
-    return None if field.optional else 'a value'
-  if field.kind is tuple:
-    fits = isinstance(value, tuple | list) and value
-    if not fits or any(
-      type(v) is not int or not 1 <= v <= 2**20 for v in value
-    ):
-      return 'integers from 1 to 1048576, as (64, 128, 256)'
-    return None
-  kind = (int, float) if field.kind is float else field.kind
-  if not isinstance(value, kind) or (
-    isinstance(value, bool) and field.kind is not bool
-  ):
-    return _KINDS[field.kind]
-  if field.choices and value not in field.choices:
-    plain = lambda x: x if str(x).isidentifier() else repr(x)  # noqa: E731
-    return f'one of {", ".join(map(plain, field.choices))}'
-  if field.kind in (int, float) and not field.low <= value <= field.high:
-    if field.high >= 2**31 - 1:
-      return f'at least {field.low:g}'
-    return f'a value from {field.low:g} to {field.high:g}'
-  if field.kind is float and abs(value) > _MAX_FLOAT32:
-    return 'a finite number that float32 can hold'
-  return None
 
 
 def validate(**arguments: Any) -> None:

@@ -72,7 +72,7 @@ class Tokenizer:
   @property
   def sides(self) -> tuple[int, ...] | None:
     """Sides of the scales of a multi-scale tokenizer, whose ids are [B, T]."""
-    return self.model.quantizer.get('sides')
+    return getattr(self.model.vq, 'sides', None)
 
   @property
   def prefixes(self) -> list[int]:

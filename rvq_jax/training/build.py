@@ -9,8 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from rvq_jax.models.decoder import Decoder
+from rvq_jax.models.encoder import Encoder
 from rvq_jax.models.vqvae import VQVAE
-from rvq_jax.quantize.registry import takes
+from rvq_jax.quantize.registry import make_quantizer, takes
 from rvq_jax.training.config import QUANTIZER_FIELDS
 
 
@@ -33,9 +35,11 @@ def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
     quantizer['sides'] = tuple(quantizer['sides'] or default_sides(grid))
   model['widths'] = tuple(model['widths'])
   model['dtype'] = jnp.dtype(model['dtype']).type
+  model['axis_name'] = axis_name
+  code_dim, num_heads = model.pop('code_dim'), model.pop('num_heads')
   return VQVAE(
-    quantizer={'name': name, **quantizer},
-    axis_name=axis_name,
+    encoder=Encoder(code_dim=code_dim, **model),
+    vq=make_quantizer(name, axis_name=axis_name, **quantizer),
+    decoder=Decoder(num_heads=num_heads, **model),
     freeze_encoder='encoder' in flat['freeze'],
-    **model,
   )

@@ -14,7 +14,7 @@ from typing import Any
 from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.layers import ACTIVATIONS, NORMS, num_groups
 from rvq_jax.quantize import base
-from rvq_jax.quantize.base import Field
+from rvq_jax.quantize.fields import Field, fault
 from rvq_jax.quantize.registry import QUANTIZERS, takes
 
 SCHEDULES = ('cosine', 'constant')
@@ -110,9 +110,10 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
   for name, field in FIELDS.items():
     if name not in flat:
       raise ValueError(f'config.{name}: missing; see configs/cifar10.py')
-    fault = base.fault(flat[name], field)
-    if fault:
-      raise ValueError(f'config.{name}: expected {fault}, got {flat[name]!r}')
+    if expected := fault(flat[name], field):
+      raise ValueError(
+        f'config.{name}: expected {expected}, got {flat[name]!r}'
+      )
   _check_together(flat)
   kind, _, path = flat['data.name'].partition(':')
   if kind == 'folder' and path:

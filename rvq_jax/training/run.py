@@ -89,7 +89,7 @@ class Run:
 
   def _objective(self) -> Objective:
     objective = Objective.from_config(
-      self.config, num_steps=self.num_steps, dtype=self.model.dtype
+      self.config, num_steps=self.num_steps, dtype=self.model.decoder.dtype
     )
     late = self.config['model.quantize_after']
     if objective.adversarial_weight and late > objective.discriminator_start:
@@ -167,11 +167,8 @@ class Run:
 
     def reconstruct(variables, images, quantize):
       images = to_float(images)
-      if quantize:
-        made = self.model.apply(variables, images).reconstruction
-      else:
-        made = self.model.apply(variables, images, method='autoencode')
-      return metrics.to_uint8(made)
+      out = self.model.apply(variables, images, quantize=quantize)
+      return metrics.to_uint8(out.reconstruction)
 
     self.init = jax.jit(
       init, out_shardings=everywhere, compiler_options=RUNS_ONCE

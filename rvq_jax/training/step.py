@@ -150,12 +150,11 @@ def _forward_backward(
         variables | {'params': params},
         images,
         train=True,
-        mutable=['batch_stats', 'codebook'] if quantize else ['batch_stats'],
+        quantize=quantize,
+        mutable=['batch_stats', 'codebook'],
         rngs={'codebook': key},
-        method=None if quantize else 'autoencode',
       )
-      quantizer = out.quantizer if quantize else None
-      made = out.reconstruction if quantize else out
+      quantizer, made = out.quantizer, out.reconstruction
       loss, metrics = objective.generator_loss(
         images, made, state.step, judge, lpips_weights
       )

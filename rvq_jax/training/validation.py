@@ -62,13 +62,15 @@ def make_eval_step(model, *, prefixes: Sequence[int] = (), axis_name=None):
     counts [K] of the codes that it adds.
   """
 
+  cosine = getattr(model.vq, 'cosine', False)
+
   def eval_step(variables, batch):
     images, mask = prepare_images(batch['image']), batch['mask']
     out = model.apply(variables, images, mask=mask)
     z, q = (
       x.astype(jnp.float32) for x in (out.latents, out.quantizer.quantized)
     )
-    z = unit(z) if model.quantizer.get('cosine') else z
+    z = unit(z) if cosine else z
     weight = mask.astype(jnp.float32)
     tokens = out.quantizer.ids[0].size * jnp.sum(weight)
     error = out.quantizer.metrics['quantization_error']
@@ -90,7 +92,7 @@ def make_eval_step(model, *, prefixes: Sequence[int] = (), axis_name=None):
 
   def prefix_sums(variables, out, images, mask, tokens):
     ids, first = out.quantizer.ids, 0
-    size = model.quantizer['codebook_size']
+    size = model.vq.codebook_size
     for level, end in enumerate(prefixes, 1):
       made = out.reconstruction
       if end < ids.shape[-1]:
@@ -143,7 +145,8 @@ def make_autoencoder_step(model):
 
   def step(variables, batch):
     images, mask = prepare_images(batch['image']), batch['mask']
-    made = model.apply(variables, images, method='autoencode')
+    out = model.apply(variables, images, quantize=False)
+    made = out.reconstruction
     error = jnp.where(mask, metrics.squared_error(made, images), 0.0)
     return {'images': jnp.sum(mask.astype(jnp.float32)), 'mse': jnp.sum(error)}
 

@@ -6,21 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import tiny_vqvae
 
 from rvq_jax import VQVAE
 from rvq_jax.training.run import RUNS_ONCE
 
 
 def build(factor=4, dtype=jnp.float32, **quantizer):
-  return VQVAE(
-    widths=(4, 8),
-    factor=factor,
-    num_res_blocks=1,
-    num_heads=2,
-    code_dim=6,
-    quantizer={'codebook_size': 16} | quantizer,
-    dtype=dtype,
-  )
+  sizes = {'widths': (4, 8), 'num_res_blocks': 1, 'code_dim': 6}
+  return tiny_vqvae(quantizer, factor=factor, dtype=dtype, **sizes)
 
 
 def start(model, x):
@@ -137,9 +131,7 @@ def test_other_images_are_refused(shape, message):
 
 
 def test_heads_must_divide_the_channels():
-  model = VQVAE(
-    widths=(4, 6), factor=4, num_heads=4, quantizer={'codebook_size': 4}
-  )
+  model = tiny_vqvae(widths=(4, 6), num_heads=4)
   with pytest.raises(ValueError, match='num_heads'):
     jax.eval_shape(lambda: model.init(jax.random.key(0), images()))
 

@@ -76,9 +76,8 @@ def test_an_export_of_multi_scale_tokens_is_the_run(
   with pytest.raises(ValueError, match=r'expected ids \[B, T\] of integers'):
     run.decode(ids[:, None])
   other = load(tmp_path / 'run')
-  other.model = other.model.clone(
-    quantizer=other.model.quantizer.copy({'sides': (1, 4)})
-  )
+  vq = other.model.vq.clone(sides=(1, 4))
+  other.model = other.model.clone(vq=vq)
   assert other.model_hash != run.model_hash
 
 

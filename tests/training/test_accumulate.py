@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from tiny_model import tiny_vqvae
 
-from rvq_jax import VQVAE, sharding
+from rvq_jax import sharding
 from rvq_jax.models.layers import Norm
 from rvq_jax.training.run import RUNS_ONCE
 from rvq_jax.training.state import create_state
@@ -35,13 +36,8 @@ def without_batch_norm(next_function, args, kwargs, context):
 
 
 def build(quantizer, axis_name=None, **options):
-  model = VQVAE(
-    widths=(4,),
-    factor=4,
-    num_res_blocks=0,
-    num_heads=2,
-    code_dim=4,
-    quantizer=QUANTIZERS[quantizer],
+  model = tiny_vqvae(
+    vq=QUANTIZERS[quantizer],
     axis_name=axis_name,
   )
   optimizer = optax.sgd(RATE)

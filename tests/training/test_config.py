@@ -31,7 +31,7 @@ def changed(config, name, value):
 def test_shipped_configs_are_valid_and_build(load_config, name):
   flat = config_lib.check_config(load_config(*name))
   model = build_model(flat)
-  assert model.quantizer['codebook_size'] == flat['model.codebook_size']
+  assert model.vq.codebook_size == flat['model.codebook_size']
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_sides_are_those_of_the_grid_or_ones_own(load_config):
   for own, want in ((None, (1, 2, 3, 4, 5, 6, 8)), ((2, 8), (2, 8))):
     config.model.sides = own
     flat = config_lib.check_config(config)
-    assert build_model(flat).quantizer['sides'] == want
+    assert build_model(flat).vq.sides == want
 
 
 def test_multiscale_takes_estimators_of_several_codes_alone(load_config):
@@ -246,5 +246,5 @@ def test_multiscale_configs_have_the_tokens_that_they_say(
   name, tokens, load_config
 ):
   flat = config_lib.check_config(load_config(name, 'multiscale'))
-  sides = build_model(flat).quantizer['sides']
+  sides = build_model(flat).vq.sides
   assert sum(side**2 for side in sides) == tokens

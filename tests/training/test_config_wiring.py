@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from rvq_jax import VQVAE
+from rvq_jax.models.decoder import Decoder
+from rvq_jax.models.encoder import Encoder
+from rvq_jax.quantize.registry import make_quantizer
 from rvq_jax.training.build import build_model
 from rvq_jax.training.config import FIELDS, check_config
 from rvq_jax.training.run import Run
@@ -71,9 +74,9 @@ def fields_of(module):
 
 
 def quantizer_fields(name):
-  model = VQVAE(quantizer={'name': name, 'codebook_size': 16})
+  layer = make_quantizer(name, codebook_size=16)
   # The latents have code_dim channels; the quantizer takes them as they come.
-  taken = fields_of(model.bind({}).vq) - {'code_dim'}
+  taken = fields_of(layer) - {'code_dim'}
   return [f for f in OF_MODEL if f in taken and (name, f) not in CANNOT]
 
 
@@ -157,7 +160,7 @@ def test_a_field_reaches_the_quantizer(name, field, trace_quantizer):
 
 
 @pytest.mark.parametrize(
-  'field', [f for f in OF_MODEL if f in fields_of(VQVAE) - {'quantizer'}]
+  'field', [f for f in OF_MODEL if f in fields_of(Encoder) | fields_of(Decoder)]
 )
 def test_a_field_reaches_the_encoder_and_the_decoder(field, model_of):
   base, images = {'num_res_blocks': 1}, (2, 8, 8, 3)
@@ -177,10 +180,10 @@ def test_a_field_reaches_the_encoder_and_the_decoder(field, model_of):
 @pytest.mark.parametrize('name', QUANTIZERS)
 def test_the_name_chooses_the_quantizer(name, model_of):
   model = model_of(quantizer=name)
-  class_of = type(model.bind({}).vq)
+  class_of = type(model.vq)
   modules, _ = trace(model, reconstruct, (2, 8, 8, 3))
   assert {type(m) for m in modules if m.path == ('vq',)} == {class_of}
-  others = {type(model_of(quantizer=n).bind({}).vq) for n in QUANTIZERS}
+  others = {type(model_of(quantizer=n).vq) for n in QUANTIZERS}
   assert len(others) == len(QUANTIZERS)
   assert class_of.__name__.lower().startswith({'vq': 'vector'}.get(name, name))
 
@@ -188,25 +191,26 @@ def test_the_name_chooses_the_quantizer(name, model_of):
 @pytest.mark.parametrize('name', QUANTIZERS)
 def test_a_quantizers_defaults_are_those_of_the_config(name, load_config):
   config = load_config('cifar10').model
-  model = VQVAE(quantizer={'name': name, 'codebook_size': 16384})
   want = {field: config[field] for field in quantizer_fields(name)}
   if name == 'simvq':
     want['estimator'] = 'ste'  # the published method
-  layer = model.bind({}).vq
+  layer = make_quantizer(name, codebook_size=16384)
   assert {field: getattr(layer, field) for field in want} == want
 
 
 def test_a_models_defaults_are_those_of_the_config(load_config):
   config = load_config('cifar10').model
-  names = set(OF_MODEL) & fields_of(VQVAE) - {'quantizer', 'dtype'}
-  want = {field: config[field] for field in names}
-  assert {field: getattr(VQVAE(), field) for field in names} == want
-  assert VQVAE().dtype == jnp.float32
-  assert VQVAE().quantizer['codebook_size'] == config.codebook_size
+  for part in (VQVAE().encoder, VQVAE().decoder):
+    names = set(OF_MODEL) & fields_of(part) - {'dtype'}
+    want = {field: config[field] for field in names}
+    assert {field: getattr(part, field) for field in names} == want
+    assert part.dtype == jnp.float32
+  assert VQVAE().vq.codebook_size == config.codebook_size
 
 
 def test_every_field_of_a_model_belongs_to_some_part():
-  known = fields_of(VQVAE).union(*map(quantizer_fields, QUANTIZERS))
+  known = fields_of(Encoder) | fields_of(Decoder) | {'quantizer'}
+  known = known.union(*map(quantizer_fields, QUANTIZERS))
   assert set(OF_MODEL) == set(OTHER)
   assert set(OF_MODEL) <= known
 

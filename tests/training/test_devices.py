@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from tiny_model import tiny_vqvae
 
-from rvq_jax import VQVAE, sharding
+from rvq_jax import sharding
 from rvq_jax.training.run import RUNS_ONCE
 from rvq_jax.training.state import create_state
 from rvq_jax.training.step import make_train_step
@@ -23,13 +24,8 @@ IMAGES = np.random.default_rng(0).integers(
 
 
 def build(axis_name=None, codebook_size=40):
-  model = VQVAE(
-    widths=(4,),
-    factor=4,
-    num_res_blocks=0,
-    num_heads=2,
-    code_dim=4,
-    quantizer={'codebook_size': codebook_size, 'dead_code_threshold': 0.7},
+  model = tiny_vqvae(
+    vq={'codebook_size': codebook_size, 'dead_code_threshold': 0.7},
     axis_name=axis_name,
   )
   # Adam divides by the gradient's size, which magnifies rounding; SGD shows

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import tiny_vqvae
 
 from rvq_jax import VQVAE
 from rvq_jax.training import loop
@@ -41,14 +42,8 @@ _scale_gradient.defvjp(
 
 @functools.cache
 def build():
-  model = Spoilt(
-    widths=(4,),
-    factor=4,
-    num_res_blocks=0,
-    num_heads=2,
-    code_dim=4,
-    quantizer={'codebook_size': 16},
-  )
+  tiny = tiny_vqvae()
+  model = Spoilt(tiny.encoder, tiny.vq, tiny.decoder)
   optimizer = make_optimizer(lambda _: 1e-2)
   state = jax.jit(
     lambda: create_state(

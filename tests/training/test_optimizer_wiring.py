@@ -33,7 +33,7 @@ class Affine(nn.Module):
   """kernel x image + bias, in the form of a `VQVAE`."""
 
   @nn.compact
-  def __call__(self, images, *, train=False, mask=None):
+  def __call__(self, images, *, train=False, mask=None, quantize=True):
     kernel = self.param('kernel', nn.initializers.ones, (1, 1, 1, 3))
     bias = self.param('bias', nn.initializers.ones, (1, 1, 1, 3))
     return result(kernel * images + bias)
@@ -112,7 +112,7 @@ def test_a_step_mirrors_half_of_the_images(make_step_config, make_step):
 
   class Left(nn.Module):
     @nn.compact
-    def __call__(self, x, *, train=False, mask=None):
+    def __call__(self, x, *, train=False, mask=None, quantize=True):
       zero = self.param('kernel', nn.initializers.zeros, ())
       return result(jnp.asarray(images[:1]) + zero)
 

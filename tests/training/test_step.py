@@ -4,8 +4,8 @@ import functools
 
 import jax
 import numpy as np
+from tiny_model import tiny_vqvae
 
-from rvq_jax import VQVAE
 from rvq_jax.training.optimizer import make_optimizer
 from rvq_jax.training.run import RUNS_ONCE
 from rvq_jax.training.state import create_state
@@ -17,14 +17,7 @@ IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype('f')
 
 @functools.cache
 def build():
-  model = VQVAE(
-    widths=(4,),
-    factor=4,
-    num_res_blocks=0,
-    num_heads=2,
-    code_dim=4,
-    quantizer={'codebook_size': 16},
-  )
+  model = tiny_vqvae()
   optimizer = make_optimizer(lambda _: 1e-2)
   state = jax.jit(
     lambda: create_state(

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from tiny_model import tiny_vqvae
 
-from rvq_jax import VQVAE, sharding
+from rvq_jax import sharding
 from rvq_jax.models.discriminator import Discriminator
 from rvq_jax.training.objective import Objective, lecam
 from rvq_jax.training.run import RUNS_ONCE
@@ -25,13 +26,8 @@ OBJECTIVE = Objective(
 
 
 def build(axis_name=None, **options):
-  model = VQVAE(
-    widths=(4,),
-    factor=4,
-    num_res_blocks=0,
-    num_heads=2,
-    code_dim=4,
-    quantizer={'name': 'fsq', 'codebook_size': 64},
+  model = tiny_vqvae(
+    vq={'name': 'fsq', 'codebook_size': 64},
     norm='group',
     axis_name=axis_name,
   )

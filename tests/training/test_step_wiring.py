@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from rvq_jax import VectorQuantizer
 from rvq_jax.training.build import build_model
 from rvq_jax.training.config import check_config
 from rvq_jax.training.run import RUNS_ONCE
@@ -84,7 +85,7 @@ def variables_of(state, part):
 
 # Static and without a quantizer of its own, so that all names share a program.
 def plain(model):
-  return model.clone(quantizer={'codebook_size': 8})
+  return model.clone(vq=VectorQuantizer(codebook_size=8))
 
 
 def _latents(model, variables):

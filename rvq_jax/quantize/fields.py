@@ -1,0 +1,111 @@
+"""Ranges of a module's arguments, which stand on its fields.
+
+A field says once what it may hold; the module checks it where it is called, and
+a config of the same name by the same entry.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+MAX_INT32 = 2**31 - 1
+_MAX_FLOAT32 = 3.4028234663852886e38
+_KINDS = {
+  int: 'an integer',
+  float: 'a number',
+  str: 'text',
+  bool: 'True or False',
+}
+
+
+class Field(NamedTuple):
+  """What a value may be.
+
+  Attributes:
+    kind: int, float, bool, str or tuple (of widths).
+    low: least value.
+    high: greatest value.
+    choices: allowed values, or None.
+    optional: None is allowed.
+  """
+
+  kind: type
+  low: float = -float('inf')
+  high: float = float('inf')
+  choices: tuple | None = None
+  optional: bool = False
+
+
+def field(
+  default: Any = dataclasses.MISSING,
+  low: float = -float('inf'),
+  high: float = float('inf'),
+  choices: tuple | None = None,
+) -> Any:
+  """A dataclass field of a linen module with its range; see `fields_of`.
+
+  >>> import flax.linen as nn
+  >>> from rvq_jax.quantize.fields import field, fields_of
+  >>> class Layer(nn.Module):
+  ...   decay: float = field(0.99, 0, 1)
+  >>> fields_of(Layer)['decay'].high
+  1
+  """
+  return dataclasses.field(
+    default=default, metadata={'range': (low, high, choices)}
+  )
+
+
+def fields_of(cls: type[nn.Module]) -> dict[str, Field]:
+  """Name -> `Field` of the arguments of a module's class that have a range."""
+  found = {}
+  for f in dataclasses.fields(cls):
+    if 'range' not in f.metadata:
+      continue
+    union = (
+      typing.get_args(f.type) if isinstance(f.type, types.UnionType) else ()
+    )
+    (kind,) = set(union) - {types.NoneType} or {f.type}
+    kind = typing.get_origin(kind) or kind  # tuple[int, ...] is a tuple
+    optional = types.NoneType in union
+    found[f.name] = Field(kind, *f.metadata['range'], optional)
+  return found
+
+
+def fault(value: Any, field: Field) -> str | None:
+  """What `field` expects instead of `value`, in words; None if it fits."""
+  if value is None:
+    return None if field.optional else 'a value'
+  if field.kind is tuple:
+    fits = isinstance(value, tuple | list) and value
+    if not fits or any(
+      type(v) is not int or not 1 <= v <= 2**20 for v in value
+    ):
+      return 'integers from 1 to 1048576, as (64, 128, 256)'
+    return None
+  kind = (int, float) if field.kind is float else field.kind
+  if not isinstance(value, kind) or (
+    isinstance(value, bool) and field.kind is not bool
+  ):
+    return _KINDS[field.kind]
+  if field.choices and value not in field.choices:
+    shown = (x if str(x).isidentifier() else repr(x) for x in field.choices)
+    return f'one of {", ".join(map(str, shown))}'
+  if field.kind in (int, float) and not field.low <= value <= field.high:
+    if field.high >= MAX_INT32:
+      return f'at least {field.low:g}'
+    return f'a value from {field.low:g} to {field.high:g}'
+  if field.kind is float and abs(value) > _MAX_FLOAT32:
+    return 'a finite number that float32 can hold'
+  return None
+
+
+def check(module: nn.Module) -> None:
+  """Raises ValueError for an argument of a module that is out of its range."""
+  for name, field in fields_of(type(module)).items():
+    value = getattr(module, name)
+    if expected := fault(value, field):
+      raise ValueError(f'{name}: expected {expected}, got {value!r}')

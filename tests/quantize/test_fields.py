@@ -1,0 +1,55 @@
+"""Ranges on the fields of linen modules."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rvq_jax.quantize.fields import Field, check, field, fields_of
+
+
+class Layer(nn.Module):
+  size: int = field(low=1, high=9)
+  decay: float = field(0.99, 0, 1)
+  sides: tuple[int, ...] | None = field(None)
+  kind: str = field('a', choices=('a', 'b c'))
+  dim: int | None = field(None, 1, 4)
+  free: str = 'anything'
+
+  @nn.compact
+  def __call__(self, x):
+    check(self)
+    return nn.Dense(self.size)(x)
+
+
+def test_kind_range_and_none_follow_from_the_field():
+  assert fields_of(Layer) == {
+    'size': Field(int, 1, 9),
+    'decay': Field(float, 0, 1),
+    'sides': Field(tuple, optional=True),
+    'kind': Field(str, choices=('a', 'b c')),
+    'dim': Field(int, 1, 4, optional=True),
+  }
+
+
+def test_a_module_with_ranges_initialises_clones_and_hashes():
+  layer = Layer(3).clone(dim=2)
+  variables = layer.init(jax.random.key(0), jnp.zeros((1, 2)))
+  assert variables['params']['Dense_0']['kernel'].shape == (2, 3)
+  assert hash(layer) == hash(Layer(3, dim=2)) and layer == Layer(3, dim=2)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'size': 0}, 'size: expected a value from 1 to 9, got 0'),
+    ({'size': True}, 'size: expected an integer, got True'),
+    ({'decay': 1.5}, 'decay: expected a value from 0 to 1, got 1.5'),
+    ({'sides': (0,)}, r'sides: expected integers .*, got \(0,\)'),
+    ({'kind': 'c'}, "kind: expected one of a, 'b c', got 'c'"),
+    ({'kind': None}, 'kind: expected a value, got None'),
+  ],
+)
+def test_a_value_out_of_its_range_is_refused(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    Layer(**{'size': 3} | arguments).init(jax.random.key(0), jnp.zeros((1, 2)))
