@@ -5,9 +5,9 @@ python benchmarks/encode.py [--images=1024] [--repeats=5]
 Two sets: JPEGs of ImageNet's mean size scaled to 256 x 256, and the crops of
 photographs (64 x 64).
 
-  decode       the images alone, as `encode_dataset` decodes them
+  decode       the images only, as `encode_dataset` decodes them
   constant     `encode_dataset` with a model that returns ids 0
-  model        `encode_dataset` with that of configs/photos.py
+  model        `encode_dataset` with the model of configs/photos.py
 
 on one and on eight CPU devices. The routes take turns; the first four batches
 of each, in which it compiles, are left out. Printed are medians of images/s, of
@@ -15,30 +15,21 @@ their ratio to `decode` in the same turn, and of processor time per image, which
 other work on the machine disturbs less.
 """
 
-import argparse
 import functools
 import os
-import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+import input_pipeline
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-import input_pipeline  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-from configs import photos  # noqa: E402
-from rvq_jax.data import datasets, decoding  # noqa: E402
-from rvq_jax.data.transforms import resize_and_center_crop  # noqa: E402
-from rvq_jax.tokenizer import encoding  # noqa: E402
-from rvq_jax.tokenizer.tokenizer import Tokenizer  # noqa: E402
-from rvq_jax.training import config as config_lib  # noqa: E402
-from rvq_jax.training.build import build_model  # noqa: E402
+from rvq_jax.data import datasets, decoding
+from rvq_jax.data.transforms import resize_and_center_crop
+from rvq_jax.tokenizer import encoding
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 FIRST = 4  # batches
 
@@ -101,47 +92,32 @@ def encode(tokenizer, devices: int, source, size: int) -> np.ndarray:
   return clock.per_image()
 
 
-def tokenizers() -> dict[str, Tokenizer]:
-  """A constant and an untrained model."""
-  config = config_lib.check_config(photos.get_config())
-  model = build_model(config)
-  images = jnp.zeros((1, 64, 64, 3))
-  variables = jax.jit(model.init)(jax.random.key(0), images)
-  return {
-    name: Tokenizer(model, dict(variables), config=config, step=0)
-    for name, model in (('constant', Constant()), ('model', model))
-  }
-
-
 def main() -> None:
   """Measures and prints."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--images', type=int, default=1024)
-  parser.add_argument('--repeats', type=int, default=5)
-  options = parser.parse_args()
+  options = common.parser(__doc__, images=1024, repeats=5).parse_args()
+  os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+  model = common.untrained(common.load_config('photos'))
+  constant = Tokenizer(Constant(), model.variables, config=model.config, step=0)
   with tempfile.TemporaryDirectory() as folder:
     jpegs = input_pipeline.jpegs(folder).subset(np.arange(options.images))
     crops = datasets.open_dataset('photos', split='official').train
     sets = {('JPEGs', 256): jpegs, ('crops', 64): crops}
-    print(f'{len(os.sched_getaffinity(0))} cores, {jax.device_count()} devices')
+    print(f'{common.cores()} cores, {jax.device_count()} devices')
     for (name, size), source in sets.items():
-      routes = {'decode': decode} | {
-        f'{kind}, {devices}': functools.partial(encode, tokenizer, devices)
-        for kind, tokenizer in tokenizers().items()
+      routes = {'decode': functools.partial(decode, source, size)} | {
+        f'{kind}, {devices}': functools.partial(
+          encode, tokenizer, devices, source, size
+        )
+        for kind, tokenizer in (('constant', constant), ('model', model))
         for devices in (1, 8)
       }
-      seen = {route: [] for route in routes}
-      for _ in range(options.repeats):
-        for route, measure in routes.items():
-          seen[route].append(measure(source, size))
+      per_image = common.in_turn(routes, options.repeats)
       print(f'\n{name} at {size} x {size}, {len(source)} images')
       print(f'{"":<14}{"images/s":>10}{"of decode":>11}{"processor ms":>14}')
-      for route, times in seen.items():
+      walls = {route: [t[0] for t in x] for route, x in per_image.items()}
+      for route, times in per_image.items():
         wall, used = np.median(times, axis=0)
-        ratio = statistics.median(
-          base[0] / own[0]
-          for base, own in zip(seen['decode'], times, strict=True)
-        )
+        ratio = common.ratio(walls['decode'], walls[route])
         print(f'{route:<14}{1 / wall:>10.0f}{ratio:>11.2f}{1e3 * used:>14.2f}')
 
 

@@ -4,14 +4,13 @@ python benchmarks/soak.py [--minutes=30] [--every=20] [--workdir=DIR]
   [--config=configs/photos.py] [--config-flags...]
 
 A run is started, killed with SIGKILL at a random moment, started again, and so
-on; then it is left to end. A second run with the same seed is undisturbed for
-as many steps. Prints kills, resumes, steps that had to be taken again, items of
-the last checkpoint whose digests differ between the two runs, and memory: of
-the processes that were killed, at their end, and of the one undisturbed as it
-went. Exit code 1 unless no bit differs and every start has succeeded.
+on; then it runs to its end. A second run with the same seed takes as many steps
+undisturbed. Prints kills, resumes, steps that were taken twice, items of the
+last checkpoint whose digests differ between the two runs, and memory: of the
+killed processes at their end, and of the undisturbed one over time. Exit code 1
+unless no bit differs and every start succeeds.
 """
 
-import argparse
 import json
 import os
 import random
@@ -25,8 +24,11 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-_CACHE = 'JAX_COMPILATION_CACHE_DIR'
+import common
+import jax
+
+from rvq_jax import sharding
+from rvq_jax.training.checkpoints import Checkpoints
 
 
 class Run(subprocess.Popen):
@@ -35,7 +37,7 @@ class Run(subprocess.Popen):
   def __init__(self, command, log):
     super().__init__(
       command,
-      cwd=ROOT,
+      cwd=common.ROOT,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.PIPE,
       text=True,
@@ -50,10 +52,10 @@ class Run(subprocess.Popen):
     for line in self.stderr:
       self._log.write(line)
       self.lines.append(line)
-      if found := re.search(r'; step (\d+) of \d+; ', line):
-        self.start = self.step = int(found[1])
-      elif found := re.search(r' step (\d+)/', line):
-        self.step = int(found[1])
+      if match := re.search(r'; step (\d+) of \d+; ', line):
+        self.start = self.step = int(match[1])
+      elif match := re.search(r' step (\d+)/', line):
+        self.step = int(match[1])
         self.megabytes.append(_resident(self.pid))
 
   def finish(self, how=None):
@@ -76,17 +78,18 @@ def _resident(pid: int) -> float:
 
 def digest(workdir: Path) -> dict[str, str]:
   """The digests of the newest checkpoint, which is read to check them."""
-  from rvq_jax.training.checkpoints import Checkpoints
-  from rvq_jax.training.run import Run
-
-  config = json.loads((workdir / 'config.json').read_text())
   nested = {}
-  for name, value in config.items():
+  for name, value in json.loads((workdir / 'config.json').read_text()).items():
     group, _, leaf = name.rpartition('.')
     (nested.setdefault(group, {}) if group else nested)[leaf] = value
+  place = sharding.replicated(sharding.data_mesh())
+  template = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    jax.eval_shape(common.make_training(nested).init, jax.random.key(0)),
+  )
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve()
-    checkpoints.restore(Run(nested).template, step)
+    checkpoints.restore(template, step)
     return {'step': str(step)} | checkpoints.meta(step)['digests']
 
 
@@ -151,12 +154,14 @@ def soak(options, flags, workdir: Path) -> dict:
 
 def main() -> None:
   """Soaks and reports."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--minutes', type=float, default=30)
-  parser.add_argument('--every', type=float, default=20, help='seconds')
-  parser.add_argument('--seed', type=int, default=0, help='of the moments')
-  parser.add_argument('--config', default='configs/photos.py')
-  parser.add_argument('--workdir', help='kept; default: a temporary folder')
+  parser = common.parser(
+    __doc__,
+    minutes=30.0,
+    every=20.0,  # seconds
+    seed=0,  # of the moments
+    config='configs/photos.py',
+    workdir=None,  # kept; a temporary one is not
+  )
   options, flags = parser.parse_known_args()
   with tempfile.TemporaryDirectory(prefix='soak_') as temporary:
     workdir = Path(options.workdir or temporary).resolve()
@@ -164,7 +169,9 @@ def main() -> None:
     shutil.rmtree(workdir / 'peace', ignore_errors=True)
     workdir.mkdir(parents=True, exist_ok=True)
     # Every start would otherwise spend its twenty seconds compiling.
-    os.environ.setdefault(_CACHE, str(workdir / 'compiled'))
+    os.environ.setdefault(
+      'JAX_COMPILATION_CACHE_DIR', str(workdir / 'compiled')
+    )
     flags = [
       # It must not depend on the number of steps, which is not known before.
       '--config.optimizer.schedule=constant',
