@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,6 +124,12 @@ def row(*cells: Any) -> str:
 def header(*cells: str) -> str:
   """The first two lines of a Markdown table."""
   return f'{row(*cells)}\n{"|---" * len(cells)}|'
+
+
+def spread(values) -> tuple[float, float]:
+  """Mean and sample standard deviation; NaN for one value."""
+  several = len(values) > 1
+  return statistics.mean(values), statistics.stdev(values) if several else nan
 
 
 def read_records(path) -> list[dict]:

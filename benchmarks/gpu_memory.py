@@ -10,6 +10,7 @@ arguments. Nothing is run, so this is no measurement of time. The packages
 jax-cuda12-plugin and jax-cuda12-pjrt are enough for the rows without cuDNN.
 """
 
+import math
 import re
 
 import common
@@ -49,16 +50,11 @@ def compile_step(mesh, config):
   return lowered.compile(compiler_options={'xla_gpu_autotune_level': 0})
 
 
-def largest(text):
-  """Bytes and shape of the largest array that the program names."""
-  sizes = {}
-  for dtype, shape in re.findall(r'\b(\w+)\[([\d,]+)\]', text):
-    size = BYTES.get(dtype, 0)
-    for side in shape.split(','):
-      size *= int(side)
-    sizes[f'{dtype}[{shape}]'] = size
-  name = max(sizes, key=sizes.get)
-  return sizes[name], name
+def array_sizes(text):
+  """(name, bytes) of each array that a text names, as ('f32[2,3]', 24)."""
+  for dtype, shape in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', text):
+    sides = map(int, filter(None, shape.split(',')))
+    yield f'{dtype}[{shape}]', BYTES.get(dtype, 0) * math.prod(sides)
 
 
 def main():
@@ -95,7 +91,7 @@ def main():
       print(common.row(dtype, remat, 'cuDNN', 'not compiled: no cuDNN', '', ''))
       continue
     memory = step.memory_analysis()
-    size, name = largest(step.as_text())
+    name, size = max(array_sizes(step.as_text()), key=lambda x: x[1])
     sizes = memory.temp_size_in_bytes, memory.argument_size_in_bytes
     print(
       common.row(

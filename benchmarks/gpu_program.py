@@ -18,7 +18,7 @@ import re
 
 import common
 from absent_gpu import absent_gpu
-from gpu_memory import BYTES, CONFIGS, compile_step, make_config
+from gpu_memory import BYTES, CONFIGS, array_sizes, compile_step, make_config
 
 from rvq_jax import sharding
 from rvq_jax.models import layers
@@ -40,17 +40,6 @@ INSTRUCTION = re.compile(
 FREE = ('get-tuple-element', 'bitcast', 'parameter', 'tuple', 'constant')
 
 
-def size(shape: str) -> int:
-  """Bytes of all arrays that a type names."""
-  total = 0
-  for dtype, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape):
-    count = BYTES.get(dtype, 0)
-    for side in filter(None, sides.split(',')):
-      count *= int(side)
-    total += count
-  return total
-
-
 def classify(name: str) -> str:
   """The class of a kernel."""
   for label, pattern in CLASSES.items():
@@ -64,7 +53,7 @@ def moved(program: str) -> dict[str, list[int]]:
   sizes, kernels = {}, collections.defaultdict(lambda: [0, 0])
   entry = program[program.index('\nENTRY') :]
   for name, shape, op, operands, rest in INSTRUCTION.findall(entry):
-    sizes[name] = size(shape)
+    sizes[name] = sum(size for _, size in array_sizes(shape))
     if op in FREE:
       continue
     target = re.search('custom_call_target="([^"]*)"', rest)

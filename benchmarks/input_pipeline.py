@@ -6,7 +6,6 @@ python benchmarks/input_pipeline.py [--data=tfds:imagenet2012 --data_dir=DIR]
 Without --data it prepares 1,024 JPEG crops of scikit-image's photographs of
 ImageNet's mean size (about 500 x 375, 110 kB) as an ArrayRecord data set.
 
-  pillow    one process: Image.open, convert, resize of a random box
   decoders  one process per core: what `LoadImage` does to a record, no more
   threads   batches of `GrainLoader` with num_workers=0
   workers   the same with that many worker processes
@@ -64,28 +63,6 @@ def jpegs(data_dir: str) -> Source:
   splits = {'train': (range(_COUNT), read), 'test': (range(1), read)}
   prepare.write_tfds('jpegs', '1.0.0', data_dir, lambda: (features, splits))
   return datasets.open_dataset('tfds:jpegs', data_dir=data_dir).train
-
-
-def pillow_rate(source: Source, size: int, count: int) -> float:
-  """Images/s of a loop over Pillow in one process."""
-  rng = np.random.default_rng(0)
-  start = time.perf_counter()
-  for _ in range(count):
-    data = source[int(rng.integers(len(source)))].image
-    with Image.open(io.BytesIO(data)) as image:
-      width, height = image.size
-      share = np.sqrt(rng.uniform(*_SCALE))
-      box_w, box_h = int(width * share), int(height * share)
-      left = int(rng.integers(width - box_w + 1))
-      top = int(rng.integers(height - box_h + 1))
-      np.asarray(
-        image.convert('RGB').resize(
-          (size, size),
-          Image.Resampling.BICUBIC,
-          box=(left, top, left + box_w, top + box_h),
-        )
-      )
-  return count / (time.perf_counter() - start)
 
 
 def _decode(source, size, count, seed, ready, rates) -> None:
@@ -159,7 +136,6 @@ def main() -> None:
     random = {'crop': _CROP, 'crop_scale': _SCALE, 'in_memory': False}
     count = batch * batches
     routes = {
-      'pillow': lambda: pillow_rate(source, size, count // cores),
       'decoders': lambda: decoders_rate(source, size, count, cores),
       'threads': lambda: loader_rate(source, size, batch, batches, **random),
     }
@@ -178,8 +154,7 @@ def main() -> None:
   for name, values in rates.items():
     rate = statistics.median(values)
     ratio = common.ratio(values, rates['decoders'])
-    used = 1 if name == 'pillow' else cores
-    print(f'{name:<20}{rate:>10.0f}{rate / used:>10.0f}{ratio:>13.2f}')
+    print(f'{name:<20}{rate:>10.0f}{rate / cores:>10.0f}{ratio:>13.2f}')
 
 
 if __name__ == '__main__':

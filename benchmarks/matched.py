@@ -27,7 +27,6 @@ K = 16384 with a million latents: an estimated 15 hours.
 import importlib.util
 import json
 import math
-import statistics
 import sys
 import time
 
@@ -118,11 +117,6 @@ def measure(key, z, held_out, args):
   }
 
 
-def spread(x):
-  """Mean and sample standard deviation."""
-  return statistics.mean(x), statistics.stdev(x) if len(x) > 1 else math.nan
-
-
 def summaries(records):
   """Setting -> {cell: {name: (mean, sample std)}}, with `db` above Lloyd."""
   groups = {}
@@ -137,13 +131,13 @@ def summaries(records):
       for cell, runs in cells.items()
     }
     if 'lloyd' in cells:
-      reference = statistics.mean(columns['lloyd']['mse'])
+      reference = np.mean(columns['lloyd']['mse'])
       for values in columns.values():
         values['db'] = [10 * math.log10(x / reference) for x in values['mse']]
       if 'random' in cells and min(columns['random']['db']) <= 0:
         sys.exit('error: Lloyd is no better than the codes that it began with')
     result[setting] = {
-      cell: {name: spread(x) for name, x in columns[cell].items()}
+      cell: {name: common.spread(x) for name, x in columns[cell].items()}
       | {'runs': runs}
       for cell, runs in cells.items()
     }

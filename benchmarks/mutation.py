@@ -8,7 +8,6 @@ Command: python benchmarks/mutation.py --count=60 --seed=0 --output=faults.jsonl
 Hardware: CPU; about half a minute per fault. Run again to resume.
 """
 
-import argparse
 import ast
 import collections
 import concurrent.futures
@@ -25,7 +24,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import common
+
+ROOT = common.ROOT
 # Modules (or folders of them) -> tests, the fastest and nearest first.
 WIRING = [
   'tests/training/test_config_wiring.py',
@@ -144,6 +145,7 @@ def _ordered(module: Path, tests: list[str]) -> list[str]:
   files = []
   for test in tests:
     path = ROOT / test
+    assert path.exists(), f'{path}: a missing test would notice every fault'
     inside = path.glob('test_*.py') if path.is_dir() else [path]
     files += sorted(inside, key=strangeness)
   return list(dict.fromkeys(str(file.relative_to(ROOT)) for file in files))
@@ -192,15 +194,16 @@ def notice(fault: Fault, tests: list[str], limit: float) -> str | None:
 
 def main():
   """Draws, runs and counts."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--count', type=int, default=60)
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--jobs', type=int, default=1)
-  parser.add_argument('--limit', type=float, default=60, help='seconds')
-  parser.add_argument('--output', type=Path, default=Path('faults.jsonl'))
-  args = parser.parse_args()
-  lines = args.output.read_text().splitlines() if args.output.exists() else []
-  done = {tuple(r['fault']): r['noticed'] for r in map(json.loads, lines)}
+  args = common.parser(
+    __doc__,
+    count=60,
+    seed=0,
+    jobs=1,
+    limit=60.0,  # seconds
+    output='faults.jsonl',
+  ).parse_args()
+  records = common.read_records(args.output)
+  done = {tuple(r['fault']): r['noticed'] for r in records}
 
   def run(drawn):
     fault, tests = drawn
@@ -209,7 +212,7 @@ def main():
       start = time.monotonic()
       done[name] = notice(fault, tests, args.limit)
       seconds = round(time.monotonic() - start)
-      with args.output.open('a') as file:
+      with open(args.output, 'a') as file:
         record = {'fault': name, 'noticed': done[name], 'seconds': seconds}
         file.write(json.dumps(record) + '\n')
     by = done[name]

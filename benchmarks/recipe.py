@@ -158,11 +158,9 @@ def table(records) -> str:
   ):
     row = [cell, steps, len(runs)]
     for name in METRICS:
-      values = [run[name] for run in runs]
-      text = f'{statistics.mean(values):.5g}'
-      if len(values) > 1:
-        text += f' ± {statistics.stdev(values):.2g}'
-      row.append(text)
+      mean, deviation = common.spread([run[name] for run in runs])
+      more = f' ± {deviation:.2g}' if len(runs) > 1 else ''
+      row.append(f'{mean:.5g}{more}')
     lines.append(common.row(*row))
   return '\n'.join(lines)
 

@@ -11,7 +11,10 @@ killed processes at their end, and of the undisturbed one over time. Exit code 1
 unless no bit differs and every start succeeds.
 """
 
+import contextlib
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -20,7 +23,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -31,43 +33,43 @@ from rvq_jax import sharding
 from rvq_jax.training.checkpoints import Checkpoints
 
 
-class Run(subprocess.Popen):
-  """A training process; reads its own lines and memory as it goes."""
+def run(command, log: Path, limit: float = math.inf) -> dict:
+  """Trains, until the end or a kill after `limit` seconds.
 
-  def __init__(self, command, log):
-    super().__init__(
+  Returns:
+    'failed' (the end of its log, or ''), 'start' and 'end' (steps; start is
+    None before the first one) and 'megabytes' (resident, over time).
+  """
+  megabytes, end = [], time.monotonic() + limit
+  with log.open('w') as stream:
+    process = subprocess.Popen(
       command,
       cwd=common.ROOT,
       stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,
-      text=True,
+      stderr=stream,
       start_new_session=True,
     )
-    self.start, self.step, self.megabytes, self.lines = None, 0, [], []
-    self._log = log
-    self._reader = threading.Thread(target=self._read, daemon=True)
-    self._reader.start()
-
-  def _read(self):
-    for line in self.stderr:
-      self._log.write(line)
-      self.lines.append(line)
-      if match := re.search(r'; step (\d+) of \d+; ', line):
-        self.start = self.step = int(match[1])
-      elif match := re.search(r' step (\d+)/', line):
-        self.step = int(match[1])
-        self.megabytes.append(_resident(self.pid))
-
-  def finish(self, how=None):
-    """Ends the process and all that it started, or waits for its end."""
-    if how is not None:
-      os.killpg(self.pid, how)
-    self.wait()
-    self._reader.join()
-    self._log.flush()
+    while process.poll() is None and time.monotonic() < end:
+      megabytes.append(resident(process.pid))
+      time.sleep(0.1)
+    code = process.poll()
+    with contextlib.suppress(ProcessLookupError):  # with all that it started
+      os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+  text = log.read_text()
+  started = re.search(r'; step (\d+) of \d+; ', text)
+  steps = re.findall(r' step (\d+)/', text)
+  start = int(started[1]) if started else None
+  early = limit < math.inf and code is not None
+  return {
+    'failed': text[-500:] if code or early else '',
+    'start': start,
+    'end': int(steps[-1]) if steps else start,
+    'megabytes': megabytes,
+  }
 
 
-def _resident(pid: int) -> float:
+def resident(pid: int) -> float:
   """Resident memory in MB; 0 where it cannot be read."""
   try:
     pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
@@ -93,61 +95,46 @@ def digest(workdir: Path) -> dict[str, str]:
     return {'step': str(step)} | checkpoints.meta(step)['digests']
 
 
-def _halves(values: list[float]) -> list[float]:
+def halves(values: list[float]) -> list[float]:
   """The largest of the first and of the second half."""
   half = len(values) // 2
   return [max(part, default=0) for part in (values[:half], values[half:])]
 
 
 def soak(options, flags, workdir: Path) -> dict:
-  """Kills and resumes until the time is up; what has happened."""
+  """Kills and resumes until the time is up; the record of it."""
   command = [sys.executable, 'launch/main.py', f'--config={options.config}']
   command += ['--config.log_every=1', *flags]
-  rng = random.Random(options.seed)
+  rng, log = random.Random(options.seed), workdir / 'log.txt'
   killed, peace = workdir / 'killed', workdir / 'peace'
-  kills, reached, resumed, memory, failures = 0, [], [], [], []
-  end = time.monotonic() + 60 * options.minutes
-  with open(workdir / 'log.txt', 'w') as log:
-    endless = [*command, f'--workdir={killed}', '--config.num_steps=1000000']
-    while time.monotonic() < end:
-      run = Run(endless, log)
-      try:
-        run.wait(timeout=rng.uniform(0.25, 1.75) * options.every)
-        failures.append(''.join(run.lines[-3:]))
-        run.finish()
-        break
-      except subprocess.TimeoutExpired:
-        run.finish(signal.SIGKILL)
-        kills += 1
-      if run.start is not None:
-        resumed.append(run.start)
-        reached.append(run.step)
-        memory.append(max(run.megabytes[-1:], default=0))
-      print(f'kill {kills}: from step {run.start} to {run.step}', flush=True)
-    last = max(reached, default=0) + 20
-    for folder in (killed, peace):
-      run = Run(
-        [*command, f'--workdir={folder}', f'--config.num_steps={last}'], log
-      )
-      if folder == killed:
-        print(f'undisturbed up to step {last}')
-      run.finish()
-      if run.returncode:
-        failures.append(''.join(run.lines[-3:]))
-  lost = [a - b for a, b in zip(reached, resumed[1:], strict=False)]
-  if failures:
-    sys.exit('failed:\n' + '\n'.join(failures))
+  runs, end = [], time.monotonic() + 60 * options.minutes
+  endless = [*command, f'--workdir={killed}', '--config.num_steps=1000000']
+  while time.monotonic() < end:
+    runs.append(run(endless, log, rng.uniform(0.25, 1.75) * options.every))
+    start, reached = runs[-1]['start'], runs[-1]['end']
+    print(f'kill {len(runs)}: from step {start} to {reached}', flush=True)
+    if runs[-1]['failed']:
+      sys.exit(runs[-1]['failed'])
+  trained = [x for x in runs if x['start'] is not None]
+  last = max((x['end'] for x in trained), default=0) + 20
+  print(f'undisturbed up to step {last}')
+  for folder in (killed, peace):
+    flags = [f'--workdir={folder}', f'--config.num_steps={last}']
+    whole = run([*command, *flags], log)
+    if whole['failed']:
+      sys.exit(whole['failed'])
+  lost = [a['end'] - b['start'] for a, b in itertools.pairwise(trained)]
   one, other = digest(killed), digest(peace)
   return {
     'minutes': options.minutes,
-    'kills': kills,
-    'resumes': sum(start > 0 for start in resumed),
+    'kills': len(runs),
+    'resumes': sum(x['start'] > 0 for x in trained),
     'steps': last,
     'lost_steps_at_most': max(lost, default=0),
     'lost_steps_mean': sum(lost) / max(len(lost), 1),
     'differing_items': sum(one.get(n) != s for n, s in other.items()),
-    'megabytes_at_kills': _halves(memory),
-    'megabytes_undisturbed': _halves(run.megabytes),
+    'megabytes_at_kills': halves([x['megabytes'][-1] for x in trained]),
+    'megabytes_undisturbed': halves(whole['megabytes']),
     'damaged_steps': len(list((killed / 'corrupt').glob('*'))),
   }
 
@@ -165,13 +152,12 @@ def main() -> None:
   options, flags = parser.parse_known_args()
   with tempfile.TemporaryDirectory(prefix='soak_') as temporary:
     workdir = Path(options.workdir or temporary).resolve()
-    shutil.rmtree(workdir / 'killed', ignore_errors=True)
-    shutil.rmtree(workdir / 'peace', ignore_errors=True)
+    for name in ('killed', 'peace'):
+      shutil.rmtree(workdir / name, ignore_errors=True)
     workdir.mkdir(parents=True, exist_ok=True)
     # Every start would otherwise spend its twenty seconds compiling.
-    os.environ.setdefault(
-      'JAX_COMPILATION_CACHE_DIR', str(workdir / 'compiled')
-    )
+    compiled = str(workdir / 'compiled')
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', compiled)
     flags = [
       # It must not depend on the number of steps, which is not known before.
       '--config.optimizer.schedule=constant',
