@@ -147,15 +147,29 @@ def append_record(path, record: dict) -> None:
   print(line, flush=True)
 
 
-def import_peer():
-  """torch, on our cores, and VectorQuantize of vector-quantize-pytorch."""
+def make_peer(dim: int, codebook_size: int, *, seed: int = 0, **options):
+  """torch, on our cores, and the VectorQuantize of vector-quantize-pytorch.
+
+  Args:
+    dim: D.
+    codebook_size: K.
+    seed: of torch.
+    **options: its arguments, where they are not as in our layer.
+  """
   try:
     import torch
     from vector_quantize_pytorch import VectorQuantize
   except ImportError as error:
     sys.exit(f'the peer needs torch and vector-quantize-pytorch: {error}')
   torch.set_num_threads(cores())
-  return torch, VectorQuantize
+  torch.manual_seed(seed)
+  options = {
+    'decay': 0.99,
+    'commitment_weight': 0.25,
+    'rotation_trick': True,
+    'kmeans_init': False,
+  } | options
+  return torch, VectorQuantize(dim=dim, codebook_size=codebook_size, **options)
 
 
 def load_config(name: str, *arguments):

@@ -115,16 +115,8 @@ def tiled_products(e, codes, dtype):
 
 def peer_step(n, k, dim, e, gradient):
   """vector-quantize-pytorch's step; its codebook is its own."""
-  torch, VectorQuantize = common.import_peer()
-  layer = VectorQuantize(
-    dim=dim,
-    codebook_size=k,
-    decay=0.99,
-    commitment_weight=0.25,
-    rotation_trick=True,
-    kmeans_init=False,
-    threshold_ema_dead_code=0,
-  ).train()
+  torch, layer = common.make_peer(dim, k, threshold_ema_dead_code=0)
+  layer.train()
   e = torch.tensor(np.asarray(e))[None].requires_grad_()
   gradient = torch.tensor(np.asarray(gradient))[None]
 
@@ -223,7 +215,7 @@ def main():
   ).parse_args()
   common.use_cores()
   if args.peer:
-    common.import_peer()  # ends here if it is not there
+    common.make_peer(2, 2)  # ends here if it is not there
   names = [OURS, SEARCH, TEXTBOOK, MATMUL, TILES, HALF] + [PEER] * args.peer
   if args.choices:
     names = [OURS, SEARCH, MATMUL, *CHOICES]

@@ -53,12 +53,10 @@ class PeerQuantizer:
   """vector-quantize-pytorch between two halves of a JAX model."""
 
   def __init__(self, config, *, rotation_trick, dead):
-    torch, VectorQuantize = common.import_peer()
-    torch.manual_seed(config['seed'])
-    self.torch = torch
-    self.layer = VectorQuantize(
-      dim=config['model.code_dim'],
-      codebook_size=config['model.codebook_size'],
+    self.torch, self.layer = common.make_peer(
+      config['model.code_dim'],
+      config['model.codebook_size'],
+      seed=config['seed'],
       decay=config['model.decay'],
       commitment_weight=config['model.commitment_weight'],
       rotation_trick=rotation_trick,

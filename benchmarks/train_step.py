@@ -57,21 +57,10 @@ def our_step(config, steps=1):
 
 def torch_step(side, batch, name):
   """A call that trains one step of the model in PyTorch."""
-  torch, VectorQuantize = common.import_peer()
+  torch, quantizer = common.make_peer(256, 16384, threshold_ema_dead_code=2)
   import torch_model
 
-  torch.manual_seed(0)
-  if name == PEER:
-    quantizer = VectorQuantize(
-      dim=256,
-      codebook_size=16384,
-      decay=0.99,
-      commitment_weight=0.25,
-      rotation_trick=True,
-      kmeans_init=False,
-      threshold_ema_dead_code=2,
-    )
-  else:
+  if name == TUNED:
     quantizer = torch_model.TiledQuantizer(16384, 256)
   model = torch_model.Model(quantizer).train()
   optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.01)

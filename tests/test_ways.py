@@ -24,7 +24,7 @@ def files_entered(call):
   def note(frame, event, _):
     code = frame.f_code
     if code.co_flags & inspect.CO_OPTIMIZED:  # neither a module nor a class
-      files.add(Path(code.co_filename))
+      files.add(code.co_filename)
 
   before = sys.gettrace()
   threading.settrace(note)  # the threads that decode
@@ -34,8 +34,9 @@ def files_entered(call):
   finally:
     sys.settrace(before)
     threading.settrace(before)
+  paths = (Path(file) for file in files)
   return sorted(
-    str(x.relative_to(package)) for x in files if package in x.parents
+    str(p.relative_to(package)) for p in paths if package in p.parents
   )
 
 
