@@ -6,7 +6,7 @@
 With g = dL/dq of the reconstruction loss L and `to_e` the gradient dL/de of an
 estimator, a gradient step on e changes |e|^2/2 by -e.to_e, and commitment by
 -2 beta e.(e - q)/D per vector (docs/gradients.md). Printed are means over the
-run's validation images (or those of --data), times 1e6 and per |e|^2/2:
+validation images of the run (or of --data), times 1e6 and per |e|^2/2:
 positive grows. All estimators see the same state. Also the loss with e instead
 of q, and the first-order estimate of that gain, -g.(e - q).
 """

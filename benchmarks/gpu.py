@@ -14,7 +14,7 @@ Stages, in the order of worth:
   encode      images/s of tokens from images of 256 pixels
 
 Needs jax with CUDA, our requirements and DIR, the tfds directory that holds
-CIFAR-10. Every part is a process of its own, which has the GPU to itself. The
+CIFAR-10. Every part is a separate process that has the GPU to itself. The
 output holds gpu.json, table.md, figures and the runs. What is finished there is
 not run again and runs resume, so the same command goes on where the last one
 ended; --minutes is a budget for this one. --rehearse takes the embedded
@@ -122,7 +122,7 @@ class Campaign:
         f'--config.eval_every={max(steps // 20, 1)}',
         f'--config.checkpoint_every={max(steps // 20, 1)}',
       ]
-      if best:  # that of the config is longer than a short run
+      if best:  # the config's value exceeds a short run
         flags.append(
           f'--config.model.quantize_after={min(10_000, steps // 10)}'
         )
@@ -156,7 +156,7 @@ class Campaign:
     return {f'{stage}/{n}_{seed}': (n, seed) for seed in seeds for n in names}
 
   def stage(self, name: str, minutes: float):
-    """Runs what is missing of a stage."""
+    """Runs the missing parts of a stage."""
     end = time.monotonic() + 60 * minutes
     for part, run in self.parts(name).items():
       seconds = end - time.monotonic()

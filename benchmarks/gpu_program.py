@@ -7,9 +7,9 @@
 Reads the program that XLA compiles for an H100 (gpu_memory.py): per class of
 kernel how many there are, the bytes of their inputs and outputs and, at the
 bandwidth of an H200, the least time that takes. A tensor that a kernel reads
-only in part counts whole, and a loop counts what enters and leaves it, so rows
-of loops are printed apart, as arithmetic. The bound is what the convolutions
-alone must move: inputs, outputs and weights, once forward and twice backward.
+only in part counts whole, and a loop counts only its inputs and outputs, so
+rows of loops are printed apart, as arithmetic. The bound counts only the
+convolutions: inputs, outputs and weights, once forward and twice backward.
 Assumed: 790 TFLOP/s in bfloat16, 67 in float32, 4.3 TB/s.
 """
 
@@ -24,7 +24,7 @@ from rvq_jax import sharding
 from rvq_jax.models import layers
 
 BANDWIDTH = 4.3e12
-# Class of kernel -> what its name in the program begins with.
+# Class of kernel -> how its name in the program begins.
 CLASSES = {
   'convolutions': r'__cudnn\$conv',
   'matrix products': r'gemm|.*dot|__cublas',

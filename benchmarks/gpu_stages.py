@@ -3,9 +3,9 @@
   python benchmarks/gpu_stages.py edges|resume|quantizer|step|encode
     --output=FILE.json [--profile=DIR] [--rehearse]
 
-The JSON holds `hardware` and `rows`, a table. Times are medians. FLOPs are
-those of docs/scale.md, and a share of peak is of the dense peak that NVIDIA
-states: 989 TFLOP/s in bfloat16, 67 in float32, for both H100 and H200.
+The JSON holds `hardware` and `rows`, a table. Times are medians. docs/scale.md
+has the formulas of the FLOPs. A share of peak refers to NVIDIA's dense peak:
+989 TFLOP/s in bfloat16, 67 in float32, for both H100 and H200.
 """
 
 import json
@@ -40,12 +40,9 @@ def edges(args) -> list[dict]:
   rng = np.random.default_rng(0)
   n, k, dim = (256, 300, 16) if args.rehearse else (8192, 16384, 256)
   rows = []
-  for name, scale, offset in (
-    ('unit', 1, 0),
-    ('offset 100', 1, 100),
-    ('1e-6', 1e-6, 0),
-    ('1e6', 1e6, 0),
-  ):
+  inputs = ('unit', 1, 0), ('offset 100', 1, 100)
+  inputs += ('1e-6', 1e-6, 0), ('1e6', 1e6, 0)
+  for name, scale, offset in inputs:
     e, codes = (
       np.float32(scale * (rng.normal(size=(m, dim)) + offset)) for m in (n, k)
     )
@@ -84,13 +81,8 @@ def edge_gradients(name: str) -> dict:
   g = np.float32(rng.normal(size=e.shape))
 
   def loss(e):
-    quantized = ESTIMATORS[name](
-      e,
-      q,
-      ids=jnp.arange(len(q)),
-      num_codes=len(q),
-      max_scale=10.0,
-    )
+    codes = {'ids': jnp.arange(len(q)), 'num_codes': len(q)}
+    quantized = ESTIMATORS[name](e, q, max_scale=10.0, **codes)
     return jnp.sum(quantized * g), quantized
 
   to_e, quantized = map(np.asarray, jax.jit(jax.grad(loss, has_aux=True))(e))

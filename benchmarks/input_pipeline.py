@@ -1,4 +1,4 @@
-"""How fast each input route is, beside what the cores can decode.
+"""How fast each input route is, beside pure decoding on all cores.
 
 python benchmarks/input_pipeline.py [--data=tfds:imagenet2012 --data_dir=DIR]
   [--workers=1,2,4] [--batches=16] [--repeats=5]
@@ -6,7 +6,7 @@ python benchmarks/input_pipeline.py [--data=tfds:imagenet2012 --data_dir=DIR]
 Without --data it prepares 1,024 JPEG crops of scikit-image's photographs of
 ImageNet's mean size (about 500 x 375, 110 kB) as an ArrayRecord data set.
 
-  decoders  one process per core: what `LoadImage` does to a record, no more
+  decoders  one process per core: `LoadImage` of a record, nothing else
   threads   batches of `GrainLoader` with num_workers=0
   workers   the same with that many worker processes
   memory    batches of `MemoryLoader` (decoded once, no random crops)

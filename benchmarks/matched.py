@@ -245,7 +245,7 @@ def parse_arguments():
 
 
 def main():
-  """Runs what is missing, then prints the table."""
+  """Runs the missing cells, then prints the table."""
   args = parse_arguments()
   if not args.table:
     common.prepare_backend()

@@ -1,6 +1,6 @@
 """Mutation testing: do the tests notice a fault drawn at random?
 
-Draws faults from all that can be made in the modules below, makes each in a
+Draws faults from all possible ones in the modules below, makes each in a
 copy of the repository and runs the tests of its folder, then tests/training.
 A fault counts as noticed when a test fails within the limit.
 
@@ -113,7 +113,7 @@ def _visible(node):
 
 
 def _faults(path: Path):
-  """All faults that can be made in a module."""
+  """All possible faults in a module."""
   text = path.read_bytes()
   starts = [0]
   for line in text.splitlines(keepends=True):
@@ -139,8 +139,8 @@ def _ordered(module: Path, tests: list[str]) -> list[str]:
 
   def strangeness(path):
     text = path.read_text()
-    own = path.name == f'test_{module.stem}.py'
-    return not own, -sum(name in text for name in names), path
+    namesake = path.name == f'test_{module.stem}.py'
+    return not namesake, -sum(name in text for name in names), path
 
   files = []
   for test in tests:
@@ -153,13 +153,13 @@ def _ordered(module: Path, tests: list[str]) -> list[str]:
 
 def draw(count: int, seed: int) -> list[tuple[Fault, list[str]]]:
   """Faults drawn uniformly, each with its tests."""
-  found = []
+  faults = []
   for target, tests in TARGETS.items():
     path = ROOT / target
     for module in sorted(path.glob('*.py')) if path.is_dir() else [path]:
       files = _ordered(module, tests)
-      found += [(fault, files) for fault in _faults(module)]
-  return random.Random(seed).sample(found, min(count, len(found)))
+      faults += [(fault, files) for fault in _faults(module)]
+  return random.Random(seed).sample(faults, min(count, len(faults)))
 
 
 def notice(fault: Fault, tests: list[str], limit: float) -> str | None:

@@ -3,13 +3,12 @@
 python benchmarks/objective_parts.py [--size 64:16 128:16] [--repeats 5]
   [--predict]
 
-The step of configs/photos_vqgan.py with MSE alone, with LPIPS, and with a
-discriminator too, in turn in one process: medians; what a part adds is the
-difference. `--predict` counts the operations of the step of
-configs/imagenet_vqgan.py instead and says what they take on an H200, by
-arithmetic: those of G by the formulas of docs/scale.md, those of VGG16 and D by
-XLA, which counts programs without loops right. Assumed: 790 TFLOP/s in
-bfloat16, 67 in float32 (the search).
+The step of configs/photos_vqgan.py with only MSE, with LPIPS, and with a
+discriminator too, in turn in one process: medians; a part adds the difference.
+`--predict` instead counts the operations of the step of
+configs/imagenet_vqgan.py and computes their least time on an H200: G by the
+formulas of docs/scale.md, VGG16 and D by XLA, which counts programs without
+loops right. Assumed: 790 TFLOP/s in bfloat16, 67 in float32 (the search).
 """
 
 import statistics

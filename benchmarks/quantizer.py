@@ -114,7 +114,7 @@ def tiled_products(e, codes, dtype):
 
 
 def peer_step(n, k, dim, e, gradient):
-  """vector-quantize-pytorch's step; its codebook is its own."""
+  """vector-quantize-pytorch's step, with a codebook that it makes."""
   torch, layer = common.make_peer(dim, k, threshold_ema_dead_code=0)
   layer.train()
   e = torch.tensor(np.asarray(e))[None].requires_grad_()

@@ -1,10 +1,10 @@
 """Which gradient, which codes, in which order: a grid of short runs.
 
 A cell is an ordinary run of configs/photos.py, or with --setting=cifar10 of a
-small model of configs/cifar10.py, with the changes that its name lists; its
-metrics are those of the validation split at the last step. A finished cell is
-one line of the output and is not run again, so the same command resumes, and
-several may run side by side. tried.py adds five estimators.
+small model of configs/cifar10.py, with the changes that its name lists. It is
+measured on the validation split at the last step. A finished cell is one line
+of the output and is not run again, so the same command resumes, and several may
+run side by side. tried.py adds five estimators.
 
 Command: python benchmarks/recipe.py --data=folder:DIR --cells=ste,rotation
   --seeds=3 --output=benchmarks/recipe_photos.jsonl
@@ -23,7 +23,7 @@ import common
 import numpy as np
 from tried import TRIED
 
-# Part of a cell's name -> what it sets; parts are joined by '+'.
+# Part of a cell's name -> config fields that it sets; '+' joins parts.
 PARTS = {
   'rotation': {},
   'ste': {'model.estimator': 'ste'},
@@ -198,7 +198,7 @@ def draw(records, cells, path) -> None:
 
 
 def main():
-  """Runs what is missing, or prints the table."""
+  """Runs the missing cells, then prints the table."""
   args = common.parser(
     __doc__,
     data=None,

@@ -8,8 +8,8 @@ python benchmarks/startup.py [--repeats=5] [--config=configs/photos.py]
   cold         launch/main.py to the log of its first step, nothing cached
   cached       the same with the programs that `cold` compiled
 
-Each is a process of its own. Rows take turns, and so do the checkouts that are
-to be compared (default: this one); printed are medians.
+Each is a separate process. Rows take turns, and so do the checkouts to be
+compared (default: this one); printed are medians.
 """
 
 import functools

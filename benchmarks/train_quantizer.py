@@ -86,30 +86,24 @@ class PeerQuantizer:
 def halves(model):
   """Encoder and decoder of a VQVAE as jitted functions with their pullbacks."""
 
-  def run(method):
-    def apply(params, stats, x):
-      return model.apply(
-        {'params': params, 'batch_stats': stats},
-        x,
-        train=True,
-        mutable=['batch_stats'],
-        method=method,
-      )
-
-    return apply
-
-  decoder = run(lambda model, q, train: model.decoder(q, train=train))
+  def run(params, stats, x, method):
+    variables = {'params': params, 'batch_stats': stats}
+    return model.apply(
+      variables, x, train=True, mutable=['batch_stats'], method=method
+    )
 
   @jax.jit
   def encode(params, stats, images):
     return jax.vjp(
-      lambda p: run('latents')(p, stats, images), params, has_aux=True
+      lambda p: run(p, stats, images, 'latents'), params, has_aux=True
     )
 
   @jax.jit
   def decode(params, stats, q, images):
     def loss(params, q):
-      reconstruction, updates = decoder(params, stats, q)
+      reconstruction, updates = run(
+        params, stats, q, lambda model, q, train: model.decoder(q, train=train)
+      )
       return jnp.mean((reconstruction - images) ** 2), updates
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, q)
@@ -127,10 +121,8 @@ def train_peer(config, **options):
     split=config['data.split'],
     data_dir=config['data.data_dir'],
   )
-  sizes = {
-    'batch_size': config['batch_size'],
-    'image_size': config['data.image_size'],
-  }
+  batch, size = config['batch_size'], config['data.image_size']
+  sizes = {'batch_size': batch, 'image_size': size}
   loader = loaders.make_train_loader(data.train, seed=config['seed'], **sizes)
   state = jax.jit(training.init)(jax.random.key(config['seed']))
   params, stats, opt_state = state.params, state.batch_stats, state.opt_state

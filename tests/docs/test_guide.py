@@ -1,4 +1,4 @@
-"""What the guide shows is what runs, from the first block to the last."""
+"""The guide's blocks run as they are shown, from the first to the last."""
 
 import json
 import re
