@@ -3,9 +3,14 @@
 import contextlib
 import fcntl
 import functools
+import importlib
 import importlib.metadata
 import os
+import re
 import shutil
+import subprocess
+import sys
+import tempfile
 
 _flags = '--xla_force_host_platform_device_count=8'
 # Tests compile thousands of small programs and run each for a moment: without
@@ -19,13 +24,6 @@ if not os.environ.get('OPTIMIZED'):
   if importlib.metadata.version('jaxlib') < '0.12':
     _flags += ' --xla_cpu_use_fusion_emitters=false'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flags}'
-
-import importlib.util  # noqa: E402
-import re  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 # Each program compiles once, for all workers of pytest and all processes that
 # tests start.
@@ -48,7 +46,6 @@ if os.environ.get('CI'):
   hypothesis.settings.register_profile('ci', derandomize=True)
   hypothesis.settings.load_profile('ci')
 
-ROOT = Path(__file__).resolve().parents[1]
 _NUMERICAL = re.compile(
   'tests/(quantize|models)/|'
   'tests/training/test_(accumulate|devices|optimizer|resume|step)'
@@ -88,13 +85,7 @@ def load_config():
 
 
 def _load_config(name: str, *arguments):
-  path = ROOT / 'configs' / f'{name}.py'
-  spec = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(spec)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT))
-    spec.loader.exec_module(module)
-  return module.get_config(*arguments)
+  return importlib.import_module(f'configs.{name}').get_config(*arguments)
 
 
 @pytest.fixture(scope='session')
