@@ -3,29 +3,23 @@
   python benchmarks/forces.py --workdir=RUN [--workdir=RUN ...]
     [--data=folder:DIR]
 
-With g = dL/dq of the reconstruction loss L and `to_e` what an estimator makes
-of it, a gradient step on e changes |e|^2/2 by -e.to_e, and commitment by
--2 beta e.(e - q)/D per vector (docs/gradients.md). Printed are means over
-validation images of the run, times 1e6 and per |e|^2/2: positive grows.
-Every estimator is looked at in the same state. Also the loss with e in the
-place of q, and the first-order estimate of what that gains, -g.(e - q).
+With g = dL/dq of the reconstruction loss L and `to_e` the gradient dL/de of an
+estimator, a gradient step on e changes |e|^2/2 by -e.to_e, and commitment by
+-2 beta e.(e - q)/D per vector (docs/gradients.md). Printed are means over the
+validation images of the run (or of --data), times 1e6 and per |e|^2/2:
+positive grows. All estimators see the same state. Also the loss with e instead
+of q, and the first-order estimate of that gain, -g.(e - q).
 """
 
-import argparse
-import sys
-from pathlib import Path
+import common
+import jax
+import jax.numpy as jnp
+from tried import ESTIMATORS
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'launch'), str(ROOT / 'benchmarks')]
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from tried import ESTIMATORS  # noqa: E402
-
-from rvq_jax import load  # noqa: E402
-from rvq_jax.data.datasets import open_dataset  # noqa: E402
-from rvq_jax.data.images import to_float  # noqa: E402
-from rvq_jax.data.loaders import eval_batches  # noqa: E402
+from rvq_jax import load
+from rvq_jax.data.datasets import open_dataset
+from rvq_jax.data.images import to_float
+from rvq_jax.data.loaders import eval_batches
 
 NAMES = ('ste', 'rotation', 'rotation_unscaled', 'radial', 'tangential')
 
@@ -42,8 +36,8 @@ def forces(model, variables, images, beta):
   q = apply(ids, lambda m, ids: m.vq.codes_from_ids(ids)).reshape(e.shape)
 
   def loss(q):
-    made = apply(q.reshape(z.shape), lambda m, q: m.decoder(q))
-    return jnp.mean((made - images) ** 2)
+    decoded = apply(q.reshape(z.shape), lambda m, q: m.decoder(q))
+    return jnp.mean((decoded - images) ** 2)
 
   quantized, g = jax.value_and_grad(loss)(q)
   energy = jnp.sum(e**2)
@@ -69,26 +63,23 @@ def measure(workdir, data) -> dict:
     )
   )
   size = config['data.image_size']
-  found = [
+  sums = [
     step(tokenizer.variables, to_float(batch['image']))
     for batch in eval_batches(source.validation, batch_size=32, image_size=size)
     if batch['mask'].all()
   ]
-  return {k: sum(float(x[k]) for x in found) / len(found) for k in found[0]}
+  return {k: sum(float(x[k]) for x in sums) / len(sums) for k in sums[0]}
 
 
 def main():
   """Prints one table."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = common.parser(__doc__, data=None)
   parser.add_argument('--workdir', action='append', required=True)
-  parser.add_argument('--data', help="instead of the run's: folder:DIR")
   args = parser.parse_args()
   columns = {w: measure(w, args.data) for w in args.workdir}
-  print('| |', ' | '.join(columns), '|')
-  print('|---|' + '---|' * len(columns))
+  print(common.header('', *columns))
   for name in next(iter(columns.values())):
-    values = (f'{column[name]:.4g}' for column in columns.values())
-    print(f'| {name} |', ' | '.join(values), '|')
+    print(common.row(name, *(f'{x[name]:.4g}' for x in columns.values())))
 
 
 if __name__ == '__main__':

@@ -14,14 +14,13 @@ Stages, in the order of worth:
   encode      images/s of tokens from images of 256 pixels
 
 Needs jax with CUDA, our requirements and DIR, the tfds directory that holds
-CIFAR-10. Every part is a process of its own, which has the GPU to itself. The
+CIFAR-10. Every part is a separate process that has the GPU to itself. The
 output holds gpu.json, table.md, figures and the runs. What is finished there is
 not run again and runs resume, so the same command goes on where the last one
 ended; --minutes is a budget for this one. --rehearse takes the embedded
 photographs and tiny sizes, on any backend.
 """
 
-import argparse
 import json
 import signal
 import subprocess
@@ -29,10 +28,9 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import common
 
-from rvq_jax.io import write_atomic  # noqa: E402
+from rvq_jax.io import write_atomic
 
 # Stage -> minutes it may take.
 STAGES = {
@@ -83,7 +81,7 @@ class Campaign:
     with log.open('a') as stream:
       child = subprocess.Popen(
         [sys.executable, *map(str, command)],
-        cwd=ROOT,
+        cwd=common.ROOT,
         stdout=stream,
         stderr=subprocess.STDOUT,
       )
@@ -124,17 +122,17 @@ class Campaign:
         f'--config.eval_every={max(steps // 20, 1)}',
         f'--config.checkpoint_every={max(steps // 20, 1)}',
       ]
-      if best:  # that of the config is longer than a short run
+      if best:  # the config's value exceeds a short run
         flags.append(
           f'--config.model.quantize_after={min(10_000, steps // 10)}'
         )
     start = time.monotonic()
     if self.run(part, ['launch/main.py', *flags], seconds):
       path = workdir / 'evaluation' / 'test' / 'metrics.json'
-      found = json.loads(path.read_text())
+      metrics = json.loads(path.read_text())
       self.keep(
         part,
-        {name: found[name] for name in METRICS}
+        {name: metrics[name] for name in METRICS}
         | {'seconds_of_the_last_call': round(time.monotonic() - start)},
       )
 
@@ -158,7 +156,7 @@ class Campaign:
     return {f'{stage}/{n}_{seed}': (n, seed) for seed in seeds for n in names}
 
   def stage(self, name: str, minutes: float):
-    """Runs what is missing of a stage."""
+    """Runs the missing parts of a stage."""
     end = time.monotonic() + 60 * minutes
     for part, run in self.parts(name).items():
       seconds = end - time.monotonic()
@@ -180,29 +178,28 @@ def table(done: dict) -> str:
   lines = []
   trained = {k: v for k, v in done.items() if 'mse' in v}
   if trained:
-    lines += ['| run | ' + ' | '.join(METRICS) + ' |', '|---' * 6 + '|']
-    for part, row in trained.items():
-      lines.append(
-        f'| {part} | ' + ' | '.join(number(row[n]) for n in METRICS) + ' |'
-      )
+    lines.append(common.header('run', *METRICS))
+    for part, metrics in trained.items():
+      lines.append(common.row(part, *(number(metrics[n]) for n in METRICS)))
   for name in ('edges', 'resume', 'quantizer', 'step', 'encode'):
     rows = done.get(name, {}).get('rows')
     if rows:
       lines += ['', f'{name}: {done[name]["hardware"]}', '']
-      lines += ['| ' + ' | '.join(rows[0]) + ' |', '|---' * len(rows[0]) + '|']
-      for row in rows:
-        lines.append('| ' + ' | '.join(map(number, row.values())) + ' |')
+      lines.append(common.header(*rows[0]))
+      lines += [common.row(*map(number, row.values())) for row in rows]
   return '\n'.join(lines) + '\n'
 
 
 def main():
   """Runs the stages and writes the table."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--data_dir')
-  parser.add_argument('--output', required=True)
-  parser.add_argument('--minutes', type=float, default=28)
-  parser.add_argument('--stages', default=','.join(STAGES))
-  parser.add_argument('--rehearse', action='store_true')
+  parser = common.parser(
+    __doc__,
+    data_dir=None,
+    output=str,
+    minutes=28.0,
+    stages=','.join(STAGES),
+    rehearse=False,
+  )
   args = parser.parse_args()
   if not (args.data_dir or args.rehearse):
     parser.error('expected --data_dir, the tfds directory that holds cifar10')

@@ -7,29 +7,24 @@
 Reads the program that XLA compiles for an H100 (gpu_memory.py): per class of
 kernel how many there are, the bytes of their inputs and outputs and, at the
 bandwidth of an H200, the least time that takes. A tensor that a kernel reads
-only in part counts whole, and a loop counts what enters and leaves it, so rows
-of loops are printed apart, as arithmetic. The bound is what the convolutions
-alone must move: inputs, outputs and weights, once forward and twice backward.
+only in part counts whole, and a loop counts only its inputs and outputs, so
+rows of loops are printed apart, as arithmetic. The bound counts only the
+convolutions: inputs, outputs and weights, once forward and twice backward.
 Assumed: 790 TFLOP/s in bfloat16, 67 in float32, 4.3 TB/s.
 """
 
-import argparse
 import collections
 import re
 
-from gpu_memory import (
-  BYTES,
-  CONFIGS,
-  absent_gpu,
-  compile_step,
-  layers,
-  make_config,
-  sharding,
-)
-from train_step import flops
+import common
+from absent_gpu import absent_gpu
+from gpu_memory import BYTES, CONFIGS, array_sizes, compile_step, make_config
 
-BANDWIDTH, TENSOR_CORES, FLOAT32 = 4.3e12, 790e12, 67e12
-# Class of kernel -> what its name in the program begins with.
+from rvq_jax import sharding
+from rvq_jax.models import layers
+
+BANDWIDTH = 4.3e12
+# Class of kernel -> how its name in the program begins.
 CLASSES = {
   'convolutions': r'__cudnn\$conv',
   'matrix products': r'gemm|.*dot|__cublas',
@@ -45,17 +40,6 @@ INSTRUCTION = re.compile(
 FREE = ('get-tuple-element', 'bitcast', 'parameter', 'tuple', 'constant')
 
 
-def size(shape: str) -> int:
-  """Bytes of all arrays that a type names."""
-  total = 0
-  for dtype, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape):
-    count = BYTES.get(dtype, 0)
-    for side in filter(None, sides.split(',')):
-      count *= int(side)
-    total += count
-  return total
-
-
 def classify(name: str) -> str:
   """The class of a kernel."""
   for label, pattern in CLASSES.items():
@@ -66,18 +50,18 @@ def classify(name: str) -> str:
 
 def moved(program: str) -> dict[str, list[int]]:
   """Class of kernel -> how many, and bytes read and written."""
-  sizes, found = {}, collections.defaultdict(lambda: [0, 0])
+  sizes, kernels = {}, collections.defaultdict(lambda: [0, 0])
   entry = program[program.index('\nENTRY') :]
   for name, shape, op, operands, rest in INSTRUCTION.findall(entry):
-    sizes[name] = size(shape)
+    sizes[name] = sum(size for _, size in array_sizes(shape))
     if op in FREE:
       continue
     target = re.search('custom_call_target="([^"]*)"', rest)
-    row = found[classify(target[1] if target else name)]
+    row = kernels[classify(target[1] if target else name)]
     row[0] += 1
     inputs = set(re.findall(r'%([\w.\-]+)', operands))
     row[1] += sizes[name] + sum(sizes.get(x, 0) for x in inputs)
-  return dict(found)
+  return dict(kernels)
 
 
 def convolution_bytes(side: int, batch: int, width: int) -> int:
@@ -96,36 +80,33 @@ def convolution_bytes(side: int, batch: int, width: int) -> int:
 
 def main():
   """Prints the table, the bound and the arithmetic."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--size', type=int, default=256)
-  parser.add_argument('--batch_size', type=int, default=128)
-  parser.add_argument('--dtype', default='bfloat16')
-  parser.add_argument('--config', choices=CONFIGS, default='imagenet')
+  parser = common.parser(
+    __doc__, size=256, batch_size=128, dtype='bfloat16', config=CONFIGS
+  )
   args = parser.parse_args()
   layers._has_fused_attention = lambda: False  # cuDNN need not be there
   step = compile_step(
     sharding.data_mesh([absent_gpu()]),
     make_config(args.config, args.dtype, args.batch_size, args.size),
   )
-  found = moved(step.as_text())
+  kernels = moved(step.as_text())
   width = BYTES['bf16' if args.dtype == 'bfloat16' else 'f32']
   bound = convolution_bytes(args.size, args.batch_size, width)
-  total = sum(row[1] for row in found.values())
-  print('| kernels | how many | GB | ms | / bound |\n|---|---|---|---|---|')
-  rows = sorted(found.items(), key=lambda row: -row[1][1])
-  for label, (count, nbytes) in [*rows, ('all', (len(rows), total))]:
-    count = sum(row[0] for row in found.values()) if label == 'all' else count
-    print(
-      f'| {label} | {count} | {nbytes / 1e9:.2f} '
-      f'| {1e3 * nbytes / BANDWIDTH:.2f} | {nbytes / bound:.2f} |'
-    )
+  total = sum(row[1] for row in kernels.values())
+  print(common.header('kernels', 'how many', 'GB', 'ms', '/ bound'))
+  rows = sorted(kernels.items(), key=lambda row: -row[1][1])
+  launches = sum(row[0] for row in kernels.values())
+  for label, (count, nbytes) in [*rows, ('all', (launches, total))]:
+    gb, ms = nbytes / 1e9, 1e3 * nbytes / BANDWIDTH
+    share = f'{nbytes / bound:.2f}'
+    print(common.row(label, count, f'{gb:.2f}', f'{ms:.2f}', share))
   print(f'\nbound: {bound / 1e9:.2f} GB, {1e3 * bound / BANDWIDTH:.2f} ms')
-  tokens = args.batch_size * (args.size // 8) ** 2
-  search = 2 * tokens * 16384 * 256
-  rest = flops(args.size, args.batch_size) - search
-  peak = TENSOR_CORES if args.dtype == 'bfloat16' else FLOAT32
+  search = common.search_flops(args.size, args.batch_size)
+  rest = common.flops(args.size, args.batch_size) - search
+  half, full = common.TENSOR_CORES, common.FLOAT32
+  peak = half if args.dtype == 'bfloat16' else full
   print(f'model: {rest / 1e12:.2f} TFLOP, {1e3 * rest / peak:.1f} ms')
-  print(f'search: {search / 1e12:.2f} TFLOP, {1e3 * search / FLOAT32:.1f} ms')
+  print(f'search: {search / 1e12:.2f} TFLOP, {1e3 * search / full:.1f} ms')
 
 
 if __name__ == '__main__':

@@ -3,53 +3,36 @@
   python benchmarks/gpu_stages.py edges|resume|quantizer|step|encode
     --output=FILE.json [--profile=DIR] [--rehearse]
 
-The JSON holds `hardware` and `rows`, a table. Times are medians. FLOPs are
-those of docs/scale.md, and a share of peak is of the dense peak that NVIDIA
-states: 989 TFLOP/s in bfloat16, 67 in float32, for both H100 and H200.
+The JSON holds `hardware` and `rows`, a table. Times are medians. docs/scale.md
+has the formulas of the FLOPs. A share of peak refers to NVIDIA's dense peak:
+989 TFLOP/s in bfloat16, 67 in float32, for both H100 and H200.
 """
 
-import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / part) for part in ('', 'benchmarks', 'launch')]
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import train_step
+from quantizer import our_step
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import train_step  # noqa: E402
-from command_line import prepare_backend  # noqa: E402
-from quantizer import our_step  # noqa: E402
-
-from configs import cifar10, imagenet, photos  # noqa: E402
-from rvq_jax.paper.report import hardware, versions  # noqa: E402
-from rvq_jax.quantize.codebook import Codebook  # noqa: E402
-from rvq_jax.quantize.estimators import ESTIMATORS  # noqa: E402
-from rvq_jax.quantize.search import nearest_codes  # noqa: E402
-from rvq_jax.tokenizer.tokenizer import Tokenizer  # noqa: E402
-from rvq_jax.training import config as config_lib  # noqa: E402
-from rvq_jax.training.build import build_model  # noqa: E402
-from rvq_jax.training.checkpoints import Checkpoints  # noqa: E402
-from rvq_jax.training.loop import train  # noqa: E402
+from rvq_jax.quantize.codebook import Codebook
+from rvq_jax.quantize.estimators import ESTIMATORS
+from rvq_jax.quantize.search import nearest_codes
+from rvq_jax.training.checkpoints import Checkpoints
+from rvq_jax.training.loop import train
 
 PEAK = {'bfloat16': 989e12, 'float32': 67e12}
 
 
-def median_ms(call, repeats: int) -> float:
-  """Median time of a call, after one that compiles."""
-  jax.block_until_ready(call())
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    times.append(1e3 * (time.perf_counter() - start))
-  return statistics.median(times)
+def median_ms(call) -> float:
+  """Median time of five calls, after one that compiles."""
+  return statistics.median(common.measure({'': call}, 5)[''])
 
 
 def edges(args) -> list[dict]:
@@ -57,12 +40,9 @@ def edges(args) -> list[dict]:
   rng = np.random.default_rng(0)
   n, k, dim = (256, 300, 16) if args.rehearse else (8192, 16384, 256)
   rows = []
-  for name, scale, offset in (
-    ('unit', 1, 0),
-    ('offset 100', 1, 100),
-    ('1e-6', 1e-6, 0),
-    ('1e6', 1e6, 0),
-  ):
+  inputs = ('unit', 1, 0), ('offset 100', 1, 100)
+  inputs += ('1e-6', 1e-6, 0), ('1e6', 1e6, 0)
+  for name, scale, offset in inputs:
     e, codes = (
       np.float32(scale * (rng.normal(size=(m, dim)) + offset)) for m in (n, k)
     )
@@ -101,13 +81,8 @@ def edge_gradients(name: str) -> dict:
   g = np.float32(rng.normal(size=e.shape))
 
   def loss(e):
-    quantized = ESTIMATORS[name](
-      e,
-      q,
-      ids=jnp.arange(len(q)),
-      num_codes=len(q),
-      max_scale=10.0,
-    )
+    codes = {'ids': jnp.arange(len(q)), 'num_codes': len(q)}
+    quantized = ESTIMATORS[name](e, q, max_scale=10.0, **codes)
     return jnp.sum(quantized * g), quantized
 
   to_e, quantized = map(np.asarray, jax.jit(jax.grad(loss, has_aux=True))(e))
@@ -124,7 +99,7 @@ def edge_gradients(name: str) -> dict:
 
 def resume(args) -> list[dict]:
   """Six steps, and six with a stop after three: are they the same bits?"""
-  config = photos.get_config()
+  config = common.load_config('photos')
   config.deterministic, config.optimizer.warmup_steps = True, 0
   config.num_steps, config.checkpoint_every, config.eval_every = 6, 3, 0
   config.model.quantize_after = 2
@@ -137,15 +112,15 @@ def resume(args) -> list[dict]:
   shutil.copytree(whole, parts)
   shutil.rmtree(parts / 'checkpoints' / '6')
   train(config, parts)
-  rows = []
   digests = []
   for workdir in (whole, parts):
     with Checkpoints(workdir, read_only=True) as checkpoints:
       digests.append(checkpoints.meta(6)['digests'])
-  for name, digest in digests[0].items():
-    rows.append({'bit-exact': name, 'sound': digest == digests[1][name]})
   shutil.rmtree(folder)
-  return rows
+  return [
+    {'bit-exact': name, 'sound': digest == digests[1][name]}
+    for name, digest in digests[0].items()
+  ]
 
 
 def quantizer(args) -> list[dict]:
@@ -160,7 +135,7 @@ def quantizer(args) -> list[dict]:
     book = Codebook(codes, jnp.full(k, n / k), codes * (n / k))
     step = jax.jit(our_step).lower(e, gradient, book).compile()
     row = {'N': n, 'K': k, 'D': dim}
-    row['step, ms'] = median_ms(lambda: step(e, gradient, book), 5)  # noqa: B023
+    row['step, ms'] = median_ms(lambda: step(e, gradient, book))  # noqa: B023
     # N x K numbers do not fit for the largest K: as many rows as 2^31 allow.
     part = min(n, 2**31 // k)
     for dtype in ('bfloat16', 'float32'):
@@ -168,7 +143,7 @@ def quantizer(args) -> list[dict]:
         lambda x, y: jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
       )
       x, y = (a.astype(dtype) for a in (e[:part], codes))
-      time_ms = median_ms(lambda: product(x, y), 5)  # noqa: B023
+      time_ms = median_ms(lambda: product(x, y))  # noqa: B023
       row[f'{dtype} matmul, ms'] = time_ms * n / part
     row['step / float32 matmul'] = row['step, ms'] / row['float32 matmul, ms']
     row['XLA temporaries, MiB'] = (
@@ -181,15 +156,15 @@ def quantizer(args) -> list[dict]:
 def step(args) -> list[dict]:
   """Train steps of CIFAR-10 and ImageNet, batch 128."""
   rows = []
-  for name, module in ('CIFAR-10, f8', cifar10), ('ImageNet, f8', imagenet):
+  for name in 'CIFAR-10', 'ImageNet':
     for dtype in ('float32', 'bfloat16'):
-      config = module.get_config()
+      config = common.load_config(name.lower().replace('-', ''))
       if args.rehearse:
         config.data.image_size, config.batch_size = 32, 2
         config.model.widths = (8, 16, 32)
         config.model.num_res_blocks, config.model.codebook_size = 0, 64
       config.model.dtype = dtype
-      about = {'step': f'{name}, {dtype}, batch {config.batch_size}'}
+      about = {'step': f'{name}, f8, {dtype}, batch {config.batch_size}'}
       size = config.data.image_size
       profile = args.profile and f'{args.profile}/{size}_{dtype}'
       rows.append(about | time_step(config, profile))
@@ -199,7 +174,7 @@ def step(args) -> list[dict]:
 def time_step(config, profile) -> dict:
   """A train step: time, share of peak, memory; a trace of five of them."""
   call, about = train_step.our_step(config, steps=5)
-  ms = median_ms(call, 5) / 5
+  ms = median_ms(call) / 5
   if profile:
     with jax.profiler.trace(profile):
       call()
@@ -218,31 +193,23 @@ def time_step(config, profile) -> dict:
 def encode(args) -> list[dict]:
   """Images/s from uint8 to token ids."""
   size, batch = (32, 4) if args.rehearse else (256, 128)
-  config = imagenet.get_config()
+  config = common.load_config('imagenet')
   config.data.image_size = size
-  flat = config_lib.check_config(config)
-  model = build_model(flat)
-  variables = jax.jit(model.init)(
-    jax.random.key(0), jnp.zeros((1, size, size, 3))
-  )
-  tokenizer = Tokenizer(model, variables, config=flat, step=0)
+  tokenizer = common.untrained(config)
   images = np.zeros((batch, size, size, 3), np.uint8)
-  ms = median_ms(lambda: tokenizer.encode(images), 5)
+  ms = median_ms(lambda: tokenizer.encode(images))
   return [{'encode': f'{size} pixels', 'images/s': 1e3 * batch / ms}]
 
 
 def main():
   """Runs one stage."""
   stages = {f.__name__: f for f in (edges, resume, quantizer, step, encode)}
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = common.parser(__doc__, output=str, profile=None, rehearse=False)
   parser.add_argument('stage', choices=stages)
-  parser.add_argument('--output', required=True)
-  parser.add_argument('--profile')
-  parser.add_argument('--rehearse', action='store_true')
   args = parser.parse_args()
-  prepare_backend()
+  common.prepare_backend()
   rows = stages[args.stage](args)
-  about = f'{hardware()}, {versions("jax", "flax")}'
+  about = f'{common.hardware()}, {common.versions("jax", "flax")}'
   result = {'hardware': about, 'rows': rows}
   Path(args.output).write_text(json.dumps(result, indent=1))
 

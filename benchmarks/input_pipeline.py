@@ -1,4 +1,4 @@
-"""How fast each input route is, beside what the cores can decode.
+"""How fast each input route is, beside pure decoding on all cores.
 
 python benchmarks/input_pipeline.py [--data=tfds:imagenet2012 --data_dir=DIR]
   [--workers=1,2,4] [--batches=16] [--repeats=5]
@@ -6,8 +6,7 @@ python benchmarks/input_pipeline.py [--data=tfds:imagenet2012 --data_dir=DIR]
 Without --data it prepares 1,024 JPEG crops of scikit-image's photographs of
 ImageNet's mean size (about 500 x 375, 110 kB) as an ArrayRecord data set.
 
-  pillow    one process: Image.open, convert, resize of a random box
-  decoders  one process per core: what `LoadImage` does to a record, no more
+  decoders  one process per core: `LoadImage` of a record, nothing else
   threads   batches of `GrainLoader` with num_workers=0
   workers   the same with that many worker processes
   memory    batches of `MemoryLoader` (decoded once, no random crops)
@@ -16,30 +15,24 @@ The routes take turns; printed are the medians of the rates and of their ratios
 to the decoders.
 """
 
-import argparse
 import io
 import multiprocessing
-import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
-from importlib import metadata
-from pathlib import Path
 
+import common
 import numpy as np
 import skimage.data
 import tensorflow_datasets as tfds
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from rvq_jax.data import datasets, loaders, prepare  # noqa: E402
-from rvq_jax.data.decoding import LoadImage  # noqa: E402
-from rvq_jax.data.sources import Source  # noqa: E402
-from rvq_jax.data.splits import seeded_rng  # noqa: E402
-from rvq_jax.data.transforms import random_resized_crop  # noqa: E402
+from rvq_jax.data import datasets, loaders, prepare
+from rvq_jax.data.decoding import LoadImage
+from rvq_jax.data.sources import Source
+from rvq_jax.data.splits import seeded_rng
+from rvq_jax.data.transforms import random_resized_crop
 
 _PHOTOGRAPHS = ('astronaut', 'coffee', 'rocket', 'chelsea')
 _COUNT = 1024
@@ -68,32 +61,8 @@ def jpegs(data_dir: str) -> Source:
     'label': tfds.features.ClassLabel(names=list(_PHOTOGRAPHS)),
   }
   splits = {'train': (range(_COUNT), read), 'test': (range(1), read)}
-  prepare.write_tfds(
-    'jpegs', '1.0.0', data_dir, lambda: (features, splits), shard_size=256
-  )
+  prepare.write_tfds('jpegs', '1.0.0', data_dir, lambda: (features, splits))
   return datasets.open_dataset('tfds:jpegs', data_dir=data_dir).train
-
-
-def pillow_rate(source: Source, size: int, count: int) -> float:
-  """Images/s of a loop over Pillow in one process."""
-  rng = np.random.default_rng(0)
-  start = time.perf_counter()
-  for _ in range(count):
-    data = source[int(rng.integers(len(source)))].image
-    with Image.open(io.BytesIO(data)) as image:
-      width, height = image.size
-      share = np.sqrt(rng.uniform(*_SCALE))
-      box_w, box_h = int(width * share), int(height * share)
-      left = int(rng.integers(width - box_w + 1))
-      top = int(rng.integers(height - box_h + 1))
-      np.asarray(
-        image.convert('RGB').resize(
-          (size, size),
-          Image.Resampling.BICUBIC,
-          box=(left, top, left + box_w, top + box_h),
-        )
-      )
-  return count / (time.perf_counter() - start)
 
 
 def _decode(source, size, count, seed, ready, rates) -> None:
@@ -145,16 +114,17 @@ def loader_rate(source, size, batch, batches, **options):
 
 def main() -> None:
   """Measures and prints."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--data', default='')
-  parser.add_argument('--data_dir')
-  parser.add_argument('--size', type=int, default=256)
-  parser.add_argument('--batch', type=int, default=128)
-  parser.add_argument('--batches', type=int, default=16)
-  parser.add_argument('--repeats', type=int, default=5)
-  parser.add_argument('--workers', default='1,2,4')
-  options = parser.parse_args()
-  cores = len(os.sched_getaffinity(0))
+  options = common.parser(
+    __doc__,
+    data='',
+    data_dir=None,
+    size=256,
+    batch=128,
+    batches=16,
+    repeats=5,
+    workers='1,2,4',
+  ).parse_args()
+  cores = common.cores()
   size, batch, batches = options.size, options.batch, options.batches
   with tempfile.TemporaryDirectory() as folder:
     if options.data:
@@ -163,14 +133,9 @@ def main() -> None:
       ).train
     else:
       source = jpegs(folder)
-    random = {
-      'crop': _CROP,
-      'crop_scale': _SCALE,
-      'in_memory': False,
-    }
+    random = {'crop': _CROP, 'crop_scale': _SCALE, 'in_memory': False}
     count = batch * batches
     routes = {
-      'pillow': lambda: pillow_rate(source, size, count // cores),
       'decoders': lambda: decoders_rate(source, size, count, cores),
       'threads': lambda: loader_rate(source, size, batch, batches, **random),
     }
@@ -181,23 +146,15 @@ def main() -> None:
     routes['memory'] = lambda: loader_rate(
       source, size, min(batch, len(source)), 8 * batches, in_memory=True
     )
-    seen = {name: [] for name in routes}
-    for _ in range(options.repeats):
-      for name, rate in routes.items():
-        seen[name].append(rate())
+    rates = common.in_turn(routes, options.repeats)
   print(f'{options.data or "jpegs"} at {size} x {size}, batch {batch}')
-  versions = (
-    f'{name} {metadata.version(name)}' for name in ('pillow', 'grain')
-  )
-  print(f'{cores} cores of {platform.machine()}; {", ".join(versions)}')
+  versions = common.versions('pillow', 'grain')
+  print(f'{cores} cores of {platform.machine()}; {versions}')
   print(f'{"route":<20}{"images/s":>10}{"per core":>10}{"of decoders":>13}')
-  for name, rates in seen.items():
-    rate = statistics.median(rates)
-    ratio = statistics.median(
-      a / b for a, b in zip(rates, seen['decoders'], strict=True)
-    )
-    used = 1 if name == 'pillow' else cores
-    print(f'{name:<20}{rate:>10.0f}{rate / used:>10.0f}{ratio:>13.2f}')
+  for name, values in rates.items():
+    rate = statistics.median(values)
+    ratio = common.ratio(values, rates['decoders'])
+    print(f'{name:<20}{rate:>10.0f}{rate / cores:>10.0f}{ratio:>13.2f}')
 
 
 if __name__ == '__main__':

@@ -1,20 +1,20 @@
-"""The referee: which quantizer leaves the least error on the same latents.
+"""The referee: which quantizer has the least error on the same latents.
 
   python benchmarks/matched.py --data=folder:DIR|tfds:NAME [--data_dir=DIR]
     [--cells=NAME,NAME] [--seeds=3] [--full] [--workdir=DIR]
     --output=benchmarks/matched.jsonl [--figure=FILE.png]
   python benchmarks/matched.py --table --output=FILE [--figure=FILE.png]
 
-A small autoencoder without a quantizer is trained on the images and frozen. Its
-latents [N, 16], moved to mean 0 and scaled to variance 1 as a whole, are what
-every quantizer sees: the same batches in the same order per seed, and nothing
-but its own loss. Held out are latents of other images. `lloyd` is 100
-iterations of k-means over all training latents from K of them, `random` its
-start; all else is measured in dB above `lloyd`.
+A small autoencoder without a quantizer is trained on the images and frozen.
+Every quantizer sees its latents [N, 16], moved to mean 0 and scaled to variance
+1 as a whole: the same batches in the same order per seed, and only its own
+loss. Latents of other images are held out. `lloyd` is 100 iterations of k-means
+over all training latents from K of them, `random` its start; the error of all
+others is in dB above `lloyd`.
 
 A cell is a name of `registry.QUANTIZERS`, or `peer:CLASS` of
 vector-quantize-pytorch (`pip install torch==2.13.0 vector-quantize-pytorch`;
-left out without it), then '+argument=value' for what differs from the defaults.
+left out without it), then '+argument=value' per argument that is no default.
 `residual` and `product` spend the same bits on two codes of sqrt(K). Adam has
 one learning rate for all, which falls to 0 by a cosine. A finished cell is a
 line of the output; the same command resumes.
@@ -24,32 +24,18 @@ thirds of it for the peers (OMP_NUM_THREADS=1 is faster for them). `--full` adds
 K = 16384 with a million latents: an estimated 15 hours.
 """
 
-import argparse
 import importlib.util
 import json
 import math
-import os
-import statistics
 import sys
 import time
-from pathlib import Path
 
+import common
 import numpy as np
+from matched_latents import batches, load_latents
+from matched_quantizers import PREFIX, Lloyd, Ours, Peer, wrong_ids
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'launch')]
-
-from matched_latents import batches, load_latents  # noqa: E402
-from matched_quantizers import (  # noqa: E402
-  PREFIX,
-  Lloyd,
-  Ours,
-  Peer,
-  wrong_ids,
-)
-from recipe import processor, read  # noqa: E402
-
-from rvq_jax import metrics  # noqa: E402
+from rvq_jax import metrics
 
 LLOYD_ITERATIONS = 100
 CELLS = (
@@ -75,6 +61,10 @@ FORMS = {
   'dimension': '.2f',
   'cpu_seconds': '.0f',
 }
+HEADER = (
+  *('quantizer', 'trained by', 'bits', 'seeds', 'MSE', 'dB above Lloyd'),
+  *('usage', 'effective dimension', 'CPU seconds', 'leak, dB', 'wrong ids'),
+)
 COLUMNS = ('mse', 'usage', 'dimension', 'cpu_seconds', 'leak_db')
 
 
@@ -123,13 +113,8 @@ def measure(key, z, held_out, args):
     'checked_ids': len(x) * len(searches),
     'seconds': round(seconds, 1),
     'cpu_seconds': round(cpu, 1),
-    'hardware': f'{os.cpu_count()} cores, {processor()}',
+    'hardware': common.hardware(),
   }
-
-
-def spread(x):
-  """Mean and sample standard deviation."""
-  return statistics.mean(x), statistics.stdev(x) if len(x) > 1 else math.nan
 
 
 def summaries(records):
@@ -146,13 +131,13 @@ def summaries(records):
       for cell, runs in cells.items()
     }
     if 'lloyd' in cells:
-      reference = statistics.mean(columns['lloyd']['mse'])
+      reference = np.mean(columns['lloyd']['mse'])
       for values in columns.values():
         values['db'] = [10 * math.log10(x / reference) for x in values['mse']]
       if 'random' in cells and min(columns['random']['db']) <= 0:
         sys.exit('error: Lloyd is no better than the codes that it began with')
     result[setting] = {
-      cell: {name: spread(x) for name, x in columns[cell].items()}
+      cell: {name: common.spread(x) for name, x in columns[cell].items()}
       | {'runs': runs}
       for cell, runs in cells.items()
     }
@@ -168,15 +153,11 @@ def caption(setting):
   )
 
 
-def table(found):
+def table(results):
   """Markdown: mean and sample standard deviation over the seeds."""
-  for setting, cells in sorted(found.items()):
+  for setting, cells in sorted(results.items()):
     yield f'\n{caption(setting)}\n'
-    yield (
-      '| quantizer | trained by | bits | seeds | MSE | dB above Lloyd '
-      '| usage | effective dimension | CPU seconds | leak, dB | wrong ids |'
-    )
-    yield '|' + '---|' * 11
+    yield common.header(*HEADER)
     for cell, entry in sorted(cells.items(), key=lambda item: item[1]['mse']):
       runs = entry['runs']
       row = [cell, runs[0]['trained_by'], f'{runs[0]["bits"]:.4g}', len(runs)]
@@ -191,15 +172,15 @@ def table(found):
       checked = sum(run['checked_ids'] for run in runs)
       wrong = sum(run['wrong_ids'] or 0 for run in runs)
       row.append(f'{wrong:,} of {checked:,}' if checked else '–')
-      yield '| ' + ' | '.join(map(str, row)) + ' |'
+      yield common.row(*row)
 
 
-def draw(found, path):
+def draw(results, path):
   """dB above Lloyd per quantizer, a panel per setting."""
   from matplotlib.figure import Figure
 
   panels = {}
-  for setting, cells in sorted(found.items()):
+  for setting, cells in sorted(results.items()):
     rows = [
       (cell, *entry['db'])
       for cell, entry in cells.items()
@@ -237,26 +218,26 @@ def draw(found, path):
 
 def parse_arguments():
   """The command line."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  for flag in ('--data', '--data_dir', '--figure'):
-    parser.add_argument(flag)
-  for flag in ('--table', '--full'):
-    parser.add_argument(flag, action='store_true')
-  parser.add_argument('--output', required=True)
-  for name, value in {
-    'workdir': 'runs/matched',
-    'cells': ','.join(CELLS),
-    'K': 1024,
-    'seeds': 3,
-    'steps': 2000,
-    'batch': 2048,
-    'learning_rate': 3e-3,
-    'rows': 2**18,
-    'held_out': 2**16,
-    'image_size': 32,
-    'autoencoder_steps': 1000,
-  }.items():
-    parser.add_argument(f'--{name}', type=type(value), default=value)
+  parser = common.parser(
+    __doc__,
+    data=None,
+    data_dir=None,
+    figure=None,
+    table=False,
+    full=False,
+    output=str,
+    workdir='runs/matched',
+    cells=','.join(CELLS),
+    K=1024,
+    seeds=3,
+    steps=2000,
+    batch=2048,
+    learning_rate=3e-3,
+    rows=2**18,
+    held_out=2**16,
+    image_size=32,
+    autoencoder_steps=1000,
+  )
   args = parser.parse_args()
   if not (args.table or args.data):
     parser.error('expected --data=folder:DIR or tfds:NAME, or --table')
@@ -264,12 +245,10 @@ def parse_arguments():
 
 
 def main():
-  """Runs what is missing, then prints the table."""
+  """Runs the missing cells, then prints the table."""
   args = parse_arguments()
   if not args.table:
-    import command_line
-
-    command_line.prepare_backend()
+    common.prepare_backend()
     cells = args.cells.split(',')
     packages = ('torch', 'vector_quantize_pytorch')
     if not all(map(importlib.util.find_spec, packages)):
@@ -283,16 +262,14 @@ def main():
           key = {'data': args.data, 'cell': cell, 'K': k, 'seed': seed}
           key |= {'rows': rows, 'batch': args.batch, 'steps': args.steps}
           key['learning_rate'] = args.learning_rate
-          if key in [{n: r[n] for n in KEY} for r in read(args.output)]:
-            continue
-          record = measure(key, z[:rows], held_out, args)
-          with open(args.output, 'a') as stream:
-            stream.write(json.dumps(record) + '\n')
-          print(json.dumps(record), flush=True)
-  found = summaries(read(args.output))
-  print(*table(found), sep='\n')
+          records = common.read_records(args.output)
+          if key not in [{n: r[n] for n in KEY} for r in records]:
+            record = measure(key, z[:rows], held_out, args)
+            common.append_record(args.output, record)
+  results = summaries(common.read_records(args.output))
+  print(*table(results), sep='\n')
   if args.figure:
-    draw(found, args.figure)
+    draw(results, args.figure)
 
 
 if __name__ == '__main__':

@@ -104,13 +104,13 @@ def load_latents(args):
     part = path.with_suffix('.part.npz')
     np.savez(part, train=z, held_out=held_out, asked=asked)
     os.replace(part, path)
-  found = np.load(path, allow_pickle=False)
-  if str(found['asked']) != asked:
+  cache = np.load(path, allow_pickle=False)
+  if str(cache['asked']) != asked:
     sys.exit(
-      f'error: {path} holds latents of {found["asked"]}, expected {asked}; '
+      f'error: {path} holds latents of {cache["asked"]}, expected {asked}; '
       'name another --workdir'
     )
-  z, held_out = found['train'], found['held_out'][: args.held_out]
+  z, held_out = cache['train'], cache['held_out'][: args.held_out]
   if len(z) < args.rows or len(held_out) < args.held_out:
     sys.exit(
       f'error: expected {args.rows} latents to train on and {args.held_out} '

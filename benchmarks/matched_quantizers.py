@@ -24,12 +24,8 @@ class Lloyd:
   trained_by = 'k-means'
 
   def __init__(self, k, seed, iterations):
-    self.rng, self.k, self.iterations = (
-      np.random.default_rng(seed),
-      k,
-      iterations,
-    )
-    self.bits = math.log2(k)
+    self.rng = np.random.default_rng(seed)
+    self.k, self.iterations, self.bits = k, iterations, math.log2(k)
 
   def train(self, z, batches):
     """Runs the iterations; the error must never rise."""
@@ -143,7 +139,7 @@ class Ours:
 class Peer:
   """A quantizer of vector-quantize-pytorch, by the name of its class.
 
-  Arguments are the package's defaults but for those of `_arguments`. A further
+  Arguments are the package's defaults except in `_arguments`. A further
   option `dead` is threshold_ema_dead_code as a share of the mean count N/K.
   """
 
@@ -158,17 +154,11 @@ class Peer:
     arguments = _arguments(self.name, k) | options
     self.layer = getattr(vector_quantize_pytorch, self.name)(**arguments)
     self.bits, self.block = math.log2(k), batch
-    self.on_mse = (
-      self.name in ('FSQ', 'LFQ') or 'directional_reparam' in options
-    )
+    directional = 'directional_reparam' in options
+    self.on_mse = directional or self.name in ('FSQ', 'LFQ')
     self.parameters = [p for p in self.layer.parameters() if p.requires_grad]
-    self.trained_by = (
-      'EMA'
-      if not self.parameters
-      else 'latent MSE, Adam'
-      if self.on_mse
-      else 'own loss, Adam'
-    )
+    loss = 'latent MSE, Adam' if self.on_mse else 'own loss, Adam'
+    self.trained_by = loss if self.parameters else 'EMA'
     self.steps, self.learning_rate = steps, learning_rate
 
   def train(self, z, batches):
@@ -220,21 +210,18 @@ class Peer:
 
 
 def _arguments(name, k):
-  """What a quantizer of K codes for 16 channels is made with."""
+  """Arguments of a quantizer of K codes for 16 channels."""
   if name == 'FSQ':
     return {'levels': list(fsq_levels(k)), 'dim': 16}
   arguments = {'dim': 16, 'codebook_size': k}
   if name == 'VectorQuantize':
-    arguments |= {
-      'decay': 0.99,
-      'kmeans_init': True,
-      'threshold_ema_dead_code': 2,
-    }
+    arguments |= {'decay': 0.99, 'kmeans_init': True}
+    arguments['threshold_ema_dead_code'] = 2
   return arguments
 
 
 def wrong_ids(x, codes, ids, block=4096):
-  """How many ids are not those of a nearest code, in float64."""
+  """How many ids name no nearest code, in float64."""
   codes, wrong = np.asarray(codes, np.float64), 0
   half = 0.5 * np.sum(codes**2, axis=1)
   for start in range(0, len(x), block):

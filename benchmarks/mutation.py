@@ -1,6 +1,6 @@
 """Mutation testing: do the tests notice a fault drawn at random?
 
-Draws faults from all that can be made in the modules below, makes each in a
+Draws faults from all possible ones in the modules below, makes each in a
 copy of the repository and runs the tests of its folder, then tests/training.
 A fault counts as noticed when a test fails within the limit.
 
@@ -8,7 +8,6 @@ Command: python benchmarks/mutation.py --count=60 --seed=0 --output=faults.jsonl
 Hardware: CPU; about half a minute per fault. Run again to resume.
 """
 
-import argparse
 import ast
 import collections
 import concurrent.futures
@@ -25,7 +24,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import common
+
+ROOT = common.ROOT
 # Modules (or folders of them) -> tests, the fastest and nearest first.
 WIRING = [
   'tests/training/test_config_wiring.py',
@@ -112,7 +113,7 @@ def _visible(node):
 
 
 def _faults(path: Path):
-  """All faults that can be made in a module."""
+  """All possible faults in a module."""
   text = path.read_bytes()
   starts = [0]
   for line in text.splitlines(keepends=True):
@@ -138,12 +139,13 @@ def _ordered(module: Path, tests: list[str]) -> list[str]:
 
   def strangeness(path):
     text = path.read_text()
-    own = path.name == f'test_{module.stem}.py'
-    return not own, -sum(name in text for name in names), path
+    namesake = path.name == f'test_{module.stem}.py'
+    return not namesake, -sum(name in text for name in names), path
 
   files = []
   for test in tests:
     path = ROOT / test
+    assert path.exists(), f'{path}: a missing test would notice every fault'
     inside = path.glob('test_*.py') if path.is_dir() else [path]
     files += sorted(inside, key=strangeness)
   return list(dict.fromkeys(str(file.relative_to(ROOT)) for file in files))
@@ -151,13 +153,13 @@ def _ordered(module: Path, tests: list[str]) -> list[str]:
 
 def draw(count: int, seed: int) -> list[tuple[Fault, list[str]]]:
   """Faults drawn uniformly, each with its tests."""
-  found = []
+  faults = []
   for target, tests in TARGETS.items():
     path = ROOT / target
     for module in sorted(path.glob('*.py')) if path.is_dir() else [path]:
       files = _ordered(module, tests)
-      found += [(fault, files) for fault in _faults(module)]
-  return random.Random(seed).sample(found, min(count, len(found)))
+      faults += [(fault, files) for fault in _faults(module)]
+  return random.Random(seed).sample(faults, min(count, len(faults)))
 
 
 def notice(fault: Fault, tests: list[str], limit: float) -> str | None:
@@ -192,15 +194,16 @@ def notice(fault: Fault, tests: list[str], limit: float) -> str | None:
 
 def main():
   """Draws, runs and counts."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--count', type=int, default=60)
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--jobs', type=int, default=1)
-  parser.add_argument('--limit', type=float, default=60, help='seconds')
-  parser.add_argument('--output', type=Path, default=Path('faults.jsonl'))
-  args = parser.parse_args()
-  lines = args.output.read_text().splitlines() if args.output.exists() else []
-  done = {tuple(r['fault']): r['noticed'] for r in map(json.loads, lines)}
+  args = common.parser(
+    __doc__,
+    count=60,
+    seed=0,
+    jobs=1,
+    limit=60.0,  # seconds
+    output='faults.jsonl',
+  ).parse_args()
+  records = common.read_records(args.output)
+  done = {tuple(r['fault']): r['noticed'] for r in records}
 
   def run(drawn):
     fault, tests = drawn
@@ -209,7 +212,7 @@ def main():
       start = time.monotonic()
       done[name] = notice(fault, tests, args.limit)
       seconds = round(time.monotonic() - start)
-      with args.output.open('a') as file:
+      with open(args.output, 'a') as file:
         record = {'fault': name, 'noticed': done[name], 'seconds': seconds}
         file.write(json.dumps(record) + '\n')
     by = done[name]

@@ -1,52 +1,32 @@
-"""Time and memory of the quantizer beside what else there is.
+"""Time and memory of the quantizer beside its alternatives.
 
-  python benchmarks/quantizer.py [--peer] [--sweep] [--choices] [--repeats N]
-    [--json FILE]
+  python benchmarks/quantizer.py [--peer] [--choices] [--repeats=N]
 
 The forms alternate in one process on two cores; medians and ratios are printed
 as Markdown. A full step is forward and backward of: search, rotation,
-commitment loss, EMA update of the codebook. `--peer` adds that of
-vector-quantize-pytorch (`pip install torch vector-quantize-pytorch`),
-`--sweep` shows the cost over K = 2^10 ... 2^18, and `--choices` that of every
-estimator and of replacing dead codes by either rule of splitting.
+commitment loss, EMA update of the codebook. `--peer` adds the step of
+vector-quantize-pytorch (`pip install torch vector-quantize-pytorch`), and
+`--choices` the step with every estimator and with dead codes replaced by either
+rule of splitting.
 """
 
-import argparse
 import functools
-import json
 import os
-import pathlib
-import platform
 import statistics
-import sys
-import time
-from importlib.metadata import version
+from pathlib import Path
 
-CORES = 2
-# Before JAX and torch count the cores; whoever imports this keeps all.
-if __name__ == '__main__' and hasattr(os, 'sched_setaffinity'):
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+from rvq_jax.quantize.codebook import Codebook, ema_update
+from rvq_jax.quantize.estimators import ESTIMATORS
+from rvq_jax.quantize.gradients import rotate
+from rvq_jax.quantize.replacement import replace_codes
+from rvq_jax.quantize.search import nearest_codes, tile_sizes
 
-from rvq_jax.quantize.codebook import Codebook, ema_update  # noqa: E402
-from rvq_jax.quantize.estimators import ESTIMATORS  # noqa: E402
-from rvq_jax.quantize.gradients import rotate  # noqa: E402
-from rvq_jax.quantize.replacement import replace_codes  # noqa: E402
-from rvq_jax.quantize.search import nearest_codes, tile_sizes  # noqa: E402
-
-# (N, K, D) and the greatest time of our step as a share of the peer's.
-SIZES = {
-  (2048, 16384, 256): 0.05,
-  (16384, 8192, 64): 0.03,
-  (16384, 16384, 256): 0.035,
-}
-SEARCH_TARGET = 0.75  # of the matmul
-TEMP_TARGET = 64  # MiB of XLA temporaries
-PAUSE = 0.1  # seconds before each call: the last one's threads still spin
+SIZES = ((2048, 16384, 256), (16384, 8192, 64), (16384, 16384, 256))  # N, K, D
 OURS, SEARCH, TEXTBOOK, MATMUL, TILES, HALF, PEER = (
   'rvq_jax, full step',
   'rvq_jax, search alone',
@@ -112,7 +92,7 @@ def textbook_step(e, gradient, codebook):
 def tiled_products(e, codes, dtype):
   """The scores of `nearest_codes` in its tiles; only their first row is kept.
 
-  What no exact search by these scores can be faster than.
+  A lower bound on the time of any exact search by these scores.
   """
   (n, dim), k = e.shape, codes.shape[0]
   rows, width = tile_sizes(n, k, 'cpu')
@@ -134,22 +114,9 @@ def tiled_products(e, codes, dtype):
 
 
 def peer_step(n, k, dim, e, gradient):
-  """vector-quantize-pytorch's step; its codebook is its own."""
-  try:
-    import torch
-    from vector_quantize_pytorch import VectorQuantize
-  except ImportError as error:
-    sys.exit(f'--peer needs torch and vector-quantize-pytorch: {error}')
-  torch.set_num_threads(CORES)
-  layer = VectorQuantize(
-    dim=dim,
-    codebook_size=k,
-    decay=0.99,
-    commitment_weight=0.25,
-    rotation_trick=True,
-    kmeans_init=False,
-    threshold_ema_dead_code=0,
-  ).train()
+  """vector-quantize-pytorch's step, with a codebook that it makes."""
+  torch, layer = common.make_peer(dim, k, threshold_ema_dead_code=0)
+  layer.train()
   e = torch.tensor(np.asarray(e))[None].requires_grad_()
   gradient = torch.tensor(np.asarray(gradient))[None]
 
@@ -186,18 +153,14 @@ def forms(n, k, dim, names):
     function, args = jitted[name]
     compiled = jax.jit(function).lower(*args).compile()
     temp = compiled.memory_analysis().temp_size_in_bytes
-    # The default arguments keep this form's function and arrays.
-    result[name] = (
-      lambda run=compiled, args=args: jax.block_until_ready(run(*args)),
-      temp,
-    )
+    result[name] = functools.partial(compiled, *args), temp
   return result
 
 
 def resident(field):
   """VmRSS or VmHWM of this process in bytes; 0 where there is no /proc."""
   try:
-    lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+    lines = Path('/proc/self/status').read_text().splitlines()
   except OSError:
     return 0
   values = [line.split()[1] for line in lines if line.startswith(field)]
@@ -207,7 +170,7 @@ def resident(field):
 def peak_memory(call):
   """Bytes by which the resident set grew at most during a call, or None."""
   try:
-    pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
+    Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
   except OSError:
     return None
   before = resident('VmRSS')
@@ -216,25 +179,15 @@ def peak_memory(call):
 
 
 def measure(n, k, dim, names, repeats):
-  """One record per form: median ms, XLA temporaries and peak memory."""
-  calls = forms(n, k, dim, names)
-  times = {name: [] for name in calls}
-  peaks = {name: peak_memory(call) for name, (call, _) in calls.items()}
-  for _ in range(repeats):
-    for name, (call, _) in calls.items():
-      time.sleep(PAUSE)
-      start = time.perf_counter()
-      call()
-      times[name].append(1e3 * (time.perf_counter() - start))
-  return {
-    name: {
-      'ms': statistics.median(times[name]),
-      'all_ms': times[name],
-      'xla_temp_bytes': temp,
-      'peak_bytes': peaks[name],
-    }
-    for name, (_, temp) in calls.items()
-  }
+  """One record per form: ms of each turn, XLA temporaries and peak memory."""
+  records, calls = {}, {}
+  for name, (call, temp) in forms(n, k, dim, names).items():
+    calls[name] = call
+    peak = peak_memory(lambda call=call: jax.block_until_ready(call()))
+    records[name] = {'xla_temp_bytes': temp, 'peak_bytes': peak}
+  for name, times in common.measure(calls, repeats, pause=0.1).items():
+    records[name] |= {'ms': statistics.median(times), 'least': min(times)}
+  return records
 
 
 def table(records):
@@ -243,73 +196,35 @@ def table(records):
   def mib(size):
     return '' if size is None else f'{size / 2**20:.0f}'
 
-  peer = records.get(PEER, {}).get('ms')
-  yield '| form | ms | least | / matmul | / peer | XLA temp MiB | peak MiB |'
-  yield '|---|---|---|---|---|---|---|'
-  for name, row in records.items():
-    share = f'{row["ms"] / peer:.4f}' if peer else ''
-    yield (
-      f'| {name} | {row["ms"]:.1f} | {min(row["all_ms"]):.1f} '
-      f'| {row["ms"] / records[MATMUL]["ms"]:.3f} | {share} '
-      f'| {mib(row["xla_temp_bytes"])} | {mib(row["peak_bytes"])} |'
+  columns = 'ms', 'least', '/ matmul', '/ peer', 'XLA temp MiB', 'peak MiB'
+  yield common.header('form', *columns)
+  for name, record in records.items():
+    ms = record['ms']
+    yield common.row(
+      *(name, f'{ms:.1f}', f'{record["least"]:.1f}'),
+      f'{ms / records[MATMUL]["ms"]:.3f}',
+      f'{ms / records[PEER]["ms"]:.4f}' if PEER in records else '',
+      *(mib(record['xla_temp_bytes']), mib(record['peak_bytes'])),
     )
-
-
-def verdicts(size, records):
-  """One line per target of this size: what it is and whether it is met."""
-  ratio = records[SEARCH]['ms'] / records[MATMUL]['ms']
-  rows = [('search / matmul', ratio, SEARCH_TARGET)]
-  for name in (SEARCH, OURS):
-    temp = records[name]['xla_temp_bytes'] / 2**20
-    rows.append((f'{name}: XLA temporaries in MiB', temp, TEMP_TARGET))
-  if PEER in records:
-    ratio = records[OURS]['ms'] / records[PEER]['ms']
-    rows.append(('full step / peer', ratio, SIZES[size]))
-  for what, value, target in rows:
-    met = 'met' if value <= target else 'NOT met'
-    yield f'- {what}: {value:.4g}, target {target:g}: {met}'
-
-
-def hardware(peer):
-  """One line: processor, cores, versions."""
-  info = pathlib.Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  cpus = [line.split(': ')[1] for line in lines if 'model name' in line]
-  cpu = (cpus or [platform.processor()])[0]
-  packages = ['jax', 'jaxlib'] + ['torch', 'vector-quantize-pytorch'] * peer
-  load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else float('nan')
-  versions = ', '.join(f'{name} {version(name)}' for name in packages)
-  return f'{CORES} cores of {cpu}, load {load:.1f}, {versions}'
 
 
 def main():
   """Parses the command line, measures and prints."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  for flag in ('--peer', '--sweep', '--choices'):
-    parser.add_argument(flag, action='store_true')
-  parser.add_argument('--repeats', type=int, default=7)
-  parser.add_argument('--json', type=pathlib.Path)
-  args = parser.parse_args()
+  args = common.parser(
+    __doc__, peer=False, choices=False, repeats=7
+  ).parse_args()
+  common.use_cores()
+  if args.peer:
+    common.make_peer(2, 2)  # ends here if it is not there
   names = [OURS, SEARCH, TEXTBOOK, MATMUL, TILES, HALF] + [PEER] * args.peer
-  sizes = list(SIZES)
   if args.choices:
     names = [OURS, SEARCH, MATMUL, *CHOICES]
-  if args.sweep:
-    sizes = [(1024, 2**power, 64) for power in range(10, 19)]
-    names = [name for name in names if name not in (TEXTBOOK, TILES, HALF)]
-  if args.peer:
-    peer_step(1, 2, 2, np.zeros((1, 2)), np.zeros((1, 2)))  # is it there?
-  print(hardware(args.peer))
-  results = []
-  for n, k, dim in sizes:
+  packages = ['jax', 'jaxlib', *common.PEERS * args.peer]
+  load = f'{common.cores()} used, load {os.getloadavg()[0]:.1f}'
+  print(f'{common.hardware()}, {load}, {common.versions(*packages)}')
+  for n, k, dim in SIZES:
     records = measure(n, k, dim, names, args.repeats)
-    results.append({'n': n, 'k': k, 'dim': dim, 'forms': records})
-    print(f'\nN {n}, K {k}, D {dim}\n', *table(records), sep='\n')
-    if not args.sweep:
-      print('', *verdicts((n, k, dim), records), sep='\n', flush=True)
-  if args.json:
-    report = {'hardware': hardware(args.peer), 'results': results}
-    args.json.write_text(json.dumps(report, indent=2) + '\n')
+    print(f'\nN {n}, K {k}, D {dim}\n', *table(records), sep='\n', flush=True)
 
 
 if __name__ == '__main__':

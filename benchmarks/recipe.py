@@ -1,12 +1,10 @@
 """Which gradient, which codes, in which order: a grid of short runs.
 
-Every cell is an ordinary run of configs/photos.py, or with --setting=cifar10 of
-a small model of configs/cifar10.py, with what its name says; the metrics are
-those of the validation split at the last step. A finished cell is one line of
-the output and is not run again, so the same command resumes, and several may
-run side by side.
-
-Five estimators that the package does not have are tried too, see tried.py.
+A cell is an ordinary run of configs/photos.py, or with --setting=cifar10 of a
+small model of configs/cifar10.py, with the changes that its name lists. It is
+measured on the validation split at the last step. A finished cell is one line
+of the output and is not run again, so the same command resumes, and several may
+run side by side. tried.py adds five estimators.
 
 Command: python benchmarks/recipe.py --data=folder:DIR --cells=ste,rotation
   --seeds=3 --output=benchmarks/recipe_photos.jsonl
@@ -15,24 +13,17 @@ Table: python benchmarks/recipe.py --table --output=FILE [--cells=... --steps=N
 Hardware: CPU; a cell of 2,500 steps takes about ten minutes on two cores.
 """
 
-import argparse
-import contextlib
 import json
-import os
-import platform
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'launch')]
+import common
+import numpy as np
+from tried import TRIED
 
-import numpy as np  # noqa: E402
-from tried import TRIED  # noqa: E402
-
-# Part of a cell's name -> what it sets; parts are joined by '+'.
+# Part of a cell's name -> config fields that it sets; '+' joins parts.
 PARTS = {
   'rotation': {},
   'ste': {'model.estimator': 'ste'},
@@ -67,8 +58,6 @@ METRICS = (
   *('mse', 'psnr', 'usage', 'perplexity', 'relative_error'),
   *('latent_dimension', 'code_dimension', 'bits_per_image'),
 )
-GIT = ['git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD']
-COMMIT = subprocess.run(GIT, capture_output=True, text=True).stdout.strip()
 CURVES = ('mse', 'encoder_norm', 'code_norm', 'mean_angle', 'replaced_codes')
 
 
@@ -86,14 +75,12 @@ def fields_of(cell: str) -> dict:
 
 def make_config(cell: str, seed: int, args):
   """The config of one run."""
-  from configs import cifar10, photos
-
   if args.setting == 'photos':
-    config = photos.get_config()
+    config = common.load_config('photos')
     config.data.colors, config.optimizer.learning_rate = False, 1e-3
     config.data.crop, config.data.crop_scale = 'random_resized', 0.1
   else:
-    config = cifar10.get_config()
+    config = common.load_config('cifar10')
     config.batch_size, config.model.num_res_blocks = 32, 1
     config.model.codebook_size = 2048
   config.seed, config.num_steps = seed, args.steps
@@ -111,7 +98,7 @@ def make_config(cell: str, seed: int, args):
 def read_curves(workdir: Path) -> dict:
   """Training metrics of a run, a list each, and their steps."""
   curves = {}
-  for record in read(workdir / 'metrics.jsonl'):
+  for record in common.read_records(workdir / 'metrics.jsonl'):
     if 'train/mse' in record:
       curves.setdefault('step', []).append(record['step'])
       for name in CURVES:
@@ -141,37 +128,27 @@ def measure(cell: str, seed: int, args) -> dict | None:
     'seed': seed,
     'steps': args.steps,
     'minutes': round((time.monotonic() - start) / 60, 1),
-    'commit': COMMIT,
-    'hardware': f'{os.cpu_count()} cores, {processor()}',
+    'commit': commit(),
+    'hardware': common.hardware(),
     **{name: metrics[name] for name in METRICS},
     'curves': read_curves(workdir),
   }
 
 
-def processor() -> str:
-  """Name of the CPU."""
-  with contextlib.suppress(OSError):
-    for line in Path('/proc/cpuinfo').read_text().splitlines():
-      if line.startswith('model name'):
-        return line.partition(':')[2].strip()
-  return platform.processor()
-
-
-def read(path) -> list[dict]:
-  """The finished cells."""
-  lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-  return [json.loads(line) for line in lines]
+def commit() -> str:
+  """The commit that is checked out."""
+  command = ['git', '-C', common.ROOT, 'rev-parse', '--short', 'HEAD']
+  return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def finished(path) -> set[tuple]:
   """Cell, seed and steps of the finished cells."""
-  return {(r['cell'], r['seed'], r['steps']) for r in read(path)}
+  return {(r['cell'], r['seed'], r['steps']) for r in common.read_records(path)}
 
 
 def table(records) -> str:
   """Markdown: mean and sample standard deviation over the seeds of a cell."""
-  lines = ['| cell | steps | seeds | ' + ' | '.join(METRICS) + ' |']
-  lines.append('|' + '---|' * (3 + len(METRICS)))
+  lines = [common.header('cell', 'steps', 'seeds', *METRICS)]
   groups = {}
   for record in records:
     groups.setdefault((record['cell'], record['steps']), []).append(record)
@@ -179,14 +156,12 @@ def table(records) -> str:
     groups.items(),
     key=lambda g: (g[0][1], statistics.mean(r['mse'] for r in g[1])),
   ):
-    row = [cell, str(steps), str(len(runs))]
+    row = [cell, steps, len(runs)]
     for name in METRICS:
-      values = [run[name] for run in runs]
-      text = f'{statistics.mean(values):.5g}'
-      if len(values) > 1:
-        text += f' ± {statistics.stdev(values):.2g}'
-      row.append(text)
-    lines.append('| ' + ' | '.join(row) + ' |')
+      mean, deviation = common.spread([run[name] for run in runs])
+      more = f' ± {deviation:.2g}' if len(runs) > 1 else ''
+      row.append(f'{mean:.5g}{more}')
+    lines.append(common.row(*row))
   return '\n'.join(lines)
 
 
@@ -223,25 +198,22 @@ def draw(records, cells, path) -> None:
 
 
 def main():
-  """Runs what is missing, or prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--data', help='folder:DIR or tfds:NAME')
-  parser.add_argument('--data_dir', help='of tfds:NAME')
-  parser.add_argument(
-    '--setting', choices=('photos', 'cifar10'), default='photos'
-  )
-  parser.add_argument('--cells', default='rotation,ste')
-  parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--steps', type=int, default=2500)
-  parser.add_argument('--workdir', default='runs/recipe')
-  parser.add_argument('--output', required=True)
-  parser.add_argument('--table', action='store_true')
-  parser.add_argument('--figure', help='curves of the cells, FILE.png')
-  args = parser.parse_args()
+  """Runs the missing cells, then prints the table."""
+  args = common.parser(
+    __doc__,
+    data=None,
+    data_dir=None,
+    setting=('photos', 'cifar10'),
+    cells='rotation,ste',
+    seeds=3,
+    steps=2500,
+    workdir='runs/recipe',
+    output=str,
+    table=False,
+    figure=None,
+  ).parse_args()
   if not args.table:
-    import command_line
-
-    command_line.prepare_backend()
+    common.prepare_backend()
     for seed in range(args.seeds):
       for cell in args.cells.split(','):
         key = (cell, seed, args.steps)
@@ -250,10 +222,8 @@ def main():
         record = measure(cell, seed, args)
         # Another process may have ended the run since, and written it.
         if record and key not in finished(args.output):
-          with open(args.output, 'a') as stream:
-            stream.write(json.dumps(record) + '\n')
-          print(json.dumps(record), flush=True)
-  records = read(args.output)
+          common.append_record(args.output, record)
+  records = common.read_records(args.output)
   print(table(records))
   if args.figure:
     of_length = [r for r in records if r['steps'] == args.steps]

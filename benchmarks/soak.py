@@ -4,15 +4,17 @@ python benchmarks/soak.py [--minutes=30] [--every=20] [--workdir=DIR]
   [--config=configs/photos.py] [--config-flags...]
 
 A run is started, killed with SIGKILL at a random moment, started again, and so
-on; then it is left to end. A second run with the same seed is undisturbed for
-as many steps. Prints kills, resumes, steps that had to be taken again, items of
-the last checkpoint whose digests differ between the two runs, and memory: of
-the processes that were killed, at their end, and of the one undisturbed as it
-went. Exit code 1 unless no bit differs and every start has succeeded.
+on; then it runs to its end. A second run with the same seed takes as many steps
+undisturbed. Prints kills, resumes, steps that were taken twice, items of the
+last checkpoint whose digests differ between the two runs, and memory: of the
+killed processes at their end, and of the undisturbed one over time. Exit code 1
+unless no bit differs and every start succeeds.
 """
 
-import argparse
+import contextlib
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -21,51 +23,53 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-_CACHE = 'JAX_COMPILATION_CACHE_DIR'
+import common
+import jax
+
+from rvq_jax import sharding
+from rvq_jax.training.checkpoints import Checkpoints
 
 
-class Run(subprocess.Popen):
-  """A training process; reads its own lines and memory as it goes."""
+def run(command, log: Path, limit: float = math.inf) -> dict:
+  """Trains, until the end or a kill after `limit` seconds.
 
-  def __init__(self, command, log):
-    super().__init__(
+  Returns:
+    'failed' (the end of its log, or ''), 'start' and 'end' (steps; start is
+    None before the first one) and 'megabytes' (resident, over time).
+  """
+  megabytes, end = [], time.monotonic() + limit
+  with log.open('w') as stream:
+    process = subprocess.Popen(
       command,
-      cwd=ROOT,
+      cwd=common.ROOT,
       stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,
-      text=True,
+      stderr=stream,
       start_new_session=True,
     )
-    self.start, self.step, self.megabytes, self.lines = None, 0, [], []
-    self._log = log
-    self._reader = threading.Thread(target=self._read, daemon=True)
-    self._reader.start()
-
-  def _read(self):
-    for line in self.stderr:
-      self._log.write(line)
-      self.lines.append(line)
-      if found := re.search(r'; step (\d+) of \d+; ', line):
-        self.start = self.step = int(found[1])
-      elif found := re.search(r' step (\d+)/', line):
-        self.step = int(found[1])
-        self.megabytes.append(_resident(self.pid))
-
-  def finish(self, how=None):
-    """Ends the process and all that it started, or waits for its end."""
-    if how is not None:
-      os.killpg(self.pid, how)
-    self.wait()
-    self._reader.join()
-    self._log.flush()
+    while process.poll() is None and time.monotonic() < end:
+      megabytes.append(resident(process.pid))
+      time.sleep(0.1)
+    code = process.poll()
+    with contextlib.suppress(ProcessLookupError):  # with all that it started
+      os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+  text = log.read_text()
+  started = re.search(r'; step (\d+) of \d+; ', text)
+  steps = re.findall(r' step (\d+)/', text)
+  start = int(started[1]) if started else None
+  early = limit < math.inf and code is not None
+  return {
+    'failed': text[-500:] if code or early else '',
+    'start': start,
+    'end': int(steps[-1]) if steps else start,
+    'megabytes': megabytes,
+  }
 
 
-def _resident(pid: int) -> float:
+def resident(pid: int) -> float:
   """Resident memory in MB; 0 where it cannot be read."""
   try:
     pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
@@ -76,95 +80,84 @@ def _resident(pid: int) -> float:
 
 def digest(workdir: Path) -> dict[str, str]:
   """The digests of the newest checkpoint, which is read to check them."""
-  from rvq_jax.training.checkpoints import Checkpoints
-  from rvq_jax.training.run import Run
-
-  config = json.loads((workdir / 'config.json').read_text())
   nested = {}
-  for name, value in config.items():
+  for name, value in json.loads((workdir / 'config.json').read_text()).items():
     group, _, leaf = name.rpartition('.')
     (nested.setdefault(group, {}) if group else nested)[leaf] = value
+  place = sharding.replicated(sharding.data_mesh())
+  template = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    jax.eval_shape(common.make_training(nested).init, jax.random.key(0)),
+  )
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve()
-    checkpoints.restore(Run(nested).template, step)
+    checkpoints.restore(template, step)
     return {'step': str(step)} | checkpoints.meta(step)['digests']
 
 
-def _halves(values: list[float]) -> list[float]:
+def halves(values: list[float]) -> list[float]:
   """The largest of the first and of the second half."""
   half = len(values) // 2
   return [max(part, default=0) for part in (values[:half], values[half:])]
 
 
 def soak(options, flags, workdir: Path) -> dict:
-  """Kills and resumes until the time is up; what has happened."""
+  """Kills and resumes until the time is up; the record of it."""
   command = [sys.executable, 'launch/main.py', f'--config={options.config}']
   command += ['--config.log_every=1', *flags]
-  rng = random.Random(options.seed)
+  rng, log = random.Random(options.seed), workdir / 'log.txt'
   killed, peace = workdir / 'killed', workdir / 'peace'
-  kills, reached, resumed, memory, failures = 0, [], [], [], []
-  end = time.monotonic() + 60 * options.minutes
-  with open(workdir / 'log.txt', 'w') as log:
-    endless = [*command, f'--workdir={killed}', '--config.num_steps=1000000']
-    while time.monotonic() < end:
-      run = Run(endless, log)
-      try:
-        run.wait(timeout=rng.uniform(0.25, 1.75) * options.every)
-        failures.append(''.join(run.lines[-3:]))
-        run.finish()
-        break
-      except subprocess.TimeoutExpired:
-        run.finish(signal.SIGKILL)
-        kills += 1
-      if run.start is not None:
-        resumed.append(run.start)
-        reached.append(run.step)
-        memory.append(max(run.megabytes[-1:], default=0))
-      print(f'kill {kills}: from step {run.start} to {run.step}', flush=True)
-    last = max(reached, default=0) + 20
-    for folder in (killed, peace):
-      run = Run(
-        [*command, f'--workdir={folder}', f'--config.num_steps={last}'], log
-      )
-      if folder == killed:
-        print(f'undisturbed up to step {last}')
-      run.finish()
-      if run.returncode:
-        failures.append(''.join(run.lines[-3:]))
-  lost = [a - b for a, b in zip(reached, resumed[1:], strict=False)]
-  if failures:
-    sys.exit('failed:\n' + '\n'.join(failures))
+  runs, end = [], time.monotonic() + 60 * options.minutes
+  endless = [*command, f'--workdir={killed}', '--config.num_steps=1000000']
+  while time.monotonic() < end:
+    runs.append(run(endless, log, rng.uniform(0.25, 1.75) * options.every))
+    start, reached = runs[-1]['start'], runs[-1]['end']
+    print(f'kill {len(runs)}: from step {start} to {reached}', flush=True)
+    if runs[-1]['failed']:
+      sys.exit(runs[-1]['failed'])
+  trained = [x for x in runs if x['start'] is not None]
+  last = max((x['end'] for x in trained), default=0) + 20
+  print(f'undisturbed up to step {last}')
+  for folder in (killed, peace):
+    flags = [f'--workdir={folder}', f'--config.num_steps={last}']
+    whole = run([*command, *flags], log)
+    if whole['failed']:
+      sys.exit(whole['failed'])
+  lost = [a['end'] - b['start'] for a, b in itertools.pairwise(trained)]
   one, other = digest(killed), digest(peace)
   return {
     'minutes': options.minutes,
-    'kills': kills,
-    'resumes': sum(start > 0 for start in resumed),
+    'kills': len(runs),
+    'resumes': sum(x['start'] > 0 for x in trained),
     'steps': last,
     'lost_steps_at_most': max(lost, default=0),
     'lost_steps_mean': sum(lost) / max(len(lost), 1),
     'differing_items': sum(one.get(n) != s for n, s in other.items()),
-    'megabytes_at_kills': _halves(memory),
-    'megabytes_undisturbed': _halves(run.megabytes),
+    'megabytes_at_kills': halves([x['megabytes'][-1] for x in trained]),
+    'megabytes_undisturbed': halves(whole['megabytes']),
     'damaged_steps': len(list((killed / 'corrupt').glob('*'))),
   }
 
 
 def main() -> None:
   """Soaks and reports."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--minutes', type=float, default=30)
-  parser.add_argument('--every', type=float, default=20, help='seconds')
-  parser.add_argument('--seed', type=int, default=0, help='of the moments')
-  parser.add_argument('--config', default='configs/photos.py')
-  parser.add_argument('--workdir', help='kept; default: a temporary folder')
+  parser = common.parser(
+    __doc__,
+    minutes=30.0,
+    every=20.0,  # seconds
+    seed=0,  # of the moments
+    config='configs/photos.py',
+    workdir=None,  # kept; a temporary one is not
+  )
   options, flags = parser.parse_known_args()
   with tempfile.TemporaryDirectory(prefix='soak_') as temporary:
     workdir = Path(options.workdir or temporary).resolve()
-    shutil.rmtree(workdir / 'killed', ignore_errors=True)
-    shutil.rmtree(workdir / 'peace', ignore_errors=True)
+    for name in ('killed', 'peace'):
+      shutil.rmtree(workdir / name, ignore_errors=True)
     workdir.mkdir(parents=True, exist_ok=True)
     # Every start would otherwise spend its twenty seconds compiling.
-    os.environ.setdefault(_CACHE, str(workdir / 'compiled'))
+    compiled = str(workdir / 'compiled')
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', compiled)
     flags = [
       # It must not depend on the number of steps, which is not known before.
       '--config.optimizer.schedule=constant',

@@ -1,4 +1,4 @@
-"""Seconds until a program is of use, and the processor time they take.
+"""Seconds until a program is useful, and the processor time until then.
 
 python benchmarks/startup.py [--repeats=5] [--config=configs/photos.py]
   [--checkout=DIR ...]
@@ -8,11 +8,11 @@ python benchmarks/startup.py [--repeats=5] [--config=configs/photos.py]
   cold         launch/main.py to the log of its first step, nothing cached
   cached       the same with the programs that `cold` compiled
 
-Each is a process of its own. Rows take turns, and so do the checkouts that are
-to be compared (default: this one); printed are medians.
+Each is a separate process. Rows take turns, and so do the checkouts to be
+compared (default: this one); printed are medians.
 """
 
-import argparse
+import functools
 import os
 import statistics
 import subprocess
@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import common
 
 
 def run(checkout, *arguments, until='', **environment) -> tuple[float, float]:
@@ -67,21 +67,20 @@ def measure(checkout, config) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
   """Measures and prints."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--repeats', type=int, default=5)
-  parser.add_argument('--config', default='configs/photos.py')
-  parser.add_argument('--checkout', type=Path, nargs='+', default=[ROOT])
+  parser = common.parser(__doc__, repeats=5, config='configs/photos.py')
+  parser.add_argument('--checkout', type=Path, nargs='+', default=[common.ROOT])
   options = parser.parse_args()
-  seen = {checkout: [] for checkout in options.checkout}
-  for _ in range(options.repeats):
-    for checkout, rounds in seen.items():
-      rounds.append(measure(checkout.resolve(), options.config))
-  print(f'{options.config}, {len(os.sched_getaffinity(0))} cores')
-  for checkout, rounds in seen.items():
+  calls = {
+    checkout: functools.partial(measure, checkout.resolve(), options.config)
+    for checkout in options.checkout
+  }
+  print(f'{options.config}, {common.cores()} cores')
+  for checkout, turns in common.in_turn(calls, options.repeats).items():
     print(f'{checkout}\n{"":<12}{"seconds":>9}{"of processor":>14}')
-    for name in rounds[0]:
-      wall, used = zip(*(x[name] for x in rounds), strict=True)
-      wall, used = statistics.median(wall), statistics.median(used)
+    for name in turns[0]:
+      wall, used = map(
+        statistics.median, zip(*(x[name] for x in turns), strict=True)
+      )
       print(f'{name:<12}{wall:>9.2f}{used:>14.2f}')
 
 

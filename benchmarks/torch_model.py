@@ -1,8 +1,8 @@
 """The model of configs/cifar10.py in PyTorch, for `train_step.py --peer`.
 
-The layers, their order and their sizes are those of rvq_jax/models; only the
-framework differs. `TiledQuantizer` is a quantizer as good as ours: tiled exact
-search, rotation in closed form, EMA by index_add.
+Layers, order and sizes are as in rvq_jax/models; only the framework differs.
+`TiledQuantizer` is a quantizer as good as ours: tiled exact search, rotation in
+closed form, EMA by index_add.
 """
 
 import torch

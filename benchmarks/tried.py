@@ -1,11 +1,11 @@
 """Estimators that the package does not have, tried in docs/gradients.md.
 
-Importing this adds them to those that a config may name.
+Importing this module adds them to `ESTIMATORS`: a config may name them then.
 """
 
 import jax.numpy as jnp
 
-from rvq_jax.quantize import base, gradients
+from rvq_jax.quantize import gradients
 from rvq_jax.quantize.estimators import ESTIMATORS
 
 
@@ -15,14 +15,14 @@ def scaled(e, q):
 
 
 def grown(e, q):
-  """max(lambda, 1) R^T g: the rescaling on one side."""
+  """max(lambda, 1) R^T g: rescaling that only enlarges."""
   scale = jnp.maximum(gradients.geometry(e, q).scale, 1.0)
   turned = gradients.rotate(e, q, rescale=False)
   return gradients.straight_through(scale * turned, q)
 
 
 def radial(e, q):
-  """R^T g + u (u.g - v.g): what lies along e as by straight-through."""
+  """R^T g + u (u.g - v.g): straight-through along e, rotation elsewhere."""
   g = gradients.geometry(e, q)
   along = jnp.sum(g.u * e, axis=-1, keepdims=True)
   turned = gradients.rotate(e, q, rescale=False)
@@ -30,7 +30,7 @@ def radial(e, q):
 
 
 def tangential(e, q):
-  """g + u (v.g - u.g): only what lies along e is that of the rotation."""
+  """g + u (v.g - u.g): rotation along e, straight-through elsewhere."""
   g = gradients.geometry(e, q)
   along = jnp.sum(g.u * e, axis=-1, keepdims=True)
   return gradients.straight_through(e + (g.v - g.u) * along, q)
@@ -46,4 +46,3 @@ TRIED = {f.__name__: f for f in (scaled, grown, radial, tangential, blend)}
 ESTIMATORS.update(
   {name: lambda e, q, f=f, **_: f(e, q) for name, f in TRIED.items()}
 )
-base.FIELDS['estimator'] = base.Field(str, choices=(*ESTIMATORS,))

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, locks, digests of arrays, a full disk."""
+"""Atomic writes, file locks, array digests, readable disk-full errors."""
 
 import contextlib
 import errno
@@ -23,14 +23,10 @@ _FULL = {
 
 
 def write_atomic(path, content: str | bytes) -> None:
-  """Writes a file that holds the old or the new content at every moment.
-
-  Args:
-    path: of the file.
-    content: text (UTF-8) or bytes.
+  """Writes text (UTF-8) or bytes; the file always holds old or new content.
 
   Raises:
-    OSError: it cannot be written; no temporary file is left.
+    OSError: the file cannot be written; no temporary file remains.
   """
   path = Path(path)
   data = content.encode() if isinstance(content, str) else content
@@ -48,17 +44,24 @@ def write_atomic(path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def lock(path, name, advice: str) -> Iterator[None]:
-  """Holds the lock of a file or folder, which the system frees at any end.
+  """Holds a lock that the OS releases however the process ends.
 
   Args:
-    path: of a folder, or of a file that is made where there is none.
-    name: what to call it in an error.
-    advice: what to do instead, in an error.
+    path: a folder, or a file that is created, with its folder, if missing.
+    name: of what is locked, for errors.
+    advice: what to do instead, for errors.
 
   Raises:
-    ValueError: another process holds it.
+    ValueError: another process holds the lock, or the folder cannot be made.
   """
-  flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT
+  path = Path(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f'cannot make the folder {path.parent}: {error.strerror}; {advice}'
+    ) from error
+  flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
   descriptor = os.open(path, flags, 0o666)
   try:
     try:
@@ -76,27 +79,21 @@ def lock(path, name, advice: str) -> Iterator[None]:
 
 
 def read_json(path, max_bytes: int = 2**20) -> dict[str, Any] | None:
-  """Reads the JSON object in a file that is not trusted.
-
-  Args:
-    path: of the file.
-    max_bytes: a longer file is not read.
+  """Reads the JSON object in an untrusted file of at most max_bytes.
 
   Returns:
     The object; None if the file is longer, not JSON, or not an object.
 
   Raises:
-    OSError: it cannot be read.
+    OSError: the file cannot be read.
   """
   with open(path, 'rb') as stream:
     text = stream.read(max_bytes + 1)
   if len(text) > max_bytes:
     return None
-  try:
-    found = json.loads(text)
-  except (ValueError, RecursionError):
-    return None
-  return found if isinstance(found, dict) else None
+  with contextlib.suppress(ValueError, RecursionError):
+    content = json.loads(text)
+    return content if isinstance(content, dict) else None
 
 
 def tree_digest(tree, *, header: str = '') -> str:
@@ -107,7 +104,7 @@ def tree_digest(tree, *, header: str = '') -> str:
     header: text that is hashed first.
 
   Returns:
-    64 hexadecimal digits; they do not depend on the order of the leaves.
+    64 hexadecimal digits, independent of the order of the leaves.
   """
   digest = hashlib.sha256(header.encode())
   leaves = {
@@ -124,15 +121,10 @@ def tree_digest(tree, *, header: str = '') -> str:
 
 
 def full_disk_reason(error: BaseException | None) -> str | None:
-  """Why there was no room for a file, if that is what caused an error.
+  """'No space left', 'Disk quota exceeded', 'File too large', or None.
 
-  TensorStore says it in the text of a ValueError, Orbax by chaining.
-
-  Args:
-    error: as caught.
-
-  Returns:
-    'No space left', 'Disk quota exceeded', 'File too large', or None.
+  Says whether a full disk caused an error. TensorStore names it in the text of
+  a ValueError, Orbax by chaining.
   """
   seen = set()
   while error is not None and id(error) not in seen:
@@ -148,14 +140,14 @@ def full_disk_reason(error: BaseException | None) -> str | None:
 
 @contextlib.contextmanager
 def explain_full_disk(folder, advice: str) -> Iterator[None]:
-  """Turns a write that found no room into one line.
+  """Turns a write without room into a one-line error.
 
   Args:
-    folder: that is written to.
+    folder: where the files go.
     advice: what to do once there is room.
 
   Raises:
-    OSError: names the folder, what is free there, and the advice.
+    OSError: names the folder, the free space there, and the advice.
   """
   try:
     yield
@@ -163,9 +155,8 @@ def explain_full_disk(folder, advice: str) -> Iterator[None]:
     reason = full_disk_reason(error)
     if reason is None:
       raise
-    where = Path(folder).resolve()
-    while not where.exists():
-      where = where.parent
+    path = Path(folder).resolve()
+    where = next(p for p in (path, *path.parents) if p.exists())
     free = shutil.disk_usage(where).free / 1e6
     raise OSError(
       f'{reason} while writing to {folder}, where {free:,.1f} MB are free; '

@@ -1,8 +1,8 @@
-"""Image and code metrics, each with the definition that its name hides.
+"""Image and code metrics, each with its exact definition.
 
 Images: `mse` is on the model's scale [-1, 1] and `mse_01` on [0, 1], a quarter
 of it; both on the unrounded output. PSNR and SSIM are computed per image, after
-clipping and rounding to uint8, as files would hold them, and then averaged.
+clipping and rounding to uint8 as in a file, and then averaged.
 
 Codes: from counts summed over the whole split, never a mean over batches.
 """
@@ -28,30 +28,16 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 
 def squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Mean squared error of each image, on the scale of the input.
-
-  Args:
-    x: images [B, h, w, 3].
-    y: images like x.
-
-  Returns:
-    [B], float32.
-  """
+  """Mean squared error per image, on the scale of x and y [B, h, w, 3]: [B]."""
   return jnp.mean((x - y).astype(jnp.float32) ** 2, axis=(1, 2, 3))
 
 
 def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
   """Peak signal-to-noise ratio of each image in dB, after rounding to uint8.
 
-  10 log10(255^2 / MSE). Equal images have no finite PSNR; they get that of an
-  error of one level in a single value of the image.
-
-  Args:
-    x: images [B, h, w, 3] in [-1, 1].
-    y: images [B, h, w, 3] in [-1, 1].
-
-  Returns:
-    [B], float32.
+  10 log10(255^2 / MSE) of x and y [B, h, w, 3] in [-1, 1]: [B], float32. Equal
+  images have no finite PSNR; they get the PSNR of images that differ by one
+  level in one value.
   """
   x, y = (to_uint8(image).astype(jnp.float32) for image in (x, y))
   floor = 1.0 / math.prod(x.shape[1:])
@@ -62,8 +48,8 @@ def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
   """Structural similarity of each image; see `SSIM_VARIANT`.
 
   Args:
-    x: images [B, h, w, 3] in [-1, 1], sides of at least 11 pixels.
-    y: images [B, h, w, 3] in [-1, 1].
+    x: images [B, h, w, 3] in [-1, 1].
+    y: images like x.
 
   Returns:
     [B], float32; NaN for images smaller than the window.
@@ -82,7 +68,7 @@ def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
         window[i] * jax.lax.slice_in_dim(image, i, i + size, axis=axis)
         for i in range(_WINDOW)
       )
-      # Else XLA fuses the passes and computes the first 11 times.
+      # Without it XLA fuses the passes and computes the first 11 times.
       image = jax.lax.optimization_barrier(image)
     return image
 
@@ -97,12 +83,10 @@ def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def diversity(counts: jax.Array) -> dict[str, jax.Array]:
-  """usage and perplexity of counts [K], float32 scalars."""
-  p = counts / jnp.maximum(jnp.sum(counts), 1.0)
-  entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0))
+  """usage and perplexity of counts [K], float32 scalars; for use under jit."""
   return {
     'usage': jnp.mean((counts > 0).astype(jnp.float32)),
-    'perplexity': jnp.exp(entropy),
+    'perplexity': jnp.exp(_entropy(_frequencies(counts))),
   }
 
 
@@ -115,13 +99,11 @@ def code_statistics(counts) -> dict[str, float]:
   Returns:
     usage (share of codes chosen at least once), perplexity (exp of the entropy
     of the code frequencies, at most K; higher is more even), perplexity_ratio
-    (perplexity / K) and entropy_bits (the entropy, bits per token). With L
-    codebooks the entropy is the mean of theirs.
+    (perplexity / K) and entropy_bits (the entropy, bits per token; the mean
+    over L codebooks).
   """
   counts = np.asarray(counts, np.float64)
-  p = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1.0)
-  terms = p * np.log(np.where(p > 0, p, 1.0))
-  entropy = float(-terms.sum(axis=-1).mean())
+  entropy = float(_entropy(_frequencies(counts)).mean())
   return {
     'usage': float((counts > 0).mean()),
     'perplexity': math.exp(entropy),
@@ -130,10 +112,22 @@ def code_statistics(counts) -> dict[str, float]:
   }
 
 
+def _frequencies(counts):
+  """counts [..., K] as shares that sum to 1; all 0 without counts."""
+  return counts / counts.sum(axis=-1, keepdims=True).clip(1)
+
+
+def _entropy(p):
+  """-sum p log p over the last axis, in nats, with 0 log 0 = 0."""
+  xp = jnp if isinstance(p, jax.Array) else np  # float64 on the host
+  terms = xp.where(p > 0, p * xp.log(xp.where(p > 0, p, 1)), 0)
+  return -xp.sum(terms, axis=-1)
+
+
 def effective_dimension(total, outer, count) -> float:
   """How many dimensions vectors spread over: exp(-sum p_i log p_i).
 
-  p are the eigenvalues of their covariance, divided by their sum (the effective
+  p are the eigenvalues of the covariance divided by their sum (the effective
   rank of Roy and Vetterli 2007): D for a ball, 1 for a line or a point.
 
   Args:
@@ -144,20 +138,19 @@ def effective_dimension(total, outer, count) -> float:
   mean = np.asarray(total, np.float64) / count
   covariance = np.asarray(outer, np.float64) / count - np.outer(mean, mean)
   values = np.maximum(np.linalg.eigvalsh(covariance), 0.0)
-  p = values / max(values.sum(), 1e-300)
-  return math.exp(-np.sum(p * np.log(np.where(p > 0, p, 1.0))))
+  return math.exp(_entropy(values / max(values.sum(), 1e-300)))
 
 
 def bit_rates(
   tokens: int, pixels: int, codebook_size: int, entropy_bits: float
 ) -> dict[str, float]:
-  """Bits that the tokens of an image cost.
+  """Bits of an image's tokens.
 
   Args:
     tokens: tokens per image.
     pixels: pixels per image.
     codebook_size: K.
-    entropy_bits: bits per token at the codes' frequencies.
+    entropy_bits: entropy of the code frequencies, bits per token.
 
   Returns:
     bits_per_image and bits_per_pixel with log2 K bits per token (fixed length),
@@ -171,40 +164,35 @@ def bit_rates(
   }
 
 
-RECENT_TOKENS = 65_536
-"""Tokens that LlamaGen's training log remembers (`codebook_used`)."""
+RECENT_TOKENS = 65_536  # the window of LlamaGen's log (`codebook_used`)
 
 
 class CodeDefinitions:
-  """Usage and perplexity under each published definition.
-
-  `add` takes the counts of each batch, in the order of the split.
-  """
+  """Usage and perplexity under each published definition."""
 
   def __init__(self):
     self._total, self._tokens, self._recent_tokens = 0.0, 0, 0
     self._batches = []  # (usage, perplexity) of each
-    self._recent = collections.deque()  # counts of the last batches
+    self._recent = collections.deque()  # (tokens, counts) of the last ones
 
   def add(self, counts) -> None:
-    """Adds a batch.
+    """Adds the next batch of the split.
 
     Args:
-      counts: how often each code was chosen in it, [K], or [L, K] for L
-        codebooks; a batch without tokens is left out.
+      counts: how often each code was chosen, [K], or [L, K] for L codebooks.
     """
     counts = np.asarray(counts, np.float64)
-    tokens = _tokens(counts)
+    tokens = int(counts.sum(axis=-1).mean())  # all codebooks count the same
     if not tokens:
       return
     self._total, self._tokens = self._total + counts, self._tokens + tokens
     statistics = code_statistics(counts)
     self._batches.append((statistics['usage'], statistics['perplexity']))
-    self._recent.append(counts)
+    self._recent.append((tokens, counts))
     self._recent_tokens += tokens
-    # Whole batches alone: the oldest goes once the others fill the window.
-    while self._recent_tokens - _tokens(self._recent[0]) >= RECENT_TOKENS:
-      self._recent_tokens -= _tokens(self._recent.popleft())
+    # Only whole batches: the oldest goes once the others fill the window.
+    while self._recent_tokens - self._recent[0][0] >= RECENT_TOKENS:
+      self._recent_tokens -= self._recent.popleft()[0]
 
   def result(self) -> dict[str, dict]:
     """The numbers under each definition.
@@ -223,40 +211,32 @@ class CodeDefinitions:
     unit = 'tokens' if self._total.ndim == 1 else 'tokens per codebook'
     whole = 'the whole split, ' if recent == tokens else ''
     usage, perplexity = np.mean(self._batches, axis=0).tolist()
-    entries = {
-      'whole_split': (
+
+    def entry(statistics, tokens, definition):
+      shown = {name: statistics[name] for name in ('usage', 'perplexity')}
+      return shown | {'tokens': tokens, 'definition': definition}
+
+    return {
+      'whole_split': entry(
         code_statistics(self._total),
         tokens,
-        f'counts summed over all {tokens:,} {unit}; ours, and that of '
-        'SEED-Voken (usage) and 1d-tokenizer (usage, and log2 perplexity as '
-        'entropy)',
+        f'counts summed over all {tokens:,} {unit}; ours, SEED-Voken (usage) '
+        'and 1d-tokenizer (usage, and log2 perplexity as entropy)',
       ),
-      'mean_over_batches': (
+      'mean_over_batches': entry(
         {'usage': usage, 'perplexity': perplexity},
         tokens / batches,
-        f'mean over {batches:,} batches of the value in each, '
-        f'{tokens / batches:,.1f} {unit} on average, which neither the codes '
-        'used nor the perplexity can pass; as Sonnet (perplexity) and '
-        'latent-diffusion (perplexity and cluster_usage) log it',
+        f'mean over {batches:,} batches of {tokens / batches:,.1f} {unit} on '
+        'average, a bound on the codes used and the perplexity of each; '
+        'Sonnet (perplexity), latent-diffusion (perplexity and cluster_usage)',
       ),
-      'last_65536_tokens': (
-        code_statistics(sum(self._recent)),
+      'last_65536_tokens': entry(
+        code_statistics(sum(counts for _, counts in self._recent)),
         recent,
         f'the last {RECENT_TOKENS:,} tokens in whole batches: {whole}'
-        f'{recent:,} {unit}; as the training log of LlamaGen (usage, of each '
-        'GPU)',
+        f'{recent:,} {unit}; the training log of LlamaGen (usage per GPU)',
       ),
     }
-    result = {}
-    for name, (found, count, definition) in entries.items():
-      result[name] = {n: found[n] for n in ('usage', 'perplexity')}
-      result[name] |= {'tokens': count, 'definition': definition}
-    return result
-
-
-def _tokens(counts) -> int:
-  """Tokens of each codebook: they all see the same positions."""
-  return int(counts.sum(axis=-1).mean())
 
 
 def format_definitions(definitions: dict[str, dict]) -> str:

@@ -1,4 +1,4 @@
-"""Placement on devices: the batch is split by rows, all else replicated."""
+"""Placement on devices: the batch is split by rows, the rest replicated."""
 
 import jax
 import numpy as np

@@ -3,32 +3,30 @@
 import contextlib
 import fcntl
 import functools
+import importlib
 import importlib.metadata
 import os
+import re
 import shutil
+import subprocess
+import sys
+import tempfile
 
 _flags = '--xla_force_host_platform_device_count=8'
 # Tests compile thousands of small programs and run each for a moment: without
 # MLIR's emitters and LLVM's optimization they take a third of the time. LLVM
-# optimizes those of the layers, the models, the train step and the exact
-# resume; OPTIMIZED=1 compiles all of them as a user's are, and .ci/run does so.
+# optimizes the programs of the layers, the models, the train step and the exact
+# resume. With OPTIMIZED=1, as in .ci/run, all compile as for a user.
 if not os.environ.get('OPTIMIZED'):
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
   _flags += ' --xla_cpu_parallel_codegen_split_count=1'
-  # jaxlib 0.12 has no such flag, and aborts on one that it does not know.
+  # jaxlib 0.12 has no such flag, and aborts on an unknown one.
   if importlib.metadata.version('jaxlib') < '0.12':
     _flags += ' --xla_cpu_use_fusion_emitters=false'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flags}'
 
-import importlib.util  # noqa: E402
-import re  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-# Tests build the same small programs again and again: each is compiled once,
-# for all workers of pytest and the programs that tests start.
+# Each program compiles once, for all workers of pytest and all processes that
+# tests start.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
   _cache = tempfile.TemporaryDirectory(prefix='rvq_jax_tests_')
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
@@ -41,14 +39,13 @@ from PIL import Image  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-# What lands must not hang on a draw; at a desk every run draws anew.
+# In CI the draws are fixed; at a desk every run draws anew.
 if os.environ.get('CI'):
   import hypothesis
 
   hypothesis.settings.register_profile('ci', derandomize=True)
   hypothesis.settings.load_profile('ci')
 
-ROOT = Path(__file__).resolve().parents[1]
 _NUMERICAL = re.compile(
   'tests/(quantize|models)/|'
   'tests/training/test_(accumulate|devices|optimizer|resume|step)'
@@ -63,22 +60,22 @@ def pytest_runtest_setup(item):
   low = not _NUMERICAL.search(item.path.as_posix())
   if low != jax.config.read('jax_disable_most_optimizations'):
     jax.config.update('jax_disable_most_optimizations', low)
-    jax.clear_caches()  # those compiled at the other level
+    jax.clear_caches()  # of programs compiled at the other level
 
 
 @pytest.fixture(scope='session')
 def run_python():
   """Returns a function that runs a program in a process without a GPU."""
-  return _run_python
 
+  def run(program, **environment):
+    return subprocess.run(
+      [sys.executable, '-c', program],
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+      capture_output=True,
+      text=True,
+    )
 
-def _run_python(program: str, **environment):
-  return subprocess.run(
-    [sys.executable, '-c', program],
-    env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
-    capture_output=True,
-    text=True,
-  )
+  return run
 
 
 @pytest.fixture(scope='session')
@@ -88,22 +85,15 @@ def load_config():
 
 
 def _load_config(name: str, *arguments):
-  spec = importlib.util.spec_from_file_location(
-    name, ROOT / 'configs' / f'{name}.py'
-  )
-  module = importlib.util.module_from_spec(spec)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT))
-    spec.loader.exec_module(module)
-  return module.get_config(*arguments)
+  return importlib.import_module(f'configs.{name}').get_config(*arguments)
 
 
 @pytest.fixture(scope='session')
 def make_once(tmp_path_factory):
   """Returns a function: name, make -> folder of that name, made by `make`.
 
-  Only the first of the workers of pytest that asks for a folder makes it, on
-  one device. Copy it before you change it.
+  The first worker of pytest that asks for a folder makes it, on one device, for
+  all workers. Copy it before you change it.
   """
   root = tmp_path_factory.getbasetemp()
   if 'PYTEST_XDIST_WORKER' in os.environ:
@@ -125,7 +115,7 @@ def make_once(tmp_path_factory):
 
 @pytest.fixture
 def one_device():
-  """Has runs use one device, whose programs compile in half of the time."""
+  """Runs use one device, whose programs compile in half of the time."""
   with _one_device():
     yield
 
@@ -145,22 +135,22 @@ def _one_device():
 @pytest.fixture(scope='session')
 def image_folder(make_once):
   """train, validation and test folders of smooth 20 x 16 images."""
-  return make_once('images', _make_images)
 
+  def make(folder):
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 40), ('validation', 12), ('test', 11)):
+      for i in range(count):
+        path = folder / split / f'class{i % 2}' / f'{i:03d}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 256, (4, 4, 3), np.uint8)
+        Image.fromarray(coarse).resize((20, 16), Image.BICUBIC).save(path)
 
-def _make_images(folder):
-  rng = np.random.default_rng(0)
-  for split, count in (('train', 40), ('validation', 12), ('test', 11)):
-    for i in range(count):
-      path = folder / split / f'class{i % 2}' / f'{i:03d}.png'
-      path.parent.mkdir(parents=True, exist_ok=True)
-      coarse = rng.integers(0, 256, (4, 4, 3), np.uint8)
-      Image.fromarray(coarse).resize((20, 16), Image.BICUBIC).save(path)
+  return make_once('images', make)
 
 
 @pytest.fixture
 def make_disk(tmp_path):
-  """Returns a function of a size, as '300k': a file system of its own."""
+  """Returns a function: size, as '300k' -> folder of a file system that big."""
   place = tmp_path / 'disk'
   place.mkdir()
 
@@ -186,15 +176,26 @@ def tiny_config(make_tiny_config):
 @pytest.fixture(scope='session')
 def make_tiny_config(image_folder):
   """Returns a function that makes a new `tiny_config`."""
-  return lambda: _tiny_config(image_folder)
+
+  def make():
+    config = _load_config('cifar10')
+    config.batch_size, config.num_steps = 8, 6
+    config.log_every, config.eval_every, config.checkpoint_every = 2, 3, 2
+    config.data.name = f'folder:{image_folder}'
+    config.data.split, config.data.image_size = 'official', 16
+    config.optimizer.params_ema = 0.9
+    model = config.model
+    model.widths, model.factor, model.num_res_blocks = (4, 8), 4, 0
+    model.num_heads, model.code_dim, model.codebook_size = 2, 4, 16
+    model.sides = (1, 3, 4)  # only of a multi-scale quantizer
+    return config
+
+  return make
 
 
 @pytest.fixture(scope='session')
 def tiny_run(make_tiny_config, make_once):
-  """The workdir of a run of `tiny_config`; copy it before you change it.
-
-  It holds the steps 3, 4 and 6.
-  """
+  """A run of `tiny_config`, with steps 3, 4 and 6; copy it to change it."""
   from rvq_jax.training import loop
 
   config = make_tiny_config()
@@ -227,7 +228,7 @@ def make_tokenizer(make_tiny_config):
 
 @pytest.fixture(scope='session')
 def run(tiny_run, make_once, tmp_path_factory):
-  """An evaluated run with averaged parameters, of the steps 3, 4 and 6."""
+  """`tiny_run`, evaluated: parameters are averaged; steps 3, 4 and 6."""
   from rvq_jax.evaluation.evaluate import evaluate_run
 
   def evaluated(folder):
@@ -257,24 +258,3 @@ def test_images(image_folder):
   """The 11 test images as evaluation sees them, uint8 [11, 16, 16, 3]."""
   paths = sorted((image_folder / 'test').glob('*/*.png'))
   return np.stack([np.asarray(Image.open(path))[:, 2:18] for path in paths])
-
-
-def _tiny_config(image_folder):
-  config = _load_config('cifar10')
-  config.batch_size = 8
-  config.num_steps = 6
-  config.log_every = 2
-  config.eval_every = 3
-  config.checkpoint_every = 2
-  config.data.name = f'folder:{image_folder}'
-  config.data.split = 'official'
-  config.data.image_size = 16
-  config.optimizer.params_ema = 0.9
-  config.model.widths = (4, 8)
-  config.model.factor = 4
-  config.model.num_res_blocks = 0
-  config.model.num_heads = 2
-  config.model.code_dim = 4
-  config.model.codebook_size = 16
-  config.model.sides = (1, 3, 4)  # of a multi-scale quantizer alone
-  return config

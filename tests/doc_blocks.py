@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def blocks(text: str, *languages: str) -> list[tuple[str, str]]:
   """(language, code) of each fenced block in one of the languages, in order."""
-  found = re.findall(r'^```(\w+)\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
-  return [block for block in found if block[0] in languages]
+  fenced = re.findall(r'^```(\w+)\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
+  return [block for block in fenced if block[0] in languages]
 
 
 def commands(code: str) -> list[str]:
@@ -27,7 +27,7 @@ def run_command(command: str, cwd, *more: str) -> str:
   Args:
     command: a line of a page.
     cwd: the folder it is typed in.
-    *more: arguments behind those of the line.
+    *more: further arguments.
   """
   program, *arguments = shlex.split(command, comments=True)
   assert program == 'python', command

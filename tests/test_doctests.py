@@ -3,28 +3,18 @@
 import doctest
 import inspect
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 import rvq_jax
 from rvq_jax.tokenizer.export import write_export
-from rvq_jax.training import config as config_lib
-from rvq_jax.training.build import build_model
 
 
 @pytest.fixture
-def beside_a_model(tiny_config, tmp_path, monkeypatch):
+def beside_a_model(make_tokenizer, tmp_path, monkeypatch):
   """The examples load runs/photos: here an untrained one of the same factor."""
-  flat = config_lib.check_config(tiny_config)
-  model = build_model(flat)
-  variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, 16, 16, 3))))(
-    jax.random.key(0)
-  )
-  tokenizer = rvq_jax.Tokenizer(model, dict(variables), config=flat, step=1)
   folder = tmp_path / 'runs' / 'photos'
   folder.mkdir(parents=True)
-  write_export(folder, tokenizer)
+  write_export(folder, make_tokenizer())
   monkeypatch.chdir(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The rules of the house: imports point strictly down, requirements agree."""
+"""The rules of the house: imports point strictly down, sizes stay small."""
 
 import ast
 import re
@@ -26,25 +26,41 @@ LAYERS = {
   'cli': 8,
   '__init__': 9,
 }
-SOURCES = sorted((ROOT / 'rvq_jax').rglob('*.py'))
-MAX_LINES = 300
+TREES = {
+  str(path.relative_to(ROOT / 'rvq_jax')): ast.parse(path.read_text())
+  for path in sorted((ROOT / 'rvq_jax').rglob('*.py'))
+}
+MAX_LINES, MAX_FUNCTION, MAX_STEP = 300, 60, 45
+SECTIONS = re.compile(r'(data|model|objective|optimizer)\.\w+')
+READS_THE_CONFIG = {f'training/{x}.py' for x in ('config', 'build', 'loop')}
+# UNTIL THE MERGE: places that the redesign has not reached. Empty them then.
+STILL_LONG_FILES = {'tokenizer/tokenizer_torch.py'}
+STILL_LONG_FUNCTIONS = {'evaluate_run', '_build_steps', '__call__'}
+STILL_NAMES_FROM_STRINGS = {'tokenizer/tokenizer_torch.py'}
+STILL_READ_THE_CONFIG = {
+  *('training/run.py', 'training/initial.py', 'evaluation/evaluate.py'),
+  *('explorer/content.py', 'explorer/page.py'),
+  *('tokenizer/encoding.py', 'tokenizer/export.py', 'tokenizer/load.py'),
+  *('tokenizer/stablehlo.py', 'tokenizer/tokenizer.py'),
+  'tokenizer/tokenizer_torch.py',
+}
 
 
-def module_name(path):
-  parts = path.relative_to(ROOT).with_suffix('').parts
+def module_name(file):
+  parts = ('rvq_jax', *Path(file).with_suffix('').parts)
   return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
 
-MODULES = {module_name(path) for path in SOURCES}
+MODULES = {module_name(file) for file in TREES}
 
 
-def imported(path):
+def imported(tree):
   """Names that a file imports: anywhere in it, also by importlib strings."""
-  for node in ast.walk(ast.parse(path.read_text())):
+  for node in ast.walk(tree):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-      assert not node.level, f'{path}: relative import'
+      assert not node.level, 'relative import'
       for alias in node.names:
         full = f'{node.module}.{alias.name}'
         yield full if full in MODULES else node.module
@@ -55,8 +71,7 @@ def imported(path):
         yield module
 
 
-def ours(path):
-  return {name for name in imported(path) if name.split('.')[0] == 'rvq_jax'}
+IMPORTED = {module_name(file): {*imported(TREES[file])} for file in TREES}
 
 
 def package(module):
@@ -64,80 +79,113 @@ def package(module):
   return parts[1] if len(parts) > 1 else '__init__'
 
 
-@pytest.mark.parametrize('path', SOURCES, ids=module_name)
-def test_imports_point_strictly_down(path):
-  own = package(module_name(path))
-  for name in ours(path):
-    other = package(name)
-    assert other == own or LAYERS[other] < LAYERS[own], name
+def ours(names):
+  return {name for name in names if name.split('.')[0] == 'rvq_jax'}
+
+
+def nodes(kind):
+  """(file, node) of a kind, in all files."""
+  for file, tree in TREES.items():
+    yield from ((file, x) for x in ast.walk(tree) if isinstance(x, kind))
+
+
+def is_put_together(node):
+  """Whether an expression makes a string of parts."""
+  kinds = ast.JoinedStr | ast.BinOp
+  return any(
+    isinstance(x, kinds)
+    or (isinstance(x, ast.Attribute) and x.attr == 'format')
+    for x in ast.walk(node)
+  )
+
+
+def test_imports_point_strictly_down():
+  for module, names in IMPORTED.items():
+    for name in ours(names):
+      here, there = package(module), package(name)
+      assert here == there or LAYERS[there] < LAYERS[here], (module, name)
 
 
 def test_no_file_is_imported_in_a_circle():
-  graph = {module_name(path): ours(path) for path in SOURCES}
   try:
-    TopologicalSorter(graph).prepare()
+    TopologicalSorter(
+      {m: ours(names) for m, names in IMPORTED.items()}
+    ).prepare()
   except CycleError as error:
     pytest.fail(' -> '.join(error.args[1]))
 
 
-def test_imports_by_string_are_seen(tmp_path):
-  file = tmp_path / 'x.py'
-  file.write_text(
+def test_imports_by_string_are_seen():
+  tree = ast.parse(
     'def f():\n  import rvq_jax.metrics\n'
     "  importlib.import_module('rvq_jax.data.splits')\n"
     "NAMES = {'x': 'rvq_jax.models.vqvae.VQVAE'}\n"
   )
-  assert set(imported(file)) == {
-    'rvq_jax.metrics',
-    'rvq_jax.data.splits',
-    'rvq_jax.models.vqvae',
-  }
+  names = {'metrics', 'data.splits', 'models.vqvae'}
+  assert set(imported(tree)) == {f'rvq_jax.{name}' for name in names}
 
 
-def test_importlib_is_given_whole_names():
-  for path in SOURCES:
-    for node in ast.walk(ast.parse(path.read_text())):
-      if isinstance(node, ast.Call) and 'import_module' in ast.dump(node.func):
-        assert not any(
-          isinstance(x, ast.JoinedStr | ast.BinOp) for x in ast.walk(node)
-        ), f'{path}: a name that is put together hides an import'
+def test_third_party_imports_are_those_of_the_layer():
+  # JAX itself needs NumPy.
+  allowed = {'quantize': {'jax', 'flax', 'numpy'}, 'metrics': {'jax', 'numpy'}}
+  for module, names in IMPORTED.items():
+    roots = {name.split('.')[0] for name in names} - {'rvq_jax'}
+    assert not roots & {'tensorflow', 'pickle', 'cloudpickle', 'dill'}, module
+    if package(module) in allowed:
+      foreign = roots - allowed[package(module)]
+      assert foreign <= sys.stdlib_module_names, module
 
 
-@pytest.mark.parametrize('path', SOURCES, ids=module_name)
-def test_no_file_is_too_long(path):
-  # What others open in PyTorch is one file, whatever it holds.
-  more = 50 * (path.name == 'tokenizer_torch.py')
-  assert len(path.read_text().splitlines()) <= MAX_LINES + more
+def test_no_name_is_put_together_from_strings():
+  for file, call in nodes(ast.Call):
+    function = ast.unparse(call.func)
+    if function == 'getattr' or function.endswith('import_module'):
+      assert not any(map(is_put_together, call.args)) or (
+        file in STILL_NAMES_FROM_STRINGS
+      ), f'{file}:{call.lineno}'
 
 
-@pytest.mark.parametrize('path', SOURCES, ids=module_name)
-def test_third_party_imports_are_those_of_the_layer(path):
-  names = {name.split('.')[0] for name in imported(path)}
-  assert not names & {'tensorflow', 'pickle', 'cloudpickle', 'dill'}
-  allowed = {
-    'quantize': {'jax', 'flax', 'numpy'},  # JAX itself needs NumPy
-    'metrics': {'jax', 'numpy'},
-  }.get(package(module_name(path)))
-  if allowed:
-    assert names - {'rvq_jax'} <= allowed | sys.stdlib_module_names
+def test_only_config_build_and_loop_read_a_flat_config():
+  for file, node in nodes(ast.Subscript):
+    key = getattr(node.slice, 'value', None)
+    if isinstance(key, str) and SECTIONS.fullmatch(key):
+      allowed = READS_THE_CONFIG | STILL_READ_THE_CONFIG
+      assert file in allowed, f'{file}:{node.lineno} {key}'
 
 
-def test_train_step_is_short():
-  tree = ast.parse((ROOT / 'rvq_jax/training/step.py').read_text())
+def test_no_file_is_too_long():
+  for file in TREES.keys() - STILL_LONG_FILES:
+    lines = (ROOT / 'rvq_jax' / file).read_text().splitlines()
+    assert len(lines) <= MAX_LINES, file
+
+
+def length(function):
+  """Lines of a function without its docstring."""
+  doc = function.body[0] if ast.get_docstring(function) is not None else None
+  lines = (x.end_lineno - x.lineno + 1 for x in (function, doc) if x)
+  return next(lines) - next(lines, 0)
+
+
+def test_no_function_is_too_long():
+  for file, function in nodes(ast.FunctionDef):
+    if function.name not in STILL_LONG_FUNCTIONS:
+      assert length(function) <= MAX_FUNCTION, f'{file} {function.name}'
+
+
+def test_the_train_step_is_short():
+  names = ('__call__', 'train_step')  # UNTIL THE MERGE: the second
   (step,) = (
-    node
-    for node in ast.walk(tree)
-    if isinstance(node, ast.FunctionDef) and node.name == 'train_step'
+    function
+    for file, function in nodes(ast.FunctionDef)
+    if file == 'training/step.py' and function.name in names
   )
-  assert step.end_lineno - step.lineno + 1 <= 45
+  assert length(step) <= MAX_STEP
 
 
-@pytest.mark.parametrize(
-  'path', sorted((ROOT / 'launch').glob('*.py')), ids=lambda p: p.name
-)
-def test_launchers_are_short_and_shadow_no_standard_module(path):
-  assert len(path.read_text().splitlines()) <= 80
-  assert path.stem not in sys.stdlib_module_names
+def test_launchers_are_short_and_shadow_no_standard_module():
+  for path in (ROOT / 'launch').glob('*.py'):
+    assert len(path.read_text().splitlines()) <= 80, path.name
+    assert path.stem not in sys.stdlib_module_names
 
 
 def test_requirements_are_the_dependencies_of_the_package():

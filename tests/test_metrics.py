@@ -48,19 +48,12 @@ def test_psnr_of_equal_images_is_finite():
 def test_ssim_equals_scikit_image_in_the_stated_variant(noise):
   x, y = pair(noise=noise)
   got = jax.jit(metrics.ssim)(to_model(x), to_model(y))
-  want = []
-  for a, b in zip(x, y, strict=True):
-    _, index = structural_similarity(
-      a,
-      b,
-      channel_axis=2,
-      gaussian_weights=True,
-      sigma=1.5,
-      full=True,
-      use_sample_covariance=False,
-      data_range=255,
-    )
-    want.append(index[5:-5, 5:-5].mean())
+  variant = {'gaussian_weights': True, 'sigma': 1.5, 'data_range': 255}
+  variant |= {'use_sample_covariance': False, 'channel_axis': 2, 'full': True}
+  maps = [
+    structural_similarity(a, b, **variant)[1] for a, b in zip(x, y, strict=True)
+  ]
+  want = [index[5:-5, 5:-5].mean() for index in maps]
   np.testing.assert_allclose(got, want, atol=2e-4)
 
 
@@ -77,11 +70,11 @@ def test_squared_error_is_on_the_scale_of_the_input():
 
 
 def test_even_use_of_m_codes_has_perplexity_m():
-  got = metrics.code_statistics([5, 5, 5, 5, 0, 0, 0, 0])
-  assert got['usage'] == 0.5
-  np.testing.assert_allclose(got['perplexity'], 4)
-  np.testing.assert_allclose(got['perplexity_ratio'], 0.5)
-  np.testing.assert_allclose(got['entropy_bits'], 2)
+  counts = np.float32([5, 5, 5, 5, 0, 0, 0, 0])
+  want = {'usage': 0.5, 'perplexity': 4}
+  assert jax.jit(metrics.diversity)(counts) == pytest.approx(want)
+  want |= {'perplexity_ratio': 0.5, 'entropy_bits': 2}
+  assert metrics.code_statistics(counts) == pytest.approx(want)
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1).filter(any))
@@ -142,7 +135,7 @@ def entropy(ids):
   ('name', 'sizes', 'counted', 'text'),
   [
     ('whole_split', (40, 40, 7), 3, 'all 87 tokens'),
-    # Whole batches alone, as few of the last ones as fill the window.
+    # Only whole batches, as few of the last ones as fill the window.
     ('last_65536_tokens', (20_000, 30_000, 30_000, 10_000), 3, '70,000'),
     ('last_65536_tokens', (1000, 32_768, 32_768), 2, '65,536 tokens;'),
     ('last_65536_tokens', (40, 40), 2, 'the whole split, 80 tokens'),

@@ -1,4 +1,4 @@
-"""What the README shows is what runs."""
+"""The README's code runs as it is shown."""
 
 import re
 

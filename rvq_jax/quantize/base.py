@@ -19,7 +19,7 @@ SPLIT_RULES = ('count', 'distortion')
 FIELDS = {
   'codebook_size': Field(int, 1, 2**31 - 1),
   'code_dim': Field(int, 1, 2**20, optional=True),
-  'estimator': Field(str, choices=tuple(ESTIMATORS)),
+  'estimator': Field(str, choices=ESTIMATORS),
   'ema': Field(bool),
   'decay': Field(float, 0, 1),
   'eps': Field(float, 1e-30, 1),

@@ -1,4 +1,4 @@
-"""What the guide shows is what runs, from the first block to the last."""
+"""The guide's blocks run as they are shown, from the first to the last."""
 
 import json
 import re
@@ -97,17 +97,6 @@ def test_links_lead_to_files():
     assert (GUIDE.parent / target).exists(), target
 
 
-def test_the_table_of_bits_adds_up():
-  rows = re.findall(
-    r'^\| f(\d), K = (\d+).*? \| (\d+) \| (\d) \| (\d+) \|$', TEXT, re.M
-  )
-  assert len(rows) == 5
-  for row in rows:
-    factor, size, positions, codes, bits = map(int, row)
-    assert positions == (64 // factor) ** 2
-    assert bits == positions * codes * np.log2(size)
-
-
 def test_the_table_of_extras_is_that_of_the_package():
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   table = TEXT[TEXT.index('| extra |') :]
@@ -118,5 +107,5 @@ def test_the_table_of_extras_is_that_of_the_package():
 def test_the_page_on_reliability_names_tests_that_exist():
   text = (ROOT / 'docs' / 'reliability.md').read_text()
   names = re.findall(r'`(?:\w+/)?(test_\w+\.py)`', text)
-  found = {path.name for path in (ROOT / 'tests').rglob('test_*.py')}
-  assert len(names) > 10 and set(names) <= found
+  tests = {path.name for path in (ROOT / 'tests').rglob('test_*.py')}
+  assert len(names) > 10 and set(names) <= tests

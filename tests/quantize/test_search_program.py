@@ -6,7 +6,7 @@ import pytest
 
 COMPILE = """
 import jax, jax.numpy as jnp
-from benchmarks.gpu_memory import absent_gpu  # and tiles as on a GPU
+from benchmarks.absent_gpu import absent_gpu  # and tiles as on a GPU
 from rvq_jax import nearest_codes
 where = jax.sharding.SingleDeviceSharding(absent_gpu())
 e, codes = (

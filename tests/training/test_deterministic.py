@@ -30,7 +30,7 @@ def test_it_is_refused_once_they_have_started(tiny_config):
 
 COMPILE = """
 import jax, jax.numpy as jnp
-from benchmarks.gpu_memory import absent_gpu
+from benchmarks.absent_gpu import absent_gpu
 from rvq_jax import Codebook, ema_update
 where = jax.sharding.SingleDeviceSharding(absent_gpu())
 struct = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(

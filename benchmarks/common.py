@@ -1,0 +1,282 @@
+"""What the benchmarks share: arguments, timing, tables, configs, the step.
+
+A benchmark is run as `python benchmarks/NAME.py` and imports this module before
+rvq_jax, so that it measures this checkout, whether it is installed or not.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from math import nan
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# Used by the benchmarks from here, as the functions below.
+from rvq_jax.paper.report import hardware, versions  # noqa: E402, F401
+from rvq_jax.tokenizer.tokenizer import Tokenizer  # noqa: E402
+from rvq_jax.training import config as config_lib  # noqa: E402
+from rvq_jax.training.backend import prepare_backend  # noqa: E402, F401
+from rvq_jax.training.build import build_model  # noqa: E402
+
+PEERS = ('torch', 'vector-quantize-pytorch')
+# Assumed speeds of an H200 in operations per second.
+TENSOR_CORES, FLOAT32 = 790e12, 67e12
+
+
+def parser(doc: str, **flags: Any) -> argparse.ArgumentParser:
+  """The command line of a benchmark.
+
+  Args:
+    doc: its docstring, printed by --help.
+    **flags: name -> default value. False is a switch, None an optional text,
+      `str` a required text; a tuple holds the choices, the default first; a
+      list is one value or more.
+  """
+  result = argparse.ArgumentParser(
+    description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  for name, value in flags.items():
+    options = {'default': value, 'type': type(value)}
+    if value is False:
+      options = {'action': 'store_true'}
+    elif value is None:
+      options = {}
+    elif value is str:
+      options = {'required': True}
+    elif isinstance(value, tuple):
+      options = {'choices': value, 'default': value[0]}
+    elif isinstance(value, list):
+      options |= {'nargs': '+', 'type': type(value[0])}
+    result.add_argument(f'--{name}', **options)
+  return result
+
+
+def use_cores(count: int = 2) -> None:
+  """Keeps the process on some cores; to be called before others count them."""
+  if hasattr(os, 'sched_setaffinity'):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def cores() -> int:
+  """Cores that this process may use."""
+  return len(os.sched_getaffinity(0))
+
+
+def in_turn(calls: dict[str, Callable], turns: int) -> dict[str, list]:
+  """Name -> results per turn, for calls that take turns."""
+  results = {name: [] for name in calls}
+  for _ in range(turns):
+    for name, call in calls.items():
+      results[name].append(call())
+  return results
+
+
+def seconds(call: Callable) -> float:
+  """Wall time until the result of a call is there."""
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - start
+
+
+def measure(
+  calls: dict[str, Callable], repeats: int, *, pause: float = 0.0
+) -> dict[str, list[float]]:
+  """Name -> milliseconds per turn; each call compiles first, untimed.
+
+  Args:
+    calls: functions without arguments, which take turns.
+    repeats: turns.
+    pause: seconds before each call, while threads of the one before may spin.
+  """
+
+  def timed(call):
+    time.sleep(pause)
+    return 1e3 * seconds(call)
+
+  for call in calls.values():
+    seconds(call)
+  timed_calls = {n: functools.partial(timed, c) for n, c in calls.items()}
+  return in_turn(timed_calls, repeats)
+
+
+def ratio(numbers, others) -> float:
+  """The median of number / other, where both are of the same turn."""
+  return statistics.median(a / b for a, b in zip(numbers, others, strict=True))
+
+
+def row(*cells: Any) -> str:
+  """A row of a Markdown table."""
+  return f'| {" | ".join(map(str, cells))} |'
+
+
+def header(*cells: str) -> str:
+  """The first two lines of a Markdown table."""
+  return f'{row(*cells)}\n{"|---" * len(cells)}|'
+
+
+def spread(values) -> tuple[float, float]:
+  """Mean and sample standard deviation; NaN for one value."""
+  several = len(values) > 1
+  return statistics.mean(values), statistics.stdev(values) if several else nan
+
+
+def read_records(path) -> list[dict]:
+  """The lines of a JSONL file; none if there is no file."""
+  lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+  return [json.loads(line) for line in lines]
+
+
+def append_record(path, record: dict) -> None:
+  """Adds a line to a JSONL file, if one is given, and prints it."""
+  line = json.dumps(record)
+  if path:
+    with open(path, 'a') as stream:
+      stream.write(line + '\n')
+  print(line, flush=True)
+
+
+def make_peer(dim: int, codebook_size: int, *, seed: int = 0, **options):
+  """torch, on our cores, and the VectorQuantize of vector-quantize-pytorch.
+
+  Args:
+    dim: D.
+    codebook_size: K.
+    seed: of torch.
+    **options: its arguments, where they are not as in our layer.
+  """
+  try:
+    import torch
+    from vector_quantize_pytorch import VectorQuantize
+  except ImportError as error:
+    sys.exit(f'the peer needs torch and vector-quantize-pytorch: {error}')
+  torch.set_num_threads(cores())
+  torch.manual_seed(seed)
+  options = {
+    'decay': 0.99,
+    'commitment_weight': 0.25,
+    'rotation_trick': True,
+    'kmeans_init': False,
+  } | options
+  return torch, VectorQuantize(dim=dim, codebook_size=codebook_size, **options)
+
+
+def load_config(name: str, *arguments):
+  """The ConfigDict of configs/NAME.py."""
+  return importlib.import_module(f'configs.{name}').get_config(*arguments)
+
+
+def untrained(config) -> Tokenizer:
+  """A tokenizer with the initial parameters of a config."""
+  flat = config_lib.check_config(config)
+  model, size = build_model(flat), flat['data.image_size']
+  images = jnp.zeros((1, size, size, 3))
+  variables = jax.jit(model.init)(jax.random.key(0), images)
+  return Tokenizer(model, dict(variables), config=flat, step=0)
+
+
+class Training(NamedTuple):
+  """A config's training, in its last phase.
+
+  Attributes:
+    flat: the checked flat config.
+    model: `VQVAE`.
+    optimizer: as of `make_optimizer`.
+    init: key -> `TrainState`.
+    step: (state, {'image': ...}, lpips_weights) -> (state, metrics).
+    lpips_weights: None without a perceptual loss.
+  """
+
+  flat: dict[str, Any]
+  model: Any
+  optimizer: Any
+  init: Callable
+  step: Callable
+  lpips_weights: Any
+
+
+def make_training(config, num_steps: int = 0) -> Training:
+  """Model, optimizer and train step of a config, as a run has them.
+
+  Args:
+    config: ConfigDict or nested mapping.
+    num_steps: of the schedule; 0: those of the config, or 100,000.
+  """
+  from rvq_jax.models import lpips_weights
+  from rvq_jax.training.objective import Objective
+  from rvq_jax.training.optimizer import make_optimizer, make_schedule
+  from rvq_jax.training.state import create_state
+  from rvq_jax.training.step import make_train_step
+
+  flat = config_lib.check_config(config)
+  num_steps = num_steps or flat['num_steps'] or 100_000
+  model, size = build_model(flat), flat['data.image_size']
+  schedule = make_schedule(
+    flat['optimizer.learning_rate'],
+    num_steps=num_steps,
+    warmup_steps=flat['optimizer.warmup_steps'],
+    schedule=flat['optimizer.schedule'],
+  )
+  optimizer = make_optimizer(
+    schedule,
+    weight_decay=flat['optimizer.weight_decay'],
+    clip_norm=flat['optimizer.clip_norm'],
+    b2=flat['optimizer.b2'],
+    freeze=flat['freeze'],
+  )
+  objective = Objective.from_config(
+    flat, num_steps=num_steps, dtype=model.decoder.dtype
+  )
+
+  def init(key):
+    return create_state(
+      *(model, optimizer, key),
+      image_size=size,
+      batch_size=flat['batch_size'] // flat['accumulate_steps'],
+      params_ema=flat['optimizer.params_ema'] > 0,
+      discriminator=objective.init_discriminator(
+        jax.random.fold_in(key, 1), size
+      ),
+    )
+
+  step = make_train_step(
+    model,
+    optimizer,
+    flip=flat['data.flip'],
+    colors=flat['data.colors'],
+    params_ema_decay=flat['optimizer.params_ema'],
+    accumulate_steps=flat['accumulate_steps'],
+    objective=objective,
+    adversarial=objective.adversarial_weight > 0,
+  )
+  weights = lpips_weights.load() if objective.perceptual_weight else None
+  return Training(flat, model, optimizer, init, step, weights)
+
+
+def flops(side: int, batch: int) -> int:
+  """Operations of a step of the paper's model, by docs/scale.md.
+
+  XLA's own count takes each loop for one pass.
+  """
+  tokens = (side // 8) ** 2
+  convolutions = 24 * 9 * 256**2 + 27_648 + 4 * 73_728 + 294_912
+  transposed = 16 * (32_768 + 4 * 8_192 + 16 * 192)
+  attention = 2 * tokens * 256
+  model = convolutions + transposed + 6 * 256**2 + attention
+  return 2 * batch * tokens * 3 * model + search_flops(side, batch)
+
+
+def search_flops(side: int, batch: int) -> int:
+  """Operations of its search; K = 16384, D = 256."""
+  return 2 * batch * (side // 8) ** 2 * 16384 * 256
