@@ -1,4 +1,4 @@
-"""Image folders, and the metrics of packages that are stood in for here."""
+"""Image folders, and metrics by stand-ins for packages and weights."""
 
 import importlib.metadata
 import subprocess
@@ -12,7 +12,7 @@ import scipy.linalg
 from PIL import Image
 
 from rvq_jax.evaluation import perceptual
-from rvq_jax.evaluation.perceptual import open_metrics, save_pairs
+from rvq_jax.evaluation.perceptual import load_metrics, save_pairs
 
 VALUES = {'frechet_inception_distance': 3.5}
 VALUES |= {'inception_score_mean': 9.25, 'inception_score_std': 0.5}
@@ -24,14 +24,28 @@ def images(count, seed=0, side=32):
   return rng.integers(0, 256, (count, side, side, 3), np.uint8)
 
 
+class Inverter:
+  """A tokenizer that gives back negatives."""
+
+  def reconstruct(self, images):
+    return 1 - images / np.float32(127.5)
+
+
+def save(folder, images, mask, batch=4):
+  """Saves images in batches and returns the batches that came through."""
+  starts = range(0, len(images), batch)
+  parts = [slice(start, start + batch) for start in starts]
+  batches = [{'image': images[x], 'mask': mask[x]} for x in parts]
+  assert [*save_pairs(folder, batches, Inverter())] == batches
+
+
 def write(folder, count=12, side=32):
-  pairs = images(count, 0, side), images(count, 1, side)
-  save_pairs(folder, 0, pairs, np.ones(count, bool))
+  save(folder, images(count, side=side), np.ones(count, bool))
   return folder
 
 
 def measure(folder):
-  return perceptual.perceptual_metrics(folder, open_metrics())
+  return perceptual.perceptual_metrics(folder, load_metrics())
 
 
 @pytest.fixture
@@ -91,15 +105,13 @@ def oracle(a, b):
 
 
 def test_files_hold_the_valid_images_by_position(tmp_path):
-  originals, others = images(8, 0), images(8, 1)
-  mask = np.array([1, 0, 1, 1, 1, 0, 1, 0], bool)
-  for half in (slice(0, 4), slice(4, 8)):
-    pairs = originals[half], others[half]
-    save_pairs(tmp_path / 'a', half.start, pairs, mask[half])
-  for kind, expected in (('originals', originals), ('reconstructions', others)):
-    paths = sorted((tmp_path / 'a' / kind).iterdir())
-    want = [f'{i:06d}.png' for i in (0, 2, 3, 4, 6)]
-    assert [path.name for path in paths] == want
+  originals, mask = images(8), np.array([1, 0, 1, 1, 1, 0, 1, 0], bool)
+  save(tmp_path, originals, mask)
+  kinds = ('originals', originals), ('reconstructions', 255 - originals)
+  for kind, expected in kinds:
+    paths = sorted((tmp_path / kind).iterdir())
+    names = [f'{i:06d}.png' for i in (0, 2, 3, 4, 6)]
+    assert [path.name for path in paths] == names
     for path in paths:
       with Image.open(path) as image:
         np.testing.assert_array_equal(image, expected[int(path.stem)])
@@ -112,13 +124,13 @@ def test_numbers_are_those_of_the_packages_beside_their_definition(
   assert result['rfid'] == 3.5
   assert result['inception_score'] == 9.25
   assert result['inception_score_std'] == 0.5
-  error = images(40, 0) / 127.5 - images(40, 1) / 127.5
+  originals = images(40) / 127.5 - 1
   for name, scale in (('lpips', NETS['alex']), ('lpips_vgg', NETS['vgg'])):
-    expected = scale * np.abs(error).mean()
+    expected = scale * np.abs(2 * originals).mean()
     np.testing.assert_allclose(result[name], expected, rtol=1e-5)
-  means = [images(40, seed).mean((1, 2)) / 127.5 - 1 for seed in (0, 1)]
+  means = originals.mean((1, 2))
   np.testing.assert_allclose(
-    result['fd_efficientnet_lite0'], oracle(*means), rtol=1e-4
+    result['fd_efficientnet_lite0'], oracle(-means, means), rtol=1e-4
   )
   assert len(result) == 12
   assert '40 reconstructions' in result['rfid_definition']
@@ -192,9 +204,9 @@ def test_too_few_images_are_no_metric(packages, tmp_path, caplog):
 
 def test_lpips_leaves_out_small_images(monkeypatch, tmp_path, caplog):
   monkeypatch.setattr(perceptual.lpips_weights, 'load', lambda net: {})
-  opened = {'lpips': perceptual._open_lpips()}
+  functions = {'lpips': perceptual._load_lpips()}
   folder = write(tmp_path, side=31)
-  assert perceptual.perceptual_metrics(folder, opened) == {}
+  assert perceptual.perceptual_metrics(folder, functions) == {}
   assert 'lpips left out' in caplog.text
   assert 'at least 32 pixels, got (12, 31, 31, 3)' in caplog.text
 
@@ -223,7 +235,7 @@ def test_nothing_to_measure_with_ends_in_one_line(
 ):
   monkeypatch.setitem(sys.modules, 'torch', None)
   with pytest.raises(ImportError) as error:
-    open_metrics()
+    load_metrics()
   assert 'rvq_jax[eval]' in str(error.value)
   assert 'rvq_jax[perceptual]' in str(error.value)
   assert '\n' not in str(error.value)
