@@ -17,25 +17,27 @@ pytestmark = pytest.mark.usefixtures('one_device')
 METRICS = {'mse': 0.1, 'psnr': 20.0, 'usage': 0.5, 'perplexity': 8.0}
 METRICS |= {'entropy_bits': 3.0, 'tokens': 40, 'images': 10}
 METRICS |= {'bits_per_image': 16.0}
-RUN = {'num_steps': 2, 'batch_size': 1, 'model': {'codebook_size': 4}}
+CONFIG = {'data': {'name': 'x', 'split': 'y', 'image_size': 8}, 'num_steps': 2}
+CONFIG |= {'batch_size': 1, 'model': {'codebook_size': 4}}
 
 
 @pytest.fixture
-def runs(monkeypatch):
-  """The calls of a `train` that only writes the config."""
-  calls = []
+def run_grid(tiny_config, tmp_path, monkeypatch):
+  """`run_grid` of a `train` that only writes the config; `calls` has each."""
 
   def train(config, workdir):
-    calls.append(workdir)
+    run.calls.append(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     flat = config_lib.check_config(config)
     (workdir / 'config.json').write_text(config_lib.to_json(flat))
 
+  def run(*cells, seeds=1):
+    return ablation.run_grid(tiny_config, tmp_path, cells=cells, seeds=seeds)
+
+  run.calls = []
   monkeypatch.setattr(ablation, 'train', train)
-  monkeypatch.setattr(
-    ablation, 'evaluate_run', lambda workdir, perceptual: METRICS
-  )
-  return calls
+  monkeypatch.setattr(ablation, 'evaluate_run', lambda _, perceptual: METRICS)
+  return run
 
 
 @pytest.mark.parametrize('cell', ablation.CELLS)
@@ -63,13 +65,12 @@ def test_cells_of_tables_come_once():
   assert set(ablation.cells_of(ablation.TABLES)) == set(ablation.CELLS)
 
 
-def test_a_finished_run_is_not_run_again(tiny_config, tmp_path, runs):
-  cells = ['fsq', 'simvq']
-  ablation.run_grid(tiny_config, tmp_path, cells=cells, seeds=2)
-  assert len(runs) == 4
+def test_a_finished_run_is_not_run_again(run_grid, tmp_path):
+  run_grid('fsq', 'simvq', seeds=2)
+  assert len(run_grid.calls) == 4
   (tmp_path / 'simvq' / 'seed_1' / 'cell.json').unlink()
-  records = ablation.run_grid(tiny_config, tmp_path, cells=cells, seeds=2)
-  assert runs[4:] == [tmp_path / 'simvq' / 'seed_1']
+  records = run_grid('fsq', 'simvq', seeds=2)
+  assert run_grid.calls[4:] == [tmp_path / 'simvq' / 'seed_1']
   assert [(r['cell'], r['seed']) for r in records] == [
     *(('fsq', 0), ('simvq', 0), ('fsq', 1), ('simvq', 1))
   ]
@@ -77,18 +78,18 @@ def test_a_finished_run_is_not_run_again(tiny_config, tmp_path, runs):
   assert json.loads(json.dumps(records)) == records
 
 
-def test_a_discriminator_must_be_in_the_config(tiny_config, tmp_path, runs):
+def test_a_discriminator_must_be_in_the_config(run_grid):
   with pytest.raises(ValueError, match='adversarial_weight: expected above 0'):
-    ablation.run_grid(tiny_config, tmp_path, cells=['adversarial'], seeds=1)
-  assert not runs
+    run_grid('adversarial')
+  assert not run_grid.calls
 
 
-def test_a_directory_of_another_length_is_refused(tiny_config, tmp_path, runs):
-  ablation.run_grid(tiny_config, tmp_path, cells=['fsq'], seeds=1)
+def test_a_directory_of_another_length_is_refused(run_grid, tiny_config):
+  run_grid('fsq')
   tiny_config.num_steps = 7
   with pytest.raises(ValueError, match='config.num_steps: 6 there, 7 wanted'):
-    ablation.run_grid(tiny_config, tmp_path, cells=['fsq'], seeds=1)
-  assert len(runs) == 1
+    run_grid('fsq')
+  assert len(run_grid.calls) == 1
 
 
 def test_a_summary_has_mean_and_sample_deviation():
@@ -135,7 +136,7 @@ def test_a_table_shows_ours_the_papers_and_the_difference(summary):
     (3, 'tfds:imagenet2012', '0.0200 ± 0.0020 (paper 0.0275, -0.0075)'),
   ],
 )
-def test_a_difference_is_taken_on_the_papers_data_alone(
+def test_a_difference_is_taken_only_on_the_papers_data(
   summary, number, data, text
 ):
   assert report.table_rows(number, summary, data)[1][1] == text
@@ -162,14 +163,15 @@ def test_the_curve_of_a_folder_is_of_images_of_every_class(
       Image.new('L', (8, 8), grey).save(path)
   tiny_config.data.name = f'folder:{tmp_path / "set"}'
   tiny_config.data.image_size = 8
+  seen = []
+
+  def codec_points(images):
+    seen.append(images)
+    return [{'bits_per_image': 9.0}]
+
   monkeypatch.setattr(report, 'CURVE_PIXELS', 0)  # 1,000 images
   monkeypatch.setattr(report.figures, 'rate_figure', lambda *_: None)
-  seen = []
-  monkeypatch.setattr(
-    report,
-    'codec_points',
-    lambda images: seen.append(images) or [{'bits_per_image': 9.0}],
-  )
+  monkeypatch.setattr(report, 'codec_points', codec_points)
   row, records = {'entropy_bits': 8.0, 'bits': 0}, [{'workdir': tmp_path}]
   words, _ = report._rate_distortion(tiny_config, {'x': row}, records)
   mse = float(words.split()[1])  # at no bits: the variance of -1 and 1
@@ -177,47 +179,51 @@ def test_the_curve_of_a_folder_is_of_images_of_every_class(
   assert len(seen[0]) == 256 and abs(seen[0].mean() - 127.5) < 30
 
 
-def test_what_networks_say_stands_beside_pictures_and_in_the_table(tmp_path):
-  cells = 'mse', 'perceptual', 'adversarial'
-  log = {'step': 1, 'train/logits_real': 0.5, 'train/logits_fake': 0.25}
-  log |= {'train/discriminator_loss': 0.5}
+@pytest.fixture
+def objectives(tmp_path):
+  """Records of the table 'objectives', with the files that a report reads."""
   records = []
-  for i, cell in enumerate(cells):
-    metrics = METRICS | {'lpips': 0.1 * (i + 1), 'lpips_vgg': 0.7}
-    metrics |= {'fd_efficientnet_lite0': 1.75}
+  log = {'step': 1, 'train/logits_real': 0.5, 'train/logits_fake': 0.25}
+  log |= {'train/discriminator_loss': 0.5, 'train/adversarial_ramp': 0.5}
+  before = log | {'train/adversarial_ramp': 0.0, 'train/logits_real': 9.0}
+  for i, cell in enumerate(['mse', 'perceptual', 'adversarial']):
     folder = tmp_path / cell
     test = folder / 'evaluation' / 'test'
     test.mkdir(parents=True)
     Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(test / 'samples.png')
     np.save(test / 'code_counts.npy', np.ones(4))
-    lines = [log | {'train/adversarial_ramp': r} for r in (0.0, 0.5)]
-    lines = [log | {'train/logits_real': 9.0} | lines[0], lines[1]]
-    lines = lines if cell == 'adversarial' else [{'step': 1}]
+    lines = [before, log] if cell == 'adversarial' else [{'step': 1}]
     text = ''.join(json.dumps(line) + '\n' for line in lines)
     (folder / 'metrics.jsonl').write_text(text)
+    metrics = METRICS | {'lpips': 0.1 * (i + 1), 'lpips_vgg': 0.7}
+    metrics |= {'fd_efficientnet_lite0': 1.75}
     record = {'cell': cell, 'seed': 0, 'workdir': str(folder)}
     records.append(record | {'metrics': metrics})
-  summary = ablation.summarise(records)
+  return records
+
+
+def test_perceptual_metrics_stand_beside_pictures_and_in_the_table(objectives):
+  summary = ablation.summarise(objectives)
   header, *rows = report.table_rows('objectives', summary, 'photos')
   assert header[-3] == 'LPIPS, AlexNet'
   assert [row[-3] for row in rows] == ['0.1000', '0.2000', '0.3000']
-  figure = report._figures(records)['reconstructions']
+  figure = report._figures(objectives)['reconstructions']
   names = [ax.get_ylabel() for ax in figure.axes]
   assert 'L1 + LPIPS\n20.00 dB\nLPIPS 0.200\nFrechet 2' in names
   assert len(names) == 4  # no error maps
-  about = report._about(
-    ConfigDict({'data': {'name': 'x', 'split': 'y', 'image_size': 8}} | RUN),
-    records,
-    tables=(3, 6),
-    command='cmd',
-  )
+  text = report.markdown({}, {'objectives': [header, *rows]})
+  assert '## Objectives' in text and '## Table' not in text
+
+
+def test_the_lines_above_the_tables_say_what_was_run(objectives):
+  options = {'tables': (3, 6), 'command': 'cmd'}
+  about = report._about(ConfigDict(CONFIG), objectives, **options)
   assert about['command'] == 'cmd' and ' cores of ' in about['measured']
+  assert about['each run'] == '2 steps of batch 1, K = 4, 16 bits each'
   assert about['tables of the paper not run'] == '4, 5, 7'
   assert about['discriminator, seed 0'].endswith(
     'loss 0.50 to 0.50, logits of real minus generated 0.25 to 0.25'
   )
-  text = report.markdown(about, {'objectives': [header, *rows]})
-  assert '## Objectives' in text and '## Table' not in text
 
 
 @pytest.mark.slow
