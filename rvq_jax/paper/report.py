@@ -1,6 +1,7 @@
 """The report on a grid of runs: Markdown tables, JSON and figures."""
 
 import datetime
+import html
 import json
 import logging
 import os
@@ -229,7 +230,8 @@ def table_rows(table, summary, data: str) -> list[list[str]]:
 def markdown(about, tables, drawings=()) -> str:
   """The report of {name: text}, {key: `table_rows`} and names of PNG files."""
   lines = ["# The paper's tables, measured", '']
-  lines += [f'- {name}: {text}' for name, text in about.items()]
+  for name, text in about.items():
+    lines.append(f'- {name}: {html.escape(text, quote=False)}')
   lines += ['', _LEGEND]
   for table, (header, *rows) in tables.items():
     paper = f'Table {table}: ' if table in PAPER_TABLES else ''

@@ -144,10 +144,11 @@ def test_a_difference_is_taken_only_on_the_papers_data(
 
 def test_markdown_has_the_tables_and_shows_the_figures(summary):
   tables = {n: report.table_rows(n, summary, 'photos') for n in (3, 4)}
-  text = report.markdown({'data': 'photos'}, tables, ['code_usage'])
+  text = report.markdown({'command': "'<script>'"}, tables, ['code_usage'])
   lines = [line for line in text.splitlines() if line.startswith('|')]
   assert len({line.count('|') for line in lines}) == 1
-  assert '- data: photos\n' in text and '## Table 4: Rotation on and' in text
+  assert "- command: '&lt;script&gt;'\n" in text
+  assert '## Table 4: Rotation on and off' in text
   assert '![Code usage](code_usage.png)' in text
 
 
