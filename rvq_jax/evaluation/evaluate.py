@@ -167,15 +167,14 @@ def write_evaluation(folder, evaluation: Evaluation, about, log) -> None:
   """Writes metrics and figures into an existing folder.
 
   metrics.json (`about`, then the metrics), code_counts.npy, samples.png (the
-  first images above their reconstructions, pixel by pixel),
-  reconstructions.png, code_usage.png, prefixes.png where there are prefixes
-  and, one level up, curves.png.
+  first images above their reconstructions), reconstructions.png,
+  code_usage.png, prefixes.png with 'prefixes', ../curves.png with a log.
 
   Args:
-    folder: a Path.
+    folder: its Path.
     evaluation: from `measure`.
-    about: what was measured, as JSON; its 'step' stands in the figures.
-    log: Path of the run's metrics.jsonl, for curves.png; it need not exist.
+    about: what was measured, as JSON; 'step' names the model in figures.
+    log: Path of the run's metrics.jsonl, if there is one.
   """
   text = json.dumps(about | evaluation.metrics, indent=2) + '\n'
   write_atomic(folder / 'metrics.json', text)

@@ -69,7 +69,7 @@ def versions(*packages: str) -> str:
 
 
 def write_report(config, workdir, records, *, tables, command: str) -> str:
-  """Writes WORKDIR/report: report.md, its figures, tables.json.
+  """Writes report.md, its figures and tables.json to WORKDIR/report.
 
   Args:
     config: ConfigDict that all methods share.

@@ -100,6 +100,7 @@ def test_files_are_written_and_say_what_they_are(run):
   folder = run / 'evaluation' / 'validation'
   about = stored(folder)
   assert about['step'] == 3 and about['split'] == 'validation'
+  assert not about['chosen_on_these_images']
   assert about['data'].startswith('folder:')
   assert about['mse'] == result['mse']
   for name in ('reconstructions', 'code_usage', '../curves'):

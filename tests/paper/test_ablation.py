@@ -68,6 +68,8 @@ def test_cells_of_tables_come_once():
 def test_a_finished_run_is_not_run_again(run_grid, tmp_path):
   run_grid('fsq', 'simvq', seeds=2)
   assert len(run_grid.calls) == 4
+  saved = json.loads((tmp_path / 'fsq' / 'seed_1' / 'config.json').read_text())
+  assert (saved['seed'], saved['model.quantizer']) == (1, 'fsq')
   (tmp_path / 'simvq' / 'seed_1' / 'cell.json').unlink()
   records = run_grid('fsq', 'simvq', seeds=2)
   assert run_grid.calls[4:] == [tmp_path / 'simvq' / 'seed_1']
