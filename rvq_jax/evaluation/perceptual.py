@@ -75,7 +75,7 @@ def load_metrics() -> dict[str, Callable]:
 
 
 def perceptual_metrics(folder, functions) -> dict[str, float | str]:
-  """Measures the images in a folder; what fails is left out with a warning.
+  """Measures the images in a folder; a metric that fails is left out, logged.
 
   Args:
     folder: as `save_pairs` writes it.

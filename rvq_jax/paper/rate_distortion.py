@@ -96,7 +96,7 @@ def gaussian_bound(
       x = image.reshape(-1, side, patch, side, patch, 3).swapaxes(2, 3)
       x = x.reshape(-1, 3 * patch**2).astype(np.float32) / 127.5 - 1
       if not images:
-        # Moments about a point near the mean: those about zero would cancel.
+        # Moments about a point near the mean; moments about zero would cancel.
         offset = x.mean(0)
         first, second = np.zeros(x.shape[1]), np.zeros([x.shape[1]] * 2)
       x -= offset

@@ -241,7 +241,7 @@ def test_a_divided_folder_stays_divided_in_resume_and_evaluation(
   before = evaluate_run(workdir)
   recorded = json.loads((workdir / 'split.json').read_text())
   assert [len(recorded[x]) for x in PARTS] == [84, 24, 12]
-  # By the names alone, an image of each other part would take its place.
+  # By the names only, an image of each other part would take its place.
   for i in range(40):
     shutil.copy(files[i], data / 'a' / f'new{i}.png')
   assert evaluate_run(workdir)['mse'] == before['mse']
