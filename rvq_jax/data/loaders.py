@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import flags
 
-from rvq_jax.data import decoding
+from rvq_jax.data import decoding, workers
 from rvq_jax.data.sources import Source
 from rvq_jax.data.splits import seeded_permutation
 from rvq_jax.data.transforms import resize_and_center_crop
@@ -19,7 +19,6 @@ from rvq_jax.data.transforms import resize_and_center_crop
 CROPS = ('none', 'random', 'random_resized')
 MEMORY_LIMIT = 4 * 2**30
 """Bytes of decoded images up to which 'auto' keeps a set in memory."""
-STOP_SIGNALS = decoding.STOP_SIGNALS
 
 
 class TrainLoader:
@@ -128,15 +127,14 @@ class GrainLoader(TrainLoader):
         'the last checkpoint'
       ) from error
     self._step += 1
-    for row in sorted({*batch['bad'].flat} - {-1} - self._errors.rows):
-      what = decoding.decode_record(self._load.source, int(row), np.asarray)
-      self._errors.add(int(row), what[1], what[2] or 'unreadable at first')
+    for row, name, reason in itertools.chain(*batch['failures']):
+      self._errors.add(row, name, reason)
     # A copy, because the workers' shared memory must not outlive them.
     return {'image': np.array(batch['image'])}
 
   def _first(self):
     """Starts the threads or workers; returns the batch of this step."""
-    with decoding.hold_signals() if self._workers else contextlib.nullcontext():
+    with workers.hold_signals() if self._workers else contextlib.nullcontext():
       self._iterator = iter(self._batches())
       # Python ends forgotten workers with SIGTERM, which they ignore.
       self._end = weakref.finalize(self, self._iterator.close)
@@ -166,7 +164,7 @@ class GrainLoader(TrainLoader):
     options = grain.MultiprocessingOptions(
       num_workers=self._workers, per_worker_buffer_size=2
     )
-    return batches.mp_prefetch(options, worker_init_fn=decoding.init_worker)
+    return batches.mp_prefetch(options, worker_init_fn=workers.init_worker)
 
   def close(self):
     """See `TrainLoader`."""

@@ -5,7 +5,7 @@ import threading
 
 import jax
 
-from rvq_jax.data.loaders import STOP_SIGNALS
+from rvq_jax.data.workers import STOP_SIGNALS
 from rvq_jax.training import multihost
 
 

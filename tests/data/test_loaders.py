@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rvq_jax.data import decoding, loaders
+from rvq_jax.data import decoding, loaders, workers
 from rvq_jax.data.folders import open_folder
 from rvq_jax.data.loaders import eval_batches, make_train_loader
 
@@ -209,7 +209,7 @@ def test_a_worker_ignores_stop_signals_and_ends_with_its_loader(make_source):
   loader = make_train_loader(source, in_memory=False, num_workers=1, **OPTIONS)
   next(loader)
   [worker] = multiprocessing.active_children()
-  for number in loaders.STOP_SIGNALS:
+  for number in workers.STOP_SIGNALS:
     os.kill(worker.pid, number)
   _take(loader, 20)
   assert worker.is_alive()
