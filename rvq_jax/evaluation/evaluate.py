@@ -14,6 +14,7 @@ from PIL import Image
 from rvq_jax import metrics, sharding
 from rvq_jax.data import datasets, loaders
 from rvq_jax.data.images import prepare_images
+from rvq_jax.data.sources import SPLITS
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation import perceptual as networks
 from rvq_jax.io import write_atomic
@@ -27,7 +28,6 @@ from rvq_jax.training.validation import (
 )
 from rvq_jax.training.writers import read_jsonl
 
-SPLITS = ('train', 'validation', 'test')
 SHOWN_IMAGES = 8
 
 
