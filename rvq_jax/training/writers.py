@@ -139,34 +139,25 @@ def _parsed(line: str) -> dict | None:
   return record if type(step) is int else None
 
 
-def shows_bars() -> bool:
-  """Whether standard error is a terminal or belongs to a notebook."""
-  return sys.stderr.isatty() or 'ipykernel' in sys.modules
-
-
-def logs_above_bars() -> contextlib.AbstractContextManager:
-  """Puts log lines above tqdm's bars, not into them."""
-  if shows_bars():
-    return logging_redirect_tqdm()
-  return contextlib.nullcontext()
-
-
 class Progress:
   """Reports the steps of a run by a bar (terminal, notebook) or by lines.
 
-  Use it as a context manager.
+  Use it as a context manager. Log lines go above the bar, not into it.
   """
 
   def __init__(self, start: int, num_steps: int, batch_size: int):
     self._num_steps, self._batch_size = num_steps, batch_size
     self._step, self._since = start, time.monotonic()
-    self._logs = logs_above_bars()
+    has_bar = sys.stderr.isatty() or 'ipykernel' in sys.modules
+    self._logs = (
+      logging_redirect_tqdm() if has_bar else contextlib.nullcontext()
+    )
     self._bar = tqdm.tqdm(
       total=num_steps,
       initial=start,
       unit='step',
       dynamic_ncols=True,
-      disable=not shows_bars(),
+      disable=not has_bar,
       bar_format='{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} '
       '[{elapsed}<{remaining}]{postfix}',
     )
