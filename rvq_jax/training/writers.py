@@ -148,16 +148,14 @@ class Progress:
   def __init__(self, start: int, num_steps: int, batch_size: int):
     self._num_steps, self._batch_size = num_steps, batch_size
     self._step, self._since = start, time.monotonic()
-    has_bar = sys.stderr.isatty() or 'ipykernel' in sys.modules
-    self._logs = (
-      logging_redirect_tqdm() if has_bar else contextlib.nullcontext()
-    )
+    lines = not (sys.stderr.isatty() or 'ipykernel' in sys.modules)
+    self._logs = contextlib.nullcontext() if lines else logging_redirect_tqdm()
     self._bar = tqdm.tqdm(
       total=num_steps,
       initial=start,
       unit='step',
       dynamic_ncols=True,
-      disable=not has_bar,
+      disable=lines,
       bar_format='{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} '
       '[{elapsed}<{remaining}]{postfix}',
     )
