@@ -5,6 +5,7 @@ import os
 import subprocess
 
 import pytest
+from errors import one_line
 
 from rvq_jax.training import loop
 
@@ -58,9 +59,7 @@ def test_a_limit_on_files_is_named(start_run, tmp_path, steps_of):
   assert steps_of(tmp_path / 'run') == []
 
 
-def test_a_workdir_that_finds_no_room_is_one_line(
-  tiny_config, tmp_path, monkeypatch
-):
+def test_a_workdir_without_room_is_one_line(tiny_config, tmp_path, monkeypatch):
   workdir, make = tmp_path / 'run', os.mkdir
 
   def full(path, *options):
@@ -69,6 +68,5 @@ def test_a_workdir_that_finds_no_room_is_one_line(
     make(path, *options)
 
   monkeypatch.setattr(os, 'mkdir', full)
-  with pytest.raises(OSError, match='No space left while writing') as caught:
+  with one_line(f'No space left while writing to {workdir}', OSError):
     loop.train(tiny_config, workdir)
-  assert '\n' not in str(caught.value) and str(workdir) in str(caught.value)

@@ -39,7 +39,7 @@ def test_twenty_kills_leave_the_bits_of_an_uninterrupted_run(
     resumed.append(start)
     reached.append(target)
   assert len(set(reached)) > 10 and max(resumed) > STEPS / 4
-  # Steps to the checkpoint under way, and to the complete one before it.
+  # At most the steps since the complete checkpoint before the one under way.
   lost = np.subtract(reached[:-1], resumed[1:])
   assert lost.max() <= 2 * EVERY, lost
   run = start_run(killed)
