@@ -1,5 +1,6 @@
 """Prepared TensorFlow Datasets directories, read without TensorFlow."""
 
+import contextlib
 import functools
 import io
 import logging
@@ -66,8 +67,23 @@ class TfdsSource(Source):
   @functools.cached_property
   def labels(self):
     """See `Source`; the labels of a large split are cached beside it."""
-    large = len(self) >= _CACHE_LABELS_FROM
-    return self._cached_labels() if large else self._read_labels()
+    if len(self) < _CACHE_LABELS_FROM:
+      return self._read_labels()
+    cache = os.path.join(self._directory, f'.{self._split}-labels.npy')
+    info = os.path.join(self._directory, 'dataset_info.json')
+    with contextlib.suppress(OSError, ValueError, MemoryError):
+      if os.path.getmtime(cache) >= os.path.getmtime(info):
+        labels = np.load(cache, allow_pickle=False)
+        if labels.shape == (len(self),) and labels.dtype == np.int32:
+          return labels
+    logging.info('reading the labels of %d records, once', len(self))
+    labels, content = self._read_labels(), io.BytesIO()
+    np.save(content, labels, allow_pickle=False)
+    try:
+      write_atomic(cache, content.getvalue())
+    except OSError as error:
+      logging.info('cannot keep the labels for next time: %s', error)
+    return labels
 
   def _read_labels(self) -> np.ndarray:
     """Reads the labels from the records."""
@@ -82,26 +98,6 @@ class TfdsSource(Source):
         ) from error
       labels += [self._label(example) for example in chunk]
     return np.array(labels or [-1] * len(self), np.int32)
-
-  def _cached_labels(self) -> np.ndarray:
-    """Reads the labels from a valid cache, else from the records."""
-    cache = os.path.join(self._directory, f'.{self._split}-labels.npy')
-    info = os.path.join(self._directory, 'dataset_info.json')
-    try:
-      if os.path.getmtime(cache) >= os.path.getmtime(info):
-        labels = np.load(cache, allow_pickle=False)
-        if labels.shape == (len(self),) and labels.dtype == np.int32:
-          return labels
-    except (OSError, ValueError, MemoryError):
-      pass
-    logging.info('reading the labels of %d records, once', len(self))
-    labels, content = self._read_labels(), io.BytesIO()
-    np.save(content, labels, allow_pickle=False)
-    try:
-      write_atomic(cache, content.getvalue())
-    except OSError as error:
-      logging.info('cannot keep the labels for next time: %s', error)
-    return labels
 
   def identity(self):
     """See `Source`: name, version and split, which need no reading."""
