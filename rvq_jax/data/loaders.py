@@ -127,7 +127,7 @@ class GrainLoader(TrainLoader):
     self._step += 1
     for row, name, reason in itertools.chain(*batch['failures']):
       self._errors.add(row, name, reason)
-    # Copied: the workers' shared memory ends with them.
+    # Copied, so that nothing keeps the workers' shared memory alive.
     return {'image': np.array(batch['image'])}
 
   def _first(self):
