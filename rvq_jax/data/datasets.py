@@ -86,7 +86,7 @@ def open_images(
   """Opens all images of something that a user named.
 
   Args:
-    name: an image, a folder, or what `open_dataset` takes. 'photos' means a
+    name: an image, a folder, or a name for `open_dataset`. 'photos' means a
       folder of this name if there is one; 'tfds:photos' is the embedded set.
     data_dir: where tfds keeps prepared data.
     split: the only one to open; None for all.

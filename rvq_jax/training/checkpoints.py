@@ -100,7 +100,7 @@ class Checkpoints:
     Args:
       state: the state, with its step.
       config: dictionary of JSON values.
-      position: position of the data loader, another one.
+      position: the same, from the data loader.
       score: validation mse, if the state was evaluated.
     """
     step = int(state.step)
