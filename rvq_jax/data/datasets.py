@@ -15,24 +15,22 @@ import numpy as np
 
 from rvq_jax.data.decoding import MAX_SHARE
 from rvq_jax.data.folders import open_folder, printable
-from rvq_jax.data.sources import Selection, Source
+from rvq_jax.data.sources import SPLITS, Selection, Source
 from rvq_jax.data.splits import hashed_split, stratified_split
 from rvq_jax.io import read_json, write_atomic
 
-SPLITS = ('official', 'paper')
-PARTS = ('train', 'validation', 'test')
 SPLIT_FILE = 'split.json'
-"""In a workdir: the names in each part of a folder that the run divided."""
+"""In a workdir: the names of the images in each split of a divided folder."""
 _MAX_SPLIT_BYTES = 2**30
-# The second names the embedded set beside a folder called photos.
+# With the prefix it is the embedded set even beside a folder called photos.
 _PHOTOS = ('photos', 'tfds:photos')
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """The parts to train on, to choose by and to report on, and a log line.
+  """The splits to train on, to choose by and to report on, and a log line.
 
-  `names` are those of the images in each part, where a folder was divided.
+  `names` are the images' names in each split, if a folder was divided.
   """
 
   name: str
@@ -43,7 +41,7 @@ class Dataset:
   names: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
   def write_split(self, path) -> None:
-    """Writes the names of each part, for `open_dataset`; none: no file."""
+    """Writes `names`, if there are any, as `split_file` for `open_dataset`."""
     if self.names:
       content = {'data': self.name} | self.names
       write_atomic(path, json.dumps(content, indent=0))
@@ -59,27 +57,27 @@ def open_dataset(
     split: 'official' for the data set's own splits; 'paper' for 70-20-10 of
       all its labelled images, stratified by class.
     data_dir: where tfds keeps prepared data; None: ~/tensorflow_datasets.
-    split_file: of `Dataset.write_split`, where a run divided this folder: if it
-      exists, the parts are those, without images that are missing or new.
+    split_file: written by `Dataset.write_split` when a run divided this folder.
+      If it exists, it gives the splits, without images missing or new now.
 
   Raises:
     ValueError: no such data set or split, or over 1 % of the images in
       `split_file` are missing.
   """
-  if split not in SPLITS:
+  if split not in ('official', 'paper'):
     raise ValueError(f'split: expected official or paper, got {split!r}')
   if name in _PHOTOS and split == 'paper':
     raise ValueError(
       'photos: expected --config.data.split=official (train and test are crops '
       'of different photographs), got paper'
     )
-  splits = _open(name, data_dir)
+  sources = _open(name, data_dir)
   # By convention: the labels of ImageNet's test split are not public.
   if name.startswith('tfds:imagenet2012'):
-    splits.pop('test', None)
+    sources.pop('test', None)
   if split == 'official':
-    return _official(name, splits)
-  return _paper(name, splits, split_file)
+    return _official(name, sources)
+  return _paper(name, sources, split_file)
 
 
 def open_images(
@@ -88,13 +86,13 @@ def open_images(
   """Opens all images of something that a user named.
 
   Args:
-    name: an image, a folder, or what `open_dataset` takes. A folder called
-      photos takes precedence over the embedded set, then 'tfds:photos'.
+    name: an image, a folder, or a name for `open_dataset`. 'photos' means a
+      folder of this name if there is one; 'tfds:photos' is the embedded set.
     data_dir: where tfds keeps prepared data.
-    split: the one to open; None for each that there is.
+    split: the only one to open; None for all.
 
   Returns:
-    Source by split; 'all' where there are no splits.
+    Source by split; 'all' without splits.
   """
   full = name
   if name == 'photos' and Path(name).exists():
@@ -106,12 +104,12 @@ def open_images(
         f'there is no {name}: expected an image, a folder, tfds:NAME or photos'
       )
     full = f'folder:{name}'
-  splits = _open(full, data_dir)
-  if split not in (None, *splits):
+  sources = _open(full, data_dir)
+  if split not in (None, *sources):
     raise ValueError(
-      f'split: expected one of {", ".join(splits)} of {name}, got {split!r}'
+      f'split: expected one of {", ".join(sources)} of {name}, got {split!r}'
     )
-  return {split: splits[split]} if split else splits
+  return {split: sources[split]} if split else sources
 
 
 def _open(name: str, data_dir: str | None) -> dict[str, Source]:
@@ -132,78 +130,82 @@ def _open(name: str, data_dir: str | None) -> dict[str, Source]:
   )
 
 
-def _official(name: str, splits: dict[str, Source]) -> Dataset:
+def _official(name: str, sources: dict[str, Source]) -> Dataset:
   """Uses the data set's own splits; one held-out split may serve as two."""
-  held_out = [s for s in ('validation', 'test') if s in splits]
-  if 'train' not in splits or not held_out:
-    found = ', '.join(s for s in splits if s != 'all') or 'no split folders'
+  held_out = [s for s in ('validation', 'test') if s in sources]
+  if 'train' not in sources or not held_out:
+    splits = ', '.join(s for s in sources if s != 'all') or 'no split folders'
     raise ValueError(
       f'{name}: expected the splits train and one of validation and test, got '
-      f'{found}; pass --config.data.split=paper to divide all images 70-20-10'
+      f'{splits}; pass --config.data.split=paper to divide all images 70-20-10'
     )
+  used = [sources[split] for split in ('train', held_out[0], held_out[-1])]
   note = f'{name}: validation and test are both its {held_out[0]} split'
-  return Dataset(
-    name,
-    *(splits[split] for split in ('train', held_out[0], held_out[-1])),
-    note=note if len(held_out) == 1 else '',
-  )
+  return Dataset(name, *used, note=note if len(held_out) == 1 else '')
 
 
-def _paper(name: str, splits: dict[str, Source], split_file) -> Dataset:
+def _paper(name: str, sources: dict[str, Source], split_file) -> Dataset:
   """Divides all labelled images 70-20-10, stratified by class (paper 4.1).
 
-  Where no image has a label, all of them are one class. A folder is divided by
-  its names, or as recorded.
+  Without any label, all images are one class. A folder is divided by the hashes
+  of its names, or as recorded.
   """
-  labels = np.concatenate([source.labels for source in splits.values()])
-  kept = np.flatnonzero(labels >= 0)
-  if kept.size == 0:
-    kept = np.arange(len(labels))
-  files = recorded = None
+  files, recorded = None, None
   if name.startswith('folder:'):
-    files = [file for source in splits.values() for file in source.identity()]
+    files = [file for source in sources.values() for file in source.identity()]
     recorded = _read_split(split_file, name)
   if recorded:
     parts = _recorded_parts(name, files, recorded)
   else:
-    if kept.size < labels.size:
-      count = labels.size - kept.size
-      logging.info('%s: left out %d images that have no class', name, count)
-    if files:
-      keys = [key for source in splits.values() for key in source.keys]
-      parts = hashed_split(labels[kept], [keys[i] for i in kept])
-    else:
-      parts = stratified_split(labels[kept])
-    parts = [kept[part] for part in parts]
+    parts = _divide(name, list(sources.values()), by_name=files is not None)
   if min(map(len, parts)) == 0:
     raise ValueError(
       f'{name} has {sum(map(len, parts))} images, too few to divide 70-20-10'
     )
-  named = [[files[i] for i in part] for part in parts] if files else ()
-  return Dataset(
-    name,
-    *(Selection(splits.values(), part) for part in parts),
-    names=dict(zip(PARTS, named, strict=False)),
-  )
+  names = {}
+  if files:
+    names = {
+      split: [files[i] for i in part]
+      for split, part in zip(SPLITS, parts, strict=True)
+    }
+  used = [Selection(sources.values(), part) for part in parts]
+  return Dataset(name, *used, names=names)
+
+
+def _divide(name: str, sources: list[Source], by_name: bool):
+  """Indices of train, validation and test in all sources together."""
+  labels = np.concatenate([source.labels for source in sources])
+  kept = np.flatnonzero(labels >= 0)
+  if kept.size == 0:
+    kept = np.arange(labels.size)
+  if kept.size < labels.size:
+    count = labels.size - kept.size
+    logging.info('%s: left out %d images that have no class', name, count)
+  if by_name:
+    keys = [key for source in sources for key in source.keys]
+    parts = hashed_split(labels[kept], [keys[i] for i in kept])
+  else:
+    parts = stratified_split(labels[kept])
+  return [kept[part] for part in parts]
 
 
 def _read_split(path, name: str) -> dict[str, list[str]] | None:
   """The recorded names; None without a record of this data set."""
   if path is None or not Path(path).exists():
     return None
-  found = read_json(path, _MAX_SPLIT_BYTES) or {}
-  if any(not isinstance(found.get(part), list) for part in PARTS):
+  record = read_json(path, _MAX_SPLIT_BYTES) or {}
+  if any(not isinstance(record.get(split), list) for split in SPLITS):
     raise ValueError(
       f'{path} is damaged; it says which images were trained on: put back a '
       'copy, or start anew in another --workdir'
     )
-  return found if found.get('data') == name else None
+  return record if record.get('data') == name else None
 
 
 def _recorded_parts(name, files, recorded) -> list[np.ndarray]:
-  """Indices of the recorded images that are there."""
+  """Sorted indices of the recorded images that still exist."""
   index = {file: i for i, file in enumerate(files)}
-  names = [file for part in PARTS for file in recorded[part]]
+  names = [file for split in SPLITS for file in recorded[split]]
   missing = [file for file in names if file not in index]
   if len(missing) > MAX_SHARE * len(names):
     raise ValueError(
@@ -212,15 +214,11 @@ def _recorded_parts(name, files, recorded) -> list[np.ndarray]:
       f'{printable(missing[0])}, or start anew in another --workdir'
     )
   new = len(files) - (len(names) - len(missing))
-  for count, what in ((len(missing), 'missing'), (new, 'new')):
+  for count, change in ((len(missing), 'missing'), (new, 'new')):
     if count:
       logging.warning(
         '%s: %s since the run divided it, and left out: %d of %d images',
-        *(name, what, count, len(names)),
+        *(name, change, count, len(names)),
       )
-  return [
-    np.sort(
-      np.array([index[f] for f in recorded[part] if f in index], np.int64)
-    )
-    for part in PARTS
-  ]
+  parts = ([index[f] for f in recorded[s] if f in index] for s in SPLITS)
+  return [np.array(sorted(part), np.int64) for part in parts]

@@ -1,22 +1,16 @@
-"""Decoding images, in threads and in worker processes.
+"""Decoding images in threads.
 
-Those that cannot be decoded are named, and their share is limited.
+Images that cannot be decoded are named, and their share is limited.
 """
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator
-from multiprocessing import resource_tracker
-from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 
 import numpy as np
 
@@ -24,16 +18,14 @@ from rvq_jax.data import transforms
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import ImageError, decode_image
 
-MAX_SHARE = 0.01  # of the images; more that cannot be decoded end the run
-STOP_SIGNALS = (SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP)
-"""What asks a run to stop (SLURM's --signal sends SIGUSR1 or SIGUSR2)."""
+MAX_SHARE = 0.01  # a larger share of images that cannot be decoded ends the run
 _ATTEMPTS = 4
 
 
 class DecodeErrors:
   """Names the images of a source that cannot be decoded, and limits them.
 
-  `rows` are their indices in the source, `total` is how many images it has.
+  `rows` are their indices in the source, which has `total` images.
   """
 
   def __init__(self, total: int):
@@ -41,7 +33,7 @@ class DecodeErrors:
     self._total = total
 
   def add(self, row: int, name: str, reason: str) -> None:
-    """Logs the image at index `row`; over 1 % of all raise a ValueError."""
+    """Logs the image at index `row` once; over 1 % raises a ValueError."""
     if row in self.rows:
       return
     self.rows.add(row)
@@ -96,7 +88,7 @@ def decode_ahead(
 ) -> Iterator[tuple[int, np.ndarray | None, str]]:
   """Decodes images in threads, in order, at most `ahead` before the caller.
 
-  Yields (row, image, name); the image is None where it cannot be decoded.
+  Yields (row, image, name); the image is None if it cannot be decoded.
   """
 
   def decode(row):
@@ -111,10 +103,10 @@ def decode_ahead(
 
 @dataclasses.dataclass(frozen=True)
 class LoadImage:
-  """Decodes and crops one record; a random one stands in for a corrupt one.
+  """Decodes and crops one record; a random one replaces a corrupt one.
 
-  It is drawn from the record's own generator, so it too is the same whenever
-  the batch is made. Four corrupt ones in a row raise an OSError.
+  The record's own generator draws it, so a batch is the same whenever it is
+  made. Four corrupt records in a row raise an OSError.
   """
 
   source: Source
@@ -123,22 +115,27 @@ class LoadImage:
   crop_scale: tuple[float, float]
 
   def __call__(self, row: int, rng: np.random.Generator):
-    """Returns {'image': uint8 [size, size, 3], 'bad': rows, int64 [4]}."""
-    bad, reasons = np.full(_ATTEMPTS, -1, np.int64), []
+    """Returns {'image': uint8 [size, size, 3], 'failures': object []}.
+
+    'failures' is one list of (row, name, reason), boxed since Grain stacks
+    arrays.
+    """
+    failures, box = [], np.empty((), object)
+    box[()] = failures
     cut = functools.partial(self._cut, rng=rng)
     # A small box may need every pixel of a photograph, a square does not.
     side = None if self.crop == 'random_resized' else self.size
-    for attempt in range(_ATTEMPTS):
+    for _ in range(_ATTEMPTS):
       image, name, reason = decode_record(self.source, row, cut, side)
       if image is not None:
-        return {'image': image, 'bad': bad}
-      bad[attempt] = row
-      reasons.append(f'{name}: {reason}')
+        return {'image': image, 'failures': box}
+      failures.append((row, name, reason))
       row = int(rng.integers(len(self.source)))
+    reasons = '; '.join(f'{name}: {reason}' for _, name, reason in failures)
     raise OSError(
-      f'{_ATTEMPTS} records in a row cannot be read ({"; ".join(reasons)}); '
-      'check the disk that holds them, or repair or remove them; the same '
-      'command resumes from the last checkpoint'
+      f'{_ATTEMPTS} records in a row cannot be read ({reasons}); check the '
+      'disk that holds them, or repair or remove them; the same command '
+      'resumes from the last checkpoint'
     )
 
   def _cut(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -149,33 +146,3 @@ class LoadImage:
     return transforms.random_resized_crop(
       image, self.size, rng, scale=self.crop_scale
     )
-
-
-@contextlib.contextmanager
-def hold_signals():
-  """Blocks the stop signals here and in workers that are started meanwhile."""
-  old = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-  try:
-    resource_tracker.ensure_running()  # unblocks two of them when it starts
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    yield
-  finally:
-    signal.pthread_sigmask(signal.SIG_SETMASK, old)
-
-
-def ignore_signals() -> None:
-  """Makes a worker ignore the stop signals: the run ends its workers."""
-  for number in STOP_SIGNALS:
-    signal.signal(number, signal.SIG_IGN)
-
-
-def exit_with_parent() -> None:
-  """Ends a worker when its parent ends, however it ends."""
-  multiprocessing.parent_process().join()
-  os._exit(1)
-
-
-def init_worker(*_) -> None:
-  """Prepares a worker process of Grain."""
-  ignore_signals()
-  threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -1,7 +1,7 @@
 """Images in folders: PATH/{train,validation,test}/CLASS/*.
 
-Class folders may be left out (no labels), and so may the split folders (only
-the paper's split can then divide the images).
+Both kinds of folders are optional: without class folders there are no labels,
+without split folders only the paper's split divides the images.
 """
 
 import logging
@@ -9,17 +9,16 @@ import os
 
 import numpy as np
 
-from rvq_jax.data.sources import Record, Source
+from rvq_jax.data.sources import SPLITS, Record, Source
 from rvq_jax.data.transforms import extensions
 
-SPLITS = ('train', 'validation', 'test')
 _SHOWN = 5  # names in a line of the log
 
 
 class FolderSource(Source):
   """The images `files`, paths in the folder `root`, with their labels [n].
 
-  `keys` name them as CLASS/NAME, whatever split folder they are in.
+  `keys` are their names without the split folder: CLASS/NAME.
   """
 
   def __init__(self, root: str, files: list[str], labels, keys: list[str]):
@@ -40,66 +39,63 @@ class FolderSource(Source):
 
 
 def open_folder(path: str) -> dict[str, Source]:
-  """Finds the images under a folder; logs what was read as what.
+  """Finds the images under a folder; logs how it was read.
 
   Args:
-    path: of a folder that holds nothing but the folders train, validation (or
-      val) and test, each with one folder of images per class or images only; of
-      a folder that holds classes or images itself; or of one image. A lone
-      train is a split if it holds folders. Folders in a class belong to it. `~`
-      is expanded.
+    path: a folder that holds only the folders train, validation (or val) and
+      test, each with images or with one folder of images per class; a folder of
+      images or classes; or one image. If it holds only a folder train, this is
+      a split if it holds folders. Folders in a class belong to it. `~` is
+      expanded.
 
   Returns:
-    Source by split name; 'all' where there are no split folders. Labels are
-    the ranks of the sorted class names, -1 where there are no class folders.
+    Source by split name; 'all' without split folders. Labels are the ranks of
+    the sorted class names, -1 without class folders.
   """
   path = os.path.abspath(os.path.expanduser(path))
   if os.path.isfile(path):
     root, file = os.path.split(path)
     return {'all': FolderSource(root, [file], [-1], [file])}
   left_out: list[str] = []
-  found = _split_folders(path)
-  folders = {split: found[split] for split in SPLITS if split in found}
+  folders = _split_folders(path)
   listed = {
     split: _list_images(path, folder, left_out)
     for split, folder in (folders or {'all': ''}).items()
   }
   # Images outside class folders have class '', which is no class.
-  names = sorted(
-    {name for files in listed.values() for name, _ in files} - {''}
-  )
-  label = {name: i for i, name in enumerate(names)}
+  names = {name for files in listed.values() for name, _ in files} - {''}
+  label = {name: i for i, name in enumerate(sorted(names))}
   sources = {}
   for split, files in listed.items():
     labels = [label.get(name, -1) for name, _ in files]
     files = [file for _, file in files]
     keys = [os.path.relpath(file, folders.get(split, '.')) for file in files]
     sources[split] = FolderSource(path, files, labels, keys)
-  _log(path, sources, names, left_out)
+  _log(path, sources, list(label), left_out)
   return sources
 
 
 def _split_folders(path: str) -> dict[str, str]:
-  """The folder of each split; none where other folders or images are there."""
+  """The folder of each split; none if `path` holds anything else as well."""
   folders, images, _ = _scan(path)
-  found: dict[str, str] = {}
+  by_split: dict[str, str] = {}
   for folder in folders:
     split = {'val': 'validation'}.get(folder.lower(), folder.lower())
     if split not in SPLITS or images:
       return {}
-    if split in found:
+    if split in by_split:
       raise ValueError(
-        f'{printable(path)} has both {found[split]} and {folder}; keep one'
+        f'{printable(path)} has both {by_split[split]} and {folder}; keep one'
       )
-    found[split] = folder
-  if found and 'train' not in found:
+    by_split[split] = folder
+  if by_split and 'train' not in by_split:
     raise ValueError(
-      f'{printable(path)} has {", ".join(sorted(found.values()))} but no '
-      'folder train'
+      f'{printable(path)} has no folder train, only '
+      f'{", ".join(by_split.values())}'
     )
-  if len(found) == 1 and not _scan(os.path.join(path, found['train']))[0]:
+  if len(by_split) == 1 and not _scan(os.path.join(path, by_split['train']))[0]:
     return {}
-  return found
+  return {split: by_split[split] for split in SPLITS if split in by_split}
 
 
 def _list_images(root: str, split: str, left_out) -> list[tuple[str, str]]:
@@ -143,26 +139,27 @@ def _scan(path: str) -> tuple[list[str], list[str], list[str]]:
     raise ValueError(
       f'cannot read the folder {printable(path)}: {error.strerror}'
     ) from error
-  found = [], [], []
+  folders, images, others = [], [], []
   for entry in sorted(shown, key=lambda entry: entry.name):
     image = entry.name.lower().endswith(extensions()) and entry.is_file()
-    found[0 if entry.is_dir() else 1 if image else 2].append(entry.name)
-  return found
+    kind = folders if entry.is_dir() else images if image else others
+    kind.append(entry.name)
+  return folders, images, others
 
 
 def _log(path, sources, classes, left_out) -> None:
-  """One line on what was read as what."""
+  """Says in one line how the folder was read."""
   counts = [f'{name} {len(source):,}' for name, source in sources.items()]
   text = f'{printable(path)}: {", ".join(counts)} images'
   if classes:
-    text += f', {len(classes):,} folders read as classes ({_some(classes)})'
+    text += f', {len(classes):,} folders read as classes ({_first(classes)})'
   if left_out:
     text += f'; left out {len(left_out):,} files that are no images'
-    text += f' ({_some(left_out)})'
+    text += f' ({_first(left_out)})'
   logging.info('%s', text)
 
 
-def _some(names: list[str]) -> str:
+def _first(names: list[str]) -> str:
   shown = ', '.join(map(printable, names[:_SHOWN]))
   return shown + (', ...' if len(names) > _SHOWN else '')
 

@@ -12,7 +12,7 @@ def to_float(images: jax.Array) -> jax.Array:
 
 
 def prepare_images(images: jax.Array) -> jax.Array:
-  """Images as the model takes them: uint8 becomes float32 in [-1, 1]."""
+  """Makes uint8 images float32 in [-1, 1], and returns others unchanged."""
   return to_float(images) if images.dtype == jnp.uint8 else images
 
 
@@ -21,7 +21,7 @@ def random_flip(
 ) -> jax.Array:
   """Mirrors each image left to right with probability one half.
 
-  It depends on the key and on the index in the global batch alone; under
+  The draw depends only on the key and the index in the global batch; under
   `axis_name` images [B, h, w, 3] are the share of one device.
   """
   draw = functools.partial(jax.random.bernoulli, key)
@@ -32,16 +32,16 @@ def random_flip(
 def random_colors(
   key: jax.Array, images: jax.Array, *, axis_name=None
 ) -> jax.Array:
-  """Draws hue, order of the channels, saturation and contrast of each image.
+  """Draws hue, order of channels, saturation and contrast for each image.
 
   With G the mean of a pixel's channels and m the mean of G over the image,
 
       y = a (G + s R (x - G) - m) + m,  clipped to [-1, 1]
 
-  R turns colours about the grey axis by any angle, for half of the images after
-  two channels are swapped, so that each order of the channels is among them;
-  s = 2^U(-1.5, 0.5) and a = 2^U(-0.5, 0.5). It depends on the key and on the
-  index in the global batch alone.
+  R turns colours about the grey axis by any angle; half of the images swap two
+  channels first, so every order of the channels can occur. s = 2^U(-1.5, 0.5),
+  a = 2^U(-0.5, 0.5). The draw depends only on the key and the index in the
+  global batch.
 
   Args:
     key: random key.
@@ -54,7 +54,7 @@ def random_colors(
   grey = jnp.mean(swapped, axis=-1, keepdims=True)
   color = swapped - grey
   angle = 2 * jnp.pi * u[:, 1, ..., None]
-  # About (1, 1, 1) / sqrt(3), by Rodrigues' formula for a vector across it.
+  # About (1, 1, 1) / sqrt(3); Rodrigues' formula for a vector across it.
   across = (color[..., (1, 2, 0)] - color[..., (2, 0, 1)]) / jnp.sqrt(3.0)
   turned = jnp.cos(angle) * color - jnp.sin(angle) * across
   saturation, contrast = (
@@ -62,12 +62,12 @@ def random_colors(
     for i, low in ((2, -1.5), (3, -0.5))
   )
   mean = jnp.mean(grey, axis=(1, 2), keepdims=True)
-  made = contrast * (grey + saturation * turned - mean) + mean
-  return jnp.clip(made, -1.0, 1.0)
+  colored = contrast * (grey + saturation * turned - mean) + mean
+  return jnp.clip(colored, -1.0, 1.0)
 
 
 def _per_image(draw, shape, axis_name):
-  """draw(shape=shape), rows along axis 0; of the global batch, the own ones."""
+  """draw(shape=shape), one row per image of this device's share of a batch."""
   if axis_name is None:
     return draw(shape=shape)
   rows = shape[0]

@@ -11,26 +11,23 @@ from collections.abc import Iterator
 import numpy as np
 from absl import flags
 
-from rvq_jax.data import decoding
+from rvq_jax.data import decoding, workers
 from rvq_jax.data.sources import Source
 from rvq_jax.data.splits import seeded_permutation
 from rvq_jax.data.transforms import resize_and_center_crop
 
 CROPS = ('none', 'random', 'random_resized')
-MEMORY_LIMIT = 4 * 2**30
-"""Bytes of decoded images up to which 'auto' keeps a set in memory."""
-STOP_SIGNALS = decoding.STOP_SIGNALS
+MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images
 
 
 class TrainLoader:
   """Endless training batches that can be resumed at any position.
 
   `next(loader)` returns this process's rows of the next batch: {'image': uint8
-  [batch_size / process_count, size, size, 3]}. The batch of a step depends on
-  the source, the seed and the global batch size only.
-
-  An epoch is a permutation of `num_examples` images, of which `steps_per_epoch`
-  full global batches are used.
+  [batch_size / process_count, size, size, 3]}. The batch of a step depends only
+  on the source, the seed and the global batch size. An epoch is
+  `steps_per_epoch` full global batches of a permutation of `num_examples`
+  images.
   """
 
   def __init__(self, num_examples, batch_size, process_index, process_count):
@@ -52,8 +49,8 @@ class TrainLoader:
   def seek(self, position: dict[str, int]) -> None:
     """Makes the batch at `position` the next one; refuses another set's.
 
-    A set that has lost up to 2 % of its images is taken, with one line: 1 % of
-    a divided set may all be of its training part.
+    A set that has lost up to 2 % of its images is accepted with a warning: if a
+    divided set lost 1 %, all of them may be training images.
     """
     had, count = position['images'], self.num_examples
     if not had * (1 - 2 * decoding.MAX_SHARE) <= count <= had:
@@ -77,12 +74,12 @@ class MemoryLoader(TrainLoader):
   """Batches from images that are decoded and kept, 10 to 20 times as fast."""
 
   def __init__(self, source: Source, image_size: int, seed: int, *shared):
-    images = np.empty((len(source), image_size, image_size, 3), np.uint8)
+    count = len(source)
+    images = np.empty((count, image_size, image_size, 3), np.uint8)
     crop = functools.partial(resize_and_center_crop, size=image_size)
-    errors = decoding.DecodeErrors(len(source))
-    for row, image, _ in decoding.decode_ahead(
-      source, range(len(source)), crop, errors, 1024
-    ):
+    errors = decoding.DecodeErrors(count)
+    decoded = decoding.decode_ahead(source, range(count), crop, errors, 1024)
+    for row, image, _ in decoded:
       if image is not None:
         images[row] = image
     bad = sorted(errors.rows)
@@ -102,11 +99,11 @@ class MemoryLoader(TrainLoader):
 
 
 class GrainLoader(TrainLoader):
-  """Batches decoded anew by threads, or by `workers` processes."""
+  """Batches decoded anew by threads, or by `num_workers` processes."""
 
-  def __init__(self, load: decoding.LoadImage, seed, workers: int, *shared):
+  def __init__(self, load: decoding.LoadImage, seed, num_workers, *shared):
     super().__init__(len(load.source), *shared)
-    self._load, self._seed, self._workers = load, seed, workers
+    self._load, self._seed, self._workers = load, seed, num_workers
     self._errors = decoding.DecodeErrors(len(load.source))
     self._iterator = self._end = None
 
@@ -119,7 +116,7 @@ class GrainLoader(TrainLoader):
     try:
       batch = next(self._iterator) if self._iterator else self._first()
     except Exception as error:
-      self.close()  # else Grain ends the epoch silently
+      self.close()  # otherwise Grain would end the epoch silently
       if 'terminated unexpectedly' not in str(error):
         raise
       raise ChildProcessError(
@@ -128,17 +125,16 @@ class GrainLoader(TrainLoader):
         'the last checkpoint'
       ) from error
     self._step += 1
-    for row in sorted({*batch['bad'].flat} - {-1} - self._errors.rows):
-      what = decoding.decode_record(self._load.source, int(row), np.asarray)
-      self._errors.add(int(row), what[1], what[2] or 'unreadable at first')
-    # A copy, because the workers' shared memory must not outlive them.
+    for row, name, reason in itertools.chain(*batch['failures']):
+      self._errors.add(row, name, reason)
+    # Copied, so that nothing keeps the workers' shared memory alive.
     return {'image': np.array(batch['image'])}
 
   def _first(self):
-    """Starts the threads or workers; returns the batch of this step."""
-    with decoding.hold_signals() if self._workers else contextlib.nullcontext():
+    """Starts threads or workers; returns the batch of this step."""
+    with workers.hold_signals() if self._workers else contextlib.nullcontext():
       self._iterator = iter(self._batches())
-      # Python ends forgotten workers with SIGTERM, which they ignore.
+      # Python would end forgotten workers by SIGTERM, which they ignore.
       self._end = weakref.finalize(self, self._iterator.close)
       return next(self._iterator)
 
@@ -146,8 +142,8 @@ class GrainLoader(TrainLoader):
     """Makes the Grain pipeline, each stage with random access by step."""
     import grain  # takes a second to load
 
-    # Mixed, as Grain shuffles epoch k with seed + k: neighbouring seeds would
-    # share their orders.
+    # Mixed, because Grain shuffles epoch k with seed + k, and neighbouring
+    # seeds would share orders.
     mixed = np.random.SeedSequence(self._seed).generate_state(2).tolist()
     used = self.steps_per_epoch * self._local_size * self._process_count
     threads = 1 if self._workers else min(os.cpu_count() or 1, 16)
@@ -166,7 +162,7 @@ class GrainLoader(TrainLoader):
     options = grain.MultiprocessingOptions(
       num_workers=self._workers, per_worker_buffer_size=2
     )
-    return batches.mp_prefetch(options, worker_init_fn=decoding.init_worker)
+    return batches.mp_prefetch(options, worker_init_fn=workers.init_worker)
 
   def close(self):
     """See `TrainLoader`."""
@@ -192,28 +188,25 @@ def make_train_loader(
 
   Args:
     source: the training images.
-    batch_size: of all processes together.
+    batch_size: images per batch, in all processes together.
     image_size: side of the images in a batch, in pixels.
-    crop: of the scaled image the centre ('none') or a random square ('random'),
+    crop: the centre ('none') or a random square ('random') of the scaled image,
       or a box of random size ('random_resized').
-    crop_scale: least and greatest share of area of a 'random_resized' box.
-    seed: of the order and of the crops.
+    crop_scale: smallest and largest area of a 'random_resized' box, as a share
+      of the image.
+    seed: seed for the order and the crops.
     in_memory: keep the decoded set; 'auto' does so up to 4 GiB without crops.
     num_workers: processes that decode; 0 decodes in threads.
-    process_index: which of the `process_count` that share a batch this is.
+    process_index: number of this process among those that share a batch.
     process_count: divides `batch_size`.
   """
   if crop not in CROPS:
     raise ValueError(f'crop: expected one of {", ".join(CROPS)}, got {crop!r}')
-  size = len(source) * image_size**2 * 3
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   if in_memory == 'auto':
+    size = len(source) * image_size**2 * 3
     in_memory = crop == 'none' and size <= MEMORY_LIMIT
-  elif in_memory and (crop != 'none' or size > memory):
-    raise ValueError(
-      f'in_memory: expected crop none and at most {memory / 1e9:,.1f} GB of '
-      f'images, got crop {crop} and {size / 1e9:,.1f} GB'
-    )
+  elif in_memory and crop != 'none':
+    raise ValueError(f'in_memory: expected crop none, got crop {crop}')
   shared = batch_size, process_index, process_count
   if in_memory:
     return MemoryLoader(source, image_size, seed, *shared)
@@ -232,27 +225,24 @@ def eval_batches(
   """Reads a split once, in order, scaled and centre-cropped.
 
   Yields:
-    {'image': uint8 [B, size, size, 3], 'mask': bool [B]} with B = batch_size /
-    process_count, as many on every process. Rows that fill the last batch, and
-    images that cannot be decoded, are zero and have mask False.
+    {'image': uint8 [B, size, size, 3], 'mask': bool [B]}, B = batch_size /
+    process_count; every process gets as many. Images that cannot be decoded,
+    and rows that fill the last batch, are zero and have mask False.
   """
   local_size = _local_size(batch_size, process_count)
-  first = process_index * local_size
-  rows = [
-    range(len(source))[start + first : start + first + local_size]
-    for start in range(0, len(source), batch_size)
+  count, first = len(source), process_index * local_size
+  batches = [
+    range(count)[start : start + local_size]
+    for start in range(first, first + count, batch_size)
   ]
-  decoded = decoding.decode_ahead(
-    source,
-    itertools.chain.from_iterable(rows),
-    functools.partial(resize_and_center_crop, size=image_size),
-    decoding.DecodeErrors(len(source)),
-    3 * local_size,
-  )
-  for some in rows:
+  rows = itertools.chain(*batches)
+  crop = functools.partial(resize_and_center_crop, size=image_size)
+  errors = decoding.DecodeErrors(count)
+  decoded = decoding.decode_ahead(source, rows, crop, errors, 3 * local_size)
+  for batch in batches:
     image = np.zeros((local_size, image_size, image_size, 3), np.uint8)
     mask = np.zeros(local_size, bool)
-    for i, (_, pixels, _) in enumerate(itertools.islice(decoded, len(some))):
+    for i, (_, pixels, _) in enumerate(itertools.islice(decoded, len(batch))):
       if pixels is not None:
         image[i], mask[i] = pixels, True
     yield {'image': image, 'mask': mask}

@@ -1,9 +1,9 @@
 """The embedded data set: crops of photographs that ship with our dependencies.
 
-Three come with scikit-image (public domain or CC0) and, for skin and dark
-cloth, one with matplotlib: Grace Hopper by the US Navy, public domain.
-Training and test images come from different photographs: crops of one
-photograph overlap, so a split by crop would test on training pixels.
+All but one come with scikit-image (public domain or CC0); the portrait of Grace
+Hopper, for skin and dark cloth, with matplotlib (US Navy, public domain).
+Training and test images come from different photographs: crops of one overlap,
+so a split by crop would test on training pixels.
 """
 
 import functools
@@ -25,14 +25,14 @@ COUNTS = {'train': 4000, 'test': 400}
 SIZE = 64  # pixels
 _LABELS = tuple(sorted(sum(PHOTOGRAPHS.values(), ())))
 _SEED = 20240229
-# From about 64 pixels across, nothing but texture, to most of a photograph.
+# From about 64 pixels across, which is pure texture, to most of a photograph.
 _SCALE = (0.03, 0.8)
 
 
 @functools.cache
 def _photograph(name: str) -> np.ndarray:
   if name == 'grace_hopper':
-    from matplotlib import cbook  # a run's first step need not wait for it
+    from matplotlib import cbook  # slow: not at the start of every run
 
     with cbook.get_sample_data('grace_hopper.jpg') as file:
       return np.asarray(Image.open(file))
@@ -40,7 +40,7 @@ def _photograph(name: str) -> np.ndarray:
 
 
 class PhotoSource(Source):
-  """Crops that depend on the split and on their number only."""
+  """Crops that depend only on the split and their number."""
 
   def __init__(self, split: str):
     self._split = split

@@ -1,10 +1,9 @@
 """Prepares CIFAR-10 and ImageNet as tfds directories, without TensorFlow.
 
-tfds's own builders and its shuffle of more than 1 GB need TensorFlow. Here the
-records are written in the order that its shuffle would give them, so that an
-index means the same image however a set was prepared. They are written shard by
-shard into a hidden folder, where an interrupted preparation resumes, and which
-is renamed when it is complete.
+tfds's own builders, and its shuffle of more than 1 GB, need TensorFlow. Here
+the records are written in the order of that shuffle, so an index means the same
+image however a set was prepared. Shards go one by one into a hidden folder,
+where an interrupted preparation resumes; complete, the folder is renamed.
 """
 
 import contextlib
@@ -42,8 +41,8 @@ Examples = tuple[Sequence[str | int], Callable[[int], Example]]
 def prepare(name: str, data_dir: str, folder: str = '') -> str:
   """Prepares one of `KNOWN` in `folder` of `data_dir`, unless it is there.
 
-  Archives that were downloaded by hand are looked for in downloads/manual of
-  `data_dir`. Returns the directory of the data set.
+  Archives that a user downloaded are expected in `data_dir`/downloads/manual.
+  Returns the directory of the data set.
   """
   if name not in KNOWN:
     base = name.partition(':')[0]
@@ -63,8 +62,8 @@ def write_tfds(
 ) -> str:
   """Writes a tfds directory of ArrayRecord files, unless it is there already.
 
-  Of several processes one works and the others wait. `open_set` returns the
-  tfds features and the examples of each split.
+  One of several processes works, the others wait. `open_set` returns the tfds
+  features and the `Examples` of each split.
   """
   final = os.path.join(data_dir, name, version)
   work = os.path.join(data_dir, f'.{name}-{version}-incomplete')
@@ -115,7 +114,7 @@ def _write(name, version, work, features, splits, shard_size: int) -> None:
   for split, (keys, read) in splits.items():
     order, done = hashed_order(split, keys), info.splits[split].num_examples
     for start in range(done, len(order), shard_size):
-      # Writes one shard, and then into the description that it is there.
+      # Writes one shard, then notes it in the description.
       writer.add_examples({split: map(read, order[start : start + shard_size])})
     writer.close_splits([split])
 
@@ -127,8 +126,8 @@ def _cifar10(manual: str):
     _download(path)
   if _sha256(path) != CIFAR_SHA:
     raise ValueError(
-      f'{path} is not the archive with sha256 {CIFAR_SHA}; remove '
-      'it and give the same command again'
+      f'{path} is not the archive with sha256 {CIFAR_SHA}; remove it and give '
+      'the same command again'
     )
   features = {
     'id': tfds.features.Text(),
@@ -184,10 +183,7 @@ def _cifar10_split(path: str, split: str, files: list[str]) -> Examples:
 
 
 def _imagenet(manual: str):
-  """Opens ImageNet (ILSVRC 2012) in its two archives.
-
-  A pass over the tar headers finds where each JPEG lies; nothing is unpacked.
-  """
+  """Opens ImageNet (ILSVRC 2012) in its two archives, which stay packed."""
   paths = [os.path.join(manual, name) for name in IMAGENET_ARCHIVES]
   missing = [path for path in paths if not os.path.exists(path)]
   if missing:
@@ -197,10 +193,10 @@ def _imagenet(manual: str):
     )
   folder = tfds.core.tfds_path('datasets/imagenet2012')
   classes = (folder / 'labels.txt').read_text().split()
-  label = {wnid: i for i, wnid in enumerate(classes)}
+  train = {f'{wnid}.tar': i for i, wnid in enumerate(classes)}
   validation = (folder / 'validation_labels.txt').read_text().split()
-  label_of_image = {
-    f'ILSVRC2012_val_{i:08d}.JPEG': label[wnid]
+  validation = {
+    f'ILSVRC2012_val_{i:08d}.JPEG': train[f'{wnid}.tar']
     for i, wnid in enumerate(validation, 1)
   }
   features = {
@@ -209,15 +205,15 @@ def _imagenet(manual: str):
     'file_name': tfds.features.Text(),
   }
   return features, {
-    'train': _tar_examples(paths[0], _index_train, label),
-    'validation': _tar_examples(paths[1], _index_val, label_of_image),
+    'train': _tar_examples(paths[0], train),
+    'validation': _tar_examples(paths[1], validation),
   }
 
 
-def _tar_examples(path: str, index, label: dict[str, int]) -> Examples:
-  """Makes examples of the (name, offset, size, label) that `index` yields."""
+def _tar_examples(path: str, labels: dict[str, int]) -> Examples:
+  """Opens an archive of the members `labels`: images, or a tar per class."""
   try:
-    entries = list(index(path, label))
+    entries = list(_index(path, labels))
   except (tarfile.TarError, OSError) as error:
     raise ValueError(
       f'{path} is not a complete tar archive ({error}); download it again'
@@ -227,28 +223,24 @@ def _tar_examples(path: str, index, label: dict[str, int]) -> Examples:
     name, offset, size, label = entries[i]
     with open(path, 'rb') as stream:
       stream.seek(offset)
-      image = stream.read(size)
-    return {'image': image, 'label': label, 'file_name': name}
+      return {'image': stream.read(size), 'label': label, 'file_name': name}
 
   return [name for name, *_ in entries], read
 
 
-def _index_train(path: str, label: dict[str, int]):
-  # A tar of one tar per class.
+def _index(path: str, labels: dict[str, int]):
+  """Yields the (name, offset, size, label) of each image in an archive."""
   with tarfile.open(path, 'r:') as outer:
-    for member in _files(outer, path, lambda name: name[:-4] in label):
-      wnid = member.name[:-4]
+    for member in _files(outer, path, labels.__contains__):
+      start, label = member.offset_data, labels[member.name]
+      wnid, is_class, _ = member.name.partition('.tar')
+      if not is_class:
+        yield member.name, start, member.size, label
+        continue
       with tarfile.open(fileobj=outer.extractfile(member), mode='r:') as inner:
         fits = re.compile(rf'{wnid}_\d+\.JPEG').fullmatch
         for image in _files(inner, path, fits):
-          offset = member.offset_data + image.offset_data
-          yield image.name, offset, image.size, label[wnid]
-
-
-def _index_val(path: str, label: dict[str, int]):
-  with tarfile.open(path, 'r:') as archive:
-    for image in _files(archive, path, label.__contains__):
-      yield image.name, image.offset_data, image.size, label[image.name]
+          yield image.name, start + image.offset_data, image.size, label
 
 
 def _files(archive, path: str, fits) -> Iterator[tarfile.TarInfo]:

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+SPLITS = ('train', 'validation', 'test')
+
 
 class Record(NamedTuple):
-  """An encoded image, its class (-1: none) and what to call it in a log."""
+  """An encoded image, its class (-1: none) and its name for the log."""
 
   image: bytes
   label: int
@@ -25,7 +27,7 @@ class Source:
   labels: np.ndarray
 
   def identity(self) -> list[str] | None:
-    """Names that differ where the records do; None where none are known."""
+    """Names that differ if the records do; None if they are not known."""
     return None
 
   def subset(self, indices: np.ndarray) -> 'Source':
@@ -37,7 +39,7 @@ class Source:
 
 
 class Selection(Source):
-  """Some records of several sources, which are counted one after the other."""
+  """Chosen records of several sources; indices count through all of them."""
 
   def __init__(self, sources: Iterable[Source], indices: np.ndarray):
     self._sources = list(sources)
@@ -49,9 +51,9 @@ class Selection(Source):
 
   def __getitem__(self, index):
     index = self._indices[index]
-    which = int(np.searchsorted(self._ends, index, side='right'))
-    source = self._sources[which]
-    return source[int(index - self._ends[which]) + len(source)]
+    number = int(np.searchsorted(self._ends, index, side='right'))
+    source = self._sources[number]
+    return source[int(index - self._ends[number]) + len(source)]
 
   @functools.cached_property
   def labels(self):

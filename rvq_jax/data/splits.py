@@ -1,7 +1,7 @@
 """Seeded permutations and the stratified split of the paper (section 4.1).
 
 They are built from the raw words of NumPy's Philox generator, which NumPy
-promises for ever and on every platform, unlike `Generator.permutation`.
+keeps the same for ever on every platform, unlike `Generator.permutation`.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ def seeded_permutation(n: int, *entropy: int) -> np.ndarray:
 
 
 def seeded_rng(*entropy: int) -> np.random.Generator:
-  """Returns the Philox generator that belongs to non-negative integers."""
+  """Returns a Philox generator seeded by non-negative integers."""
   return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
@@ -33,15 +33,14 @@ def hashed_order(split: str, keys: Iterable[str | int]) -> list[int]:
   return sorted(range(len(hashes)), key=hashes.__getitem__)
 
 
-def stratified_split(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
+def stratified_split(labels: np.ndarray) -> list[np.ndarray]:
   """Splits indices so that every part holds the same share of each class.
 
-  Each class is permuted on its own and cut at the rounded cumulative
-  fractions, so a part has within one image of its share of every class.
+  Each class is permuted by a fixed seed and cut at the rounded cumulative
+  fractions: a part has its share of every class, within one image.
 
   Args:
     labels: integers [n], at least -1; any value is a class.
-    seed: non-negative integer.
 
   Returns: the sorted int64 indices of train, validation and test.
   """
@@ -51,7 +50,7 @@ def stratified_split(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
   classes, starts = np.unique(labels[order], return_index=True)
   for value, members in zip(classes, np.split(order, starts)[1:], strict=True):
     # SeedSequence takes no negative words, and -1 is the label of "none".
-    shuffled = members[seeded_permutation(members.size, seed, int(value) + 1)]
+    shuffled = members[seeded_permutation(members.size, 0, int(value) + 1)]
     cuts = np.floor(edges * members.size + 0.5).astype(np.int64)
     for part, piece in zip(parts, np.split(shuffled, cuts), strict=True):
       part.append(piece)
@@ -59,11 +58,11 @@ def stratified_split(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
 
 
 def hashed_split(labels: np.ndarray, keys: Sequence[str]) -> list[np.ndarray]:
-  """Splits by name: 70-20-10 over the whole set, classes as even as can be.
+  """Splits by name: 70-20-10 over the whole set, classes as even as possible.
 
-  The classes, each in the order of the SHA-256 of its keys, are laid end to
-  end, and a class that ends at C is cut where the classes up to it have
-  round(0.7 C) training images and round(0.9 C) of training and validation.
+  Each class is ordered by the SHA-256 of its keys, and the classes are laid end
+  to end. Up to the end of each class, at image C, there are round(0.7 C)
+  training images and round(0.9 C) training and validation images.
 
   Args:
     labels: integers [n].
@@ -79,7 +78,7 @@ def hashed_split(labels: np.ndarray, keys: Sequence[str]) -> list[np.ndarray]:
   cuts = np.diff([(share * edges + 5) // 10 for share in (7, 9)]).T
   parts = [[], [], []]
   members = np.split(np.array(order, np.int64), ends[:-1])
-  for some, cut in zip(members, cuts, strict=True):
-    for part, piece in zip(parts, np.split(some, cut), strict=True):
+  for indices, cut in zip(members, cuts, strict=True):
+    for part, piece in zip(parts, np.split(indices, cut), strict=True):
       part.append(piece)
   return [np.sort(np.concatenate(part)) for part in parts]

@@ -1,5 +1,6 @@
 """Prepared TensorFlow Datasets directories, read without TensorFlow."""
 
+import contextlib
 import functools
 import io
 import logging
@@ -10,12 +11,10 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
 from rvq_jax.data import prepare
-from rvq_jax.data.sources import Record, Source
+from rvq_jax.data.sources import SPLITS, Record, Source
 from rvq_jax.io import write_atomic
 
-SPLITS = ('train', 'validation', 'test')
 _NAME_FEATURES = ('id', 'file_name', 'filename')
-_SPLIT_NAMES = {'val': 'validation'}
 _LABEL_CHUNK = 256
 _CACHE_LABELS_FROM = 100_000
 
@@ -33,10 +32,8 @@ class TfdsSource(Source):
         f'{", ".join(features)}'
       )
     label = features.get('label')  # text is no class
-    self._has_label = (
-      label is not None
-      and label.shape == ()
-      and np.issubdtype(label.np_dtype, np.integer)
+    self._has_label = (label is not None and label.shape == ()) and (
+      np.issubdtype(label.np_dtype, np.integer)
     )
     self._name = next((f for f in _NAME_FEATURES if f in features), None)
     try:
@@ -59,13 +56,10 @@ class TfdsSource(Source):
       raise OSError(
         f'{self._split}/{index} of {self._directory} cannot be read: {error}'
       ) from error
-    name = f'{self._split}/{index}'
-    if self._name is not None:
-      name = example[self._name]  # some sets number their images
-      if isinstance(name, bytes):
-        name = name.decode('utf-8', 'backslashreplace')
-      name = str(name)
-    return Record(example['image'], self._label(example), name)
+    name = example[self._name] if self._name else f'{self._split}/{index}'
+    if isinstance(name, bytes):
+      name = name.decode('utf-8', 'backslashreplace')
+    return Record(example['image'], self._label(example), str(name))
 
   def _label(self, example) -> int:
     return int(example['label']) if self._has_label else -1
@@ -73,34 +67,15 @@ class TfdsSource(Source):
   @functools.cached_property
   def labels(self):
     """See `Source`; the labels of a large split are cached beside it."""
-    large = len(self) >= _CACHE_LABELS_FROM
-    return self._cached_labels() if large else self._read_labels()
-
-  def _read_labels(self) -> np.ndarray:
-    """Reads the labels from the records."""
-    labels, rows = [], range(len(self))
-    for start in rows[::_LABEL_CHUNK] if self._has_label else ():
-      try:
-        some = self._data.__getitems__(rows[start : start + _LABEL_CHUNK])
-      except RuntimeError as error:  # the split would change without these
-        raise ValueError(
-          f'the labels of {self._split} of {self._directory} cannot be read: '
-          f'{error}; put back a copy of its files or prepare it again'
-        ) from error
-      labels += [self._label(example) for example in some]
-    return np.array(labels or [-1] * len(self), np.int32)
-
-  def _cached_labels(self) -> np.ndarray:
-    """Reads the labels from the cache, which is made where it is not valid."""
+    if len(self) < _CACHE_LABELS_FROM:
+      return self._read_labels()
     cache = os.path.join(self._directory, f'.{self._split}-labels.npy')
     info = os.path.join(self._directory, 'dataset_info.json')
-    try:
+    with contextlib.suppress(OSError, ValueError, MemoryError):
       if os.path.getmtime(cache) >= os.path.getmtime(info):
         labels = np.load(cache, allow_pickle=False)
         if labels.shape == (len(self),) and labels.dtype == np.int32:
           return labels
-    except (OSError, ValueError, MemoryError):
-      pass  # it is made anew
     logging.info('reading the labels of %d records, once', len(self))
     labels, content = self._read_labels(), io.BytesIO()
     np.save(content, labels, allow_pickle=False)
@@ -110,8 +85,22 @@ class TfdsSource(Source):
       logging.info('cannot keep the labels for next time: %s', error)
     return labels
 
+  def _read_labels(self) -> np.ndarray:
+    """Reads the labels from the records."""
+    labels, rows = [], range(len(self))
+    for start in rows[::_LABEL_CHUNK] if self._has_label else ():
+      try:
+        chunk = self._data.__getitems__(rows[start : start + _LABEL_CHUNK])
+      except RuntimeError as error:  # the split would change without these
+        raise ValueError(
+          f'the labels of {self._split} of {self._directory} cannot be read: '
+          f'{error}; put back a copy of its files or prepare it again'
+        ) from error
+      labels += [self._label(example) for example in chunk]
+    return np.array(labels or [-1] * len(self), np.int32)
+
   def identity(self):
-    """See `Source`; the names of the images are not known unread."""
+    """See `Source`: name, version and split, which need no reading."""
     return [*os.path.normpath(self._directory).split(os.sep)[-2:], self._split]
 
   def __reduce__(self):
@@ -119,9 +108,9 @@ class TfdsSource(Source):
 
 
 def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
-  """Opens train, validation and test of a tfds data set, as there are.
+  """Opens the splits that a tfds data set has of train, validation and test.
 
-  CIFAR-10 and ImageNet are prepared first where they are not.
+  Prepares CIFAR-10 and ImageNet first if need be.
 
   Args:
     name: as tfds writes it: NAME, NAME/CONFIG or NAME:VERSION.
@@ -141,29 +130,30 @@ def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
     # TensorFlow's records stay; ours go beside them.
     directory = prepare.prepare(name, data_dir, folder='array_record')
     info = tfds.builder_from_directory(directory).info
-  found = {_SPLIT_NAMES.get(split, split): split for split in info.splits}
-  splits = {split: found[split] for split in SPLITS if split in found}
-  if not splits:
+  # Split -> its name in this data set.
+  names = {{'val': 'validation'}.get(key, key): key for key in info.splits}
+  names = {split: names[split] for split in SPLITS if split in names}
+  if not names:
     raise ValueError(
       f'tfds:{name}: expected one of the splits {", ".join(SPLITS)}, got '
       f'{", ".join(info.splits) or "none"}'
     )
-  for own in splits.values():
-    for path in info.splits[own].filepaths:
+  for key in names.values():
+    for path in info.splits[key].filepaths:
       if not os.path.exists(path):
         raise ValueError(
           f'{path} is missing; remove {directory} and prepare it again'
         )
-  return {split: TfdsSource(directory, own) for split, own in splits.items()}
+  return {split: TfdsSource(directory, key) for split, key in names.items()}
 
 
 def _find(name: str, data_dir: str) -> str | None:
-  """Returns the directory of a prepared data set, None if there is none."""
+  """Returns the directory of a prepared data set, or None."""
   try:
     builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
     return None
-  except Exception as error:  # of tfds, JSON, protobuf and the file system
+  except Exception as error:  # from tfds, JSON, protobuf, the file system
     reason = str(error).partition('\n')[0].rstrip('.')
     raise ValueError(
       f'cannot open tfds:{name} in {data_dir}: {reason}; expected NAME, '

@@ -1,8 +1,8 @@
 """Image transforms on the host: decoding, cropping, resampling.
 
 An image is uint8 [h, w, 3], RGB; a crop of it is uint8 [size, size, 3]. Every
-crop is taken in the coordinates of the source image and resampled once, bicubic
-with antialiasing; an image of the right size is returned as it is.
+crop is a box of the source image, resampled once, bicubic with antialiasing; a
+box of the right size is copied.
 """
 
 import functools
@@ -14,9 +14,9 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
 """Larger images are refused: they are decompression bombs or mistakes."""
-_MAX_WIDE_PIXELS = MAX_PIXELS // 4  # of 16 or 32 bits each
+_MAX_WIDE_PIXELS = MAX_PIXELS // 4  # with 16 or 32 bits per channel
 _COMMON = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # tried first
-# Need a program or a plugin beside Pillow, or hold no pictures.
+# Formats that need a program or plugin beside Pillow, or hold no pictures.
 _UNREADABLE = {'BUFR', 'EPS', 'FITS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
 _SRGB = ('sRGB', 'sRGB built-in', 'sRGB IEC61966-2.1')
 
@@ -34,7 +34,7 @@ def formats() -> tuple[str, ...]:
 
 @functools.cache
 def extensions() -> tuple[str, ...]:
-  """How the names of files in these formats end, in lower case."""
+  """Returns the file name extensions of `formats()`, in lower case."""
   known, read = Image.registered_extensions(), formats()
   return tuple(end for end in known if known[end] in read)
 
@@ -49,13 +49,14 @@ def decode_image(
   to 8, and an animation gives its first frame.
 
   Args:
-    data: in one of `formats()`.
-    name: what to call the image in an error.
-    shorter_side: to which the caller will shrink it, in pixels. A JPEG more
-      than twice as large is decoded several times faster at 1/2, 1/4 or 1/8.
+    data: a file in one of `formats()`.
+    name: name of the image in an error.
+    shorter_side: pixels to which the caller will shrink the shorter side. A
+      JPEG more than twice as large is decoded several times faster at 1/2, 1/4
+      or 1/8.
 
   Raises:
-    ImageError: it is corrupt, of another format, of float pixels, or has over
+    ImageError: it is corrupt, of another format, has float pixels, or more than
       `MAX_PIXELS` pixels, a quarter of that with 16 bits.
   """
   label = f'image {name!r}' if name else 'image'
@@ -65,8 +66,7 @@ def decode_image(
     with Image.open(io.BytesIO(data), formats=formats()) as image:
       if image.mode == 'F':
         raise ImageError(f'{label} has float pixels: expected integers')
-      wide = image.mode.startswith('I')
-      limit = _MAX_WIDE_PIXELS if wide else MAX_PIXELS
+      limit = _MAX_WIDE_PIXELS if image.mode.startswith('I') else MAX_PIXELS
       if image.width * image.height > limit:
         raise ImageError(
           f'{label} has {image.width} x {image.height} pixels: expected at '
@@ -80,7 +80,7 @@ def decode_image(
     raise
   except Exception as error:  # Pillow reports damage through a dozen types
     reason = ' '.join(str(error).split()) or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):  # which names an object
+    if isinstance(error, UnidentifiedImageError):  # its text is a Python object
       reason = 'it is in no format that Pillow reads'
     raise ImageError(f'{label} cannot be decoded: {reason}') from error
 
@@ -92,7 +92,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image) if turned else image
   except MemoryError:
     raise
-  except Exception:  # the pixels are intact even where the metadata is not
+  except Exception:  # the pixels are intact even if the metadata is not
     return image
 
 
@@ -149,8 +149,8 @@ def random_resized_crop(
   """Cuts out a box of random area and shape and resizes it (Inception crop).
 
   Its share of the image's area is drawn from `scale`, its width / height
-  log-uniformly from 3 / 4 to 4 / 3. After ten draws that do not fit into the
-  image it is the central square.
+  log-uniformly from 3 / 4 to 4 / 3. If ten draws do not fit into the image, the
+  central square is taken.
   """
   height, width = image.shape[:2]
   for _ in range(10):
@@ -169,7 +169,7 @@ def _resample(image, left, top, width, height, size: int) -> np.ndarray:
   """Resizes the box of `image` to a square of `size` pixels."""
   if width == height == size:
     return np.ascontiguousarray(image[top : top + size, left : left + size])
-  # A reducing gap of 3 is not told from the exact filter by eye or by PSNR.
+  # A reducing gap of 3 looks like the exact filter, by eye and by PSNR.
   resized = Image.fromarray(image).resize(
     (size, size),
     Image.Resampling.BICUBIC,

@@ -16,6 +16,7 @@ from PIL import Image
 from rvq_jax import metrics, sharding
 from rvq_jax.data import datasets, loaders
 from rvq_jax.data.images import prepare_images
+from rvq_jax.data.sources import SPLITS
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation import perceptual as perceptual_lib
 from rvq_jax.io import write_atomic
@@ -217,9 +218,9 @@ def format_table(result: dict, title: str) -> str:
 
 def _checked(workdir, split, images, output, save_images, perceptual) -> Path:
   """The folder to write to, once nothing speaks against the request."""
-  if split not in datasets.PARTS:
+  if split not in SPLITS:
     raise ValueError(
-      f'split: expected one of {", ".join(datasets.PARTS)}, got {split!r}'
+      f'split: expected one of {", ".join(SPLITS)}, got {split!r}'
     )
   if (save_images or perceptual) and jax.process_count() > 1:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""What a program sets before JAX starts its backend, for a run and all else."""
+"""Process-wide settings, applied before JAX starts its backend."""
 
 import ctypes
 import hashlib
@@ -10,36 +10,32 @@ import re
 from pathlib import Path
 
 import jax
+
+# Private: JAX has no public question about its backends that starts none.
 from jax._src.xla_bridge import backends_are_initialized
 
 DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
 
 
 def prepare_backend(*, share_gpus: bool = False) -> None:
-  """Keeps compiled programs on disk and freed memory; what users set wins.
+  """Caches compiled programs, keeps freed memory, warns of an unused GPU.
 
-  Programs are kept per kind of CPU, since home directories are shared. XLA:CPU
-  allocates its temporaries in each call: glibc would return them to the kernel,
-  and page faults would be a third of a step; the convolutions of YNNPACK, which
-  it calls unless told otherwise, cost another third (docs/scale.md). A GPU that
-  JAX cannot use is said in one line.
+  Settings of the user win. The cache has a folder per kind of CPU, because
+  machines may share a home directory. XLA:CPU allocates its temporaries in each
+  call: glibc would return them to the kernel, and page faults would take a
+  third of a step. YNNPACK's convolutions, XLA's default, cost another third
+  (docs/scale.md).
 
   Args:
-    share_gpus: take GPU memory when it is needed, not three quarters of it at
-      the start, so that PyTorch finds some in the same process.
+    share_gpus: take GPU memory as needed, not three quarters of it at the
+      start, and leave some to PyTorch in the same process.
   """
   if share_gpus:
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   # Without a home directory `~` stays.
   if not jax.config.jax_compilation_cache_dir and os.path.isabs(home):
-    info = Path('/proc/cpuinfo')
-    text = info.read_text() if info.exists() else ''
-    flags_of_cpu = re.search('^flags.*|$', text, re.M)[0].encode()
-    kind = (
-      f'{platform.machine()}-{hashlib.sha256(flags_of_cpu).hexdigest()[:8]}'
-    )
-    folder = Path(home, 'rvq_jax', 'compiled', kind)
+    folder = Path(home, 'rvq_jax', 'compiled', _kind_of_cpu())
     jax.config.update('jax_compilation_cache_dir', str(folder))
   option = '--xla_cpu_experimental_ynn_fusion_type='
   flags = os.environ.get('XLA_FLAGS', '')
@@ -49,49 +45,55 @@ def prepare_backend(*, share_gpus: bool = False) -> None:
   on_cpu = (jax.config.jax_platforms or ('' if plugins else 'cpu')) == 'cpu'
   chosen = re.search('MALLOC_|GLIBC_TUNABLES', ' '.join(os.environ))
   if on_cpu and not chosen and platform.libc_ver()[0] == 'glibc':
-    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of malloc.h; one arena,
-    # because those of threads cannot grow beyond 64 MiB.
+    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX in malloc.h. One arena,
+    # because a thread's arena cannot grow beyond 64 MiB.
     for option in ((-4, 0), (-1, -1), (-8, 1)):
       ctypes.CDLL(None).mallopt(*option)
   gpu = any(Path('/proc/driver/nvidia/gpus').glob('*'))
-  advice = '' if jax.config.jax_platforms else gpu_advice(gpu)
-  if advice:
+  if not jax.config.jax_platforms and (advice := gpu_advice(gpu)):
     logging.warning('%s', advice)
 
 
-def gpu_advice(gpu: bool) -> str:
-  """What to install where JAX cannot use an NVIDIA GPU; '' if it can.
+def _kind_of_cpu() -> str:
+  info = Path('/proc/cpuinfo')
+  text = info.read_text() if info.exists() else ''
+  flags = re.search('^flags.*|$', text, re.M)[0].encode()
+  return f'{platform.machine()}-{hashlib.sha256(flags).hexdigest()[:8]}'
 
-  JAX leaves a plugin of another version than jaxlib aside, and runs on the CPU.
+
+def gpu_advice(gpu: bool) -> str:
+  """What to install if JAX cannot use an NVIDIA GPU; '' if it can.
+
+  JAX ignores a plugin whose version differs from jaxlib's and uses the CPU.
 
   Args:
-    gpu: whether the machine has one.
+    gpu: whether the machine has an NVIDIA GPU.
   """
-  jaxlib, others = importlib.metadata.version('jaxlib'), ''
+  jaxlib, mismatch = importlib.metadata.version('jaxlib'), ''
   for cuda in ('cuda12', 'cuda13'):
     try:
-      found = importlib.metadata.version(f'jax-{cuda}-plugin')
+      plugin = importlib.metadata.version(f'jax-{cuda}-plugin')
     except importlib.metadata.PackageNotFoundError:
       continue
-    if found == jaxlib:
+    if plugin == jaxlib:
       return ''
-    others = (
-      f'jax-{cuda}-plugin {found} does not fit jaxlib {jaxlib}, so that JAX '
+    mismatch = (
+      f'jax-{cuda}-plugin {plugin} does not fit jaxlib {jaxlib}, so that JAX '
       f'sees no GPU: pip install "jax[{cuda}]=={jaxlib}"'
     )
-  if others or not gpu:
-    return others
+  if mismatch or not gpu:
+    return mismatch
   return (
     'this machine has an NVIDIA GPU that JAX does not see: pip install '
-    f'"jax[cuda12]=={jaxlib}", or cuda13, whichever the driver has'
+    f'"jax[cuda12]=={jaxlib}", or cuda13, whichever the driver supports'
   )
 
 
 def make_deterministic() -> None:
-  """Has XLA compile programs for GPUs without atomics in an unknown order.
+  """Has XLA use no atomics on GPUs, which add in an unknown order.
 
   Raises:
-    ValueError: JAX has started its backend, and with it read XLA_FLAGS.
+    ValueError: JAX has started its backend, so XLA_FLAGS was read before.
   """
   flags = os.environ.get('XLA_FLAGS', '')
   if DETERMINISTIC in flags.split():

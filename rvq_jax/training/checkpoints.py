@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,11 @@ from jax.experimental import multihost_utils
 from rvq_jax.io import tree_digest
 from rvq_jax.training.state import TrainState
 
+# Two private facts of Orbax: the suffix of a step that is being written, and
+# the file of the JSON item, which a half deleted step may lack.
+_UNFINISHED = ocp.path.atomicity.TMP_DIR_SUFFIX
+_META_FILE = 'meta/metadata'
+
 
 class DamagedError(ValueError):
   """A checkpoint cannot be read, or is not what was saved."""
@@ -29,10 +33,10 @@ class Checkpoints:
 
   Each holds three items: `model` (params, batch_stats, codebook, averages),
   `optimizer` (the rest of the state) and `meta` (JSON: config, data position,
-  score, and the digests of the other items and of itself). Readers check what
-  they read. The newest `keep` steps stay, and the one with the lowest score.
-  Saves are asynchronous; leaving the context manager waits for the last one,
-  except after a KeyboardInterrupt. All processes must see the directory.
+  score, and the digests of all three). Every read checks the digest. The newest
+  `keep` steps stay, and the one with the lowest score. Saves are asynchronous;
+  leaving the context manager waits for the last one, except after a
+  KeyboardInterrupt. All processes must see the directory.
 
   Args:
     workdir: directory of the run.
@@ -42,36 +46,30 @@ class Checkpoints:
 
   def __init__(self, workdir, *, keep: int = 2, read_only: bool = False):
     self._path = Path(workdir).resolve() / 'checkpoints'
-    self._read_only, self._keep = read_only, keep
+    self._read_only = read_only
     self._on_first_process(self._remove_unfinished)
     self._manager = ocp.CheckpointManager(
       self._path,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=self,
+        preservation_policy=_NewestAndBest(keep, self._best),
         create=not read_only,
         read_only=read_only,
         lightweight_initialize=True,
       ),
-      item_handlers={
-        'model': ocp.StandardCheckpointHandler(),
-        'optimizer': ocp.StandardCheckpointHandler(),
-        'meta': ocp.JsonCheckpointHandler(),
-      },
     )
 
   def __enter__(self):
     return self
 
   def __exit__(self, kind, *_):
-    # Whoever interrupts twice does not want to wait, and the save of several
-    # processes would wait for one that is gone.
+    # Do not wait for a save after a second Ctrl-C, or if a process is lost.
     if kind is KeyboardInterrupt or (kind and jax.process_count() > 1):
       return
     try:
       self._manager.wait_until_finished()
       self._manager.close()
     finally:
-      # What a full disk left unfinished only makes it fuller.
+      # On a full disk, an unfinished save takes room.
       if not self._read_only and jax.process_index() == 0:
         self._remove_unfinished()
 
@@ -84,34 +82,25 @@ class Checkpoints:
     """The step that a number, 'best' or None (the newest) means.
 
     Raises:
-      FileNotFoundError: it does not exist; lists those that do.
+      FileNotFoundError: it does not exist; lists the steps that do.
     """
-    steps, found = self.steps, step
-    if step is None:
-      found = max(steps, default=None)
-    elif step == 'best':
-      found = self._best(steps)
-    if found not in steps:
+    steps, number = self.steps, step
+    if step in (None, 'best'):
+      number = self._best(steps) if step else max(steps, default=None)
+    if number not in steps:
       raise FileNotFoundError(
         f'expected a checkpoint of step {step or "any"} in {self._path}, found '
         f'steps {steps or "none"}'
       )
-    return found
+    return number
 
-  def save(
-    self,
-    state: TrainState,
-    *,
-    config: dict[str, Any],
-    position: dict[str, Any],
-    score: float | None = None,
-  ) -> None:
-    """Starts saving a state; a step that exists already is left alone.
+  def save(self, state: TrainState, *, config, position, score=None) -> None:
+    """Starts saving a state, unless its step is saved already.
 
     Args:
       state: the state, with its step.
-      config: JSON values.
-      position: of the data loader.
+      config: dictionary of JSON values.
+      position: the same, from the data loader.
       score: validation mse, if the state was evaluated.
     """
     step = int(state.step)
@@ -124,46 +113,35 @@ class Checkpoints:
     meta['digests'] = {name: tree_digest(item) for name, item in items.items()}
     meta['digest'] = _json_digest(meta)
     self._scores[step] = score
-    saved = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        meta=ocp.args.JsonSave(meta),
-        **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-      ),
-      force=True,
-    )
-    if not saved:
+    args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args)
+    if not self._manager.save(step, args=args, force=True):
       raise RuntimeError(f'the checkpoint of step {step} was not saved')
 
   def meta(self, step: int) -> dict[str, Any]:
     """Config, position, score and digests; ValueError if damaged."""
-    is_sound = lambda meta: meta['digest'] == _json_digest(meta)  # noqa: E731
+
+    def is_sound(meta):
+      return meta['digest'] == _json_digest(meta)
+
     return self._read(step, 'meta', ocp.args.JsonRestore(), is_sound)
 
   def restore(self, state: TrainState, step: int) -> TrainState:
-    """The state of a step that exists; ValueError if damaged.
+    """The state of a step; ValueError if damaged.
 
     Args:
-      state: a state, or its `jax.eval_shape` with shardings: the structure,
+      state: a state, or its `jax.eval_shape` with shardings: gives structure,
         shapes, dtypes and placement.
-      step: the step.
+      step: a step that exists.
     """
-    digests = self.meta(step)['digests']
-    model, optimizer = (
-      self._read_arrays(step, name, jax.tree.map(_abstract, item), digests)
-      for name, item in _items(state).items()
-    )
-    return TrainState(**{'averages': None} | model | optimizer)
+    fields = {'averages': None}
+    for name, item in _items(state).items():
+      fields |= self._read_arrays(step, name, jax.tree.map(_abstract, item))
+    return TrainState(**fields)
 
   def restore_model(self, abstract: dict[str, Any], step: int):
-    """The item `model` alone; ValueError if damaged.
-
-    Args:
-      abstract: tree of `jax.ShapeDtypeStruct` with shardings.
-      step: the step.
-    """
-    digests = self.meta(step)['digests']
-    return self._read_arrays(step, 'model', abstract, digests)
+    """Reads only the item `model`, into a tree of abstract arrays."""
+    return self._read_arrays(step, 'model', abstract)
 
   def restore_newest(
     self, state: TrainState, check: Callable[[dict], None]
@@ -174,10 +152,10 @@ class Checkpoints:
 
     Args:
       state: see `restore`.
-      check: called with the meta of a step before its state is read.
+      check: is called with the meta of a step before its state is read.
 
     Raises:
-      ValueError: no checkpoint is sound, or what `check` raises; nothing is
+      ValueError: no checkpoint is sound, or `check` raises it. No file is
         changed then.
     """
     damaged = {}
@@ -199,16 +177,9 @@ class Checkpoints:
       )
     return None
 
-  def should_preserve(self, checkpoints, *, context) -> list[bool]:
-    """Tells Orbax which steps stay: the newest and the best."""
-    del context
-    steps = [info.step for info in checkpoints]
-    keep = {*steps[-self._keep :], self._best(steps)}
-    return [step in keep for step in steps]
-
   @functools.cached_property
   def _scores(self) -> dict[int, float | None]:
-    """Step -> its score, of the steps whose meta is sound."""
+    """Step -> score, for the steps whose meta is sound."""
     scores = {}
     for step in self.steps:
       try:
@@ -221,54 +192,74 @@ class Checkpoints:
     scored = [s for s in steps if self._scores.get(s) is not None]
     return min(scored, key=self._scores.get, default=None)
 
-  def _read_arrays(self, step, item, abstract, digests):
-    is_sound = lambda tree: tree_digest(tree) == digests[item]  # noqa: E731
+  def _read_arrays(self, step, item, abstract):
+    digest = self.meta(step)['digests'][item]
     args = ocp.args.StandardRestore(abstract)
-    return self._read(step, item, args, is_sound)
+    return self._read(step, item, args, lambda x: tree_digest(x) == digest)
 
   def _read(self, step, item, args, is_sound):
-    """An item as Orbax reads it; whatever goes wrong counts as damage."""
+    """Reads an item; any exception on the way counts as damage."""
     try:
       args = ocp.args.Composite(**{item: args})
-      found = self._manager.restore(step, args=args)[item]
-      fault = None if is_sound(found) else 'is not what was saved'
+      content = self._manager.restore(step, args=args)[item]
+      if is_sound(content):
+        return content
+      reason = 'is not what was saved'
     except Exception as error:
-      reason = ' '.join(str(error).split())[:200].replace(';', ',')
-      fault = f'cannot be read ({reason or type(error).__name__})'
-    if fault:
-      others = ', '.join(str(s) for s in self.steps if s != step) or 'none'
-      raise DamagedError(
-        f'the checkpoint of step {step} in {self._path} is damaged: {item} '
-        f'{fault}; load another step (there are: {others}), or resume the run, '
-        'which starts from the newest sound one'
-      )
-    return found
+      text = ' '.join(str(error).split())[:200].replace(';', ',')
+      reason = f'cannot be read ({text or type(error).__name__})'
+    others = ', '.join(str(s) for s in self.steps if s != step) or 'none'
+    raise DamagedError(
+      f'the checkpoint of step {step} in {self._path} is damaged: {item} '
+      f'{reason}; load another step (there are: {others}), or resume the run, '
+      'which starts from the newest sound one'
+    )
 
   def _on_first_process(self, change: Callable[[], None]) -> None:
-    """Changes the directory once; the other processes wait for it."""
-    if not self._read_only and jax.process_index() == 0:
+    """Has the first process change the directory; the others wait."""
+    if self._read_only:
+      return
+    if jax.process_index() == 0:
       change()
-    if not self._read_only and jax.process_count() > 1:
+    if jax.process_count() > 1:
       multihost_utils.sync_global_devices('rvq_jax: checkpoints changed')
 
   def _remove_unfinished(self) -> None:
-    """Removes what a killed process left half written or half deleted."""
-    gone = [*self._path.glob(f'*{ocp.path.atomicity.TMP_DIR_SUFFIX}*')]
+    """Removes steps that a killed process had half written or half deleted."""
+    partial = [*self._path.glob(f'*{_UNFINISHED}*')]
     steps = [p for p in self._path.glob('*') if p.name.isdecimal()]
-    steps.sort(key=lambda path: int(path.name))  # the newest is never deleted
-    gone += [p for p in steps[:-1] if not (p / 'meta/metadata').exists()]
-    for path in gone:
+    steps.sort(key=lambda path: int(path.name))  # Orbax never deletes the last
+    partial += [p for p in steps[:-1] if not (p / _META_FILE).exists()]
+    for path in partial:
       shutil.rmtree(path, ignore_errors=True)
 
   def _quarantine(self, damaged: dict[int, str], resumed: int) -> None:
+    """Moves damaged steps, given with their messages, to WORKDIR/corrupt."""
     for step, message in damaged.items():
       target = self._path.parent / 'corrupt' / str(step)
       shutil.rmtree(target, ignore_errors=True)
       target.parent.mkdir(exist_ok=True)
-      os.rename(self._path / str(step), target)
+      (self._path / str(step)).rename(target)
       logging.warning(
         '%s; moved to %s, resuming from step %d', message, target, resumed
       )
+
+
+class _NewestAndBest:
+  """Which steps Orbax keeps: the newest `keep`, and `best` of all.
+
+  Its own BestN takes scores from a file without a digest: a flipped byte could
+  delete the best step. `best` looks at sound scores only.
+  """
+
+  def __init__(self, keep: int, best: Callable[[list[int]], int | None]):
+    self._keep, self._best = keep, best
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    steps = [info.step for info in checkpoints]
+    kept = {*steps[-self._keep :], self._best(steps)}
+    return [step in kept for step in steps]
 
 
 def has_checkpoints(workdir) -> bool:
@@ -278,7 +269,7 @@ def has_checkpoints(workdir) -> bool:
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
-  """The state as Orbax items: what evaluation needs, and the rest."""
+  """The state as Orbax items: `model`, which evaluation needs, and the rest."""
   model = dict(state.variables)
   if state.averages is not None:
     model['averages'] = state.averages
@@ -289,7 +280,7 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
 
 
 def _json_digest(meta: dict[str, Any]) -> str:
-  """SHA-256 of the JSON of `meta`, its own digest left out."""
+  """SHA-256 of the JSON of `meta` without its own digest."""
   rest = {name: x for name, x in meta.items() if name != 'digest'}
   return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

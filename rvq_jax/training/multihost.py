@@ -6,10 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-_LOST = re.compile(
-  'gloo|nccl|unavailable|deadline.exceeded|heartbeat|connection|barrier',
-  re.IGNORECASE,
-)
+_CAUSES = 'gloo|nccl|unavailable|deadline.exceeded|heartbeat|connection|barrier'
 
 
 def initialize(
@@ -22,11 +19,12 @@ def initialize(
   """Joins the other processes of the run; call before any device is used.
 
   Args:
-    coordinator: HOST:PORT of process 0. Without it and the next two JAX asks
-      the scheduler, SLURM for one.
-    num_processes: of the run.
-    process_id: of this process, from 0.
-    lost_after: seconds of silence after which a process is lost, and the run.
+    coordinator: HOST:PORT of process 0. Without it and the next two, JAX asks
+      the scheduler, such as SLURM.
+    num_processes: number of processes in the run.
+    process_id: number of this process, from 0.
+    lost_after: seconds of silence after which a process counts as lost, which
+      ends the run.
 
   Raises:
     ValueError: an argument is missing or out of range, or there is no
@@ -48,7 +46,7 @@ def initialize(
   if lost_after < 10:
     raise ValueError(f'--lost_after: expected at least 10 s, got {lost_after}')
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  # Its handler would keep SIGTERM from `StopSignal`.
+  # JAX's own handler would keep SIGTERM from `StopSignal`.
   jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
@@ -66,16 +64,16 @@ def initialize(
 
 
 def largest(value: int) -> int:
-  """The largest of the processes' values; all must call it at one step."""
+  """The largest value of all processes, which must call it at the same step."""
   if jax.process_count() == 1:
     return value
   return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
 def peer_is_lost(error: BaseException) -> bool:
-  """Whether an error says that another process is gone or out of reach."""
+  """Whether an error means that another process is gone or unreachable."""
   return (
     isinstance(error, jax.errors.JaxRuntimeError)
     and jax.process_count() > 1
-    and bool(_LOST.search(str(error)))
+    and re.search(_CAUSES, str(error), re.IGNORECASE) is not None
   )

@@ -5,7 +5,7 @@ import threading
 
 import jax
 
-from rvq_jax.data.loaders import STOP_SIGNALS
+from rvq_jax.data.workers import STOP_SIGNALS
 from rvq_jax.training import multihost
 
 
@@ -13,9 +13,9 @@ class StopSignal:
   """Turns SIGTERM, SIGUSR1, SIGUSR2, SIGHUP and SIGINT into a request to stop.
 
   The loop finishes its step, saves and exits with 128 + the signal's number; a
-  second SIGINT interrupts at once. A signal that is ignored already, as SIGHUP
-  under nohup, stays ignored. Outside the main thread nothing changes. If one of
-  several processes is signalled, all stop at the same step.
+  second SIGINT interrupts at once. A signal that is ignored already stays
+  ignored, such as SIGHUP under nohup. Outside the main thread nothing changes.
+  If one of several processes gets a signal, all stop at the same step.
 
   Attributes:
     exit_code: exit code of the program once the run is to stop, or None.
@@ -39,17 +39,16 @@ class StopSignal:
       signal.signal(number, handler)
 
   def agreed(self, *, ask: bool) -> bool:
-    """Whether to stop after this step, the same answer in every process.
+    """Whether to stop after this step; the same answer in every process.
 
     Args:
-      ask: ask the other processes, by a collective, at the same step in each.
+      ask: ask the other processes by a collective, at the same step in each.
     """
     if ask and not self._alone:
       self.exit_code = multihost.largest(self._received) or None
     return self.exit_code is not None
 
-  def _request(self, number, frame):
-    del frame
+  def _request(self, number, _):
     if self._received and number == signal.SIGINT:
       raise KeyboardInterrupt
     self._received = 128 + number

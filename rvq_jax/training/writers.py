@@ -1,18 +1,15 @@
-"""What a run reports: metric files, TensorBoard events, progress.
+"""Metric files, TensorBoard events and progress of a run.
 
 The writers have the method names of `clu.metric_writers`, whose own writers
 import TensorFlow.
 """
 
 import contextlib
-import errno
-import itertools
 import json
 import logging
 import math
-import shutil
+import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +25,8 @@ class JsonlWriter:
 
   Args:
     workdir: directory of the run.
-    start_step: lines of later steps, left by a run that was cut off after its
-      last checkpoint, are dropped.
+    start_step: drops lines of later steps, which a run wrote after its last
+      checkpoint.
   """
 
   def __init__(self, workdir, *, start_step: int = 0):
@@ -50,68 +47,62 @@ class JsonlWriter:
 class TensorBoardWriter:
   """Writes TensorBoard events to WORKDIR/tensorboard.
 
+  It takes the formats of tensorboardX but not its SummaryWriter, which writes
+  in a thread, where a full disk goes unnoticed.
+
   Args:
     workdir: directory of the run.
-    start_step: events of later steps are marked as superseded.
+    start_step: TensorBoard hides older events of later steps.
   """
 
   def __init__(self, workdir, *, start_step: int = 0):
-    import tensorboardX  # half a second; only runs that train need it
+    # Half a second; only runs that train need it.
+    from tensorboardX import record_writer, summary
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    self._folder = Path(workdir) / 'tensorboard'
-    self._writer = tensorboardX.SummaryWriter(
-      str(self._folder), purge_step=start_step + 1
-    )
-    self._events = self._writer.file_writer.event_writer
+    self._summary, self._event = summary, Event
+    folder = Path(workdir) / 'tensorboard'
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}'
+    self._file = record_writer.RecordWriter(str(folder / name))
+    self.flush, self.close = self._file.flush, self._file.close
+    start = SessionLog(status=SessionLog.START)
+    self._write(file_version='brain.Event:2')
+    self._write(step=start_step + 1, session_log=start)
 
   def write_scalars(self, step: int, scalars) -> None:
     """Writes {name: number}."""
-    self._add(self._writer.add_scalar, step, scalars)
+    for name, value in scalars.items():
+      self._write(step=step, summary=self._summary.scalar(name, value))
 
   def write_images(self, step: int, images) -> None:
     """Writes {name: uint8 [h, w, 3]}."""
-    self._add(self._writer.add_image, step, images, dataformats='HWC')
+    for name, image in images.items():
+      image = self._summary.image(name, image, dataformats='HWC')
+      self._write(step=step, summary=image)
 
   def write_histograms(self, step: int, arrays) -> None:
     """Writes {name: array [n]}."""
-    self._add(self._writer.add_histogram, step, arrays)
+    for name, values in arrays.items():
+      histogram = self._summary.histogram(name, values, bins=64)
+      self._write(step=step, summary=histogram)
 
-  def flush(self) -> None:
-    """Hands what was written to the operating system."""
-    self._check()
-    self._writer.flush()
-
-  def close(self) -> None:
-    """Flushes and closes the file, unless it could not be written."""
-    try:
-      if self._events._worker.is_alive():
-        self._writer.close()
-    finally:
-      self._events._closed = True  # else tensorboardX tries again at exit
-
-  def _add(self, add, step, values, **options):
-    self._check()
-    for name, value in values.items():
-      add(name, value, step, **options)
-
-  def _check(self):
-    # tensorboardX's thread ends at its first error; whoever hands it more
-    # events then waits forever.
-    if not self._events._worker.is_alive():
-      self._events._event_queue.cancel_join_thread()
-      full = shutil.disk_usage(self._folder).free < 2**20
-      raise OSError(
-        errno.ENOSPC if full else errno.EIO,
-        'TensorBoard events could not be written',
-        str(self._folder),
-      )
+  def _write(self, **fields) -> None:
+    event = self._event(wall_time=time.time(), **fields)
+    self._file.write(event.SerializeToString())
 
 
 class MultiWriter:
-  """Sends every call to each of several writers that know it."""
+  """Passes every call to each of the writers that have the method."""
 
   def __init__(self, writers):
     self._writers = tuple(writers)
+
+  def close(self) -> None:
+    """Closes all of them, even if the disk is too full for one."""
+    with contextlib.ExitStack() as stack:
+      for writer in self._writers:
+        stack.callback(writer.close)
 
   def __getattr__(self, method):
     def call_each(*arguments):
@@ -125,8 +116,8 @@ class MultiWriter:
 def read_jsonl(path) -> list[dict]:
   """The lines of a metrics file.
 
-  A line that is no JSON object with an integer 'step' is left out, with one
-  warning for all of them, but for a last line that was cut off.
+  Lines that are no JSON object with an integer 'step' are left out, with one
+  warning for all; the last line may be cut off.
   """
   *lines, last = Path(path).read_text('utf-8', 'replace').split('\n')
   records = [_parsed(line) for line in lines]
@@ -134,9 +125,7 @@ def read_jsonl(path) -> list[dict]:
     first = records.index(None) + 1
     logging.warning(
       '%s: left out %d damaged lines, the first is line %d',
-      path,
-      damaged,
-      first,
+      *(path, damaged, first),
     )
   return [record for record in [*records, _parsed(last)] if record is not None]
 
@@ -150,34 +139,23 @@ def _parsed(line: str) -> dict | None:
   return record if type(step) is int else None
 
 
-def shows_bars() -> bool:
-  """Whether standard error is a terminal or a notebook's."""
-  return sys.stderr.isatty() or 'ipykernel' in sys.modules
-
-
-def logs_above_bars() -> contextlib.AbstractContextManager:
-  """While it is open, what is logged goes above tqdm's bars, not into them."""
-  if shows_bars():
-    return logging_redirect_tqdm()
-  return contextlib.nullcontext()
-
-
 class Progress:
-  """Reports the steps of a run: a bar on a terminal or in a notebook, or lines.
+  """Reports the steps of a run by a bar (terminal, notebook) or by lines.
 
-  Use as a context manager.
+  Use it as a context manager. Log lines go above the bar, not into it.
   """
 
   def __init__(self, start: int, num_steps: int, batch_size: int):
     self._num_steps, self._batch_size = num_steps, batch_size
     self._step, self._since = start, time.monotonic()
-    self._logs = logs_above_bars()
+    lines = not (sys.stderr.isatty() or 'ipykernel' in sys.modules)
+    self._logs = contextlib.nullcontext() if lines else logging_redirect_tqdm()
     self._bar = tqdm.tqdm(
       total=num_steps,
       initial=start,
       unit='step',
       dynamic_ncols=True,
-      disable=not shows_bars(),
+      disable=lines,
       bar_format='{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} '
       '[{elapsed}<{remaining}]{postfix}',
     )
@@ -191,41 +169,22 @@ class Progress:
     self._logs.__exit__(*error)
 
   def advance(self) -> None:
-    """A step was handed to the devices."""
+    """Counts a step that the devices were given."""
     self._bar.update()
 
   @contextlib.contextmanager
   def compiling(self) -> Iterator[None]:
-    """Says so while a step is compiled: a spinner, or a line."""
-    with self.paused(), self._spinning():
-      yield
-
-  @contextlib.contextmanager
-  def _spinning(self):
+    """Says that a step is compiled; the time does not count as training."""
     if self._bar.disable:
       logging.info('compiling the train step')
+    self._bar.set_description_str('compiling the train step ')
+    with self.paused():
       yield
-      return
-    done = threading.Event()
-
-    def spin():
-      for mark in itertools.cycle('|/-\\'):
-        self._bar.set_description_str(f'compiling the train step {mark} ')
-        if done.wait(0.2):
-          return
-
-    thread = threading.Thread(target=spin, daemon=True)
-    thread.start()
-    try:
-      yield
-    finally:
-      done.set()
-      thread.join()
-      self._bar.set_description_str('')
+    self._bar.set_description_str('')
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Time in here is not training."""
+    """The time inside does not count as training."""
     start = time.monotonic()
     yield
     self._since += time.monotonic() - start
@@ -241,7 +200,7 @@ class Progress:
       waited: seconds in which the devices had no data.
 
     Returns:
-      images_per_second, and data_wait: the share of the time that was waited.
+      images_per_second, and data_wait: `waited` as a share of the time.
     """
     now = time.monotonic()
     seconds = max(now - self._since, 1e-9)
@@ -257,8 +216,8 @@ class Progress:
     if wait > 0.05:
       parts[-1] += f' ({wait:.0%} waiting for data)'
     # The bar has less room than a line.
-    shown = [p for p in parts if not p.startswith(('loss', 'perplexity'))]
-    self._bar.set_postfix_str('  '.join(shown))
+    short = [p for p in parts if not p.startswith(('loss', 'perplexity'))]
+    self._bar.set_postfix_str('  '.join(short))
     if self._bar.disable:
       left = tqdm.tqdm.format_interval((self._num_steps - step) * per_step)
       text = '  '.join([*parts, f'{left} left'])
@@ -266,7 +225,7 @@ class Progress:
     return {'images_per_second': speed, 'data_wait': wait}
 
   def say(self, text: str) -> None:
-    """One line of text, above the bar if there is one."""
+    """Shows one line of text, above the bar if there is one."""
     if self._bar.disable:
       logging.info('%s', text)
     else:

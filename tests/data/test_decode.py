@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+from errors import one_line
 from PIL import Image, ImageCms
 
 from rvq_jax.data.transforms import ImageError, decode_image
@@ -143,27 +144,6 @@ def test_animation_gives_its_first_frame(fmt):
   assert (decode_image(data) == [255, 0, 0]).all()
 
 
-@pytest.mark.parametrize(
-  'width, height, bits, kind, limit',
-  [
-    (2**14, 2**13, 8, 2, 'exceeds limit'),  # Pillow's own
-    (2**13 + 1, 2**13, 8, 2, 'expected at most 67108864'),
-    (2**12 + 1, 2**12, 16, 0, 'expected at most 16777216'),
-  ],
-)
-def test_a_huge_header_is_refused_before_decoding(
-  width, height, bits, kind, limit
-):
-  with pytest.raises(ImageError, match=f"'bomb' .*{limit}"):
-    decode_image(_png(width, height, bits, kind, b''), name='bomb')
-
-
-def test_float_pixels_are_refused():
-  data = _encode(Image.fromarray(np.ones((4, 4), np.float32)), 'TIFF')
-  with pytest.raises(ImageError, match='float pixels'):
-    decode_image(data)
-
-
 def _swapped_profile():
   """An sRGB profile with red and green exchanged, under another name."""
   data = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
@@ -188,22 +168,28 @@ def test_a_colour_profile_is_converted_to_srgb(mode, profile, expected):
   assert np.abs(decoded.astype(int) - expected).max() <= 1
 
 
-DAMAGE = {
-  'empty': b'',
-  'text': b'this is not an image\n' * 10,
-  'jpeg magic only': b'\xff\xd8\xff',
-  'postscript': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n',
+FLOAT = _encode(Image.fromarray(np.ones((4, 4), np.float32)), 'TIFF')
+REFUSED = {
+  'empty': (b'', 'is empty'),
+  'text': (b'this is not an image\n' * 10, 'no format that Pillow reads'),
+  'jpeg magic only': (b'\xff\xd8\xff', 'cannot be decoded'),
+  'postscript': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'no f'),
+  'float': (FLOAT, 'float pixels'),
+  # Huge headers, before anything is decoded; the first limit is Pillow's own.
+  'bomb': (_png(2**14, 2**13, 8, 2, b''), 'exceeds limit'),
+  'large': (_png(2**13 + 1, 2**13, 8, 2, b''), 'expected at most 67108864'),
+  'wide': (_png(2**12 + 1, 2**12, 16, 0, b''), 'expected at most 16777216'),
 } | {
-  f'truncated {fmt}': _encode(Image.fromarray(_rgb(64, 64)), fmt)[:-400]
+  fmt: (_encode(Image.fromarray(_rgb(64, 64)), fmt)[:-400], 'cannot be decoded')
   for fmt in ('JPEG', 'PNG', 'WEBP', 'GIF')
 }
 
 
-@pytest.mark.parametrize('kind', DAMAGE)
+@pytest.mark.parametrize('kind', REFUSED)
 def test_damage_is_an_image_error_that_names_the_image(kind):
-  with pytest.raises(ImageError, match="'train/7'") as error:
-    decode_image(DAMAGE[kind], name='train/7')
-  assert '\n' not in str(error.value)
+  data, message = REFUSED[kind]
+  with one_line(f"'train/7' .*{message}", ImageError):
+    decode_image(data, name='train/7')
 
 
 # Pillow warns about the block; here that is the expected outcome.

@@ -9,9 +9,10 @@ import time
 
 import numpy as np
 import pytest
+from errors import one_line
 from PIL import Image
 
-from rvq_jax.data import decoding, loaders
+from rvq_jax.data import decoding, loaders, workers
 from rvq_jax.data.folders import open_folder
 from rvq_jax.data.loaders import eval_batches, make_train_loader
 
@@ -55,9 +56,8 @@ def test_epochs_are_different_permutations(make, ids, in_memory, n):
   loader = make(n, in_memory=in_memory)
   steps = loader.steps_per_epoch
   assert (loader.num_examples, steps) == (n, n // 4)
-  epochs = [
-    sum((ids(next(loader)) for _ in range(steps)), []) for _ in range(8)
-  ]
+  batches = [[ids(next(loader)) for _ in range(steps)] for _ in range(8)]
+  epochs = [sum(epoch, []) for epoch in batches]
   assert all(len(set(epoch)) == 4 * steps for epoch in epochs)
   assert set().union(*epochs) == set(range(n))
   assert len(set(map(tuple, epochs))) == 8
@@ -89,9 +89,8 @@ def test_resuming_gives_the_identical_batches(make, make_source, kind, steps):
 def test_processes_share_each_batch_without_loss(make, make_source, kind):
   source = make_source(13, height=20, width=30)
   whole = make(source, **kind)
-  one, two = (
-    make(source, process_index=i, process_count=2, **kind) for i in (0, 1)
-  )
+  shares = [{'process_index': i, 'process_count': 2} for i in (0, 1)]
+  one, two = (make(source, **share, **kind) for share in shares)
   for _ in range(7):
     joined = np.concatenate([next(one)['image'], next(two)['image']])
     np.testing.assert_array_equal(joined, next(whole)['image'])
@@ -101,9 +100,8 @@ def test_processes_share_each_batch_without_loss(make, make_source, kind):
 @pytest.mark.parametrize('n', [11, 9])
 def test_a_position_in_another_set_is_refused(make, in_memory, n):
   loader, other = (make(n, in_memory=in_memory) for n in (10, n))
-  with pytest.raises(ValueError, match=f'has {n} images .* had 10') as caught:
+  with one_line(f'has {n} images .* had 10'):
     other.seek(loader.position())
-  assert '\n' not in str(caught.value)
 
 
 @both
@@ -125,31 +123,30 @@ def test_crops_of_one_image_differ_between_epochs(make, tmp_path):
     assert len({image.tobytes() for image in _take(loader, 8)}) > 5
 
 
-@both
-def test_a_corrupt_image_is_left_out_and_named(make, ids, caplog, in_memory):
-  loader = make(100, bad=[7], in_memory=in_memory)
-  assert loader.num_examples == (99 if in_memory else 100)
+@pytest.mark.parametrize('kind', [*KINDS[:2], {'num_workers': 1}], ids=str)
+def test_a_corrupt_image_is_left_out_and_named(make, ids, caplog, kind):
+  loader = make(100, bad=[7], **{'in_memory': False, **kind})
+  assert loader.num_examples == (99 if kind.get('in_memory') else 100)
   seen = sum((ids(next(loader)) for _ in range(75)), [])
   assert set(seen) == set(range(100)) - {7}
-  assert caplog.text.count('left out image 00007.png') == 1
-  assert 'cannot be decoded' in caplog.text
+  [message] = caplog.messages
+  reason = "image '00007.png' cannot be decoded: "
+  assert message.startswith(f'left out image 00007.png: {reason}')
 
 
 @both
 @pytest.mark.parametrize('n, bad', [(20, [2]), (100, [2, 90])])
 def test_over_one_percent_corrupt_ends_the_run(make, n, bad, in_memory):
-  with pytest.raises(ValueError, match=f'{len(bad)} of {n} images') as caught:
+  with one_line(f'{len(bad)} of {n} images'):
     _take(make(n, bad=bad, in_memory=in_memory), n // 4)
-  assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize('num_workers', [0, 1])
 def test_four_unreadable_records_in_a_row_are_an_oserror(make, num_workers):
   loader = make(8, bad=range(8), in_memory=False, num_workers=num_workers)
-  with pytest.raises(OSError, match=r'4 records .* \(0000\d.png: ') as caught:
+  message = r'4 records .* \(0000\d.png: .* resumes from the last checkpoint'
+  with one_line(message, OSError):
     next(loader)
-  assert 'resumes from the last checkpoint' in str(caught.value)
-  assert '\n' not in str(caught.value)
 
 
 @both
@@ -158,9 +155,8 @@ def test_out_of_memory_is_no_corrupt_image(make, monkeypatch, in_memory):
     raise MemoryError
 
   monkeypatch.setattr(decoding, 'decode_image', full)
-  with pytest.raises(OSError, match='out of memory while decoding 0') as caught:
+  with one_line('out of memory while decoding 0', OSError):
     next(make(8, in_memory=in_memory))
-  assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -171,11 +167,10 @@ def test_out_of_memory_is_no_corrupt_image(make, monkeypatch, in_memory):
     ({'batch_size': 11}, 'the training split has 10'),
     ({'crop': 'centre'}, "one of none, random, random_resized, got 'cen"),
     ({'crop': 'random', 'in_memory': True}, 'got crop random'),
-    ({'image_size': 2**20, 'in_memory': True}, r'at most .* GB'),
   ],
 )
 def test_bad_arguments_are_refused(make, options, message):
-  with pytest.raises(ValueError, match=message):
+  with one_line(message):
     make(10, **options)
 
 
@@ -198,10 +193,9 @@ def test_the_death_of_a_worker_is_raised_within_seconds(make):
   [worker] = multiprocessing.active_children()
   os.kill(worker.pid, signal.SIGKILL)
   start = time.monotonic()
-  with pytest.raises(ChildProcessError, match='a data worker died') as caught:
+  with one_line('a data worker died', ChildProcessError):
     _take(loader, 50)
   assert time.monotonic() - start < 20
-  assert '\n' not in str(caught.value)
 
 
 def test_a_worker_ignores_stop_signals_and_ends_with_its_loader(make_source):
@@ -209,7 +203,7 @@ def test_a_worker_ignores_stop_signals_and_ends_with_its_loader(make_source):
   loader = make_train_loader(source, in_memory=False, num_workers=1, **OPTIONS)
   next(loader)
   [worker] = multiprocessing.active_children()
-  for number in loaders.STOP_SIGNALS:
+  for number in workers.STOP_SIGNALS:
     os.kill(worker.pid, number)
   _take(loader, 20)
   assert worker.is_alive()
@@ -220,12 +214,7 @@ def test_a_worker_ignores_stop_signals_and_ends_with_its_loader(make_source):
 
 
 def _valid(batches, ids):
-  return [
-    i
-    for batch in batches
-    for i, valid in zip(ids(batch), batch['mask'], strict=True)
-    if valid
-  ]
+  return sum((np.array(ids(x))[x['mask']].tolist() for x in batches), [])
 
 
 @pytest.mark.parametrize('n', [1, 4, 11, 30])
@@ -257,5 +246,5 @@ def test_evaluation_masks_and_names_corrupt_images(make_source, ids, caplog):
   batches = eval_batches(make_source(100, bad=[50]), **OPTIONS)
   assert _valid(batches, ids) == [i for i in range(100) if i != 50]
   assert caplog.text.count('left out image 00050.png') == 1
-  with pytest.raises(ValueError, match='1 of 20 images'):
+  with one_line('1 of 20 images'):
     list(eval_batches(make_source(20, bad=[9]), **OPTIONS))

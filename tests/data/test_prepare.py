@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from errors import one_line
 from PIL import Image
 
 from rvq_jax.data import prepare
@@ -67,10 +68,10 @@ def test_cifar_is_its_archive_in_the_layout_of_tfds(tmp_path, manual, cifar):
   dataset = open_dataset('tfds:cifar10', data_dir=str(tmp_path))
   *train, test = RECORDS.values()
   for split, expected in (('train', np.concatenate(train)), ('test', test)):
-    found = {record.name: record for record in getattr(dataset, split)}
-    assert len(found) == len(expected)
+    by_name = {record.name: record for record in getattr(dataset, split)}
+    assert len(by_name) == len(expected)
     for i, record in enumerate(expected):
-      stored = found[f'{split}_{i:05d}']
+      stored = by_name[f'{split}_{i:05d}']
       assert stored.label == record[0]
       planes = decode_image(stored.image).transpose(2, 0, 1)
       np.testing.assert_array_equal(planes.reshape(-1), record[1:])
@@ -104,37 +105,29 @@ def serve(tmp_path, monkeypatch):
   return path.write_bytes
 
 
-def test_the_archive_is_downloaded(tmp_path, manual, cifar, serve):
+def test_only_a_whole_archive_is_downloaded(tmp_path, manual, cifar, serve):
+  for length in (0, 100):
+    if length:
+      serve(cifar[:length])
+    with one_line(f'put it at {manual / CIFAR}'):
+      prepare.prepare('cifar10', str(tmp_path))
+    assert os.listdir(manual) == []
   serve(cifar)
   prepare.prepare('cifar10', str(tmp_path))
   assert os.listdir(manual) == [CIFAR]
 
 
-@pytest.mark.parametrize('served', [None, 100])
-def test_a_failed_download_leaves_nothing(
-  tmp_path, manual, cifar, serve, served
-):
-  if served:
-    serve(cifar[:served])
-  with pytest.raises(ValueError, match=f'put it at {manual / CIFAR}') as error:
-    prepare.prepare('cifar10', str(tmp_path))
-  assert '\n' not in str(error.value)
-  assert os.listdir(manual) == []
-
-
 def test_an_archive_with_another_checksum_is_refused(tmp_path, manual, cifar):
   (manual / CIFAR).write_bytes(cifar + b'x')
-  with pytest.raises(ValueError, match=prepare.CIFAR_SHA):
+  with one_line(prepare.CIFAR_SHA):
     prepare.prepare('cifar10', str(tmp_path))
   assert not (tmp_path / 'cifar10' / '3.0.2').exists()
 
 
 @pytest.mark.parametrize('name', ['cifar10:9.9.9', 'nosuch'])
 def test_a_set_that_cannot_be_prepared_says_how_it_can(tmp_path, name):
-  with pytest.raises(ValueError, match='tfds build') as error:
+  with one_line(f'tfds build .*{tmp_path}'):
     open_dataset(f'tfds:{name}', data_dir=str(tmp_path))
-  assert str(tmp_path) in str(error.value)
-  assert '\n' not in str(error.value)
   assert not os.listdir(tmp_path)
 
 
@@ -160,22 +153,19 @@ def _put(manual):
 def test_imagenet_jpegs_are_untouched_and_labelled(tmp_path, manual):
   _put(manual)
   dataset = open_dataset('tfds:imagenet2012', data_dir=str(tmp_path))
-  found = {record.name: record for record in dataset.train}
-  assert len(found) == 9
-  for wnid, label in CLASSES.items():
-    for i in range(3):
-      record = found[f'{wnid}_{i}.JPEG']
-      assert (record.label, record.image) == (label, _jpeg(i))
-  assert {
-    int(record.name[15:23]): record.label for record in dataset.validation
-  } == VALIDATION
+  assert {record.name: record[:2] for record in dataset.train} == {
+    f'{wnid}_{i}.JPEG': (_jpeg(i), label)
+    for wnid, label in CLASSES.items()
+    for i in range(3)
+  }
+  labels = {int(x.name[15:23]): x.label for x in dataset.validation}
+  assert labels == VALIDATION
 
 
 def test_missing_archives_are_named_with_their_place(tmp_path, manual):
   archives = [str(manual / name) for name in prepare.IMAGENET_ARCHIVES]
-  with pytest.raises(ValueError, match=' and '.join(archives)) as error:
+  with one_line(' and '.join(archives)):
     open_dataset('tfds:imagenet2012', data_dir=str(tmp_path))
-  assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +186,8 @@ def test_a_wrong_archive_is_refused(tmp_path, manual, which, files, message):
   path = manual / prepare.IMAGENET_ARCHIVES[which]
   half = path.read_bytes()[: path.stat().st_size // 2]
   path.write_bytes(half if files is None else _tar(files))
-  with pytest.raises(ValueError, match=message) as error:
+  with one_line(message):
     prepare.prepare('imagenet2012', str(tmp_path))
-  assert '\n' not in str(error.value)
   assert not (tmp_path / 'imagenet2012' / '5.1.0').exists()
 
 
@@ -282,9 +271,8 @@ def test_a_killed_preparation_resumes_and_two_at_once_do_no_harm(tmp_path):
 def test_a_full_disk_is_one_line_and_the_rest_resumes(make_disk):
   disk = make_disk('4m')
   (disk / 'other').write_bytes(bytes(3_600_000))
-  with pytest.raises(OSError, match='No space left .*it resumes') as error:
+  with one_line('No space left .*it resumes', OSError):
     _prepare_toy(str(disk), 100, shard_size=25)
-  assert '\n' not in str(error.value)
   (disk / 'other').unlink()
   _prepare_toy(str(disk), 100, shard_size=25)
   assert _numbers(disk, 'train') == list(range(100))
@@ -292,5 +280,5 @@ def test_a_full_disk_is_one_line_and_the_rest_resumes(make_disk):
 
 def test_a_folder_one_may_not_write_to_is_named(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(ValueError, match='cannot write to .*data_dir'):
+  with one_line('cannot write to .*data_dir'):
     _prepare_toy(str(tmp_path / 'file'))

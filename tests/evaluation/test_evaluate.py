@@ -11,8 +11,8 @@ from PIL import Image
 
 from rvq_jax import VectorQuantizer, load, metrics, sharding
 from rvq_jax.data import loaders
-from rvq_jax.data.datasets import PARTS
 from rvq_jax.data.images import to_float
+from rvq_jax.data.sources import SPLITS
 from rvq_jax.evaluation import evaluate, perceptual
 from rvq_jax.evaluation.evaluate import evaluate_run, format_table
 from rvq_jax.training.loop import train
@@ -240,7 +240,7 @@ def test_a_divided_folder_stays_divided_in_resume_and_evaluation(
   train(tiny_config, workdir)
   before = evaluate_run(workdir)
   recorded = json.loads((workdir / 'split.json').read_text())
-  assert [len(recorded[x]) for x in PARTS] == [84, 24, 12]
+  assert [len(recorded[x]) for x in SPLITS] == [84, 24, 12]
   # By the names only, an image of each other part would take its place.
   for i in range(40):
     shutil.copy(files[i], data / 'a' / f'new{i}.png')

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rvq_jax.data.workers import STOP_SIGNALS
 from rvq_jax.models import lpips, lpips_weights
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
@@ -47,15 +48,35 @@ class Run(subprocess.Popen):
 
 
 @pytest.fixture
+def default_signals():
+  """Signals as in the foreground, even under nohup or in a background job.
+
+  There some are ignored, and StopSignal and child processes keep that.
+  """
+  ignored = [n for n in STOP_SIGNALS if signal.getsignal(n) == signal.SIG_IGN]
+  for number in ignored:
+    signal.signal(number, signal.SIG_DFL)
+  yield
+  for number in ignored:
+    signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture
 def start_run(tiny_config, tmp_path):
   """Returns a function that starts a run of `tiny_config` in a process.
 
-  Each step writes a line 'step N/M'. What still runs at the end of the test is
-  killed.
+  Each step writes a line 'step N/M'. `before` is a program that the process
+  runs first. What still runs at the end of the test is killed.
   """
   running = []
 
-  def start(workdir, *flags, script='launch/main.py', **options):
+  def start(workdir, *flags, before='', **options):
+    script = tmp_path / 'script.py'
+    script.write_text(
+      f"import runpy, sys\nsys.path.insert(0, 'launch')\n{before}\n"
+      "if __name__ == '__main__':\n"
+      "  runpy.run_path('launch/main.py', run_name='__main__')\n"
+    )
     tiny_config.log_every = 1
     file = tmp_path / 'tiny.py'
     values = json.dumps(json.loads(tiny_config.to_json()))

@@ -1,4 +1,4 @@
-"""What is set before JAX starts its devices."""
+"""Settings that are applied before JAX starts its devices."""
 
 import importlib.metadata
 import os
@@ -24,7 +24,7 @@ from rvq_jax.training.backend import gpu_advice
     ),
   ],
 )
-def test_what_to_install_is_said_in_one_line(
+def test_one_line_says_what_to_install(
   monkeypatch, cuda12, cuda13, gpu, message
 ):
   installed = {'jax-cuda12-plugin': cuda12, 'jax-cuda13-plugin': cuda13}
@@ -42,18 +42,17 @@ def test_what_to_install_is_said_in_one_line(
 def test_perceptual_metrics_find_memory_on_the_gpu():
   name = 'XLA_PYTHON_CLIENT_PREALLOCATE'
   code = f"""
-import os, sys
+import os, runpy, sys
 sys.path.insert(0, 'launch')
-import command_line, evaluate
 from jax._src.xla_bridge import backends_are_initialized
-from rvq_jax.evaluation import evaluate as library
+from rvq_jax.evaluation import evaluate
 
 def measure(*args, **kwargs):
   print(backends_are_initialized(), os.environ.get({name!r}), flush=True)
   os._exit(0)
 
-library.evaluate_run = measure
-command_line.run(evaluate.main)
+evaluate.evaluate_run = measure
+runpy.run_path('launch/evaluate.py', run_name='__main__')
 """
   done = subprocess.run(
     [sys.executable, '-c', code, '--workdir=run', '--perceptual'],

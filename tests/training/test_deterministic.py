@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from errors import one_line
 
 from rvq_jax.training.backend import DETERMINISTIC
 from rvq_jax.training.run import Run
@@ -23,9 +24,8 @@ def test_it_sets_the_flag_before_the_devices_start(run_python):
 def test_it_is_refused_once_they_have_started(tiny_config):
   jax.devices()
   tiny_config.deterministic = True
-  with pytest.raises(ValueError, match='before JAX starts') as caught:
+  with one_line(f'before JAX starts .*{DETERMINISTIC}'):
     Run(tiny_config)
-  assert '\n' not in str(caught.value) and DETERMINISTIC in str(caught.value)
 
 
 COMPILE = """
@@ -45,7 +45,7 @@ print(lowered.compile({'xla_gpu_autotune_level': 0}).as_text())
 
 @pytest.mark.slow
 def test_its_update_of_the_codebook_has_no_scatter_by_atomics(run_python):
-  # For a GPU that is not there; a scatter over unique indices needs no atomics.
+  # Needs no GPU. A scatter over unique indices needs no atomics.
   atomic, deterministic = (
     run_python(COMPILE, XLA_FLAGS=flags) for flags in ('', DETERMINISTIC)
   )
@@ -54,9 +54,8 @@ def test_its_update_of_the_codebook_has_no_scatter_by_atomics(run_python):
   assert atomic.returncode == deterministic.returncode == 0, atomic.stderr
 
   def scatters(done):
-    lines = done.stdout.splitlines()
-    found = [line for line in lines if ' scatter(' in line]
-    return [line for line in found if 'unique_indices=true' not in line]
+    lines = [x for x in done.stdout.splitlines() if ' scatter(' in x]
+    return [line for line in lines if 'unique_indices=true' not in line]
 
   assert scatters(atomic)
   assert not scatters(deterministic)

@@ -5,6 +5,7 @@ import os
 import subprocess
 
 import pytest
+from errors import one_line
 
 from rvq_jax.training import loop
 
@@ -15,6 +16,14 @@ def small_disk(make_disk):
   return make_disk('600k')
 
 
+def last_line(process):
+  """Waits for a run that ends in an error of one line."""
+  *_, last = process.end().splitlines()
+  assert process.returncode == 2
+  assert 'Traceback' not in ''.join(process.seen)
+  return last
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_older_step_resumes(
   small_disk, start_run, tiny_config, tmp_path, final_bits, steps_of
@@ -23,13 +32,8 @@ def test_a_full_disk_is_one_line_and_the_older_step_resumes(
   tiny_config.keep_checkpoints = 6
   whole, run = tmp_path / 'whole', small_disk / 'run'
   start_run(whole).end()
-  process = start_run(run)
-  *_, last = process.end().splitlines()
-  assert process.returncode == 2
-  assert 'Traceback' not in ''.join(process.seen)
-  assert last.startswith(
-    f'error: No space left while writing to {run}, where 0.'
-  )
+  last = last_line(start_run(run))
+  assert f'error: No space left while writing to {run}, where 0.' in last
   [*_, newest] = steps_of(run)
   assert 1 <= newest < 6
   final_bits(tiny_config, run)  # sound
@@ -41,31 +45,21 @@ def test_a_full_disk_is_one_line_and_the_older_step_resumes(
   assert final_bits(tiny_config, run) == final_bits(tiny_config, whole)
 
 
-LIMITED = """
-import resource, sys
-sys.path.insert(0, 'launch')
-import command_line, main
 # A checkpoint has a file of 22 kB.
+LIMITED = """
+import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-command_line.run(main.main)
 """
 
 
 @pytest.mark.slow
 def test_a_limit_on_files_is_named(start_run, tmp_path, steps_of):
-  script = tmp_path / 'limited.py'
-  script.write_text(LIMITED)
-  process = start_run(tmp_path / 'run', script=str(script))
-  *_, last = process.end().splitlines()
-  assert process.returncode == 2
-  assert 'Traceback' not in ''.join(process.seen)
+  last = last_line(start_run(tmp_path / 'run', before=LIMITED))
   assert last.startswith('error: File too large while writing to ')
   assert steps_of(tmp_path / 'run') == []
 
 
-def test_a_workdir_that_finds_no_room_is_one_line(
-  tiny_config, tmp_path, monkeypatch
-):
+def test_a_workdir_without_room_is_one_line(tiny_config, tmp_path, monkeypatch):
   workdir, make = tmp_path / 'run', os.mkdir
 
   def full(path, *options):
@@ -74,6 +68,5 @@ def test_a_workdir_that_finds_no_room_is_one_line(
     make(path, *options)
 
   monkeypatch.setattr(os, 'mkdir', full)
-  with pytest.raises(OSError, match='No space left while writing') as caught:
+  with one_line(f'No space left while writing to {workdir}', OSError):
     loop.train(tiny_config, workdir)
-  assert '\n' not in str(caught.value) and str(workdir) in str(caught.value)

@@ -10,6 +10,7 @@ import pytest
 from rvq_jax.training import loop
 from rvq_jax.training.preemption import StopSignal
 
+pytestmark = pytest.mark.usefixtures('default_signals')
 CODES = {
   'SIGINT': 130,
   'SIGTERM': 143,
@@ -19,25 +20,15 @@ CODES = {
 }
 
 
-@pytest.fixture
-def whole(tiny_run):
-  """The run of six steps that nobody stopped."""
-  return tiny_run
-
-
 @pytest.mark.parametrize('name', CODES)
 def test_a_signal_finishes_the_step_saves_and_says_so(name):
+  number = getattr(signal, name)
+  before = signal.getsignal(number)
   with StopSignal() as stop:
-    signal.raise_signal(getattr(signal, name))
+    signal.raise_signal(number)
     assert stop.agreed(ask=False)
-  assert stop.exit_code == CODES[name] == 128 + getattr(signal, name)
-
-
-def test_the_handlers_from_before_are_put_back():
-  before = [signal.getsignal(getattr(signal, name)) for name in CODES]
-  with StopSignal():
-    pass
-  assert before == [signal.getsignal(getattr(signal, name)) for name in CODES]
+  assert stop.exit_code == CODES[name] == 128 + number
+  assert signal.getsignal(number) == before
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
@@ -55,7 +46,7 @@ def test_a_run_stopped_by_every_signal_in_turn_ends_in_the_same_bits(
   start_run, tiny_config, tmp_path, final_bits, steps_of
 ):
   tiny_config.num_steps = 500
-  tiny_config.checkpoint_every = 0  # what is saved, a signal saved
+  tiny_config.checkpoint_every = 0  # only the signals save
   tiny_config.eval_every = 0
   stopped, whole = tmp_path / 'stopped', tmp_path / 'whole'
   start = 0
@@ -76,7 +67,6 @@ def test_a_run_stopped_by_every_signal_in_turn_ends_in_the_same_bits(
 
 STALLED = """
 import sys, time
-sys.path.insert(0, 'launch')
 from rvq_jax.data.loaders import MemoryLoader
 load = MemoryLoader.__next__
 def stall(loader):
@@ -85,16 +75,12 @@ def stall(loader):
     time.sleep(100)
   return load(loader)
 MemoryLoader.__next__ = stall
-import command_line, main
-command_line.run(main.main)
 """
 
 
 @pytest.mark.slow
 def test_a_second_interrupt_ends_the_process_at_once(start_run, tmp_path):
-  script = tmp_path / 'stalled.py'
-  script.write_text(STALLED)
-  run = start_run(tmp_path / 'run', script=str(script))
+  run = start_run(tmp_path / 'run', before=STALLED)
   run.wait_for('stalled')
   os.kill(run.pid, signal.SIGINT)
   with pytest.raises(subprocess.TimeoutExpired):  # the first one is patient
@@ -108,32 +94,26 @@ def test_a_second_interrupt_ends_the_process_at_once(start_run, tmp_path):
 
 
 class Fault(Exception):
-  """Something that nobody foresaw."""
+  """An error that nobody foresaw."""
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('one_device')
 @pytest.mark.parametrize('end', [Fault('no'), SystemExit(3)], ids=repr)
 def test_any_end_leaves_the_last_saved_step_complete(
-  end, tiny_config, tmp_path, monkeypatch, whole, final_bits, steps_of
+  end, tiny_config, tiny_run, tmp_path, monkeypatch, final_bits, steps_of
 ):
-  real = loop.Run._build_steps
+  real, steps = loop.Prefetch.next_batch, iter(range(1, 7))
 
-  def build(run):
-    real(run)
-    step = run.train_step
-
-    def train_step(i, state, batch):
-      if int(state.step) == 4:  # step 4 has just been handed to be saved
-        raise end
-      return step(i, state, batch)
-
-    run.train_step = train_step
+  def next_batch(prefetch):
+    if next(steps) == 5:  # step 4 has just been handed to be saved
+      raise end
+    return real(prefetch)
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Run, '_build_steps', build)
+    patch.setattr(loop.Prefetch, 'next_batch', next_batch)
     with pytest.raises(type(end)):
       loop.train(tiny_config, tmp_path)
   assert steps_of(tmp_path)[-1] == 4
   loop.train(tiny_config, tmp_path)
-  assert final_bits(tiny_config, tmp_path) == final_bits(tiny_config, whole)
+  assert final_bits(tiny_config, tmp_path) == final_bits(tiny_config, tiny_run)
