@@ -42,9 +42,7 @@ def test_what_to_install_is_said_in_one_line(
 def test_perceptual_metrics_find_memory_on_the_gpu():
   name = 'XLA_PYTHON_CLIENT_PREALLOCATE'
   code = f"""
-import os, sys
-sys.path.insert(0, 'launch')
-import command_line, evaluate
+import os
 from jax._src.xla_bridge import backends_are_initialized
 from rvq_jax.evaluation import evaluate as library
 
@@ -53,7 +51,8 @@ def measure(*args, **kwargs):
   os._exit(0)
 
 library.evaluate_run = measure
-command_line.run(evaluate.main)
+from rvq_jax.commands import evaluate
+evaluate.main()
 """
   done = subprocess.run(
     [sys.executable, '-c', code, '--workdir=run', '--perceptual'],

@@ -43,11 +43,11 @@ def test_a_full_disk_is_one_line_and_the_older_step_resumes(
 
 LIMITED = """
 import resource, sys
-sys.path.insert(0, 'launch')
-import command_line, main
+sys.path.insert(0, '.')
+from rvq_jax.commands import train
 # A checkpoint has a file of 22 kB.
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-command_line.run(main.main)
+train.main()
 """
 
 

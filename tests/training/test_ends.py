@@ -76,7 +76,7 @@ def test_a_run_stopped_by_every_signal_in_turn_ends_in_the_same_bits(
 
 STALLED = """
 import sys, time
-sys.path.insert(0, 'launch')
+sys.path.insert(0, '.')
 from rvq_jax.data.loaders import MemoryLoader
 load = MemoryLoader.__next__
 def stall(loader):
@@ -85,8 +85,8 @@ def stall(loader):
     time.sleep(100)
   return load(loader)
 MemoryLoader.__next__ = stall
-import command_line, main
-command_line.run(main.main)
+from rvq_jax.commands import train
+train.main()
 """
 
 

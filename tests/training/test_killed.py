@@ -54,7 +54,7 @@ def test_twenty_kills_leave_the_bits_of_an_uninterrupted_run(
 
 KILLED_WHILE_SAVING = """
 import os, signal, sys
-sys.path.insert(0, 'launch')
+sys.path.insert(0, '.')
 import orbax.checkpoint as ocp
 saver = ocp.path.atomicity.{saver}
 finalize = saver.finalize
@@ -66,8 +66,8 @@ async def finalize_and_die(self):
   if dies:
     os.kill(os.getpid(), signal.SIGKILL)
 saver.finalize = finalize_and_die
-import command_line, main
-command_line.run(main.main)
+from rvq_jax.commands import train
+train.main()
 """
 
 

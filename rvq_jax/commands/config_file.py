@@ -1,0 +1,92 @@
+"""The flag --config: a config by its name or its file, and its fields."""
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+FOLDER = (Path(__file__).resolve().parents[1] / 'configs').resolve()
+MODULES = {
+  module.name.rpartition('.')[2]: module.name
+  for module in pkgutil.iter_modules([str(FOLDER)], 'rvq_jax.configs.')
+}
+"""Name -> module, for each config that comes with the package."""
+
+
+def load(given: str | None) -> tuple[ConfigDict, str]:
+  """Opens NAME[:VARIANT] or PATH[:VARIANT]; a file comes before a name.
+
+  Returns:
+    The config, and NAME or NAME_VARIANT for the folder of a run.
+
+  Raises:
+    ValueError: there is no such config or variant, or its file has a fault.
+  """
+  path, *variant = (given or '').split(':', 1)
+  if not Path(path).is_file() and path not in MODULES:
+    raise ValueError(
+      'expected --config=NAME, or the path of a config file; NAME is one of '
+      f'{", ".join(MODULES)}; got {repr(given) if given else "none"}'
+    )
+  try:
+    config = _call(_module(path), variant)
+  except ValueError:
+    raise
+  except Exception as error:  # whatever the file does
+    raise ValueError(f'{path}: {type(error).__name__}: {error}') from error
+  config = config if isinstance(config, ConfigDict) else ConfigDict(config)
+  return config, '_'.join([Path(path).stem, *variant]).replace(',', '_')
+
+
+def _module(path):
+  """The module; a shipped file has one name, however it is given."""
+  name, file = Path(path).stem, Path(path)
+  if name in MODULES and (
+    not file.is_file() or file.resolve().parent == FOLDER
+  ):
+    return importlib.import_module(MODULES[name])
+  spec = importlib.util.spec_from_file_location('config_file', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def _call(module, variant):
+  if not hasattr(module, 'get_config'):
+    raise ValueError('the config file does not define get_config()')
+  try:
+    inspect.signature(module.get_config).bind(*variant)
+  except TypeError:
+    raise ValueError(
+      'this config has no variants: expected --config=NAME without a colon'
+      if variant
+      else 'this config needs a variant: expected --config=NAME:VARIANT'
+    ) from None
+  return module.get_config(*variant)
+
+
+def fields(config: ConfigDict, prefix: str = 'config.') -> list[str]:
+  """The flags that set the fields of a config."""
+  names = []
+  for name, value in config.items():
+    inner = isinstance(value, ConfigDict)
+    names += fields(value, f'{prefix}{name}.') if inner else [prefix + name]
+  return names
+
+
+def set_fields(config: ConfigDict, arguments: list[str]) -> list[str]:
+  """Sets each field that --config.FIELD=VALUE names; returns the rest."""
+  values, names = flags.FlagValues(), fields(config)
+  known = [  # of another field FlagValues says that it is unknown
+    argument
+    for argument in arguments
+    if argument.lstrip('-').partition('=')[0].removeprefix('no') in names
+  ]
+  config_flags.DEFINE_config_dict(
+    'config', config, flag_values=values, sys_argv=known
+  )
+  return values(['', *arguments])[1:]
