@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+from os.path import isfile
 from pathlib import Path
 
 from absl import flags
@@ -18,7 +19,7 @@ MODULES = {
 
 
 def load(given: str | None) -> tuple[ConfigDict, str]:
-  """Opens NAME[:VARIANT] or PATH[:VARIANT]; a file comes before a name.
+  """Opens NAME[:VARIANT] or PATH.py[:VARIANT].
 
   Returns:
     The config, and NAME or NAME_VARIANT for the folder of a run.
@@ -27,7 +28,7 @@ def load(given: str | None) -> tuple[ConfigDict, str]:
     ValueError: there is no such config or variant, or its file has a fault.
   """
   path, *variant = (given or '').split(':', 1)
-  if not Path(path).is_file() and path not in MODULES:
+  if path not in MODULES and not (path.endswith('.py') and isfile(path)):
     raise ValueError(
       'expected --config=NAME, or the path of a config file; NAME is one of '
       f'{", ".join(MODULES)}; got {repr(given) if given else "none"}'
@@ -39,15 +40,14 @@ def load(given: str | None) -> tuple[ConfigDict, str]:
   except Exception as error:  # whatever the file does
     raise ValueError(f'{path}: {type(error).__name__}: {error}') from error
   config = config if isinstance(config, ConfigDict) else ConfigDict(config)
-  return config, '_'.join([Path(path).stem, *variant]).replace(',', '_')
+  name = '_'.join([Path(path).stem, *filter(None, variant)])
+  return config, name.replace(',', '_')
 
 
 def _module(path):
   """The module; a shipped file has one name, however it is given."""
-  name, file = Path(path).stem, Path(path)
-  if name in MODULES and (
-    not file.is_file() or file.resolve().parent == FOLDER
-  ):
+  name, folder = Path(path).stem, Path(path).resolve().parent
+  if path in MODULES or (name in MODULES and folder == FOLDER):
     return importlib.import_module(MODULES[name])
   spec = importlib.util.spec_from_file_location('config_file', path)
   module = importlib.util.module_from_spec(spec)
@@ -81,7 +81,7 @@ def fields(config: ConfigDict, prefix: str = 'config.') -> list[str]:
 def set_fields(config: ConfigDict, arguments: list[str]) -> list[str]:
   """Sets each field that --config.FIELD=VALUE names; returns the rest."""
   values, names = flags.FlagValues(), fields(config)
-  known = [  # of another field FlagValues says that it is unknown
+  known = [  # `values` refuses the flag of any other field
     argument
     for argument in arguments
     if argument.lstrip('-').partition('=')[0].removeprefix('no') in names

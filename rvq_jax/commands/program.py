@@ -8,7 +8,6 @@ import os
 import select
 import shlex
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -162,12 +161,8 @@ def _prepare_logs():
   logging.basicConfig(**form, level=logging.INFO, force=True)
   for name in _NOISY:  # they log each file, and errors that they raise as well
     logging.getLogger(name).setLevel(logging.CRITICAL)
-  # When the disk is full, tensorboardX's thread dies with a traceback; the main
-  # thread fails with the same cause.
-  threading.excepthook = lambda args: (
-    isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
-  )
-  # TensorStore's threads answer a failed save after Orbax has closed its loop.
+  # TensorStore's threads answer a failed save after Orbax has closed its loop;
+  # the main thread tells the cause.
   sys.unraisablehook = lambda args: (
     'Event loop is closed' in str(args.exc_value)
     or sys.__unraisablehook__(args)

@@ -2,13 +2,10 @@
 
 rvq reproduce --config=cifar10 [--table=4] [--seeds=3] [--num_steps=N]
 
-Each method and seed is an ordinary run in DIR/CELL/seed_S. The same command
-resumes a grid that was interrupted; finished runs are only read. The report is
-DIR/report/report.html.
-
---table=objectives, which is not in the paper and not in `all`, sets MSE, L1
-with LPIPS, and these with a discriminator side by side; it needs the extra
-`perceptual`.
+Each method and seed is an ordinary run in DIR/CELL/seed_S; the report is
+DIR/report/report.html. The same command resumes a grid that was interrupted.
+--table=objectives, which is not in the paper and not in `all`, compares MSE, L1
+with LPIPS, and these with a discriminator; it needs the extra `perceptual`.
 """
 
 from pathlib import Path

@@ -3,18 +3,7 @@
 import json
 from pathlib import Path
 
-TINY = (
-  '--config.batch_size=8',
-  '--config.num_steps=3',
-  '--config.data.split=official',
-  '--config.data.image_size=16',
-  '--config.model.widths=(4,8)',
-  '--config.model.factor=4',
-  '--config.model.num_res_blocks=0',
-  '--config.model.num_heads=2',
-  '--config.model.code_dim=4',
-  '--config.model.codebook_size=16',
-)
+from tiny_flags import TINY
 
 
 def test_training_evaluates_and_draws(image_folder, tmp_path, run):
@@ -24,6 +13,7 @@ def test_training_evaluates_and_draws(image_folder, tmp_path, run):
     '--config=configs/cifar10.py:f4',
     f'--config.data.name=folder:{image_folder}',
     f'--workdir={workdir}',
+    '--config.num_steps=3',
     *TINY,
     PYTHONPROFILEIMPORTTIME='1',
   )
