@@ -1,5 +1,6 @@
 """The flag --config: a config by its name or its file, and its fields."""
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -8,7 +9,7 @@ from os.path import isfile
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 FOLDER = (Path(__file__).resolve().parents[1] / 'configs').resolve()
 MODULES = {
@@ -69,24 +70,19 @@ def _call(module, variant):
   return module.get_config(*variant)
 
 
-def fields(config: ConfigDict, prefix: str = 'config.') -> list[str]:
-  """The flags that set the fields of a config."""
-  names = []
+def check_fields(config: ConfigDict, arguments: list[str]) -> None:
+  """Raises UnrecognizedFlagError where --config.FIELD names no field."""
+  fields = list(_fields(config, 'config'))
+  for argument in arguments:
+    name = argument.lstrip('-').partition('=')[0].removeprefix('no')
+    if name.startswith('config.') and name not in fields:
+      near = difflib.get_close_matches(name, fields, 1)
+      raise flags.UnrecognizedFlagError(name, suggestions=near)
+
+
+def _fields(config, prefix):
   for name, value in config.items():
-    inner = isinstance(value, ConfigDict)
-    names += fields(value, f'{prefix}{name}.') if inner else [prefix + name]
-  return names
-
-
-def set_fields(config: ConfigDict, arguments: list[str]) -> list[str]:
-  """Sets each field that --config.FIELD=VALUE names; returns the rest."""
-  values, names = flags.FlagValues(), fields(config)
-  known = [  # `values` refuses the flag of any other field
-    argument
-    for argument in arguments
-    if argument.lstrip('-').partition('=')[0].removeprefix('no') in names
-  ]
-  config_flags.DEFINE_config_dict(
-    'config', config, flag_values=values, sys_argv=known
-  )
-  return values(['', *arguments])[1:]
+    if isinstance(value, ConfigDict):
+      yield from _fields(value, f'{prefix}.{name}')
+    else:
+      yield f'{prefix}.{name}'

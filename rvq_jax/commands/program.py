@@ -1,6 +1,5 @@
-"""The frame of every command: flags, help, log, errors in one line."""
+"""The frame of every command: its flags, help, logs and one-line errors."""
 
-import difflib
 import faulthandler
 import functools
 import logging
@@ -64,19 +63,12 @@ for _type, _parser in ((int, INTEGER), (float, NUMBER), (bool, SWITCH)):
 
 
 class Flag(NamedTuple):
-  """A flag of a command; each run of the command has its own values."""
+  """A flag of a command."""
 
   name: str
-  about: str
+  help: str
   default: Any = None
   parser: Parser = TEXT
-
-  def define(self, values: flags.FlagValues) -> None:
-    """Adds the flag to the flags of a run."""
-    text, switch = flags.ArgumentSerializer(), self.parser is SWITCH
-    values[self.name] = flags.Flag(
-      self.parser, text, self.name, self.default, self.about, boolean=switch
-    )
 
 
 CONFIG = Flag(
@@ -104,14 +96,14 @@ def command(*options, paths: int = 0):
   """Makes main(arguments=None, program='') of a function main(flags, *paths).
 
   The docstring of its module is the help. Bad flags and errors that rvq_jax
-  raises on purpose end in one line and exit code 2, the loss of another process
-  or of a data worker in one line and exit code 75; a traceback means a fault in
+  raises on purpose end in one line and exit code 2; the loss of another process
+  or of a data worker in one line and exit code 75. A traceback means a fault in
   the program.
 
   Args:
-    *options: its flags. `flags` has their values, what was
-      typed as `command`, and with CONFIG the `run_name`, as cifar10_f4.
-    paths: the most arguments that are not flags.
+    *options: its flags. `flags` holds their values, the `command` as it was
+      typed, and with CONFIG the `run_name`, such as cifar10_f4.
+    paths: largest number of arguments that are not flags.
   """
   return lambda function: functools.partial(_main, function, options, paths)
 
@@ -119,34 +111,37 @@ def command(*options, paths: int = 0):
 def _main(function, options, paths, arguments=None, program=''):
   arguments = sys.argv[1:] if arguments is None else arguments
   program = program or f'python {sys.argv[0]}'
-  values = flags.FlagValues()
-  for option in options:
-    option.define(values)
+  values = flags.FlagValues()  # absl's own would be shared by all commands
+  for name, text, default, parser in options:
+    switch, serializer = parser is SWITCH, flags.ArgumentSerializer()
+    values[name] = flags.Flag(
+      parser, serializer, name, default, text, boolean=switch
+    )
   if _HELP.isdisjoint(arguments):
     given, rest = _read(values, arguments, paths)
     given.command = f'{program} {shlex.join(arguments)}'
     _run(function, given, rest)
   else:
     module = sys.modules[function.__module__]
-    name = module.__name__.rpartition('.')[2]
-    print(module.__doc__.replace(f'rvq {name} ', f'{program} '))
+    usual = f'rvq {module.__name__.rpartition(".")[2]} '
+    print(module.__doc__.replace(usual, f'{program} '))
     print(values.get_help(include_special_flags=False))
 
 
 def _read(values, arguments, paths):
-  """The values of the flags, and the other arguments; or ends the program."""
-  has_config, names, more = 'config' in values, list(values), {}
+  """Returns the values of the flags and the other arguments, or fails."""
+  has_config, more = 'config' in values, {}
   try:
-    rest = values(['', *arguments], known_only=has_config)[1:]
+    _, *rest = values(['', *arguments], known_only=has_config)
     if has_config:
-      more['config'], more['run_name'] = config_file.load(values.config)
-      names += config_file.fields(more['config'])
-      rest = config_file.set_fields(more['config'], rest)
+      config, more['run_name'] = config_file.load(values.config)
+      del values.config  # the text makes room for the config and its fields
+      config_file.check_fields(config, rest)
+      config_flags.DEFINE_config_dict(
+        'config', config, flag_values=values, sys_argv=rest
+      )
+      _, *rest = values(['', *rest])
     rest = [TEXT.parse(path) for path in rest]
-  except flags.UnrecognizedFlagError as error:
-    near = difflib.get_close_matches(error.flagname, names, 1)
-    advice = f'; did you mean --{near[0]}?' if near else ''
-    fail(f'there is no flag --{error.flagname}{advice}')
   except (flags.Error, ValueError) as error:
     fail(error)
   if len(rest) > paths:
