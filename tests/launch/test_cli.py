@@ -1,4 +1,4 @@
-"""The command `rvq`, typed in a folder that is no checkout."""
+"""The command `rvq`: its help, its configs, and the launchers beside it."""
 
 import ast
 import os
@@ -10,28 +10,12 @@ from pathlib import Path
 import pytest
 
 from rvq_jax import __version__
-from rvq_jax.cli import COMMANDS, config_names
+from rvq_jax.cli import COMMANDS
+from rvq_jax.commands import config_file, program
+from rvq_jax.training import backend, loop
 
 ROOT = Path(__file__).resolve().parents[2]
-RVQ = 'from rvq_jax.cli import main; main()'
-MINE = """
-from rvq_jax.configs import photos
-
-def get_config():
-  raise ValueError(f'mine, of {photos.get_config().num_steps} steps')
-"""
-
-
-def rvq(cwd, *arguments, program=RVQ):
-  done = subprocess.run(
-    [sys.executable, '-c', program, *arguments],
-    cwd=cwd,
-    env=os.environ | {'PYTHONPATH': str(ROOT)},
-    capture_output=True,
-    text=True,
-    timeout=280,
-  )
-  return done.returncode, done.stdout, done.stderr
+LAUNCHERS = sorted((ROOT / 'launch').glob('*.py'))
 
 
 def test_pip_installs_the_command():
@@ -39,107 +23,146 @@ def test_pip_installs_the_command():
   assert project['scripts'] == {'rvq': 'rvq_jax.cli:main'}
 
 
-@pytest.mark.parametrize('arguments', [(), ('--help',)])
-def test_help_lists_commands_and_configs_without_jax(arguments, tmp_path):
-  program = f"""{RVQ}; import sys; assert 'jax' not in sys.modules"""
-  code, out, err = rvq(tmp_path, *arguments, program=program)
-  assert code == 0, err
-  for command, launcher in COMMANDS.items():
-    tree = ast.parse((ROOT / f'launch/{launcher}.py').read_text())
-    line = ast.get_docstring(tree).splitlines()[0]
-    assert f'{command:<10} {line}\n' in out
-  shipped = sorted(path.stem for path in (ROOT / 'configs').glob('[!_]*.py'))
-  assert config_names() == shipped and ', '.join(shipped) in out
-
-
-def test_each_launcher_is_a_command():
-  names = {path.stem for path in (ROOT / 'launch').glob('*.py')}
-  assert set(COMMANDS.values()) == names - {'command_line', 'processes'}
-
-
-@pytest.mark.parametrize(
-  ('arguments', 'message'),
-  [
-    ('tain', f"expected rvq {', '.join(COMMANDS)} or --help, got 'tain'"),
-    ('train', 'NAME is one of cifar10, imagenet, imagenet_vqgan, photos'),
-    ('train --config=none', "vqgan, photos, photos_vqgan; got 'none'"),
-    ('train --config=configs/photos.py', "; got 'configs/photos.py'"),
-    ('train --config=__init__', "; got '__init__'"),
-    ('train --config=cifar10:f5', 'or :multiscale, got :f5'),
-    ('train --config=photos:f5', 'this config has no variants: expected --c'),
-    ('train --config=needs.py', 'this config needs a variant: expected --con'),
-    ('train --config=empty.py', 'the config file does not define get_config()'),
-    ('train --config=photos --config.batch_size=a', "an integer, got 'a'"),
-    ('train --config=photos --config.model.decay=a', "a number, got 'a'"),
-    # These configs were found: what is behind them is at fault.
-    ('train --config=photos --config.a=1', 'the config has no field a'),
-    ('train --config imagenet --config.a=1', 'the config has no field a'),
-    ('train --config=cifar10:f4,best --config.a=1', 'has no field a'),
-    ('train --config=mine.py', 'mine, of 1000 steps'),
-    ('train --config={tmp}/mine.py', 'mine, of 1000 steps'),
-    ('train --config=~/mine.py', 'mine, of 1000 steps'),
-    ('reproduce --config=photos --seeds=0', '--seeds: expected at least 1'),
-    ('evaluate', 'expected --workdir=DIR, the directory of a run'),
-    ('encode', 'expected --workdir=DIR and either IMAGE FILE.npz'),
-    ('decode', 'expected --workdir=DIR and either FILE.npz IMAGE.png'),
-    ('export', 'expected --workdir=DIR and --output=FOLDER'),
-    ('explore', 'expected --workdir=DIR, of a run or an export'),
-  ],
-)
-def test_a_wrong_command_ends_in_one_line(
-  arguments, message, tmp_path, monkeypatch
-):
-  monkeypatch.setenv('HOME', str(tmp_path))
-  (tmp_path / 'mine.py').write_text(MINE)
-  (tmp_path / 'empty.py').write_text('')
-  (tmp_path / 'needs.py').write_text('def get_config(variant):\n  pass')
-  code, _, err = rvq(tmp_path, *arguments.format(tmp=tmp_path).split())
-  assert code == 2, err
-  assert message in err and len(err.splitlines()) == 1, err
-  assert {path.name for path in tmp_path.iterdir()} <= {
-    'mine.py',
-    'empty.py',
-    'needs.py',
-    '__pycache__',
+def test_each_launcher_is_a_command_and_defines_nothing():
+  assert {path.stem for path in LAUNCHERS} == {
+    *(COMMANDS.keys() - {'train'}),
+    *('main', 'checkout'),
   }
+  for path in LAUNCHERS:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 8, path
+    kinds = {type(node) for node in ast.walk(ast.parse(text))}
+    assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.Assign}, path
+
+
+WITHOUT_JAX = """
+from rvq_jax.cli import main
+main()
+import sys
+assert not {'jax', 'numpy'} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize('arguments', [(), ('--help',)])
+def test_help_lists_commands_and_configs_without_jax(arguments, rvq, tmp_path):
+  done = rvq(*arguments, program=WITHOUT_JAX, cwd=tmp_path)
+  assert (done.returncode, done.stderr) == (0, '')
+  for name, module in COMMANDS.items():
+    assert f'{name:<10} {module.__doc__.splitlines()[0]}\n' in done.stdout
+  shipped = sorted(path.stem for path in (ROOT / 'configs').glob('[!_]*.py'))
+  assert ', '.join(shipped) in done.stdout
 
 
 @pytest.mark.parametrize('flag', ['-h', '--help'])
-def test_a_commands_help_is_that_of_its_launcher(flag, tmp_path):
-  _, out, err = rvq(tmp_path, 'train', flag)
-  assert '\nrvq train --config' in out and '--workdir' in out, err
-  assert 'launch/main.py --' not in out
+def test_a_commands_help_has_its_flags_without_jax(flag, rvq, tmp_path):
+  done = rvq('train', flag, program=WITHOUT_JAX, cwd=tmp_path)
+  assert (done.returncode, done.stderr) == (0, '')
+  assert '\nrvq train --config=photos' in done.stdout
+  assert '--workdir: ' in done.stdout and 'pdb' not in done.stdout
 
 
-def test_it_tells_its_version(tmp_path):
-  assert rvq(tmp_path, '--version') == (0, f'rvq_jax {__version__}\n', '')
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_shows_the_program_as_it_was_typed(command, capsys):
+  typed = f'python here/{command}.py'
+  COMMANDS[command].main(['--help'], typed)
+  out, _ = capsys.readouterr()
+  assert f'\n{typed} --' in out and f'\nrvq {command}' not in out
 
 
-def test_what_libraries_log_of_their_files_is_left_out(tmp_path):
-  program = """
+def test_it_tells_its_version(rvq, tmp_path):
+  done = rvq('--version', cwd=tmp_path)
+  assert (done.returncode, done.stdout) == (0, f'rvq_jax {__version__}\n')
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+  """Returns a function: arguments -> what `rvq train` hands to the loop."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(program, '_prepare_logs', lambda: None)
+  monkeypatch.setattr(backend, 'prepare_backend', lambda **_: None)
+
+  def hand(config, workdir, init):
+    raise InterruptedError(config, workdir)
+
+  monkeypatch.setattr(loop, 'train', hand)
+
+  def call(*arguments):
+    with pytest.raises(InterruptedError) as ended:
+      COMMANDS['train'].main(list(arguments))
+    return ended.value.args
+
+  return call
+
+
+@pytest.mark.parametrize(
+  'given', ['cifar10:f4,best', str(ROOT / 'configs/cifar10.py:f4,best')]
+)
+def test_the_config_and_its_fields_reach_the_loop(given, trained):
+  config, workdir = trained(
+    *('--config.batch_size=8', f'--config={given}', '--noconfig.data.flip'),
+    *('--config.model.widths=(4,8)', '--config.num_steps', '3'),
+  )
+  assert workdir == Path('runs/cifar10_f4_best')
+  assert (config.model.factor, config.model.estimator) == (4, 'ste')
+  assert (config.batch_size, config.num_steps, config.data.flip) == (
+    8,
+    3,
+    False,
+  )
+  assert config.model.widths == (4, 8)
+
+
+def test_a_shipped_config_given_by_its_path_is_not_a_second_module(monkeypatch):
+  from rvq_jax.configs import photos
+
+  monkeypatch.setattr(photos, 'get_config', lambda: {'seed': 7})
+  for given in ('photos', ROOT / 'configs/photos.py'):
+    config, _ = config_file.load(str(given))
+    assert config.to_dict() == {'seed': 7}
+  assert config_file.load(str(ROOT / 'rvq_jax/configs/photos.py'))[0].seed == 7
+
+
+def test_a_config_of_the_user_builds_on_a_shipped_one(trained, tmp_path):
+  (tmp_path / 'photos.py').write_text(
+    'from rvq_jax.configs import photos\n'
+    'def get_config(size):\n'
+    '  config = photos.get_config()\n'
+    '  config.data.image_size = int(size)\n'
+    '  return config\n'
+  )
+  config, workdir = trained('--config=photos.py:32')
+  assert workdir == Path('runs/photos_32')
+  assert (config.data.image_size, config.num_steps) == (32, 1000)
+
+
+def test_logs_of_libraries_about_their_files_are_left_out(rvq, tmp_path):
+  code = """
 import logging
-from rvq_jax import cli
-def main():
+from rvq_jax.commands.program import command
+@command()
+def main(flags):
   logging.getLogger('matplotlib.font_manager').info('generated new fontManager')
   logging.info('ours')
-cli.run(main)
+main()
 """
-  code, _, err = rvq(tmp_path, program=program)
-  assert code == 0 and err.endswith(' ours\n') and len(err.splitlines()) == 1
+  done = rvq(program=code, cwd=tmp_path)
+  assert done.returncode == 0 and done.stderr.endswith(' ours\n')
+  assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 def test_output_that_nobody_reads_on_ends_without_a_traceback(unbuffered):
-  program = """
+  code = """
 import sys
-from rvq_jax import cli
-def main():
+from rvq_jax.commands.program import command
+@command()
+def main(flags):
   sys.stdin.read()
   print('made')
-cli.run(main)
+main()
 """
   with subprocess.Popen(
-    [sys.executable, '-c', program],
+    [sys.executable, '-c', code],
     env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': unbuffered},
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,

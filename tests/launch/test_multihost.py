@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_flags import TINY
 
 from rvq_jax import sharding
 from rvq_jax.training.build import build_model
@@ -26,23 +27,16 @@ LOST_AFTER = 20  # seconds of silence
 BOUND = 240  # seconds in which anything must end, on a machine under load
 FLAGS = (
   '--config=configs/cifar10.py:f4',
-  '--config.batch_size=8',
   '--config.log_every=5',
   '--config.checkpoint_every=5',
   '--config.eval_every=0',
-  '--config.data.split=official',
-  '--config.data.image_size=16',
-  '--config.model.widths=(4,8)',
-  '--config.model.num_res_blocks=0',
-  '--config.model.num_heads=2',
-  '--config.model.code_dim=4',
-  '--config.model.codebook_size=16',
+  *TINY,
 )
-# Softmax and BatchNorm do not see these biases: their gradient is rounding,
+# Softmax and BatchNorm do not see these biases, so their gradient is rounding,
 # which Adam magnifies. A running mean holds the bias before it.
 UNSEEN = ("['key']['bias']", "['up1']['bias']", "['norm1']['bn']['mean']")
-# SSIM is of images rounded to uint8, and here near 0: one pixel that rounds to
-# the next value moves it by more than a thousandth of itself.
+# SSIM is near 0 here: one pixel that rounds to another uint8 moves it by more
+# than a thousandth of itself.
 ATOL = {'validation/ssim': 1e-3}
 
 

@@ -42,17 +42,17 @@ def test_one_line_says_what_to_install(
 def test_perceptual_metrics_find_memory_on_the_gpu():
   name = 'XLA_PYTHON_CLIENT_PREALLOCATE'
   code = f"""
-import os, runpy, sys
-sys.path.insert(0, 'launch')
+import os
 from jax._src.xla_bridge import backends_are_initialized
-from rvq_jax.evaluation import evaluate
+from rvq_jax.evaluation import evaluate as library
 
 def measure(*args, **kwargs):
   print(backends_are_initialized(), os.environ.get({name!r}), flush=True)
   os._exit(0)
 
-evaluate.evaluate_run = measure
-runpy.run_path('launch/evaluate.py', run_name='__main__')
+library.evaluate_run = measure
+from rvq_jax.commands import evaluate
+evaluate.main()
 """
   done = subprocess.run(
     [sys.executable, '-c', code, '--workdir=run', '--perceptual'],

@@ -1,12 +1,8 @@
-"""encode, decode and explore as a person runs them: in their own process."""
+"""encode, decode, export and explore as a person runs them."""
 
 import concurrent.futures
-import os
 import re
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,70 +12,23 @@ from rvq_jax import load
 from rvq_jax.tokenizer import tiling
 from rvq_jax.tokenizer.dataset import TokenDataset
 
-ROOT = Path(__file__).resolve().parents[2]
 
+@pytest.fixture
+def succeed(run):
+  """Returns a function: a launcher and its arguments -> what it prints."""
 
-def run(launcher, *arguments, cwd=ROOT):
-  return subprocess.run(
-    [sys.executable, ROOT / f'launch/{launcher}.py', *map(str, arguments)],
-    cwd=cwd,
-    env=os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'},
-    capture_output=True,
-    text=True,
-    timeout=280,
-  )
+  def call(launcher, *arguments, **options):
+    done = run(launcher, *arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
-
-def succeed(launcher, *arguments, **options):
-  done = run(launcher, *arguments, **options)
-  assert done.returncode == 0, done.stderr
-  return done.stdout
-
-
-@pytest.mark.parametrize(
-  ('arguments', 'message'),
-  [
-    ('encode', 'expected --workdir=DIR and either IMAGE FILE.npz'),
-    ('encode --workdir=x {png}', "an output FILE.npz, got ''"),
-    ('encode --workdir=x {png} y.jpg', "an output FILE.npz, got 'y.jpg'"),
-    ('encode --workdir=x {png} {mine}', 'mine.npz exists and is not over'),
-    ('encode --workdir=x --input={folder}', 'expected --workdir=DIR and ei'),
-    ('encode --workdir=x --input={folder} --output=y z', 'expected --workdir='),
-    ('encode --workdir=x phto.jpg y.npz', 'an image file, got phto.jpg'),
-    ('encode --workdir=x a b c', 'at most 2 paths'),
-    ('encode --workdir={folder} {png} y.npz', 'a run with checkpoints'),
-    ('encode --workdir=x --input={folder} --output=y --split=s', 'split: ex'),
-    ('encode --workdir=x --image_size=0', 'image_size'),
-    ('decode', 'expected --workdir=DIR and either FILE.npz IMAGE.png'),
-    ('decode --workdir=x {mine}', "an output FILE.png, got ''"),
-    ('decode --workdir=x --input={tmp} --output=y z', 'expected --workdir='),
-    ('decode --workdir=x {mine} y.jpg', "an output FILE.png, got 'y.jpg'"),
-    ('decode --workdir=x {mine} {png}', 'png exists and is not overwritten'),
-    ('explore', 'expected --workdir=DIR'),
-    ('explore --workdir=x --images=0', 'images'),
-    ('explore --workdir=x --output={tmp}/x.html', 'a run with checkpoints'),
-    ('explore --workdir=x --output={png}', 'not a page of the explorer'),
-  ],
-)
-def test_a_wrong_command_ends_in_one_line_and_exit_code_2(
-  image_folder, tmp_path, arguments, message
-):
-  png = next(image_folder.rglob('*.png'))
-  mine = tmp_path / 'mine.npz'
-  mine.write_text('mine')
-  before = png.read_bytes()
-  names = {'folder': image_folder, 'png': png, 'mine': mine, 'tmp': tmp_path}
-  done = run(*arguments.format(**names).split())
-  assert done.returncode == 2, done.stderr
-  assert re.search(message, done.stderr), done.stderr
-  lines = done.stderr.splitlines()
-  assert len([x for x in lines if not re.match(r'\d\d:\d\d:\d\d ', x)]) == 1
-  assert [path.name for path in tmp_path.iterdir()] == ['mine.npz']
-  assert (mine.read_text(), png.read_bytes()) == ('mine', before)
+  return call
 
 
 @pytest.mark.slow
-def test_an_image_goes_to_tokens_and_back(tiny_run, image_folder, tmp_path):
+def test_an_image_goes_to_tokens_and_back(
+  tiny_run, image_folder, tmp_path, run, succeed
+):
   source = next((image_folder / 'test').rglob('*.png'))
   npz, png = tmp_path / 'x.npz', tmp_path / 'x.png'
   out = succeed('encode', f'--workdir={tiny_run}', source, npz)
@@ -98,7 +47,9 @@ def test_an_image_goes_to_tokens_and_back(tiny_run, image_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_data_set_goes_to_tokens_and_back(tiny_run, image_folder, tmp_path):
+def test_a_data_set_goes_to_tokens_and_back(
+  tiny_run, image_folder, tmp_path, run, succeed
+):
   tokens, images = tmp_path / 'tokens', tmp_path / 'images'
   flags = (f'--workdir={tiny_run}', f'--input={image_folder}')
   for _ in range(2):  # the second finds everything done
@@ -115,7 +66,9 @@ def test_a_data_set_goes_to_tokens_and_back(tiny_run, image_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_files_of_one(tiny_run, image_folder, tmp_path):
+def test_two_processes_write_the_files_of_one(
+  tiny_run, image_folder, tmp_path, succeed
+):
   flags = (f'--workdir={tiny_run}', f'--input={image_folder}', '--split=train')
   flags += ('--image_size=256',)  # two batches
   succeed('encode', *flags, f'--output={tmp_path}/one')
@@ -137,7 +90,7 @@ def test_two_processes_write_the_files_of_one(tiny_run, image_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_page_replaces_only_a_page(tiny_run, image_folder, tmp_path):
+def test_a_page_replaces_only_a_page(tiny_run, image_folder, tmp_path, succeed):
   page = tmp_path / 'page.html'
   flags = ('--workdir=.', f'--output={page}')
   for images in (2, 1):
@@ -147,3 +100,15 @@ def test_a_page_replaces_only_a_page(tiny_run, image_folder, tmp_path):
   source = next((image_folder / 'test').rglob('*.png'))
   out = succeed('explore', *flags, f'--input={source}', cwd=tiny_run)
   assert source.name in page.read_text()
+
+
+@pytest.mark.slow
+def test_an_export_is_the_model_of_the_run(tiny_run, tmp_path, succeed):
+  folder = tmp_path / 'export'
+  out = succeed(
+    'export', f'--workdir={tiny_run}', f'--output={folder}', '--stablehlo'
+  )
+  names = 'README.md config.json decode_cpu.stablehlo decode_cuda.stablehlo '
+  names += 'encode_cpu.stablehlo encode_cuda.stablehlo model.safetensors '
+  assert ', '.join((names + 'tokenizer_torch.py').split()) in out
+  assert load(folder).model_hash == load(tiny_run).model_hash

@@ -1,0 +1,73 @@
+"""Turns images into tokens.
+
+rvq encode --workdir=DIR photo.jpg photo.npz
+rvq encode --workdir=DIR --input=FOLDER|tfds:NAME|photos --output=tokens/
+
+DIR is a run, an export or hf:OWNER/NAME. An image of any size becomes an .npz
+file, each split of a data set a folder. The same command resumes a data set;
+--multihost shares it among processes, as `rvq train` shares a run.
+"""
+
+from pathlib import Path
+
+from rvq_jax.commands import program
+from rvq_jax.commands.program import COUNT, Flag
+
+
+@program.command(
+  program.MODEL,
+  program.STEP,
+  program.DATA_DIR,
+  Flag('input', 'Folder or data set.'),
+  Flag('output', 'Folder of the tokens.'),
+  Flag('split', 'One split; default: each.'),
+  Flag('image_size', 'Pixels per side; default: that of the run.', None, COUNT),
+  *program.PROCESSES,
+  paths=2,
+)
+def main(flags, *paths):
+  """Encodes an image or a data set."""
+  program.check_usage(flags, paths, 'IMAGE FILE.npz')
+  _encode_image(flags, *paths) if paths else _encode_data_set(flags)
+
+
+def _encode_image(flags, source, output=''):
+  program.check_new_file(output, '.npz')
+  if not Path(source).is_file():
+    program.fail(f'expected an image file, got {source}')
+  from rvq_jax import metrics
+  from rvq_jax.data.transforms import decode_image
+  from rvq_jax.tokenizer import tiling
+  from rvq_jax.tokenizer.load import load
+  from rvq_jax.training.backend import prepare_backend
+
+  prepare_backend()
+  image = decode_image(Path(source).read_bytes(), name=source)
+  tokenizer = load(flags.workdir, flags.step)
+  ids = tiling.save_image(tokenizer, image, output)
+  decoded = tiling.decode_ids(tokenizer, ids[None], *image.shape[:2])
+  psnr = metrics.psnr(image[None] / 127.5 - 1, decoded / 127.5 - 1)[0]
+  bits = ids.size * (tokenizer.codebook_size - 1).bit_length()
+  print(
+    f'{output}: {image.shape[1]} x {image.shape[0]} pixels, {ids.size} tokens, '
+    f'{bits * 3 / image.size:.4f} bits per pixel, PSNR {psnr:.2f} dB'
+  )
+
+
+def _encode_data_set(flags):
+  program.prepare_backend(flags)
+  from rvq_jax.data.datasets import open_images
+  from rvq_jax.tokenizer.encoding import encode_dataset
+  from rvq_jax.tokenizer.load import load
+
+  splits = open_images(flags.input, data_dir=flags.data_dir, split=flags.split)
+  tokenizer = load(flags.workdir, flags.step)
+  for split, images in splits.items():
+    folder = Path(flags.output) / ('' if list(splits) == ['all'] else split)
+    about = {'input': flags.input, 'split': split, 'model': flags.workdir}
+    meta = encode_dataset(
+      tokenizer, images, folder, image_size=flags.image_size, about=about
+    )
+    count, skipped = meta['num_images'], len(meta['skipped'])
+    if program.is_first():
+      print(f'{folder}: tokens of {count} images, {skipped} of them skipped')

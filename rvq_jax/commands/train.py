@@ -1,0 +1,56 @@
+"""Trains a tokenizer, evaluates it on the test split and draws the figures.
+
+rvq train --config=photos [--config.model.codebook_size=8192 ...]
+
+A config is a name, as cifar10 or cifar10:f4, or the path of a file of yours.
+The same command resumes a run that was interrupted. --init starts a new run
+from the parameters and codes of a trained model (docs/guide.md). --multihost
+makes one run of all processes that were started with this command
+(docs/scale.md); all must see the workdir.
+"""
+
+from pathlib import Path
+
+from rvq_jax.commands import program
+from rvq_jax.commands.program import Flag
+
+
+@program.command(
+  program.CONFIG,
+  Flag('workdir', 'Directory of the run; default: runs/NAME of the config.'),
+  Flag('init', 'Run, export or hf:OWNER/NAME that a new run starts from.'),
+  *program.PROCESSES,
+)
+def main(flags):
+  """Trains, evaluates, draws."""
+  workdir = Path(flags.workdir or Path('runs') / flags.run_name)
+  if flags.init and Path(flags.init).resolve() == workdir.resolve():
+    program.fail(f'--init: expected another folder than --workdir={workdir}')
+  program.prepare_backend(flags)
+  from rvq_jax.tokenizer.load import load
+  from rvq_jax.training.loop import train
+
+  init = (lambda: load(flags.init)) if flags.init else None
+  train(flags.config, workdir, init=init)
+  # Not before: matplotlib looks for fonts, which takes a second when it is new.
+  from rvq_jax.evaluation.evaluate import evaluate_run, format_table
+
+  result = evaluate_run(workdir)
+  if program.is_first():
+    print(format_table(result, f'{workdir}, test split'))
+    print(_summary(result, workdir))
+
+
+def _summary(result, workdir):
+  """Three lines: what was made, where the picture is, what to type next."""
+  tokens, images = result['tokens'], result['images']
+  bits = result['bits_per_image'] * images / tokens
+  pictures = workdir / 'evaluation' / 'test' / 'reconstructions.png'
+  here = Path('launch/explore.py').exists()  # else: installed
+  explore = 'python launch/explore.py' if here else 'rvq explore'
+  return (
+    f'made: a tokenizer, {tokens / images:,.0f} tokens of {bits:g} bits per '
+    f'image, PSNR {result["psnr"]:.2f} dB on {images:,} test images\n'
+    f'look: {pictures}\n'
+    f'next: {explore} --workdir={workdir} --output={workdir.name}.html'
+  )
