@@ -7,39 +7,89 @@ of it, or inside of a function.
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
 from rvq_jax.models.vqvae import VQVAE
-from rvq_jax.quantize.registry import make_quantizer, takes
-from rvq_jax.training.config import QUANTIZER_FIELDS
+from rvq_jax.quantize import base
+from rvq_jax.quantize.fields import Field, fault, fields_of
+from rvq_jax.quantize.registry import QUANTIZERS, quantizer_class, takes
+
+MODEL_FIELDS = {
+  'freeze': Field(str, choices=('', 'codes', 'encoder,codes')),
+  'data.image_size': Field(int, 1, 2**14),
+  'model.quantizer': Field(str, choices=tuple(QUANTIZERS)),
+  'model.dtype': Field(str, choices=('float32', 'bfloat16')),
+}
+"""The fields that a model needs besides those of its layers."""
+LAYERS_ONLY = {
+  *('eps', 'max_scale', 'kl_weight', 'levels', 'freeze'),
+  *('temperature_start', 'temperature_end'),
+}
+"""Arguments of layers that are no fields of a config.
+
+The first three once were: a run or an export that holds them still opens, for
+they change nothing but training.
+"""
 
 
-def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
-  """The model of a checked flat config; axis_name as of `VQVAE`."""
-  model = {
-    name.removeprefix('model.'): value
-    for name, value in flat.items()
-    if name.startswith('model.')
-  }
-  name = model.pop('quantizer')
-  model.pop('quantize_after')  # of the train step
-  quantizer = {field: model.pop(field) for field in QUANTIZER_FIELDS}
-  quantizer['freeze'] = 'codes' in flat['freeze']
-  quantizer = {n: value for n, value in quantizer.items() if takes(name, n)}
-  if name == 'multiscale':
+def layer_fields(*layers: type[nn.Module]) -> dict[str, Field]:
+  """'model.NAME' -> range of the fields of layers that a config has.
+
+  Where several layers have a name, the first one's range counts.
+  """
+  result = {}
+  for cls in layers:
+    ranges = fields_of(cls) or base.FIELDS  # until quantizers hold theirs
+    for name in cls.__dataclass_fields__:
+      if name in ranges and name not in LAYERS_ONLY:
+        result.setdefault(f'model.{name}', ranges[name])
+  return result
+
+
+def check_fields(flat: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
+  """Raises ValueError for a field that is missing or out of its range."""
+  for name, field in fields.items():
+    if name not in flat:
+      raise ValueError(f'config.{name}: missing; see configs/cifar10.py')
+    if expected := fault(flat[name], field):
+      raise ValueError(
+        f'config.{name}: expected {expected}, got {flat[name]!r}'
+      )
+
+
+def build_model(flat: Mapping[str, Any]) -> VQVAE:
+  """The model of a flat config.
+
+  Raises:
+    ValueError: a field of the model is missing or out of its range.
+  """
+  check_fields(flat, MODEL_FIELDS)
+  name = flat['model.quantizer']
+  quantizer = quantizer_class(name)
+  check_fields(flat, layer_fields(Encoder, Decoder, quantizer))
+  flat = {n: tuple(x) if isinstance(x, list) else x for n, x in flat.items()}
+
+  def make(cls, **values):
+    own = {n.removeprefix('model.'): flat[n] for n in layer_fields(cls)}
+    return cls(**own, **values)
+
+  dtype = jnp.dtype(flat['model.dtype']).type
+  encoder, decoder = (make(cls, dtype=dtype) for cls in (Encoder, Decoder))
+  flat['model.code_dim'] = None  # a quantizer takes the encoder's
+  if takes(name, 'sides') and not flat['model.sides']:
     from rvq_jax.quantize.scales import default_sides
 
-    grid = flat['data.image_size'] // flat['model.factor']
-    quantizer['sides'] = tuple(quantizer['sides'] or default_sides(grid))
-  model['widths'] = tuple(model['widths'])
-  model['dtype'] = jnp.dtype(model['dtype']).type
-  model['axis_name'] = axis_name
-  code_dim, num_heads = model.pop('code_dim'), model.pop('num_heads')
+    grid = flat['data.image_size'] // encoder.factor
+    flat['model.sides'] = default_sides(grid)
+  frozen = (
+    {'freeze': 'codes' in flat['freeze']} if takes(name, 'freeze') else {}
+  )
   return VQVAE(
-    encoder=Encoder(code_dim=code_dim, **model),
-    vq=make_quantizer(name, axis_name=axis_name, **quantizer),
-    decoder=Decoder(num_heads=num_heads, **model),
+    encoder=encoder,
+    vq=make(quantizer, **frozen),
+    decoder=decoder,
     freeze_encoder='encoder' in flat['freeze'],
   )
