@@ -20,12 +20,10 @@ if not os.environ.get('OPTIMIZED'):
     _flags += ' --xla_cpu_use_fusion_emitters=false'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flags}'
 
-import importlib.util  # noqa: E402
 import re  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 # Tests build the same small programs again and again: each is compiled once,
 # for all workers of pytest and the programs that tests start.
@@ -48,7 +46,6 @@ if os.environ.get('CI'):
   hypothesis.settings.register_profile('ci', derandomize=True)
   hypothesis.settings.load_profile('ci')
 
-ROOT = Path(__file__).resolve().parents[1]
 _NUMERICAL = re.compile(
   'tests/(quantize|models)/|'
   'tests/training/test_(accumulate|devices|optimizer|resume|step)'
@@ -88,13 +85,7 @@ def load_config():
 
 
 def _load_config(name: str, *arguments):
-  spec = importlib.util.spec_from_file_location(
-    name, ROOT / 'configs' / f'{name}.py'
-  )
-  module = importlib.util.module_from_spec(spec)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT))
-    spec.loader.exec_module(module)
+  module = importlib.import_module(f'rvq_jax.configs.{name}')
   return module.get_config(*arguments)
 
 

@@ -81,7 +81,7 @@ def test_attention_in_tiles_has_the_values_and_gradients_of_the_whole(
 
 def test_attention_never_holds_all_scores_on_cpu():
   layer, x = SelfAttention(2), np.zeros((2, 32, 32, 4), np.float32)
-  variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+  variables = init.eval_shape(layer, x)
   grad = jax.grad(lambda v: jnp.sum(layer.apply(v, x)))
   compiled = jax.jit(grad).lower(variables).compile()
   scores = 4 * 2 * 2 * 1024**2  # bytes of [B, heads, T, T]
@@ -138,7 +138,7 @@ def test_stage_plan_halves_log2_factor_times(factor, plan):
 def test_what_encoder_and_decoder_cannot_be_is_refused(part, fields, message):
   x = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
   with pytest.raises(ValueError, match=f'^{message}'):
-    jax.eval_shape(part(**fields).init, jax.random.key(0), x)
+    init.eval_shape(part(**fields), x)
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,11 @@ def test_a_residual_block_starts_as_the_identity(norm, activation, applied):
   block = ResidualBlock(norm=norm, activation=activation)
 
   @jax.jit
-  def run():
-    variables = block.init(jax.random.key(0), x, False)
+  def run(variables):
     apply = functools.partial(block.apply, variables, x, mutable=True)
     return apply(False)[0], apply(True)[0]
 
-  for y in run():
+  for y in run(init(block, x, train=False)):
     np.testing.assert_allclose(y, applied(x), rtol=1e-5, atol=1e-8)
 
 
@@ -189,7 +188,7 @@ def test_every_layer_computes_in_the_dtype(part):
 
   with nn.intercept_methods(record):
     x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
-    jax.eval_shape(module.init, jax.random.key(0), x)
+    init.eval_shape(module, x)
   assert len(dtypes) > 8 and set(dtypes.values()) == {jnp.dtype('bfloat16')}
 
 
@@ -256,7 +255,7 @@ def test_every_layer_has_the_norm_and_the_activation(part):
   options = {'widths': (8, 8), 'factor': 4, 'num_res_blocks': 1}
   x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
   module = part(**options, norm='group', activation='swish')
-  variables = jax.eval_shape(module.init, jax.random.key(0), x)
+  variables = init.eval_shape(module, x)
   assert list(variables) == ['params']
   program = str(jax.make_jaxpr(module.apply)(variables, x))
   other = part(**options, norm='group')
