@@ -42,5 +42,5 @@ class Decoder(Coder):
       else:
         x = nn.Conv(outputs[i], (3, 3), dtype=self.dtype, name=f'up{i}')(x)
       if i:
-        x = self.norm_and_activation(x, i, train)
+        x = self.norm_and_act(x, f'norm{i}', train)
     return jnp.tanh(x.astype(jnp.float32))

@@ -32,18 +32,14 @@ class Discriminator(nn.Module):
     stages = max(min(x.shape[1:3]).bit_length() - 3, 1)
     x = x.astype(self.dtype)
     for i, width in enumerate(self.widths[:stages]):
+      x = blur(x) if i else x
+      bias = i == 0  # else GroupNorm has one
       x = nn.Conv(
-        width,
-        (4, 4),
-        (2, 2),
-        use_bias=i == 0,  # else GroupNorm has one
-        dtype=self.dtype,
-        name=f'conv{i}',
-      )(blur(x) if i else x)
+        width, (4, 4), 2, use_bias=bias, dtype=self.dtype, name=f'conv{i}'
+      )(x)
       if i:
-        x = Norm(kind='group', dtype=self.dtype, name=f'norm{i}')(
-          x, train=False
-        )
+        norm = Norm(kind='group', dtype=self.dtype, name=f'norm{i}')
+        x = norm(x, train=False)
       x = nn.leaky_relu(x, 0.2)
     x = nn.Conv(1, (3, 3), dtype=self.dtype, name='out')(x)
     return x[..., 0].astype(jnp.float32)

@@ -54,15 +54,10 @@ class Coder(nn.Module):
     check(self)
     return stage_plan(self.widths, self.factor)
 
-  def norm_and_activation(
-    self, x: jax.Array, stage: int, train: bool
-  ) -> jax.Array:
-    """The activation of 'norm0', 'norm1' ... of x."""
+  def norm_and_act(self, x: jax.Array, name: str, train: bool) -> jax.Array:
+    """The activation of the layer `Norm`, called `name`, of x."""
     norm = Norm(
-      kind=self.norm,
-      dtype=self.dtype,
-      axis_name=self.axis_name,
-      name=f'norm{stage}',
+      kind=self.norm, dtype=self.dtype, axis_name=self.axis_name, name=name
     )
     return ACTIVATIONS[self.activation](norm(x, train=train))
 
@@ -102,13 +97,8 @@ class Encoder(Coder):
     x = x.astype(self.dtype)
     for i, (width, stride) in enumerate(self.stages()):
       x = nn.Conv(
-        width,
-        (3, 3),
-        (stride, stride),
-        use_bias=False,
-        dtype=self.dtype,
-        name=f'conv{i}',
+        width, (3, 3), stride, use_bias=False, dtype=self.dtype, name=f'conv{i}'
       )(x)
-      x = self.norm_and_activation(x, i, train)
+      x = self.norm_and_act(x, f'norm{i}', train)
     x = self.residual_blocks(x, train)
     return nn.Conv(self.code_dim, (1, 1), dtype=self.dtype, name='out')(x)

@@ -91,11 +91,7 @@ class ResidualBlock(nn.Module):
     act, y = ACTIVATIONS[self.activation], x
     for i in range(2):
       y = nn.Conv(
-        x.shape[-1],
-        (3, 3),
-        use_bias=False,
-        dtype=self.dtype,
-        name=f'conv{i}',
+        x.shape[-1], (3, 3), use_bias=False, dtype=self.dtype, name=f'conv{i}'
       )(y)
       y = Norm(
         kind=self.norm,
@@ -202,12 +198,8 @@ def _attend_in_tiles(query, key, value, *, scores):
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1))[..., None])
     # The sum divides after the product: d numbers per query rather than T,
     # forward and in the derivative.
-    y = jnp.einsum(
-      'nqk,nkd->nqd',
-      weights.astype(v.dtype),
-      v,
-      preferred_element_type=jnp.float32,
-    )
+    w = weights.astype(v.dtype)
+    y = jnp.einsum('nqk,nkd->nqd', w, v, preferred_element_type=jnp.float32)
     return (y / weights.sum(-1)[..., None]).astype(v.dtype)
 
   qkv = tuple(split(x) for x in (query, key, value))

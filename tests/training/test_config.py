@@ -73,6 +73,7 @@ REFUSED = [
   ({'model.codebook_size': 1.5}, 'model.codebook_size: expected .*got 1.5'),
   ({'model.codebook_size': True}, 'model.codebook_size: expected .*got True'),
   ({'model.codebook_size': None}, 'model.codebook_size: expected .*got None'),
+  ({'model.code_dim': None}, 'model.code_dim: expected a value, got None'),
   ({'model.widths': 32}, r'model.widths: .*as \(64, 128, 256\)'),
   ({'model.widths': ()}, 'model.widths: expected integers from 1 to 1048576'),
   ({'model.sides': ()}, 'model.sides: expected integers from 1 to 1048576'),
