@@ -1,7 +1,7 @@
-"""Objects of a checked flat config; below, nothing sees the flat dictionary.
+"""Builds the objects of a flat config; below, nothing sees the dictionary.
 
-Whatever opens a model imports this file: optax and the training loop stay out
-of it, or inside of a function.
+Every program that opens a model imports this file: imports of optax and of the
+training loop stand inside functions.
 """
 
 from collections.abc import Mapping
@@ -23,22 +23,22 @@ MODEL_FIELDS = {
   'model.quantizer': Field(str, choices=tuple(QUANTIZERS)),
   'model.dtype': Field(str, choices=('float32', 'bfloat16')),
 }
-"""The fields that a model needs besides those of its layers."""
+"""The fields that a model needs besides its layers' fields."""
 LAYERS_ONLY = {
   *('eps', 'max_scale', 'kl_weight', 'levels', 'freeze'),
   *('temperature_start', 'temperature_end'),
 }
-"""Arguments of layers that are no fields of a config.
+"""Arguments of layers without a field in a config.
 
-The first three once were: a run or an export that holds them still opens, for
-they change nothing but training.
+Earlier versions had fields for the first three. Their runs and exports still
+open: the three change only training.
 """
 
 
 def layer_fields(*layers: type[nn.Module]) -> dict[str, Field]:
-  """'model.NAME' -> range of the fields of layers that a config has.
+  """'model.NAME' -> range of each argument of layers that a config sets.
 
-  Where several layers have a name, the first one's range counts.
+  If layers share a name, the first layer's range counts.
   """
   result = {}
   for cls in layers:
@@ -67,29 +67,28 @@ def build_model(flat: Mapping[str, Any]) -> VQVAE:
     ValueError: a field of the model is missing or out of its range.
   """
   check_fields(flat, MODEL_FIELDS)
-  name = flat['model.quantizer']
-  quantizer = quantizer_class(name)
+  kind = flat['model.quantizer']
+  quantizer = quantizer_class(kind)
   check_fields(flat, layer_fields(Encoder, Decoder, quantizer))
   flat = {n: tuple(x) if isinstance(x, list) else x for n, x in flat.items()}
 
   def make(cls, **values):
-    own = {n.removeprefix('model.'): flat[n] for n in layer_fields(cls)}
-    return cls(**own, **values)
+    for name in layer_fields(cls):
+      values[name.removeprefix('model.')] = flat[name]
+    return cls(**values)
 
   dtype = jnp.dtype(flat['model.dtype']).type
   encoder, decoder = (make(cls, dtype=dtype) for cls in (Encoder, Decoder))
-  flat['model.code_dim'] = None  # a quantizer takes the encoder's
-  if takes(name, 'sides') and not flat['model.sides']:
+  flat['model.code_dim'] = None  # the quantizer's: the encoder's channels
+  if takes(kind, 'sides') and not flat['model.sides']:
     from rvq_jax.quantize.scales import default_sides
 
     grid = flat['data.image_size'] // encoder.factor
     flat['model.sides'] = default_sides(grid)
-  frozen = (
-    {'freeze': 'codes' in flat['freeze']} if takes(name, 'freeze') else {}
-  )
+  freeze = {'freeze': 'codes' in flat['freeze']}
   return VQVAE(
     encoder=encoder,
-    vq=make(quantizer, **frozen),
+    vq=make(quantizer, **(freeze if takes(kind, 'freeze') else {})),
     decoder=decoder,
     freeze_encoder='encoder' in flat['freeze'],
   )

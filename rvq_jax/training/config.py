@@ -1,9 +1,9 @@
-"""The one door of a config: which fields it has and what they may hold.
+"""The one door of a config: the names and ranges of its fields.
 
 `ml_collections` takes `codebook_size=-5` or `widths=32`, so every value is
-checked here, before anything is built. The layers say what they take: their
-ranges stand on their fields, and a trace of the model finds what does not fit
-together. The door adds the name of the config's field.
+checked here, before anything is built. Ranges of a layer's arguments stand on
+the layer, and a trace of the model lets the layers refuse values that do not
+fit together. The door adds the name of the config's field.
 """
 
 import difflib
@@ -61,7 +61,7 @@ FIELDS = MODEL_FIELDS | {
   'optimizer.b2': Field(float, 0, 0.9999999),
   'optimizer.params_ema': Field(float, 0, 0.9999999),
 }
-"""The fields without a layer; for all see `fields`."""
+"""The fields that no layer has; `fields` gives all."""
 RESUMABLE = {
   *('num_epochs', 'num_steps', 'log_every', 'eval_every', 'checkpoint_every'),
   *('keep_checkpoints', 'data.data_dir', 'data.num_workers', 'model.remat'),
@@ -89,12 +89,13 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Checks a nested config, field by field and as a model; flat JSON values.
+  """Checks a nested config, and gives it as flat JSON values.
 
-  The path of a folder of images becomes absolute. Takes 0.1 to 0.5 s.
+  The path of a folder of images becomes absolute. The trace of the model takes
+  0.1 to 0.5 s.
 
   Raises:
-    ValueError: one line that names the field, what was expected and what came.
+    ValueError: one line: the field, the expected value and the given one.
   """
   flat = flatten(config)
   for name in flat:
@@ -136,8 +137,8 @@ def _check_run(flat):
 
 def _check_model(flat):
   """Traces the model's `init`; names the field that a layer refuses."""
-  # One block says what all say. In bfloat16 attention would ask which devices
-  # there are: JAX would start them before `deterministic` is set.
+  # One block stands for all. In bfloat16, attention would ask for the devices:
+  # JAX would start its backend before `deterministic` is set.
   blocks = min(flat['model.num_res_blocks'], 1)
   flat = flat | {'model.num_res_blocks': blocks, 'model.dtype': 'float32'}
   side = flat['data.image_size']
@@ -171,8 +172,8 @@ def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
   """Refuses to resume `old` with another model, optimizer or data.
 
   Raises:
-    ValueError: another version of rvq_jax, with other fields, made the
-      checkpoint; or a list of the fields that differ and must not.
+    ValueError: a version of rvq_jax with other fields made the checkpoint, or
+      fields differ that must not; lists them.
   """
   if new.keys() != old.keys():
     raise ValueError(

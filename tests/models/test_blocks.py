@@ -1,4 +1,4 @@
-"""The blocks and what encoder and decoder are made of, against formulas."""
+"""The blocks of encoder and decoder against formulas; their refusals."""
 
 import functools
 import re
@@ -135,7 +135,7 @@ def test_stage_plan_halves_log2_factor_times(factor, plan):
     ({'norm': 'group', 'widths': (130,)}, 'norm: .* 32 groups .*, got 130;'),
   ],
 )
-def test_what_encoder_and_decoder_cannot_be_is_refused(part, fields, message):
+def test_impossible_encoders_and_decoders_are_refused(part, fields, message):
   x = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
   with pytest.raises(ValueError, match=f'^{message}'):
     init.eval_shape(part(**fields), x)

@@ -74,9 +74,9 @@ def test_distance_equals_the_definition(layers):
   weights, (x, y) = make_weights(layers), make_images()
   expected = oracle(layers, weights, x, y)
   assert expected.min() > 0.05
-  found = jax.jit(distance)(weights, x, y)
-  assert found.dtype == jnp.float32
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  got = jax.jit(distance)(weights, x, y)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @NETS
@@ -84,11 +84,11 @@ def test_gradients_equal_differences_of_the_definition(layers):
   weights, (x, y) = make_weights(layers), make_images(count=1)
   gradient = jax.jit(jax.grad(lambda *a: distance(*a).sum(), (1, 2)))
   direction = make_images(count=1, seed=2)
-  found = np.vdot(gradient(weights, x, y), direction)
+  got = np.vdot(gradient(weights, x, y), direction)
   step = 1e-6 * direction.astype(np.float64)
   high = oracle(layers, weights, x + step[0], y + step[1])
   low = oracle(layers, weights, x - step[0], y - step[1])
-  np.testing.assert_allclose(found, (high - low).sum() / 2e-6, rtol=1e-3)
+  np.testing.assert_allclose(got, (high - low).sum() / 2e-6, rtol=1e-3)
 
 
 def test_features_whose_squares_underflow_have_a_finite_gradient():
@@ -109,9 +109,9 @@ def test_convolutions_run_in_the_dtype_asked_for(layers):
   text = str(jax.make_jaxpr(measure)(weights, x, y))
   results = [t for t in text.splitlines() if '= conv_general_dilated' in t]
   assert results and all(':bf16[' in line for line in results)
-  found = measure(weights, x, y)
-  assert found.dtype == jnp.float32
-  np.testing.assert_allclose(found, oracle(layers, weights, x, y), rtol=0.03)
+  got = measure(weights, x, y)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, oracle(layers, weights, x, y), rtol=0.03)
 
 
 SMALL = [(2, 31, 64, 3), (2, 64, 31, 3), (64, 64, 3)]

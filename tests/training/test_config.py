@@ -8,7 +8,7 @@ from rvq_jax.training import config as config_lib
 from rvq_jax.training.build import build_model
 from rvq_jax.training.config import check_config, check_resume, flatten
 
-# Of what earlier versions had: fields that no version of a model depends on.
+# Fields that earlier versions had; no trained model depends on them.
 REMOVED = {
   'model.eps': 1e-3,
   'model.max_scale': 5.0,
@@ -88,7 +88,7 @@ REFUSED = [
   ({'optimizer.clip_norm': '1'}, "optimizer.clip_norm: .*a number, got '1'"),
   ({'model.codebok_size': 5}, r'.*; did you mean config.model.codebook_size\?'),
   ({'typo': 1}, 'typo: no such field'),
-  # What does not fit together, as the layers say it.
+  # The layers refuse these, together with another field.
   ({'data.image_size': 33}, 'data.image_size: .*multiples of 8, got 33x33'),
   ({'model.num_heads': 7}, 'model.num_heads: .* divisor of the 256 .*got 7'),
   ({'model.quantizer': 'product', 'model.heads': 3}, 'model.*heads.* 256'),
@@ -116,7 +116,7 @@ REFUSED = [
     {'model.quantizer': 'fsq', 'model.codebook_size': 1000},
     'model.codebook_size: expected a power of two .*got 1000; .*is 1024',
   ),
-  # What no layer knows.
+  # No layer knows these rules.
   *(
     ({'model.quantize_after': 9, **fields}, 'model.quantize_after: expected 0')
     for fields in ({'model.quantizer': 'fsq'}, {'model.init_from': 'normal'})
@@ -129,7 +129,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(('fields', 'message'), REFUSED)
-def test_what_cannot_be_ends_in_one_line(load_config, fields, message):
+def test_an_impossible_config_ends_in_one_line(load_config, fields, message):
   with pytest.raises(ValueError, match=f'^config.{message}') as caught:
     check_config(changed(load_config('cifar10'), fields))
   assert '\n' not in str(caught.value)
@@ -145,7 +145,7 @@ def test_what_cannot_be_ends_in_one_line(load_config, fields, message):
     {'model.codebook_size': 2**31 - 1},
   ],
 )
-def test_the_edge_of_what_can_be_is_taken(load_config, fields):
+def test_a_config_at_the_edge_of_the_rules_is_taken(load_config, fields):
   check_config(changed(load_config('cifar10'), fields))
 
 

@@ -1,4 +1,4 @@
-"""Every field of a config reaches what it is for."""
+"""Every field of a config reaches its layer or step."""
 
 import dataclasses
 import functools
@@ -182,7 +182,7 @@ def test_the_defaults_of_layers_equal_those_of_the_config(part, load_config):
   assert {name: getattr(layer, name) for name in names} == want
 
 
-# The object that a run is made of.
+# The train step of a run.
 
 
 @pytest.fixture(scope='module')

@@ -20,7 +20,7 @@ from rvq_jax.training.run import Run
 PACKAGE = Path(rvq_jax.__file__).parent
 EXPECTED = (ValueError, OSError, FloatingPointError)
 
-# What people type, and what nobody would: a slip of the finger, another type,
+# Likely and unlikely texts: a slip of the finger, another type,
 # the ends of every range, a script that left a variable empty.
 NUMBERS = st.one_of(
   st.integers(-3, 70),
