@@ -174,7 +174,9 @@ def make_peer(dim: int, codebook_size: int, *, seed: int = 0, **options):
 
 def load_config(name: str, *arguments):
   """The ConfigDict of configs/NAME.py."""
-  return importlib.import_module(f'configs.{name}').get_config(*arguments)
+  return importlib.import_module(f'rvq_jax.configs.{name}').get_config(
+    *arguments
+  )
 
 
 def untrained(config) -> Tokenizer:

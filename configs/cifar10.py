@@ -1,10 +1,9 @@
 """The paper's CIFAR-10 model, and ours.
 
-Command: python launch/main.py --config=configs/cifar10.py, with :f4, :best,
-:f4,best or :multiscale behind it
+Command: python launch/main.py --config=configs/cifar10.py[:VARIANT]
 Variants: f8 (default) is the paper's text, 4x4 tokens per image, 224 bits; f4
-has 8x8 tokens, 896 bits; best trains either as our runs say is best, see
-`use_best`; multiscale has 155 tokens of 1x1 to 8x8, 1,860 bits.
+has 8x8 tokens, 896 bits; best and f4,best train them with our best method, see
+`use_best`; multiscale has 155 tokens on grids of 1x1 to 8x8, 1,860 bits.
 Hardware, time and numbers of 300 epochs: not run. 328 steps of f8 on 2 CPU
 cores: MSE 0.0455 on [-1, 1], usage 99.4 %, perplexity 14,202; see
 docs/results.md.
@@ -15,7 +14,7 @@ from ml_collections.config_dict import placeholder
 
 
 def use_best(config: ConfigDict, *, quantize_after: int) -> None:
-  """Sets what gave the least error in docs/gradients.md, at the same bits."""
+  """Sets the method with the least error per bit; see docs/gradients.md."""
   config.model.estimator = 'ste'
   config.model.quantize_after = quantize_after
   config.model.dead_code_threshold = 0.1
@@ -24,7 +23,7 @@ def use_best(config: ConfigDict, *, quantize_after: int) -> None:
 def use_multiscale(
   config: ConfigDict, *, factor: int, quantize_after: int
 ) -> None:
-  """Sets codes on grids of growing side; see docs/codebook_health.md."""
+  """Sets codes on grids with growing sides; see docs/codebook_health.md."""
   use_best(config, quantize_after=quantize_after)
   config.model.factor = factor
   config.model.quantizer = 'multiscale'
@@ -54,31 +53,30 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config.num_epochs = 300
   config.num_steps = placeholder(int)  # if set, counts instead of num_epochs
   config.deterministic = False  # True: bit-exact on GPUs too, but slower
-  # What stays as it is: 'codes', or 'encoder,codes' to adapt the decoder alone
-  # to other images (--init), whose ids stay too.
+  # 'codes' do not train; nor, with 'encoder,codes', does the encoder: only the
+  # decoder adapts to other images (--init), and each image keeps its ids.
   config.freeze = ''
   config.log_every = 50  # steps between two log lines
   config.eval_every = 1640  # steps between evaluations; 0: at the end only
   config.checkpoint_every = 1640  # steps; 0: with each evaluation
-  config.keep_checkpoints = 2  # newest ones to keep, besides the best
+  config.keep_checkpoints = 2  # the newest ones, besides the best
 
   config.data = data = ConfigDict()
   data.name = 'tfds:cifar10'  # tfds:NAME, folder:PATH or photos
-  data.data_dir = placeholder(str)  # of tfds; default ~/tensorflow_datasets
-  data.split = 'paper'  # 70-20-10 of all images; 'official': the set's own
+  data.data_dir = placeholder(str)  # for tfds; default ~/tensorflow_datasets
+  data.split = 'paper'  # 70-20-10 of all images; 'official': the data set's
   data.image_size = 32  # pixels per side
   data.crop = 'none'  # 'random' or 'random_resized' crops in training
   data.crop_scale = 0.08  # least share of the area, for random_resized
   data.flip = True  # mirror half of the training images
-  data.colors = False  # draw hue, channel order, saturation, contrast of each
-  data.in_memory = 'auto'  # 'yes', 'no'; auto: when decoded it fits in 4 GiB
-  data.num_workers = 0  # decoding processes where the set is streamed
+  data.colors = False  # random hue, channel order, saturation, contrast
+  data.num_workers = 0  # decoding processes for a set too large for memory
 
   config.model = model = ConfigDict()
   model.widths = (64, 128, 256)  # channels of the strided convolutions
   model.factor = 4 if 'f4' in parts else 8  # image side over token grid side
   model.num_res_blocks = 6  # in the encoder and in the decoder
-  model.num_heads = 8  # of the decoder's attention
+  model.num_heads = 8  # heads of the decoder's attention
   model.code_dim = 256  # D, dimensions of a code
   model.dtype = 'float32'  # compute dtype; 'bfloat16'
   model.remat = False  # less memory for a third more operations
@@ -89,40 +87,35 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.quantizer = 'vq'
   model.codebook_size = 16384  # K
   # 'rotation_unscaled', 'reflection' (eq. 4), 'ste' (eq. 7), 'dynamic_ste',
-  # 'diveq' (learned codes alone)
+  # 'diveq' (only for learned codes)
   model.estimator = 'rotation'
   model.ema = True  # False: codes are parameters, trained by gradient
   model.decay = 0.99  # alpha of the moving average
-  model.eps = 1e-5  # Laplace smoothing of the cluster sizes
   model.commitment_weight = 0.25  # beta
   model.codebook_weight = 1.0  # used when ema is False
   model.loss_form = 'two_weights'  # 'paper_eq5' or 'paper_eq8'
   model.cosine = False  # unit-norm latents and codes
-  model.dead_code_threshold = 0.9  # of the mean count; below it: replaced
+  model.dead_code_threshold = 0.9  # share of the mean count; below: replaced
   model.split_by = 'count'  # or 'distortion': which codes dead ones join
   model.split_fraction = 0.2  # from a code towards its vector; 1: onto it
   model.init_from = 'data'  # 'normal': random codes
-  model.max_scale = 10.0  # bound on |q|/|e| in the gradient
   model.depth = 4  # codes per position of 'residual'
   model.heads = 2  # codes per position of 'product'
   # Sides of the grids of 'multiscale', as (1, 2, 4); default: 1, 2, 3, 4, 5, 6,
-  # 8, 10, 13, 16 ... up to that of the latents.
+  # 8, 10, 13, 16 ... up to the side of the latents.
   model.sides = placeholder(tuple)
-  model.temperature_steps = 10_000  # over which that of 'gumbel' falls
-  model.kl_weight = 5e-4  # of 'gumbel': KL from the uniform distribution
+  model.temperature_steps = 10_000  # of 'gumbel': steps until it is lowest
 
   config.objective = objective = ConfigDict()
   objective.pixel = 'mse'  # or 'l1'
   objective.perceptual_weight = 0.0  # of LPIPS by VGG16
-  # Of a discriminator, whose loss counts after a third of the run.
+  # Of a discriminator; its loss counts after a third of the run.
   objective.adversarial_weight = 0.0
   objective.lecam_weight = 0.001  # regularises the discriminator
   objective.discriminator_learning_rate = 1e-4  # Adam
 
   config.optimizer = optimizer = ConfigDict()
   optimizer.learning_rate = 2e-4  # AdamW
-  # Of learned codes and projections; default: that of the rest.
-  optimizer.codebook_learning_rate = placeholder(float)
   optimizer.weight_decay = 0.01  # on kernels only
   optimizer.schedule = 'cosine'  # to 0 at the end; or 'constant'
   optimizer.warmup_steps = 0

@@ -1,8 +1,8 @@
 """The paper's ImageNet model at 256x256: 32x32 tokens, 14,336 bits per image.
 
 Command: python launch/main.py --config=configs/imagenet.py[:best|:multiscale]
-Variants: best trains it as our runs say is best, see `cifar10.use_best`;
-multiscale has 680 tokens of 1x1 to 16x16, 8,160 bits.
+Variants: best trains it with our best method, see `cifar10.use_best`;
+multiscale has 680 tokens on grids of 1x1 to 16x16, 8,160 bits.
 The data set comes from the ILSVRC2012 archives in DATA_DIR/downloads/manual, or
 from folders: --config.data.name=folder:PATH.
 Hardware, time and numbers: not run.
@@ -14,11 +14,11 @@ from rvq_jax.configs import cifar10
 
 
 def get_config(variant: str = '') -> ConfigDict:
-  """The CIFAR-10 config with what differs; '', 'best' or 'multiscale'."""
+  """The CIFAR-10 config with changes; variant '', 'best' or 'multiscale'."""
   if variant not in ('', 'best', 'multiscale'):
     raise ValueError(
-      'expected configs/imagenet.py, or :best or :multiscale behind it, got '
-      f':{variant}'
+      'expected configs/imagenet.py, configs/imagenet.py:best or :multiscale, '
+      f'got :{variant}'
     )
   config = cifar10.get_config('f8')
   config.log_every = 100

@@ -1,4 +1,4 @@
-"""ImageNet at 256x256 for pictures that look right: LPIPS and a discriminator.
+"""ImageNet at 256x256 for sharp pictures: LPIPS and a discriminator.
 
 Command: python launch/main.py --config=configs/imagenet_vqgan.py
 The data set as for configs/imagenet.py. LPIPS needs its weights:
@@ -13,7 +13,7 @@ from rvq_jax.configs.photos_vqgan import use_vqgan
 
 
 def get_config() -> ConfigDict:
-  """The config of ImageNet with what differs here."""
+  """The ImageNet config with changes."""
   config = imagenet.get_config()
   config.num_epochs = 40
   use_vqgan(config, quantize_after=50_000)

@@ -1,12 +1,12 @@
 """The embedded default: a small model on crops of embedded photographs.
 
-Needs no download. Trained on astronaut, coffee, rocket (of scikit-image) and
-Grace Hopper (of matplotlib) in colours drawn at random, tested on chelsea, a
-photograph that the model has never seen. The method is that of cifar10.py:best.
+It needs no download. It trains on astronaut, coffee, rocket (from scikit-image)
+and Grace Hopper (from matplotlib) in random colours, and is tested on chelsea,
+an unseen photograph. The method is the same as in cifar10.py:best.
 
 Command: python launch/main.py --config=configs/photos.py
 Hardware and time: 2 cores of an AMD EPYC, 3 min 10 s.
-Seen on the 400 test crops: MSE 0.0092 on [-1, 1], PSNR 26.54 dB at 2,560 bits
+On the 400 test crops: MSE 0.0092 on [-1, 1], PSNR 26.54 dB at 2,560 bits
 per image; usage 52.0 %, perplexity 84 (one cat has few colours; in training
 100 % and 867 over 25 steps).
 """
@@ -17,7 +17,7 @@ from rvq_jax.configs import cifar10
 
 
 def get_config() -> ConfigDict:
-  """The CIFAR-10 config with what differs here."""
+  """The CIFAR-10 config with changes."""
   config = cifar10.get_config('f4')
   config.batch_size = 32
   config.num_steps = 1000

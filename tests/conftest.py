@@ -85,7 +85,8 @@ def load_config():
 
 
 def _load_config(name: str, *arguments):
-  return importlib.import_module(f'configs.{name}').get_config(*arguments)
+  module = importlib.import_module(f'rvq_jax.configs.{name}')
+  return module.get_config(*arguments)
 
 
 @pytest.fixture(scope='session')

@@ -6,12 +6,11 @@ _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 
 
 def upsample(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Transposed convolution, kernel 4, stride 2, as `nn.ConvTranspose` has it.
+  """Transposed convolution, kernel 4, stride 2, equal to `nn.ConvTranspose`.
 
-  Its derivatives are those of the strided convolution that it is the transpose
-  of, which cuDNN and XLA:CPU have kernels for. Those of `lax.conv_transpose`
-  would first write x with zeros between its values: four times the memory and
-  the operations.
+  It is the transpose of a strided convolution, whose kernels in cuDNN and
+  XLA:CPU compute its derivatives. `lax.conv_transpose` would first write x with
+  zeros between its values: four times the memory and the operations.
 
   Args:
     x: [B, H, W, C].
@@ -20,8 +19,8 @@ def upsample(x: jax.Array, kernel: jax.Array) -> jax.Array:
   Returns:
     [B, 2H, 2W, F].
   """
-  # Under `shard_map` the kernel must vary over the devices as x does, else a
-  # custom derivative would not be summed over them.
+  # Under `shard_map` the kernel must vary over the devices as x does, else JAX
+  # would not sum a custom derivative over them.
   zero = (x[:1, :1, :1, :1] > 0).any() & False
   return _transposed(x, kernel + zero.astype(kernel.dtype))
 
@@ -39,8 +38,8 @@ def _transposed(x, kernel):
 
 
 def _turned(kernel):
-  # Transposing a convolution turns its kernel again; without the barrier XLA
-  # cancels the two and does not see a transposed convolution.
+  # The transposition of a convolution turns its kernel again. Without the
+  # barrier XLA cancels both turns and sees no transposed convolution.
   return jax.lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
 
 

@@ -1,22 +1,15 @@
 """The decoder: attention, residual blocks, transposed convolutions (3.3)."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.models.encoder import stage_plan
-from rvq_jax.models.layers import (
-  ACTIVATIONS,
-  Norm,
-  SelfAttention,
-  Upsample,
-  residual_blocks,
-)
+from rvq_jax.models.encoder import Coder
+from rvq_jax.models.layers import SelfAttention, Upsample
+from rvq_jax.quantize.fields import field
 
 
-class Decoder(nn.Module):
+class Decoder(Coder):
   """Latents [B, H, W, code_dim] to images [B, factor H, factor W, 3].
 
   The mirror of `Encoder`: a 1x1 convolution in, self-attention on the latent
@@ -25,38 +18,29 @@ class Decoder(nn.Module):
   stride 1), and tanh.
 
   Attributes:
-    num_heads: attention heads. All others are as of `Encoder`.
+    num_heads: attention heads. For the others see `Coder`.
   """
 
-  widths: tuple[int, ...] = (64, 128, 256)
-  factor: int = 8
-  num_res_blocks: int = 6
-  num_heads: int = 8
-  dtype: Any = jnp.float32
-  axis_name: Any = None
-  remat: bool = False
-  norm: str = 'batch'
-  activation: str = 'leaky_relu'
+  num_heads: int = field(8, 1, 2**31 - 1)
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """Decodes latents; images are float32 in [-1, 1]."""
-    stages = stage_plan(self.widths, self.factor)
-    x = x.astype(self.dtype)
+    """Decodes latents; images are float32 in [-1, 1].
+
+    Raises:
+      ValueError: a field is out of its range, or num_heads does not divide the
+        last width.
+    """
+    stages, x = self.stages(), x.astype(self.dtype)
     x = nn.Conv(stages[-1][0], (1, 1), dtype=self.dtype, name='in')(x)
-    x = SelfAttention(self.num_heads, self.dtype, name='attention')(x)
-    x = residual_blocks(self, x, train)
-    outputs = [width for width, _ in stages[:-1]]
+    x = SelfAttention(self.num_heads, dtype=self.dtype, name='attention')(x)
+    x = self.residual_blocks(x, train)
+    outputs = [3, *(width for width, _ in stages[:-1])]
     for i in reversed(range(len(stages))):
-      last = i == 0
-      features = 3 if last else outputs[i - 1]
       if stages[i][1] == 2:
-        x = Upsample(features, self.dtype, name=f'up{i}')(x)
+        x = Upsample(outputs[i], dtype=self.dtype, name=f'up{i}')(x)
       else:
-        x = nn.Conv(features, (3, 3), dtype=self.dtype, name=f'up{i}')(x)
-      if not last:
-        x = Norm(self.dtype, self.axis_name, self.norm, name=f'norm{i}')(
-          x, train=train
-        )
-        x = ACTIVATIONS[self.activation](x)
+        x = nn.Conv(outputs[i], (3, 3), dtype=self.dtype, name=f'up{i}')(x)
+      if i:
+        x = self.norm_and_act(x, f'norm{i}', train)
     return jnp.tanh(x.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""The discriminator of adversarial training: which patches look real."""
+"""The discriminator for adversarial training: which patches look real."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from rvq_jax.models.layers import Norm
 class Discriminator(nn.Module):
   """Images [B, h, w, 3] to a map of logits, high where a patch looks real.
 
-  PatchGAN (Isola et al. 2017, arXiv:1611.07004) of strided 4x4 convolutions.
-  Each but the first, which must see the finest detail, reads a blurred map
+  A PatchGAN (Isola et al. 2017, arXiv:1611.07004) with strided 4x4
+  convolutions. The first sees the finest detail, the others read a blurred map
   (Zhang 2019, arXiv:1904.11486). GroupNorm has no batch statistics, so that
   real and generated images do not affect each other. Four stages see patches
-  of 106 pixels; images under 64 pixels have fewer, so that 4x4 logits remain.
+  of 106 pixels; images under 64 pixels get fewer stages, for 4x4 logits.
 
   Attributes:
     widths: channels of the stages.
@@ -32,16 +32,14 @@ class Discriminator(nn.Module):
     stages = max(min(x.shape[1:3]).bit_length() - 3, 1)
     x = x.astype(self.dtype)
     for i, width in enumerate(self.widths[:stages]):
+      x = blur(x) if i else x
+      bias = i == 0  # else GroupNorm has one
       x = nn.Conv(
-        width,
-        (4, 4),
-        (2, 2),
-        use_bias=i == 0,  # else GroupNorm has one
-        dtype=self.dtype,
-        name=f'conv{i}',
-      )(blur(x) if i else x)
+        width, (4, 4), 2, use_bias=bias, dtype=self.dtype, name=f'conv{i}'
+      )(x)
       if i:
-        x = Norm(self.dtype, kind='group', name=f'norm{i}')(x, train=False)
+        norm = Norm(kind='group', dtype=self.dtype, name=f'norm{i}')
+        x = norm(x, train=False)
       x = nn.leaky_relu(x, 0.2)
     x = nn.Conv(1, (3, 3), dtype=self.dtype, name='out')(x)
     return x[..., 0].astype(jnp.float32)

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.models.layers import ACTIVATIONS, Norm, residual_blocks
+from rvq_jax.models.layers import ACTIVATIONS, NORMS, Norm, ResidualBlock
+from rvq_jax.quantize.fields import check, field
 
 
 def stage_plan(widths, factor: int) -> tuple[tuple[int, int], ...]:
@@ -16,66 +17,88 @@ def stage_plan(widths, factor: int) -> tuple[tuple[int, int], ...]:
   rest stride 1. A factor above 2^len(widths) repeats the last width.
 
   Args:
-    widths: channels of the convolutions, the paper's (64, 128, 256).
+    widths: channels of the convolutions, in the paper (64, 128, 256).
     factor: image side over latent side, a power of two.
-
-  Raises:
-    ValueError: factor is not a power of two from 2 to 64, or widths is empty.
   """
-  if factor not in (2, 4, 8, 16, 32, 64):
-    raise ValueError(
-      f'factor: expected a power of two from 2 to 64, got {factor!r}'
-    )
-  widths = tuple(widths)
-  if not widths or any(not isinstance(w, int) or w < 1 for w in widths):
-    raise ValueError(f'widths: expected integers > 0, got {widths!r}')
-  halvings = factor.bit_length() - 1
+  halvings, widths = factor.bit_length() - 1, tuple(widths)
   widths += widths[-1:] * (halvings - len(widths))
   return tuple((w, 2 if i < halvings else 1) for i, w in enumerate(widths))
 
 
-class Encoder(nn.Module):
-  """Images [B, h, w, 3] to latents z [B, h/factor, w/factor, code_dim].
+class Coder(nn.Module):
+  """The fields and layers that `Encoder` and `Decoder` share.
 
   Attributes:
     widths: channels of the convolutions.
     factor: image side over latent side.
     num_res_blocks: residual blocks at the last width.
-    code_dim: D. A 1x1 convolution without activation ends the encoder, so that
-      z is signed.
     dtype: compute dtype; parameters and statistics are float32.
     axis_name: see `Norm`.
-    remat: see `residual_blocks`.
+    remat: compute the inside of each residual block again in the backward pass:
+      less memory (docs/scale.md) for a third more operations.
     norm: `Norm.kind`.
     activation: a name in `layers.ACTIVATIONS`.
   """
 
-  widths: tuple[int, ...] = (64, 128, 256)
-  factor: int = 8
-  num_res_blocks: int = 6
-  code_dim: int = 256
+  widths: tuple[int, ...] = field((64, 128, 256))
+  factor: int = field(8, choices=(2, 4, 8, 16, 32, 64))
+  num_res_blocks: int = field(6, 0, 1000)
   dtype: Any = jnp.float32
   axis_name: Any = None
-  remat: bool = False
-  norm: str = 'batch'
-  activation: str = 'leaky_relu'
+  remat: bool = field(False)
+  norm: str = field('batch', choices=NORMS)
+  activation: str = field('leaky_relu', choices=tuple(ACTIVATIONS))
+
+  def stages(self) -> tuple[tuple[int, int], ...]:
+    """The `stage_plan`; ValueError if a field is out of its range."""
+    check(self)
+    return stage_plan(self.widths, self.factor)
+
+  def norm_and_act(self, x: jax.Array, name: str, train: bool) -> jax.Array:
+    """The activation of the layer `Norm`, called `name`, of x."""
+    norm = Norm(
+      kind=self.norm, dtype=self.dtype, axis_name=self.axis_name, name=name
+    )
+    return ACTIVATIONS[self.activation](norm(x, train=train))
+
+  def residual_blocks(self, x: jax.Array, train: bool) -> jax.Array:
+    """x after the blocks 'block0', 'block1' ..."""
+    block = ResidualBlock
+    if self.remat:
+      block = nn.remat(ResidualBlock, static_argnums=(2,))  # train
+    for i in range(self.num_res_blocks):
+      x = block(
+        norm=self.norm,
+        activation=self.activation,
+        dtype=self.dtype,
+        axis_name=self.axis_name,
+        name=f'block{i}',
+      )(x, train)
+    return x
+
+
+class Encoder(Coder):
+  """Images [B, h, w, 3] to latents z [B, h/factor, w/factor, code_dim].
+
+  Attributes:
+    code_dim: D. A 1x1 convolution without activation ends the encoder, so that
+      z is signed. For the others see `Coder`.
+  """
+
+  code_dim: int = field(256, 1, 2**20)
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """Encodes images x [B, h, w, 3] in [-1, 1]."""
+    """Encodes images x [B, h, w, 3] in [-1, 1].
+
+    Raises:
+      ValueError: a field is out of its range.
+    """
     x = x.astype(self.dtype)
-    for i, (width, stride) in enumerate(stage_plan(self.widths, self.factor)):
+    for i, (width, stride) in enumerate(self.stages()):
       x = nn.Conv(
-        width,
-        (3, 3),
-        (stride, stride),
-        use_bias=False,
-        dtype=self.dtype,
-        name=f'conv{i}',
+        width, (3, 3), stride, use_bias=False, dtype=self.dtype, name=f'conv{i}'
       )(x)
-      x = Norm(self.dtype, self.axis_name, self.norm, name=f'norm{i}')(
-        x, train=train
-      )
-      x = ACTIVATIONS[self.activation](x)
-    x = residual_blocks(self, x, train)
+      x = self.norm_and_act(x, f'norm{i}', train)
+    x = self.residual_blocks(x, train)
     return nn.Conv(self.code_dim, (1, 1), dtype=self.dtype, name='out')(x)

@@ -14,10 +14,10 @@ ACTIVATIONS = {'leaky_relu': nn.leaky_relu, 'swish': nn.swish}
 
 
 def num_groups(channels: int) -> int:
-  """Groups of GroupNorm: 32, or a quarter of the channels under 128.
+  """Groups of GroupNorm: 32, or a quarter of fewer than 128 channels.
 
   Raises:
-    ValueError: they do not divide the channels.
+    ValueError: the groups do not divide the channels.
   """
   groups = 32 if channels >= 128 else max(channels // 4, 1)
   if channels % groups:
@@ -35,7 +35,7 @@ class Norm(nn.Module):
     dtype: dtype of the output.
     axis_name: mapped axis to take batch statistics over; under `jit` with
       shardings they are global without one.
-    kind: 'batch', or 'group' (`num_groups`, eps 1e-6), which has no statistics.
+    kind: 'batch', or 'group' (`num_groups`, eps 1e-6) without statistics.
     zero_scale: start with scale 0 rather than 1.
   """
 
@@ -77,7 +77,7 @@ class ResidualBlock(nn.Module):
   Attributes:
     norm: `Norm.kind`.
     activation: a name in `ACTIVATIONS`.
-    dtype: as of `Norm`, like axis_name.
+    dtype: see `Norm`, as for axis_name.
   """
 
   dtype: Any = jnp.float32
@@ -91,32 +91,17 @@ class ResidualBlock(nn.Module):
     act, y = ACTIVATIONS[self.activation], x
     for i in range(2):
       y = nn.Conv(
-        x.shape[-1],
-        (3, 3),
-        use_bias=False,
-        dtype=self.dtype,
-        name=f'conv{i}',
+        x.shape[-1], (3, 3), use_bias=False, dtype=self.dtype, name=f'conv{i}'
       )(y)
-      y = Norm(self.dtype, self.axis_name, self.norm, i == 1, name=f'norm{i}')(
-        y, train=train
-      )
+      y = Norm(
+        kind=self.norm,
+        zero_scale=i == 1,
+        dtype=self.dtype,
+        axis_name=self.axis_name,
+        name=f'norm{i}',
+      )(y, train=train)
       y = act(y if i == 0 else x + y)
     return y
-
-
-def residual_blocks(module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
-  """The `num_res_blocks` blocks 'block0' ... of an encoder or a decoder.
-
-  With module.remat the backward pass computes the inside of each block again:
-  less memory (docs/scale.md) for a third more operations.
-  """
-  block = ResidualBlock
-  if module.remat:
-    block = nn.remat(ResidualBlock, static_argnums=(2,))  # train
-  shared = (module.dtype, module.axis_name, module.norm, module.activation)
-  for i in range(module.num_res_blocks):
-    x = block(*shared, name=f'block{i}')(x, train)
-  return x
 
 
 class SelfAttention(nn.Module):
@@ -136,8 +121,8 @@ class SelfAttention(nn.Module):
     batch, height, width, channels = x.shape
     if channels % self.num_heads:
       raise ValueError(
-        f'expected num_heads to divide the {channels} channels, got '
-        f'{self.num_heads}'
+        f'num_heads: expected a divisor of the {channels} channels, the last '
+        f'width, got {self.num_heads}'
       )
     y = nn.LayerNorm(dtype=self.dtype, name='norm')(x)
     y = y.reshape(batch, height * width, channels)
@@ -154,12 +139,12 @@ class SelfAttention(nn.Module):
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   """softmax(query key^T / sqrt(d)) value, with the scores in float32.
 
-  On a GPU of compute capability 8.0 or more, half precision goes through
-  cuDNN's fused kernel. Elsewhere, where all B H T T scores would not fit into
-  a tile (4 MiB on CPU, 256 MiB on other devices), a few heads at a time,
-  whose scores are computed again in the backward pass.
+  A GPU of compute capability 8.0 or more runs cuDNN's fused kernel in half
+  precision. Everywhere else, if the B H T T scores do not fit into a tile (4
+  MiB on CPU, 256 MiB on other devices), a loop attends a few heads at a time
+  and computes their scores again in the backward pass.
 
-  All are [B, T, H, d]: H heads of d channels.
+  All arrays are [B, T, H, d]: H heads of d channels.
   """
   return jax.lax.platform_dependent(
     query,
@@ -182,7 +167,7 @@ def _attend_on_accelerator(query, key, value):
 
 @functools.cache
 def _has_fused_attention() -> bool:
-  """Whether this process computes on NVIDIA GPUs that cuDNN's kernel takes."""
+  """Whether this process computes on NVIDIA GPUs with cuDNN's kernel."""
   device = jax.devices()[0]
   capability = getattr(device, 'compute_capability', '')
   known = device.platform == 'gpu' and capability.replace('.', '').isdigit()
@@ -190,10 +175,10 @@ def _has_fused_attention() -> bool:
 
 
 def _attend_in_tiles(query, key, value, *, scores):
-  """In tiles of whole heads: at most `scores` scores, or one head.
+  """Attends in tiles of whole heads: at most `scores` scores, or one head.
 
-  Tile i holds the heads i, i + n, i + 2 n ...: the loop then runs over an axis
-  that is never the sharded one, and each device works on its own images.
+  Tile i holds the heads i, i + n, i + 2 n ...: the loop never runs over the
+  sharded axis, so that each device works on its own images.
   """
   batch, tokens, heads, dim = query.shape
   count = batch * heads
@@ -211,14 +196,10 @@ def _attend_in_tiles(query, key, value, *, scores):
     )
     logits *= dim**-0.5
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1))[..., None])
-    # The sum divides what the weights gave: d numbers per query, not T, forward
-    # and in the derivative.
-    y = jnp.einsum(
-      'nqk,nkd->nqd',
-      weights.astype(v.dtype),
-      v,
-      preferred_element_type=jnp.float32,
-    )
+    # The sum divides after the product: d numbers per query rather than T,
+    # forward and in the derivative.
+    w = weights.astype(v.dtype)
+    y = jnp.einsum('nqk,nkd->nqd', w, v, preferred_element_type=jnp.float32)
     return (y / weights.sum(-1)[..., None]).astype(v.dtype)
 
   qkv = tuple(split(x) for x in (query, key, value))

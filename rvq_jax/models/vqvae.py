@@ -13,12 +13,12 @@ from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
 @flax.struct.dataclass
 class VQVAEOutput:
-  """What the forward pass returns.
+  """The output of the forward pass.
 
   Attributes:
     reconstruction: images [B, h, w, 3], float32 in [-1, 1].
     quantizer: the quantizer's output; its ids are [B, H, W], or [B, H, W, L]
-      with L codes per position. None without quantization.
+      with L codes per position. None with quantize=False.
     latents: z [B, H, W, D] before quantization.
   """
 
@@ -51,10 +51,10 @@ class VQVAE(nn.Module):
   Attributes:
     encoder: images [B, h, w, 3] to latents [B, h/factor, w/factor, D]; it has
       `factor`, and takes `train`.
-    vq: a quantizer of latents, see `rvq_jax.quantize.registry`.
+    vq: a quantizer for the latents, see `rvq_jax.quantize.registry`.
     decoder: latents to images; it takes `train`.
     freeze_encoder: the encoder gets no gradient, and its BatchNorm uses the
-      stored statistics in training too.
+      stored statistics in training, too.
   """
 
   encoder: nn.Module = Encoder()
@@ -81,12 +81,12 @@ class VQVAE(nn.Module):
       images: [B, h, w, 3], float in [-1, 1]; factor divides h and w.
       train: update batch statistics and codebook (collections 'batch_stats'
         and 'codebook' must be mutable).
-      mask: valid images [B], bool; the others stay out of the quantizer's
-        counts, losses and metrics.
-      quantize: False: the decoder gets the latents as they are.
+      mask: valid images [B], bool; the quantizer's counts, losses and metrics
+        leave the others out.
+      quantize: False: the decoder gets the latents themselves.
 
     Raises:
-      ValueError: the images have another shape.
+      ValueError: the images have another shape, or a layer refuses its fields.
     """
     z = self.latents(images, train=train)
     if not quantize:
@@ -100,10 +100,10 @@ class VQVAE(nn.Module):
     """Encoder outputs z [B, H, W, D] before quantization."""
     shape = images.shape
     if len(shape) != 4 or shape[-1] != 3:
-      raise ValueError(f'expected images [B, h, w, 3], got {shape}')
+      raise ValueError(f'images: expected [B, h, w, 3], got {shape}')
     if shape[1] % self.factor or shape[2] % self.factor or 0 in shape:
       raise ValueError(
-        f'expected images whose sides are multiples of {self.factor}, got '
+        f'images: expected sides that are multiples of {self.factor}, got '
         f'{shape[1]}x{shape[2]}; crop or pad them'
       )
     if self.freeze_encoder:

@@ -1,4 +1,4 @@
-"""Published weights: files of installed distributions, read as data."""
+"""Published weights: files in installed distributions, read as data."""
 
 import importlib.metadata
 from pathlib import Path
@@ -7,30 +7,30 @@ from rvq_jax.io import tree_digest
 
 
 def installed_file(distribution: str, file: str) -> Path | None:
-  """The path of a file of a distribution, which is not imported.
+  """The path of a file in a distribution, which is not imported.
 
   Args:
     distribution: its name.
-    file: as the distribution names it.
+    file: the file's name in the distribution.
 
   Returns:
     None if one of the two is not installed.
   """
   try:
-    found = importlib.metadata.distribution(distribution)
+    installed = importlib.metadata.distribution(distribution)
   except importlib.metadata.PackageNotFoundError:
     return None
-  path = Path(found.locate_file(file))
+  path = Path(installed.locate_file(file))
   return path if path.exists() else None
 
 
 def check_digest(arrays, expected: str, path, distribution: str) -> None:
-  """Refuses other arrays than the published ones.
+  """Refuses arrays that are not the published ones.
 
   Args:
     arrays: a tree.
-    expected: its `tree_digest`.
-    path: where they were read.
+    expected: the `tree_digest` of the published arrays.
+    path: the file that holds them.
     distribution: NAME==VERSION.
 
   Raises:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from rvq_jax.io import read_json
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.tokenizer.tokenizer import Tokenizer
-from rvq_jax.training import config as config_lib
 from rvq_jax.training.build import build_model
 
 HUB = 'hf:'
@@ -126,14 +125,13 @@ def _load_export(folder: Path, step) -> Tokenizer:
 def _model(config: Mapping[str, Any], source) -> tuple[VQVAE, dict[str, Any]]:
   """The model of a flat config; shapes and placement of its collections."""
   try:
-    config_lib.check_config(config)
+    model, size = build_model(config), config['data.image_size']
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
   except ValueError as error:
     raise ValueError(
       f'{source} was made by another version of rvq_jax: {error}'
     ) from error
-  model = build_model(config)
-  images = jnp.zeros((1, *[config['data.image_size']] * 2, 3))
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes

@@ -1,46 +1,95 @@
-"""Objects of a checked flat config; below, nothing sees the flat dictionary.
+"""Builds the objects of a flat config; below, nothing sees the dictionary.
 
-Whatever opens a model imports this file: optax and the training loop stay out
-of it, or inside of a function.
+Every program that opens a model imports this file: imports of optax and of the
+training loop stand inside functions.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
 from rvq_jax.models.vqvae import VQVAE
-from rvq_jax.quantize.registry import make_quantizer, takes
-from rvq_jax.training.config import QUANTIZER_FIELDS
+from rvq_jax.quantize import base
+from rvq_jax.quantize.fields import Field, fault, fields_of
+from rvq_jax.quantize.registry import QUANTIZERS, quantizer_class, takes
+
+MODEL_FIELDS = {
+  'freeze': Field(str, choices=('', 'codes', 'encoder,codes')),
+  'data.image_size': Field(int, 1, 2**14),
+  'model.quantizer': Field(str, choices=tuple(QUANTIZERS)),
+  'model.dtype': Field(str, choices=('float32', 'bfloat16')),
+}
+"""The fields that a model needs besides its layers' fields."""
+LAYERS_ONLY = {
+  *('eps', 'max_scale', 'kl_weight', 'levels', 'freeze'),
+  *('temperature_start', 'temperature_end'),
+}
+"""Arguments of layers without a field in a config.
+
+Earlier versions had fields for the first three. Their runs and exports still
+open: the three change only training.
+"""
 
 
-def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
-  """The model of a checked flat config; axis_name as of `VQVAE`."""
-  model = {
-    name.removeprefix('model.'): value
-    for name, value in flat.items()
-    if name.startswith('model.')
-  }
-  name = model.pop('quantizer')
-  model.pop('quantize_after')  # of the train step
-  quantizer = {field: model.pop(field) for field in QUANTIZER_FIELDS}
-  quantizer['freeze'] = 'codes' in flat['freeze']
-  quantizer = {n: value for n, value in quantizer.items() if takes(name, n)}
-  if name == 'multiscale':
+def layer_fields(*layers: type[nn.Module]) -> dict[str, Field]:
+  """'model.NAME' -> range of each argument of layers that a config sets.
+
+  If layers share a name, the first layer's range counts.
+  """
+  result = {}
+  for cls in layers:
+    ranges = fields_of(cls) or base.FIELDS  # until quantizers hold theirs
+    for name in cls.__dataclass_fields__:
+      if name in ranges and name not in LAYERS_ONLY:
+        result.setdefault(f'model.{name}', ranges[name])
+  return result
+
+
+def check_fields(flat: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
+  """Raises ValueError for a field that is missing or out of its range."""
+  for name, field in fields.items():
+    if name not in flat:
+      raise ValueError(f'config.{name}: missing; see configs/cifar10.py')
+    if expected := fault(flat[name], field):
+      raise ValueError(
+        f'config.{name}: expected {expected}, got {flat[name]!r}'
+      )
+
+
+def build_model(flat: Mapping[str, Any]) -> VQVAE:
+  """The model of a flat config.
+
+  Raises:
+    ValueError: a field of the model is missing or out of its range.
+  """
+  check_fields(flat, MODEL_FIELDS)
+  kind = flat['model.quantizer']
+  quantizer = quantizer_class(kind)
+  check_fields(flat, layer_fields(Encoder, Decoder, quantizer))
+  flat = {n: tuple(x) if isinstance(x, list) else x for n, x in flat.items()}
+
+  def make(cls, **values):
+    for name in layer_fields(cls):
+      values[name.removeprefix('model.')] = flat[name]
+    return cls(**values)
+
+  dtype = jnp.dtype(flat['model.dtype']).type
+  encoder, decoder = (make(cls, dtype=dtype) for cls in (Encoder, Decoder))
+  flat['model.code_dim'] = None  # the quantizer's: the encoder's channels
+  if takes(kind, 'sides') and not flat['model.sides']:
     from rvq_jax.quantize.scales import default_sides
 
-    grid = flat['data.image_size'] // flat['model.factor']
-    quantizer['sides'] = tuple(quantizer['sides'] or default_sides(grid))
-  model['widths'] = tuple(model['widths'])
-  model['dtype'] = jnp.dtype(model['dtype']).type
-  model['axis_name'] = axis_name
-  code_dim, num_heads = model.pop('code_dim'), model.pop('num_heads')
+    grid = flat['data.image_size'] // encoder.factor
+    flat['model.sides'] = default_sides(grid)
+  freeze = {'freeze': 'codes' in flat['freeze']}
   return VQVAE(
-    encoder=Encoder(code_dim=code_dim, **model),
-    vq=make_quantizer(name, axis_name=axis_name, **quantizer),
-    decoder=Decoder(num_heads=num_heads, **model),
+    encoder=encoder,
+    vq=make(quantizer, **(freeze if takes(kind, 'freeze') else {})),
+    decoder=decoder,
     freeze_encoder='encoder' in flat['freeze'],
   )
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rvq_jax.training.config import SCHEDULES
+SCHEDULES = ('cosine', 'constant')
 
 
 def make_schedule(

@@ -101,7 +101,7 @@ class Run:
     return objective
 
   def _train_loader(self):
-    config, in_memory = self.config, {'auto': 'auto', 'yes': True, 'no': False}
+    config = self.config
     return loaders.make_train_loader(
       self.dataset.train,
       batch_size=config['batch_size'],
@@ -109,7 +109,6 @@ class Run:
       crop=config['data.crop'],
       crop_scale=(config['data.crop_scale'], 1.0),
       seed=config['seed'],
-      in_memory=in_memory[config['data.in_memory']],
       num_workers=config['data.num_workers'],
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -131,7 +130,6 @@ class Run:
       clip_norm=config['optimizer.clip_norm'],
       b2=config['optimizer.b2'],
       freeze=config['freeze'],
-      quantizer_scale=_quantizer_scale(config),
     )
 
     def init(key, variables=None):
@@ -260,19 +258,6 @@ class Run:
       state.eval_variables, samples, self.quantizes(int(state.step))
     )
     return metrics.reconstruction_grid(samples, np.asarray(images))
-
-
-def _quantizer_scale(config) -> float:
-  """Learning rate of the quantizer as a multiple of that of the rest."""
-  rate = config['optimizer.codebook_learning_rate']
-  if rate is None:
-    return 1.0
-  if not config['optimizer.learning_rate']:
-    raise ValueError(
-      'config.optimizer.codebook_learning_rate: expected a learning_rate above '
-      '0, whose schedule it follows'
-    )
-  return rate / config['optimizer.learning_rate']
 
 
 def _check_apart(name: str, workdir) -> None:

@@ -1,4 +1,4 @@
-"""The blocks, the transposed convolution against the definition above all."""
+"""The blocks of encoder and decoder against formulas; their refusals."""
 
 import functools
 import re
@@ -9,52 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.tree_util import keystr, tree_leaves_with_path
+from tiny_model import init
 
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder, stage_plan
 from rvq_jax.models.layers import (
+  Norm,
   ResidualBlock,
   SelfAttention,
-  Upsample,
   _attend_in_tiles,
+  num_groups,
 )
-from rvq_jax.training.run import RUNS_ONCE
+
+PARTS = pytest.mark.parametrize(
+  'part', [Encoder, functools.partial(Decoder, num_heads=2)]
+)
 
 
 def draw(seed, *shape):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=RUNS_ONCE)
-def init(module, x):
-  return module.init(jax.random.key(0), x)
-
-
-def test_upsample_has_the_parameters_and_values_of_conv_transpose():
-  x = draw(0, 2, 4, 3, 5)
-  ours, theirs = Upsample(6), nn.ConvTranspose(6, (4, 4), (2, 2))
-  variables = jax.device_get(init(ours, x))
-  shapes = jax.tree.map(
-    jnp.shape, jax.eval_shape(lambda: theirs.init(jax.random.key(0), x))
-  )
-  assert jax.tree.map(jnp.shape, variables) == shapes
-  variables['params']['bias'] = np.arange(6, dtype=np.float32)
-  np.testing.assert_allclose(
-    jax.jit(ours.apply)(variables, x),
-    jax.jit(theirs.apply)(variables, x),
-    atol=1e-5,
-  )
-
-
-def test_attention_sees_every_position():
-  layer, x = SelfAttention(2), draw(0, 1, 3, 3, 4)
-  variables = init(layer, x)
-  changed = x.copy()
-  changed[0, 0, 0] += [3, -1, 0, 2]
-  apply = jax.jit(layer.apply)
-  before, after = (np.asarray(apply(variables, a)) for a in (x, changed))
-  moved = np.abs(after - before).max(-1)
-  assert (moved > 1e-6).all()
 
 
 def test_attention_equals_the_softmax_formula():
@@ -70,10 +44,8 @@ def test_attention_equals_the_softmax_formula():
   weight = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(2))
   weight /= weight.sum(-1, keepdims=True)
   out = np.einsum('hnd,hdc->nc', weight @ v, p['out']['kernel'])
-  want = x + out.reshape(x.shape)
-  np.testing.assert_allclose(
-    jax.jit(layer.apply)(variables, x), want, atol=1e-5
-  )
+  got = jax.jit(layer.apply)(variables, x)
+  np.testing.assert_allclose(got, x + out.reshape(x.shape), atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -109,7 +81,7 @@ def test_attention_in_tiles_has_the_values_and_gradients_of_the_whole(
 
 def test_attention_never_holds_all_scores_on_cpu():
   layer, x = SelfAttention(2), np.zeros((2, 32, 32, 4), np.float32)
-  variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+  variables = init.eval_shape(layer, x)
   grad = jax.grad(lambda v: jnp.sum(layer.apply(v, x)))
   compiled = jax.jit(grad).lower(variables).compile()
   scores = 4 * 2 * 2 * 1024**2  # bytes of [B, heads, T, T]
@@ -146,80 +118,78 @@ def test_stage_plan_halves_log2_factor_times(factor, plan):
   assert stage_plan((64, 128, 256), factor) == plan
 
 
-@pytest.mark.parametrize('factor', [0, 3, 12, 128, -8])
-def test_stage_plan_refuses_other_factors(factor):
-  with pytest.raises(ValueError, match='power of two'):
-    stage_plan((64, 128, 256), factor)
+@PARTS
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    *(
+      ({'factor': factor}, f'factor: expected one of 2, 4, 8.*, got {factor}')
+      for factor in (0, 3, 12, 128, -8)
+    ),
+    ({'widths': ()}, r'widths: expected integers .*, got \(\)'),
+    ({'num_res_blocks': -1}, 'num_res_blocks: .* from 0 to 1000, got -1'),
+    ({'remat': 1}, 'remat: expected True or False, got 1'),
+    ({'norm': 'layer'}, "norm: expected one of batch, group, got 'layer'"),
+    ({'activation': 'relu'}, 'activation: expected one of leaky_relu, swish'),
+    ({'norm': 'group', 'widths': (14,)}, 'norm: .* 3 groups .*, got 14;'),
+    ({'norm': 'group', 'widths': (130,)}, 'norm: .* 32 groups .*, got 130;'),
+  ],
+)
+def test_impossible_encoders_and_decoders_are_refused(part, fields, message):
+  x = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+  with pytest.raises(ValueError, match=f'^{message}'):
+    init.eval_shape(part(**fields), x)
 
 
-def test_encoder_keeps_parameters_and_statistics_in_float32():
-  encoder = Encoder((4, 8), 4, 1, 6, jnp.bfloat16)
-  z, variables = jax.eval_shape(
-    lambda: encoder.init_with_output(jax.random.key(0), draw(0, 2, 8, 8, 3))
-  )
-  assert z.dtype == jnp.bfloat16
-  assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
-
-
-def test_a_residual_block_starts_as_the_identity():
-  x = np.abs(draw(0, 2, 4, 4, 6))  # the leaky ReLU leaves it alone
-  block = ResidualBlock()
+@pytest.mark.parametrize(
+  ('norm', 'activation', 'applied'),
+  [
+    ('batch', 'leaky_relu', lambda x: np.where(x > 0, x, np.float32(0.01) * x)),
+    ('group', 'swish', lambda x: x / (1 + np.exp(-x))),
+  ],
+)
+def test_a_residual_block_starts_as_the_identity(norm, activation, applied):
+  x = draw(0, 2, 4, 4, 8)
+  block = ResidualBlock(norm=norm, activation=activation)
 
   @jax.jit
   def run(variables):
     apply = functools.partial(block.apply, variables, x, mutable=True)
     return apply(False)[0], apply(True)[0]
 
-  start = jax.jit(
-    lambda key: block.init(key, x, False), compiler_options=RUNS_ONCE
-  )
-  for y in run(start(jax.random.key(0))):
-    np.testing.assert_array_equal(y, x)
+  for y in run(init(block, x, train=False)):
+    np.testing.assert_allclose(y, applied(x), rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize('part', [Encoder, Decoder])
+@PARTS
 def test_only_the_last_norm_of_a_block_starts_at_zero(part):
   module = part(widths=(4, 6), factor=4, num_res_blocks=3)
-  if part is Decoder:
-    module = module.clone(num_heads=2)
-
-  @jax.jit
-  def scales():
-    variables = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    return {
-      jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-      for path, leaf in jax.tree_util.tree_leaves_with_path(variables['params'])
-      if path[-1].key == 'scale'
-    }
-
-  scales = {name: set(np.ravel(leaf)) for name, leaf in scales().items()}
+  params = init(module, jnp.zeros((1, 8, 8, 3)))['params']
+  scales = {
+    keystr(path, simple=True, separator='/'): set(np.ravel(leaf))
+    for path, leaf in tree_leaves_with_path(params)
+    if path[-1].key == 'scale'
+  }
   zero = {f'block{i}/norm1/bn/scale' for i in range(3)}
   assert {name for name, values in scales.items() if values == {0.0}} == zero
   assert all(scales[name] == {1.0} for name in scales.keys() - zero)
 
 
-@pytest.mark.parametrize('part', [Encoder, Decoder])
+@PARTS
 def test_every_layer_computes_in_the_dtype(part):
   module = part(widths=(4, 8), factor=2, num_res_blocks=1, dtype=jnp.bfloat16)
-  if part is Decoder:
-    module = module.clone(num_heads=2)
-  found = {}
+  dtypes = {}
 
   def record(call, arguments, keywords, context):
     y = call(*arguments, **keywords)
     if context.module.path and context.method_name == '__call__':
-      found['/'.join(context.module.path)] = y.dtype
+      dtypes['/'.join(context.module.path)] = y.dtype
     return y
 
   with nn.intercept_methods(record):
     x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
-    jax.eval_shape(module.init, jax.random.key(0), x)
-  assert len(found) > 8
-  assert {n for n, dtype in found.items() if dtype != jnp.bfloat16} == set()
-
-
-def leaky(x):
-  return np.where(x > 0, x, 0.01 * x)
+    init.eval_shape(module, x)
+  assert len(dtypes) > 8 and set(dtypes.values()) == {jnp.dtype('bfloat16')}
 
 
 def test_a_residual_block_equals_its_formula():
@@ -230,6 +200,9 @@ def test_a_residual_block_equals_its_formula():
   variables = jax.tree.map(
     lambda a: rng.uniform(0.5, 1.5, a.shape).astype(np.float32), shapes
   )
+
+  def leaky(x):
+    return np.where(x > 0, x, 0.01 * x)
 
   def norm(y, i):
     stats = variables['batch_stats'][f'norm{i}']['bn']
@@ -252,9 +225,47 @@ def test_a_residual_block_equals_its_formula():
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+  ('channels', 'groups'), [(3, 1), (8, 2), (64, 16), (128, 32), (256, 32)]
+)
+def test_groups_are_32_or_a_quarter_of_few_channels(channels, groups):
+  assert num_groups(channels) == groups
+
+
+def test_group_norm_equals_its_formula_and_has_no_statistics():
+  x = draw(0, 2, 3, 5, 8)
+  layer = Norm(kind='group')
+  variables = layer.init(jax.random.key(0), x, train=True)
+  assert list(variables) == ['params']
+  scale = np.linspace(0.5, 2, 8, dtype=np.float32)
+  bias = np.linspace(-1, 1, 8, dtype=np.float32)
+  variables = {'params': {'gn': {'scale': scale, 'bias': bias}}}
+  y = np.float64(x).reshape(2, 15, 2, 4)
+  y -= y.mean((1, 3), keepdims=True)
+  y /= np.sqrt((y**2).mean((1, 3), keepdims=True) + 1e-6)
+  got = layer.apply(variables, x, train=True)
+  want = y.reshape(x.shape) * scale + bias
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+  half = Norm(kind='group', dtype=jnp.bfloat16)
+  assert half.apply(variables, x, train=False).dtype == jnp.bfloat16
+
+
+@PARTS
+def test_every_layer_has_the_norm_and_the_activation(part):
+  options = {'widths': (8, 8), 'factor': 4, 'num_res_blocks': 1}
+  x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+  module = part(**options, norm='group', activation='swish')
+  variables = init.eval_shape(module, x)
+  assert list(variables) == ['params']
+  program = str(jax.make_jaxpr(module.apply)(variables, x))
+  other = part(**options, norm='group')
+  assert 'logistic' in program and ' = ge ' not in program
+  assert 'logistic' not in str(jax.make_jaxpr(other.apply)(variables, x))
+
+
 def test_running_statistics_move_a_tenth_of_the_way():
   x = 3 + 2 * draw(0, 4, 8, 8, 3)
-  encoder = Encoder((5,), 2, 0, 6)
+  encoder = Encoder(widths=(5,), factor=2, num_res_blocks=0, code_dim=6)
 
   @jax.jit
   def run(variables):

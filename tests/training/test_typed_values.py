@@ -3,6 +3,7 @@
 import functools
 import math
 import traceback
+import types
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -13,13 +14,13 @@ from hypothesis import example, given, settings
 from ml_collections import config_flags
 
 import rvq_jax
-from rvq_jax.training import loop
-from rvq_jax.training.config import FIELDS, check_config, flatten
+from rvq_jax.training.config import check_config, fields, flatten
+from rvq_jax.training.run import Run
 
 PACKAGE = Path(rvq_jax.__file__).parent
 EXPECTED = (ValueError, OSError, FloatingPointError)
 
-# What people type, and what nobody would: a slip of the finger, another type,
+# Likely and unlikely texts: a slip of the finger, another type,
 # the ends of every range, a script that left a variable empty.
 NUMBERS = st.one_of(
   st.integers(-3, 70),
@@ -38,23 +39,39 @@ TEXTS = st.one_of(
   st.integers(1, 70).map(lambda n: f'({n},{n})'),
 )
 TYPED = st.one_of(NUMBERS.map(str), TEXTS)
-NAMES = st.sampled_from(sorted(FIELDS))
+NAMES = st.sampled_from(sorted(fields()))
 
 
-def parse(config, name, text):
-  """The config as the launchers read it from --config.NAME=TEXT."""
-  values, typed = flags.FlagValues(), ['program', f'--config.{name}={text}']
+SHARED = types.SimpleNamespace()  # fixtures and `given` do not mix
+
+
+@pytest.fixture(autouse=True)
+def remember(make_tiny_config):
+  SHARED.make_config = make_tiny_config
+
+
+def typed(name, text):
+  """The tiny config as the launchers read it with --config.NAME=TEXT.
+
+  None where the launchers make one line of the text themselves.
+  """
+  config = SHARED.make_config()
+  config.num_steps = 2
+  values, words = flags.FlagValues(), ['program', f'--config.{name}={text}']
   config_flags.DEFINE_config_dict(
-    'config', config, flag_values=values, sys_argv=typed
+    'config', config, flag_values=values, sys_argv=words
   )
-  values(typed)
+  try:
+    values(words)
+  except Exception:
+    return None
   return values['config'].value
 
 
-def one_line_or(function):
-  """What a function returns; None where it ends in one line of our own."""
+def one_line_or(function, config):
+  """The function's result; None if it ends in one line of our own."""
   try:
-    return function()
+    return config and function(config)
   except EXPECTED as error:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     assert PACKAGE in Path(frame.filename).parents, repr(error)
@@ -62,21 +79,39 @@ def one_line_or(function):
     return None
 
 
-@settings(max_examples=150, deadline=None)
+def trace_step(config):
+  run = Run(config)
+  rows, size = run.config['batch_size'], run.config['data.image_size']
+  batch = {'image': jax.ShapeDtypeStruct((rows, size, size, 3), 'uint8')}
+  step = functools.partial(run.train_step, 1)
+  jax.eval_shape(step, run.template, batch)
+  run.loader.close()
+  return run.config
+
+
+@pytest.mark.parametrize(
+  'use', [check_config, pytest.param(trace_step, marks=pytest.mark.slow)]
+)
+@settings(max_examples=100, deadline=None)
 @given(name=NAMES, text=TYPED)
 @example(name='model.widths', text='32')
+@example(name='model.widths', text='(1000000,8)')
+@example(name='model.widths', text='18446744073709551616')
 @example(name='model.codebook_size', text='-5')
+@example(name='model.codebook_size', text='2147483647')
 @example(name='model.commitment_weight', text='1e39')
-def test_a_typed_value_is_taken_as_it_stands_or_refused(name, text):
-  config = load()
-  try:
-    parsed = parse(config, name, text)
-  except Exception:  # the launchers make one line of any of these
-    return
-  flat = one_line_or(lambda: check_config(parsed))
+@example(name='num_epochs', text='10000000')
+@example(name='data.image_size', text='16384')
+@example(name='data.name', text='folder:\0')
+@example(name='data.data_dir', text='\0')
+@example(name='optimizer.learning_rate', text='1e300')
+@example(name='optimizer.weight_decay', text='1e308')
+@example(name='optimizer.warmup_steps', text='2147483647')
+def test_a_typed_value_is_used_as_it_stands_or_refused(use, name, text):
+  flat = one_line_or(use, typed(name, text))
   if flat is None:
     return
-  value, field = flat[name], FIELDS[name]
+  value, field = flat[name], fields()[name]
   if value is None:
     assert field.optional
   elif field.kind is tuple:
@@ -88,52 +123,7 @@ def test_a_typed_value_is_taken_as_it_stands_or_refused(name, text):
     assert value in field.choices
 
 
-@pytest.fixture(autouse=True)
-def remember(make_tiny_config):
-  load.make = make_tiny_config
-
-
-def load():
-  """The tiny config; a function, because fixtures and `given` do not mix."""
-  return load.make()
-
-
-@pytest.mark.slow
-@settings(max_examples=100, deadline=None)
-@given(name=NAMES, text=TYPED)
-@example(name='num_epochs', text='10000000')
-@example(name='model.codebook_size', text='2147483647')
-@example(name='model.widths', text='(1000000,8)')
-@example(name='model.widths', text='18446744073709551616')
-@example(name='data.image_size', text='16384')
-@example(name='data.name', text='folder:\0')
-@example(name='data.data_dir', text='\0')
-@example(name='optimizer.learning_rate', text='1e300')
-@example(name='optimizer.weight_decay', text='1e308')
-@example(name='model.commitment_weight', text='1e39')
-@example(name='optimizer.warmup_steps', text='2147483647')
-def test_what_is_taken_builds_and_traces(name, text):
-  config = load()
-  config.num_steps = 2
-  try:
-    parsed = parse(config, name, text)
-  except Exception:
-    return
-
-  def build():
-    run = loop.Run(parsed)
-    rows, size = run.config['batch_size'], run.config['data.image_size']
-    batch = {'image': jax.ShapeDtypeStruct((rows, size, size, 3), 'uint8')}
-    state, _ = jax.eval_shape(
-      functools.partial(run.train_step, 1), run.template, batch
-    )
-    run.loader.close()
-    return state
-
-  state = one_line_or(build)
-  assert state is None or state.step.shape == ()
-
-
 def test_all_fields_are_tried_and_typed():
-  assert parse(load(), 'model.codebook_size', '77').model.codebook_size == 77
-  assert set(flatten(load())) == set(FIELDS)
+  config = typed('model.codebook_size', '77')
+  assert config.model.codebook_size == 77
+  assert set(flatten(config)) == set(fields())
