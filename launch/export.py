@@ -38,7 +38,7 @@ def main():
     _OUTPUT.value,
     step=step,
     name=_NAME.value,
-    licence=_LICENSE.value,
+    license=_LICENSE.value,
     stablehlo=_STABLEHLO.value,
   )
   names = ', '.join(sorted(path.name for path in folder.iterdir()))

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
+from rvq_jax import Tokenizer
 from rvq_jax.quantize.scales import pool
-from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 
 class Transformer(nn.Module):
   """Logits of the ids at all positions; pre-norm blocks without dropout.
 
-  With sides, those of the scales, a token sees the tokens of its own scale and
-  of those before it; without, all. Labels are below num_classes.
+  With sides, of the scales, a token sees the tokens of its own scale and of
+  coarser ones; without, all. Labels are below num_classes.
   """
 
   codebook_size: int
@@ -136,17 +136,15 @@ class NextScale:
   def inputs(self, ids: jax.Array) -> jax.Array:
     """What the model sees [B, t', C] of ids [B, t] of no, some or all scales.
 
-    0 at the first scale; at the others the grid that the ids of those before
-    stand for, as means over areas; up to the first scale that has no ids.
+    0 at the first scale; at each other one the grid of all coarser ids, as
+    means over areas; up to the first scale without ids.
     """
     sides, tokenizer = self.model.sides, self.tokenizer
-    decode = lambda model, ids: model.vq.codes_from_ids(ids)  # noqa: E731
-    channels = tokenizer.config['model.code_dim']
+    channels = tokenizer.model.encoder.code_dim
     parts = [jnp.zeros((len(ids), sides[0] ** 2, channels))]
     for side, end in zip(sides[1:], tokenizer.prefixes, strict=False):
       if end <= ids.shape[1]:
-        known = tokenizer.variables, ids[:, :end]
-        grid = tokenizer.model.apply(*known, method=decode)
+        grid = tokenizer.grid(ids[:, :end])
         parts.append(pool(grid, jnp.ones(grid.shape[:3], bool), side)[0])
     return jnp.concatenate(parts, axis=1) / self.unit
 
@@ -164,7 +162,7 @@ class NextScale:
     ids = jnp.zeros((len(labels), 0), jnp.int32)
     for number, side in enumerate(self.model.sides):
       logits = guided(self.model, params, self.inputs(ids), labels, guidance)
-      own = jax.random.fold_in(key, number)
-      drawn = jax.random.categorical(own, logits[:, -(side**2) :])
+      scale_key = jax.random.fold_in(key, number)
+      drawn = jax.random.categorical(scale_key, logits[:, -(side**2) :])
       ids = jnp.concatenate([ids, drawn], axis=1)
     return ids

@@ -26,12 +26,11 @@ from generators import Masked, NextScale, Transformer
 from PIL import Image
 from tqdm import tqdm
 
-from rvq_jax import load
+from rvq_jax import TokenDataset, load
 from rvq_jax.evaluation import efficientnet
 from rvq_jax.evaluation.perceptual import frechet_distance
-from rvq_jax.io import read_json, write_atomic
+from rvq_jax.io import check_new, read_json, write_atomic
 from rvq_jax.metrics import code_statistics, to_uint8
-from rvq_jax.tokenizer import dataset, tiling
 from rvq_jax.training.backend import prepare_backend
 
 OPTIONS = {  # the first seven tell one run from another
@@ -51,18 +50,18 @@ BATCH = 50  # of what is not trained on
 
 
 def open_tokens(folder, tokenizer, seed: int, share: float):
-  """The tokenizer; ids [N, T], labels [N]; those held out; shape of the ids."""
+  """The tokenizer; ids [N, T], labels [N]; held-out ones; an image's shape."""
   folders = [folder / name for name in ('train', 'validation')]
-  folders = [x for x in folders if (x / dataset.META).exists()] or [folder]
-  datasets, parts = [*map(dataset.TokenDataset, folders)], []
+  folders = [x for x in folders if (x / 'meta.json').exists()] or [folder]
+  datasets, parts = [*map(TokenDataset, folders)], []
   name = tokenizer or datasets[0].meta.get('source', {}).get('model')
   if not name:
     raise ValueError(f'{folder} does not name its model: expected --tokenizer')
   tokenizer = load(name)
   for tokens in datasets:
-    tiling.check_model(tokenizer, tokens.meta['encoder_hash'], folder)
+    tokenizer.check_encoder(tokens.meta['encoder_hash'], folder)
     shape = tokens.ids.shape[1:]
-    if len(shape) != (1 if tokenizer.sides else 2):
+    if tokenizer.codes_per_position:
       raise ValueError(f'{folder}: expected one id per position, got {shape}')
     rows = [x['row'] for x in tokens.meta['skipped']]
     rows = np.setdiff1d(np.arange(len(tokens)), rows)
@@ -89,10 +88,10 @@ def train(generator, ids, labels, args):
 
   @functools.partial(jax.jit, donate_argnums=0)
   def update(state, ids, labels, step):
-    hide, own = jax.random.split(jax.random.fold_in(key, step))
+    hide, draw = jax.random.split(jax.random.fold_in(key, step))
     hidden = jax.random.bernoulli(hide, 0.1, labels.shape)  # for guidance
     labels = jnp.where(hidden, -1, labels)
-    loss = lambda x: generator.nats(x, ids, labels, own).mean()  # noqa: E731
+    loss = lambda x: generator.nats(x, ids, labels, draw).mean()  # noqa: E731
     nats, gradient = jax.value_and_grad(loss)(state[0])
     updates, moments = optimizer.update(gradient, state[1], state[0])
     return (optax.apply_updates(state[0], updates), moments), nats
@@ -124,15 +123,16 @@ def over_batches(function, *arrays) -> np.ndarray:
 
 
 def likelihood(generator, params, trained, held_out) -> dict[str, float]:
-  """Bits per held-out token: a bound of one grid, exact of scales.
+  """Bits per held-out token: a bound for one grid, exact for scales.
 
-  Beside it what a model has that knows nothing but how often each code is in
-  the training tokens (plus 1), and the entropy of the held-out frequencies.
+  Beside it the cross-entropy under the training frequencies (plus 1), which a
+  useful model is below, and the entropy of the held-out frequencies.
   """
   nats, size = jax.jit(generator.nats), generator.model.codebook_size
-  # Of few images several draws of what is masked.
-  some = [np.concatenate([x] * -(-2000 // len(x))) for x in held_out]
-  bits = over_batches(lambda key, *x: nats(params, *x, key), *some) / np.log(2)
+  # Few images are masked several times.
+  repeated = [np.concatenate([x] * -(-2000 // len(x))) for x in held_out]
+  bits = over_batches(lambda key, *x: nats(params, *x, key), *repeated)
+  bits /= np.log(2)
   counts, there = (
     np.bincount(ids.ravel(), minlength=size) for ids, _ in (trained, held_out)
   )
@@ -179,7 +179,7 @@ def parse(argv):
   settings = {name: getattr(args, name) for name in list(OPTIONS)[:7]}
   settings |= {'model_hash': tokenizer.model_hash, 'num_images': count}
   if not (path := args.workdir / 'config.json').exists():
-    dataset.check_new(args.workdir)
+    check_new(args.workdir, 'workdir')
     args.workdir.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(settings))
   if read_json(path) != settings:
@@ -198,7 +198,7 @@ def main(argv=None):
   sizes = tokenizer.codebook_size, ids.shape[1], classes, tokenizer.sides or ()
   model = Transformer(*sizes, args.width, args.depth)
   generator = Masked(model)
-  if tokenizer.sides:
+  if tokenizer.prefixes:
     unit = NextScale(model, tokenizer).inputs(ids[:256]).std()
     generator = NextScale(model, tokenizer, float(unit))
   params = train(generator, ids, labels, args)

@@ -37,21 +37,20 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
   (1, 64, 64, 3)
 
   Args:
-    workdir: directory of a run, a folder that launch/export.py wrote, or
-      'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION': such a folder on the Hugging
-      Face Hub.
-    step: of a run: a saved step, 'best' (lowest validation mse), or None for
-      the newest. An export holds one step and takes no other.
+    workdir: directory of a run, a folder of launch/export.py, or such a folder
+      on the Hugging Face Hub as 'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION'.
+    step: a saved step of a run, 'best' (lowest validation mse), or None for the
+      newest. An export holds one step and takes no other.
 
   Returns:
-    A `Tokenizer`, on the first device, with averages of parameters and batch
-    statistics if there are.
+    A `Tokenizer` on the first device. If the run kept averages of parameters
+    and batch statistics, it has these.
 
   Raises:
     FileNotFoundError: there is no such run or step.
     ValueError: the run was made by another version, or the weights are damaged.
     ImportError: 'hf:' needs the package huggingface_hub, the extra `hub`.
-    OSError: the Hub does not answer, or knows no such model.
+    OSError: the Hub does not answer, or has no such model.
   """
   if str(workdir).startswith(HUB):
     workdir = _download(str(workdir).removeprefix(HUB))
@@ -154,7 +153,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(path: Path, shapes: dict[str, Any]) -> dict[str, Any]:
-  """The collections in a file; refuses other tensors than those of `shapes`."""
+  """The collections in a file; refuses tensors that `shapes` lacks."""
   import safetensors.numpy
 
   expected = flax.traverse_util.flatten_dict(shapes, sep='.')

@@ -234,7 +234,7 @@ def test_processes_do_not_write_beside_files_of_a_user(
 ):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   (tmp_path / 'mine').write_text('mine')
-  with pytest.raises(ValueError, match='a new or empty output folder'):
+  with pytest.raises(ValueError, match='expected a new or empty folder'):
     encode_dataset(make_tokenizer(), source, tmp_path)
   assert [x.name for x in tmp_path.parent.glob('.*of2')] == []
 
@@ -312,9 +312,9 @@ def test_a_folder_or_file_of_the_user_is_not_written_to(
   mine.mkdir()
   (mine / 'a.txt').write_text('mine')
   for output in (mine, mine / 'a.txt'):
-    with pytest.raises(ValueError, match='a new or empty output folder'):
+    with pytest.raises(ValueError, match='expected a new or empty folder'):
       encode_dataset(tokenizer, source, output)
-    with pytest.raises(ValueError, match='a new or empty output folder'):
+    with pytest.raises(ValueError, match='expected a new or empty folder'):
       decode_dataset(tokenizer, folder, output)
   with pytest.raises(ValueError, match='cannot write to .*Not a directory'):
     encode_dataset(tokenizer, source, mine / 'a.txt' / 'tokens')
