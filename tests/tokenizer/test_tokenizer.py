@@ -4,7 +4,6 @@ import functools
 import operator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -74,6 +73,9 @@ def test_a_run_decodes_its_ids_to_the_forward_pass(run, test_images):
     ({'ema': False}, 0),
     ({'cosine': True}, 1),
     ({'dtype': 'bfloat16'}, 1),
+    ({'quantizer': 'residual', 'depth': 2}, 2),
+    ({'quantizer': 'product', 'heads': 2}, 2),
+    ({'quantizer': 'multiscale'}, 1),
   ],
   ids=str,
 )
@@ -86,32 +88,9 @@ def test_every_quantizer_decodes_its_ids_to_the_forward_pass(
   tokenizer = load(tmp_path)
   check_round_trip(tokenizer, test_images)
   assert check_variables(tokenizer) == books
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['residual', 'product'])
-def test_several_codes_per_position_are_a_last_axis(
-  name, tiny_config, tmp_path, test_images
-):
-  tiny_config.num_steps = 3
-  tiny_config.model.quantizer = name
-  tiny_config.model.depth = tiny_config.model.heads = 2
-  train(tiny_config, tmp_path)
-  # Positions, codes, log2 K.
-  assert evaluate_run(tmp_path)['bits_per_image'] == 4 * 4 * 2 * 4
-  tokenizer = load(tmp_path)
-  check_round_trip(tokenizer, test_images)
-  assert check_variables(tokenizer) == 2
-  ids = tokenizer.encode(test_images)
-  assert ids.shape == (11, 4, 4, 2)
-  if name == 'residual':
-    whole, coarse = tokenizer.decode(ids), tokenizer.decode(ids[..., :1])
-    assert coarse.shape == whole.shape and jnp.any(coarse != whole)
-  else:
-    with pytest.raises(ValueError, match='expected ids'):
-      tokenizer.decode(ids[..., :1])
-  with pytest.raises(ValueError, match=r'\[B, H, W, L\]'):
-    tokenizer.decode(ids[..., 0])
+  tokens = {'[B, H, W]': 16, '[B, H, W, L]': 32, '[B, T]': 26}[tokenizer.axes]
+  assert tokenizer.encode(test_images)[0].size == tokens
+  assert evaluate_run(tmp_path)['bits_per_image'] == tokens * 4  # log2 K
 
 
 def test_floats_and_other_sizes_are_encoded_too(run, test_images):
@@ -150,6 +129,18 @@ ONE = np.zeros((1, 4, 4), int)
 def test_other_images_and_ids_are_refused(make_tokenizer, call, given, message):
   with pytest.raises(ValueError, match=message):
     getattr(make_tokenizer(), call)(given)
+
+
+def test_only_some_tokenizers_decode_their_first_codes(make_tokenizer):
+  ids = np.arange(32).reshape(1, 4, 4, 2) % 16
+  residual = make_tokenizer(quantizer='residual', depth=2)
+  coarse = residual.decode(ids[..., :1])
+  assert coarse.shape == (1, 16, 16, 3)
+  assert np.any(coarse != residual.decode(ids))
+  with pytest.raises(ValueError, match='expected ids'):
+    make_tokenizer(quantizer='product').decode(ids[..., :1])
+  with pytest.raises(ValueError, match=r'\[B, H, W, L\]'):
+    residual.decode(ids[..., 0])
 
 
 @pytest.mark.parametrize(
@@ -255,7 +246,7 @@ def test_exports_and_tokens_of_before_have_the_same_hashes(
   assert tokenizer.encoder_hash.startswith(digest)
 
 
-def test_another_step_weight_or_function_has_another_hash(run):
+def test_another_step_weight_or_function_has_another_hash(run, make_tokenizer):
   hashes = {load(run, step).model_hash for step in (4, 6)}
   for name, value in (('num_heads', 1), ('activation', 'swish')):
     tokenizer = load(run)
@@ -266,6 +257,9 @@ def test_another_step_weight_or_function_has_another_hash(run):
   book['embedding'] = book['embedding'].at[3, 2].add(1e-6)
   hashes.add(tokenizer.model_hash)
   assert len(hashes) == 5
+  sides = [{'quantizer': 'multiscale', 'sides': x} for x in ((1, 4), (2, 4))]
+  coarse, fine = (make_tokenizer(**fields).model_hash for fields in sides)
+  assert coarse != fine
 
 
 @pytest.mark.parametrize(

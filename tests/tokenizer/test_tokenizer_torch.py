@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rvq_jax import Tokenizer, load
@@ -25,6 +24,7 @@ from rvq_jax.training.build import build_model
 pytestmark = pytest.mark.usefixtures('one_device')
 
 torch = pytest.importorskip('torch', reason='no torch: pip install torch')
+CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 MODELS = [{'quantizer': name} for name in QUANTIZERS]
 MODELS += [
   {'cosine': True, 'factor': 8},  # one more stage than widths
@@ -208,61 +208,48 @@ def test_other_images_and_ids_are_refused_in_one_line(
   assert '\n' not in str(caught.value)
 
 
-def change(folder, **changed):
-  path = folder / 'config.json'
-  about = json.loads(path.read_text())
-  path.write_text(json.dumps(about | {'torch': about['torch'] | changed}))
+def remove(name):
+  return lambda folder: (folder / name).unlink()
 
 
-def forget_pytorch(folder):
-  """As exports were before config.json had an entry for this file."""
-  path = folder / 'config.json'
-  about = json.loads(path.read_text())
-  del about['torch']
-  path.write_text(json.dumps(about))
+def rewrite(name, change):
+  def apply(folder):
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+  return apply
 
 
-def flip(folder):
-  path = folder / 'model.safetensors'
-  data = bytearray(path.read_bytes())
-  data[-1] ^= 1
-  path.write_bytes(data)
+def rewrite_entry(**changed):
+  """Changes fields of the entry torch of config.json, or removes it."""
 
+  def change(data):
+    about = json.loads(data)
+    entry = about.pop('torch') | changed
+    about |= {'torch': entry} if changed else {}
+    return json.dumps(about).encode()
 
-def cut(folder):
-  path = folder / 'model.safetensors'
-  path.write_bytes(path.read_bytes()[:-1])
-
-
-def rename_tensor(folder):
-  path = folder / 'model.safetensors'
-  arrays = safetensors.numpy.load_file(path)
-  arrays['params.x'] = arrays.pop('params.encoder.conv0.kernel')
-  safetensors.numpy.save_file(arrays, path)
+  return rewrite(CONFIG, change)
 
 
 @pytest.mark.parametrize(
   ('damage', 'message'),
   [
     (shutil.rmtree, 'expected a folder of launch/export.py'),
-    (lambda f: (f / 'config.json').unlink(), 'No such file.*config.json'),
-    (lambda f: (f / 'model.safetensors').unlink(), 'got FileNotFoundError'),
-    (lambda f: (f / 'config.json').write_text('{'), 'got JSONDecodeError'),
-    (lambda f: (f / 'config.json').write_text('[]'), 'got TypeError'),
+    (remove(CONFIG), 'No such file.*config.json'),
+    (remove(WEIGHTS), 'got FileNotFoundError'),
+    (rewrite(CONFIG, lambda _: b'{'), 'got JSONDecodeError'),
+    (rewrite(CONFIG, lambda _: b'[]'), 'got TypeError'),
+    (rewrite(CONFIG, lambda _: b'{}'), "KeyError: 'format_version'"),
+    (rewrite_entry(), "KeyError: 'torch'; .*, use tokenizer_torch.py in it"),
+    (rewrite_entry(quantizer='new'), "KeyError: 'new'; if another version"),
+    (rewrite_entry(activation='relu'), "KeyError: 'relu'"),
+    (rewrite_entry(architecture='{"factor": 2}'), 'of another hash'),
+    (rewrite(WEIGHTS, lambda x: x[:-1]), 'got SafetensorError'),
     (
-      lambda f: (f / 'config.json').write_text('{}'),
-      "KeyError: 'format_version'",
+      rewrite(WEIGHTS, lambda x: x[:-1] + bytes([x[-1] ^ 1])),
+      'model.safetensors of another hash than config.json says',
     ),
-    (forget_pytorch, "KeyError: 'torch'; .*, use tokenizer_torch.py in it"),
-    (cut, 'got SafetensorError'),
-    (flip, 'model.safetensors of another hash than config.json says'),
-    (rename_tensor, 'of another hash'),
-    (lambda f: change(f, architecture='{"factor": 2}'), 'of another hash'),
-    (
-      lambda f: change(f, quantizer='new'),
-      "KeyError: 'new'; if another version",
-    ),
-    (lambda f: change(f, activation='relu'), "KeyError: 'relu'"),
+    (rewrite(WEIGHTS, lambda x: x.replace(b'conv0', b'conv9')), 'another hash'),
   ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(
