@@ -187,10 +187,10 @@ show([*unseen, *titles], [*large, *large_decoded])
 # %%
 # Each code is decoded from a grid of itself; the middle is shown. With several
 # codes per position it is the first level, or the same code in every head.
-alone = np.tile(np.arange(K)[:, None, None], (4, 4))
-alone = tokenizer.join([alone] * (1 if tokenizer.prefixes else several))
+level = np.tile(np.arange(K)[:, None, None], (4, 4))
+single = tokenizer.join([level] * (1 if tokenizer.prefixes else several))
 f = tokenizer.factor
-patches = in_batches(decode, alone)[:, f : 3 * f, f : 3 * f]
+patches = in_batches(decode, single)[:, f : 3 * f, f : 3 * f]
 mean_color = patches.mean((1, 2)).astype(np.uint8)
 random_color = np.random.default_rng(0).integers(40, 255, (K, 3), np.uint8)
 
@@ -247,17 +247,17 @@ show(('A', 'B', 'A | B', 'B | A'), mixed)
 
 # %%
 train_set = datasets.open_dataset('photos').train
-some = train_set.subset(np.arange(1000))
-batches = loaders.eval_batches(some, batch_size=batch_size, image_size=side)
+subset = train_set.subset(np.arange(1000))
+batches = loaders.eval_batches(subset, batch_size=batch_size, image_size=side)
 train_ids = [
   np.asarray(tokenizer.encode(b['image'][b['mask']])) for b in batches
 ]
 figure, ax = plt.subplots(figsize=(8, 3.6))
-for label, color, found in (
+for label, color, tokens in (
   ('training photographs', BLUE, np.concatenate(train_ids)),
   ('the cat', ORANGE, ids),
 ):
-  counts = np.sort(np.bincount(first(found).ravel(), minlength=K))[::-1]
+  counts = np.sort(np.bincount(first(tokens).ravel(), minlength=K))[::-1]
   statistics = metrics.code_statistics(counts)
   label += f': {statistics["usage"]:.0%} used, '
   label += f'perplexity {statistics["perplexity"]:.0f}'

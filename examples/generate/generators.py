@@ -85,11 +85,11 @@ class Masked:
 
         nats = -1/n sum over i in M of log p(x_i | x_j, j not in M)
 
-    Its mean over n and M is that of -1/T sum over t of log p(x_s(t) | x_s(1)
-    ... x_s(t-1)) over all orders s (Uria et al. 2014, section 4; Hoogeboom et
-    al. 2022, section 2), and so at least -log p(x) / T, where p draws an order
-    and then token by token. n is spread evenly over the batch (Kingma et al.
-    2021, appendix I.1), which leaves the mean and lessens its noise.
+    Its mean over n and M equals the mean of -1/T sum over t of log p(x_s(t) |
+    x_s(1) ... x_s(t-1)) over all orders s (Uria et al. 2014, section 4;
+    Hoogeboom et al. 2022, section 2), and so is at least -log p(x) / T, where p
+    draws an order and then token by token. n is spread evenly over the batch
+    (Kingma et al. 2021, appendix I.1): the same mean with less noise.
     """
     (batch, length), (count_key, key) = ids.shape, jax.random.split(key)
     u = jax.random.uniform(count_key) + jnp.arange(batch) / batch
@@ -134,7 +134,7 @@ class NextScale:
   unit: float = 1.0
 
   def inputs(self, ids: jax.Array) -> jax.Array:
-    """What the model sees [B, t', C] of ids [B, t] of no, some or all scales.
+    """Inputs [B, t', C] of the model for ids [B, t] of no or more scales.
 
     0 at the first scale; at each other one the grid of all coarser ids, as
     means over areas; up to the first scale without ids.

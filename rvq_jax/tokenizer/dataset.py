@@ -103,8 +103,7 @@ def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
   """Writes the images of a folder of tokens as PNG files, numbered by row.
 
   Args:
-    tokenizer: the model that made the tokens, or one of the same encoder and
-      codes.
+    tokenizer: of the tokens, or with the same encoder and codes.
     folder: of the tokens.
     output: new or empty folder.
 
@@ -112,7 +111,7 @@ def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
     The number of images; skipped rows have none.
 
   Raises:
-    ValueError: the tokens are of another model, or the output is not empty.
+    ValueError: the tokens are of another encoder, or the output has files.
   """
   dataset, output = TokenDataset(folder), Path(output)
   tokenizer.check_encoder(dataset.meta['encoder_hash'], folder)

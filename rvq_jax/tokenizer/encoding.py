@@ -95,7 +95,7 @@ def _encode_shares(tokenizer, source, folder, meta) -> dict[str, Any]:
   """Encodes a source with all processes.
 
   Each encodes neighbouring batches into a folder beside the output; the first
-  process joins these. It alone completes a folder that one process began.
+  process joins these, and completes a folder that a single process began.
   """
   process, count = jax.process_index(), jax.process_count()
   batch = batch_size(meta['image_size'])
@@ -185,7 +185,7 @@ def _resume(folder, wanted) -> dict[str, Any]:
 
 
 class _Skipped(DecodeErrors):
-  """Keeps the reasons in meta.json, which may hold some already."""
+  """Appends the reasons to meta.json."""
 
   def __init__(self, meta):
     super().__init__(meta['num_images'])

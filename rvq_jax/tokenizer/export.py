@@ -138,7 +138,7 @@ def write_export(folder, tokenizer: Tokenizer) -> None:
     'torch': _torch(tokenizer),
     'config': shared_config(tokenizer.config),
   }
-  # Its own writer of files leaves them unreadable for other users.
+  # save_file would make a file that other users cannot read.
   weights = safetensors.numpy.save(arrays, metadata={'format': 'flax'})
   (Path(folder) / WEIGHTS).write_bytes(weights)
   (Path(folder) / CONFIG).write_text(json.dumps(about, indent=2) + '\n')

@@ -18,7 +18,7 @@ from rvq_jax.io import read_json
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training import config as config_lib
-from rvq_jax.training.build import build_model
+from rvq_jax.training.build import build_model, keeps_averages, quantize_after
 
 HUB = 'hf:'
 FORMAT = {'format': 'rvq_jax', 'format_version': 1}
@@ -48,7 +48,7 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
 
   Raises:
     FileNotFoundError: there is no such run or step.
-    ValueError: the run was made by another version, or the weights are damaged.
+    ValueError: another version wrote it, or the weights are damaged.
     ImportError: 'hf:' needs the package huggingface_hub, the extra `hub`.
     OSError: the Hub does not answer, or has no such model.
   """
@@ -67,7 +67,7 @@ def is_export(folder) -> bool:
 def _load_run(workdir, step) -> Tokenizer:
   if not (Path(workdir) / 'checkpoints').is_dir():
     raise FileNotFoundError(
-      f'expected a run with checkpoints in {workdir}, or an export, found '
+      f'expected a run with checkpoints in {workdir}, or an export, got '
       'neither; train one with python launch/main.py '
       f'--config=configs/NAME.py --workdir={workdir}'
     )
@@ -76,14 +76,13 @@ def _load_run(workdir, step) -> Tokenizer:
   with _quiet(), Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve(step)
     config = checkpoints.meta(step)['config']
-    late = config['model.quantize_after']
-    if step <= late:
+    if step <= quantize_after(config):
       raise ValueError(
         f'step {step} of {workdir} has no codebook: it is filled after step '
-        f'{late}, config.model.quantize_after; train longer'
+        f'{quantize_after(config)}, config.model.quantize_after; train longer'
       )
     model, shapes = _model(config, workdir)
-    if config['optimizer.params_ema']:
+    if keeps_averages(config):
       names = ('params', 'batch_stats')
       shapes['averages'] = {name: shapes[name] for name in names}
     variables = checkpoints.restore_model(shapes, step)
@@ -188,7 +187,7 @@ def _download(name: str) -> Path:
     )
     if not is_export(folder):
       raise FileNotFoundError(f'it holds no {WEIGHTS}')
-  except Exception as error:  # its own, those of its HTTP library, ValueError
+  except Exception as error:  # also from its HTTP library
     reason = str(error).strip().partition('\n')[0] or type(error).__name__
     raise OSError(
       f'cannot fetch hf:{name}: {reason}; expected hf:OWNER/NAME of a folder '

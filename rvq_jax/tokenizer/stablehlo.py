@@ -1,4 +1,4 @@
-"""encode and decode as StableHLO: files that run with JAX alone."""
+"""encode and decode as StableHLO: files that only need JAX."""
 
 import functools
 import importlib.util

@@ -88,15 +88,10 @@ class Tokenizer:
     return grid + ((codes,) if codes else ())
 
   def levels(self, ids) -> list:
-    """The ids of each level, coarse to fine, as grids.
+    """The ids as one grid [B, h, w] per level, coarse to fine.
 
-    A level is a code of each position, or a scale.
-
-    Args:
-      ids: of `encode`, or their first few levels (see `prefixes`).
-
-    Returns:
-      ids [B, h, w] of each level; h and w grow with the scales.
+    A level is one code of each position, or a scale, whose h and w grow. ids
+    may be the first few levels; see `prefixes`.
     """
     if self.codes_per_position:
       return [ids[..., i] for i in range(ids.shape[-1])]
@@ -116,16 +111,16 @@ class Tokenizer:
     return np.stack(levels, -1) if self.codes_per_position else levels[0]
 
   def grid(self, ids) -> jax.Array:
-    """The latents [B, H, W, C] that the decoder gets for ids; see `decode`.
+    """The latents [B, H, W, C] of ids, for the decoder.
 
-    It can be traced: it does not check the range of the ids.
+    It can be traced, and does not check the range of the ids.
     """
     return self.model.apply(
       self.variables, ids, method=lambda model, x: model.vq.codes_from_ids(x)
     )
 
   def codebooks(self) -> list[jax.Array]:
-    """The vectors [K, C] of all codes: of each level, or one for all scales."""
+    """The vectors [K, C] of all codes, per level; all scales share theirs."""
     codes, ids = self.codes_per_position, jnp.arange(self.codebook_size)
 
     def vectors(model):  # the codes themselves, not the grids that they add to
@@ -173,12 +168,12 @@ class Tokenizer:
     return about
 
   def check_encoder(self, encoder_hash: str, name) -> None:
-    """Raises ValueError if ids with this hash, in `name`, mean other codes."""
+    """Raises ValueError if the ids in `name` are of another encoder."""
     if encoder_hash != self.encoder_hash:
       raise ValueError(
         f'{name} is of the encoder {encoder_hash[:16]}, got the encoder '
-        f'{self.encoder_hash[:16]}; pass the --workdir and --step that made '
-        'it, or of a decoder fine-tuned for it'
+        f'{self.encoder_hash[:16]}; pass the --workdir and --step that wrote '
+        'it, or a run that fine-tuned their decoder'
       )
 
   def encode(self, images) -> jax.Array:

@@ -40,6 +40,16 @@ def architecture(flat: Mapping[str, Any], sides=None) -> str:
   return json.dumps(fields, sort_keys=True)
 
 
+def quantize_after(flat: Mapping[str, Any]) -> int:
+  """The last step without a codebook."""
+  return flat['model.quantize_after']
+
+
+def keeps_averages(flat: Mapping[str, Any]) -> bool:
+  """Whether checkpoints hold averages of parameters and batch statistics."""
+  return bool(flat['optimizer.params_ema'])
+
+
 def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
   """The model of a checked flat config; axis_name as of `VQVAE`."""
   model = {
