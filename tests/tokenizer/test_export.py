@@ -1,5 +1,6 @@
 """Export to a folder: weights, config, model card."""
 
+import copy
 import json
 import re
 import sys
@@ -67,9 +68,14 @@ def test_the_card_of_multi_scale_tokens_says_their_size_and_prefixes(
   assert (folder / 'test_prefixes.png').is_file()
 
 
-def test_an_export_does_not_tell_where_the_data_lie(exported, image_folder):
-  for name in ('README.md', 'config.json'):
-    assert str(image_folder.parent) not in (exported / name).read_text()
+def test_an_export_does_not_tell_where_the_data_lie(
+  make_tokenizer, exported, image_folder, tmp_path
+):
+  place, tokenizer = str(image_folder.parent), copy.copy(make_tokenizer())
+  tokenizer.config = tokenizer.config | {'data.data_dir': f'{place}/prepared'}
+  write_export(tmp_path, tokenizer)
+  for path in (tmp_path / 'config.json', exported / 'README.md'):
+    assert place not in path.read_text()
 
 
 def test_the_pytorch_file_needs_torch_and_safetensors_alone(exported):
