@@ -8,16 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 import rvq_jax
-from rvq_jax.data.datasets import open_images
-from rvq_jax.tokenizer.encoding import encode_dataset
 from rvq_jax.tokenizer.export import write_export
 from rvq_jax.training import config as config_lib
 from rvq_jax.training.build import build_model
 
 
 @pytest.fixture
-def beside_a_model(tiny_config, image_folder, tmp_path, monkeypatch):
-  """The examples load runs/photos, here untrained, and tokens of its images."""
+def beside_a_model(tiny_config, tmp_path, monkeypatch):
+  """The examples load runs/photos: here an untrained one of the same factor."""
   flat = config_lib.check_config(tiny_config)
   model = build_model(flat)
   variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, 16, 16, 3))))(
@@ -27,15 +25,25 @@ def beside_a_model(tiny_config, image_folder, tmp_path, monkeypatch):
   folder = tmp_path / 'runs' / 'photos'
   folder.mkdir(parents=True)
   write_export(folder, tokenizer)
-  images = open_images(str(image_folder))['test']
-  encode_dataset(tokenizer, images, tmp_path / 'tokens')
   monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def beside_tokens(beside_a_model, image_folder):
+  """The folder `tokens`, of that model."""
+  from rvq_jax.data.datasets import open_images
+  from rvq_jax.tokenizer.encoding import encode_dataset
+
+  images = open_images(str(image_folder))['test']
+  encode_dataset(rvq_jax.load('runs/photos'), images, 'tokens')
 
 
 @pytest.mark.parametrize('name', rvq_jax.__all__)
 def test_the_example_of_a_public_name_is_true(name, request):
-  if name in ('TokenDataset', 'Tokenizer', 'load'):
+  if name in ('Tokenizer', 'load'):
     request.getfixturevalue('beside_a_model')
+  if name == 'TokenDataset':
+    request.getfixturevalue('beside_tokens')
   text = inspect.getdoc(getattr(rvq_jax, name))
   # An example stands on its own: it starts with its imports.
   test = doctest.DocTestParser().get_doctest(text, {}, name, None, 0)

@@ -18,7 +18,12 @@ from rvq_jax.io import read_json
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training import config as config_lib
-from rvq_jax.training.build import build_model, keeps_averages, quantize_after
+from rvq_jax.training.build import (
+  build_model,
+  image_size,
+  keeps_averages,
+  quantize_after,
+)
 
 HUB = 'hf:'
 FORMAT = {'format': 'rvq_jax', 'format_version': 1}
@@ -130,7 +135,7 @@ def _model(config: Mapping[str, Any], source) -> tuple[VQVAE, dict[str, Any]]:
       f'{source} was made by another version of rvq_jax: {error}'
     ) from error
   model = build_model(config)
-  images = jnp.zeros((1, *[config['data.image_size']] * 2, 3))
+  images = jnp.zeros((1, *[image_size(config)] * 2, 3))
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = jax.tree.map(

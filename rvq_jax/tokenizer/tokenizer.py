@@ -15,7 +15,7 @@ from rvq_jax.io import tree_digest
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize.codebook import COUNTS
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
-from rvq_jax.training.build import architecture, run_data
+from rvq_jax.training.build import architecture, image_size
 
 
 class Tokenizer:
@@ -58,7 +58,7 @@ class Tokenizer:
     self.model, self.variables = model, variables
     self.config, self.step = config, step
     self.codebook_size, self.factor = model.vq.codebook_size, model.factor
-    self.image_size = run_data(config).image_size
+    self.image_size = image_size(config)
     self.quantizer = json.loads(architecture(config))['quantizer']
     self.ids_dtype = np.min_scalar_type(self.codebook_size - 1)
     self.sides = getattr(model.vq, 'sides', None)

@@ -40,6 +40,11 @@ def architecture(flat: Mapping[str, Any], sides=None) -> str:
   return json.dumps(fields, sort_keys=True)
 
 
+def image_size(flat: Mapping[str, Any]) -> int:
+  """Side of the training images, in pixels."""
+  return flat['data.image_size']
+
+
 def quantize_after(flat: Mapping[str, Any]) -> int:
   """The last step without a codebook."""
   return flat['model.quantize_after']
@@ -48,6 +53,14 @@ def quantize_after(flat: Mapping[str, Any]) -> int:
 def keeps_averages(flat: Mapping[str, Any]) -> bool:
   """Whether checkpoints hold averages of parameters and batch statistics."""
   return bool(flat['optimizer.params_ema'])
+
+
+def shared_config(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """A flat config for others: without the paths of this machine."""
+  name = flat['data.name']
+  if name.startswith('folder:'):
+    name = f'folder:{os.path.basename(name.removeprefix("folder:"))}'
+  return dict(flat) | {'data.name': name, 'data.data_dir': None}
 
 
 def build_model(flat: Mapping[str, Any], *, axis_name=None) -> VQVAE:
@@ -94,11 +107,3 @@ def run_data(flat: Mapping[str, Any]) -> RunData:
   names = 'name', 'split', 'data_dir', 'image_size'
   fields = {name: flat[f'data.{name}'] for name in names}
   return RunData(**fields, batch_size=flat['batch_size'])
-
-
-def shared_config(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """A flat config for others: without the paths of this machine."""
-  name = flat['data.name']
-  if name.startswith('folder:'):
-    name = f'folder:{os.path.basename(name.removeprefix("folder:"))}'
-  return dict(flat) | {'data.name': name, 'data.data_dir': None}
