@@ -54,8 +54,8 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 from PIL import Image
 
 import rvq_jax
-from configs import photos
 from rvq_jax import metrics
+from rvq_jax.configs import photos
 from rvq_jax.data import datasets, loaders
 from rvq_jax.data.transforms import decode_image, resize_and_center_crop
 from rvq_jax.paper import rate_distortion
@@ -129,12 +129,12 @@ if not RUN:
 
 # %%
 tokenizer = rvq_jax.load(RUN or workdir)
-if tokenizer.sides:
+if not tokenizer.any_size:
   raise SystemExit(
     'Set another RUN: the notebook shows one grid of tokens, got multi-scale '
     'ones; evaluation/test/prefixes.png of its run shows what each scale adds'
   )
-side, K = tokenizer.config['data.image_size'], tokenizer.codebook_size
+side, K = tokenizer.image_size, tokenizer.codebook_size
 several = tokenizer.codes_per_position or 1
 batch_size = max(1, 100 * 64**2 // side**2)
 
@@ -151,14 +151,14 @@ def decode(ids):
 
 
 def first(ids):
-  return ids[..., 0] if tokenizer.codes_per_position else ids
+  return tokenizer.levels(ids)[0]
 
 
 test = datasets.open_dataset('photos').test
 batches = loaders.eval_batches(test, batch_size=batch_size, image_size=side)
 images = np.concatenate([b['image'][b['mask']] for b in batches])
 ids = in_batches(tokenizer.encode, images)
-made = in_batches(decode, ids)
+reconstructions = in_batches(decode, ids)
 print(
   f'{images.shape[0]} images {images.shape[1:]} -> ids {ids.shape[1:]}, each '
   f'one of {K}'
@@ -173,10 +173,10 @@ unseen = {
 }
 large = np.stack([resize_and_center_crop(x, 128) for x in unseen.values()])
 large_ids = tiling.encode_images(tokenizer, large)
-large_made = tiling.decode_ids(tokenizer, large_ids, 128, 128)
-psnr = metrics.psnr(large / 127.5 - 1, large_made / 127.5 - 1)
+large_decoded = tiling.decode_ids(tokenizer, large_ids, 128, 128)
+psnr = metrics.psnr(large / 127.5 - 1, large_decoded / 127.5 - 1)
 titles = [f'{large_ids[0].size} tokens, {x:.1f} dB' for x in psnr]
-show([*unseen, *titles], [*large, *large_made])
+show([*unseen, *titles], [*large, *large_decoded])
 
 # %% [markdown]
 # ## The grid of tokens
@@ -187,23 +187,20 @@ show([*unseen, *titles], [*large, *large_made])
 # %%
 # Each code is decoded from a grid of itself; the middle is shown. With several
 # codes per position it is the first level, or the same code in every head.
-alone = jnp.arange(K)[:, None, None]
-if tokenizer.codes_per_position:
-  product = tokenizer.config['model.quantizer'] == 'product'
-  alone = alone[..., None].repeat(several if product else 1, -1)
-alone = jnp.broadcast_to(alone, (K, 4, 4, *alone.shape[3:]))
+level = np.tile(np.arange(K)[:, None, None], (4, 4))
+single = tokenizer.join([level] * (1 if tokenizer.prefixes else several))
 f = tokenizer.factor
-patches = in_batches(decode, alone)[:, f : 3 * f, f : 3 * f]
+patches = in_batches(decode, single)[:, f : 3 * f, f : 3 * f]
 mean_color = patches.mean((1, 2)).astype(np.uint8)
 random_color = np.random.default_rng(0).integers(40, 255, (K, 3), np.uint8)
 
 face = cat[0:256, 80:336]
 face_ids = tiling.encode_images(tokenizer, face[None])
-face_made = tiling.decode_ids(tokenizer, face_ids, 256, 256)[0]
+face_decoded = tiling.decode_ids(tokenizer, face_ids, 256, 256)[0]
 by_code = first(face_ids)[0]
 show(
   ('original', 'random color per code', 'color of the code', 'decoded'),
-  (face, random_color[by_code], mean_color[by_code], face_made),
+  (face, random_color[by_code], mean_color[by_code], face_decoded),
 )
 
 # %% [markdown]
@@ -250,17 +247,17 @@ show(('A', 'B', 'A | B', 'B | A'), mixed)
 
 # %%
 train_set = datasets.open_dataset('photos').train
-some = train_set.subset(np.arange(1000))
-batches = loaders.eval_batches(some, batch_size=batch_size, image_size=side)
+subset = train_set.subset(np.arange(1000))
+batches = loaders.eval_batches(subset, batch_size=batch_size, image_size=side)
 train_ids = [
   np.asarray(tokenizer.encode(b['image'][b['mask']])) for b in batches
 ]
 figure, ax = plt.subplots(figsize=(8, 3.6))
-for label, color, found in (
+for label, color, tokens in (
   ('training photographs', BLUE, np.concatenate(train_ids)),
   ('the cat', ORANGE, ids),
 ):
-  counts = np.sort(np.bincount(first(found).ravel(), minlength=K))[::-1]
+  counts = np.sort(np.bincount(first(tokens).ravel(), minlength=K))[::-1]
   statistics = metrics.code_statistics(counts)
   label += f': {statistics["usage"]:.0%} used, '
   label += f'perplexity {statistics["perplexity"]:.0f}'
@@ -336,10 +333,12 @@ bound = rate_distortion.gaussian_bound(
   image_size=side,
   max_side=16,
 )
-error = ((made / 127.5 - images / 127.5) ** 2).mean()
+error = ((reconstructions / 127.5 - images / 127.5) ** 2).mean()
 entropy_bits = sum(
-  metrics.code_statistics(np.bincount(level, minlength=K))['entropy_bits']
-  for level in ids.reshape(-1, several).T
+  metrics.code_statistics(np.bincount(level.ravel(), minlength=K))[
+    'entropy_bits'
+  ]
+  for level in tokenizer.levels(ids)
 )
 bits = np.geomspace(300, 20000, 60) * (side / 64) ** 2
 figure, ax = plt.subplots(figsize=(7, 4))

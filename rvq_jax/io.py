@@ -42,6 +42,24 @@ def write_atomic(path, content: str | bytes) -> None:
       partial.unlink()
 
 
+def check_new(folder, name: str = 'output') -> None:
+  """Refuses a folder to write to that holds files.
+
+  Args:
+    folder: path of it.
+    name: of the argument that gave it, for the error.
+
+  Raises:
+    ValueError: it is a file, or not empty.
+  """
+  folder = Path(folder)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(
+      f'{name}: expected a new or empty folder, got {folder}; name another '
+      'one, or remove it'
+    )
+
+
 @contextlib.contextmanager
 def lock(path, name, advice: str) -> Iterator[None]:
   """Holds a lock that the OS releases however the process ends.

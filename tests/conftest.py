@@ -244,7 +244,7 @@ def run(tiny_run, make_once, tmp_path_factory):
 def shared_export(run, make_once):
   from rvq_jax.tokenizer.export import export_run
 
-  about = {'licence': 'cc-by-4.0', 'name': 'Tiny'}
+  about = {'license': 'cc-by-4.0', 'name': 'Tiny'}
   return make_once('export', lambda folder: export_run(run, folder, **about))
 
 

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
+from rvq_jax import Tokenizer
 from rvq_jax.quantize.scales import pool
-from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 
 class Transformer(nn.Module):
   """Logits of the ids at all positions; pre-norm blocks without dropout.
 
-  With sides, those of the scales, a token sees the tokens of its own scale and
-  of those before it; without, all. Labels are below num_classes.
+  With sides, of the scales, a token sees the tokens of its own scale and of
+  coarser ones; without, all. Labels are below num_classes.
   """
 
   codebook_size: int
@@ -85,11 +85,11 @@ class Masked:
 
         nats = -1/n sum over i in M of log p(x_i | x_j, j not in M)
 
-    Its mean over n and M is that of -1/T sum over t of log p(x_s(t) | x_s(1)
-    ... x_s(t-1)) over all orders s (Uria et al. 2014, section 4; Hoogeboom et
-    al. 2022, section 2), and so at least -log p(x) / T, where p draws an order
-    and then token by token. n is spread evenly over the batch (Kingma et al.
-    2021, appendix I.1), which leaves the mean and lessens its noise.
+    Its mean over n and M equals the mean of -1/T sum over t of log p(x_s(t) |
+    x_s(1) ... x_s(t-1)) over all orders s (Uria et al. 2014, section 4;
+    Hoogeboom et al. 2022, section 2), and so is at least -log p(x) / T, where p
+    draws an order and then token by token. n is spread evenly over the batch
+    (Kingma et al. 2021, appendix I.1): the same mean with less noise.
     """
     (batch, length), (count_key, key) = ids.shape, jax.random.split(key)
     u = jax.random.uniform(count_key) + jnp.arange(batch) / batch
@@ -134,19 +134,17 @@ class NextScale:
   unit: float = 1.0
 
   def inputs(self, ids: jax.Array) -> jax.Array:
-    """What the model sees [B, t', C] of ids [B, t] of no, some or all scales.
+    """Inputs [B, t', C] of the model for ids [B, t] of no or more scales.
 
-    0 at the first scale; at the others the grid that the ids of those before
-    stand for, as means over areas; up to the first scale that has no ids.
+    0 at the first scale; at each other one the grid of all coarser ids, as
+    means over areas; up to the first scale without ids.
     """
     sides, tokenizer = self.model.sides, self.tokenizer
-    decode = lambda model, ids: model.vq.codes_from_ids(ids)  # noqa: E731
-    channels = tokenizer.config['model.code_dim']
+    channels = tokenizer.model.encoder.code_dim
     parts = [jnp.zeros((len(ids), sides[0] ** 2, channels))]
     for side, end in zip(sides[1:], tokenizer.prefixes, strict=False):
       if end <= ids.shape[1]:
-        known = tokenizer.variables, ids[:, :end]
-        grid = tokenizer.model.apply(*known, method=decode)
+        grid = tokenizer.grid(ids[:, :end])
         parts.append(pool(grid, jnp.ones(grid.shape[:3], bool), side)[0])
     return jnp.concatenate(parts, axis=1) / self.unit
 
@@ -164,7 +162,7 @@ class NextScale:
     ids = jnp.zeros((len(labels), 0), jnp.int32)
     for number, side in enumerate(self.model.sides):
       logits = guided(self.model, params, self.inputs(ids), labels, guidance)
-      own = jax.random.fold_in(key, number)
-      drawn = jax.random.categorical(own, logits[:, -(side**2) :])
+      scale_key = jax.random.fold_in(key, number)
+      drawn = jax.random.categorical(scale_key, logits[:, -(side**2) :])
       ids = jnp.concatenate([ids, drawn], axis=1)
     return ids

@@ -38,7 +38,7 @@ def main(flags):
     flags.output,
     step=flags.step,
     name=flags.name,
-    licence=flags.license,
+    license=flags.license,
     stablehlo=flags.stablehlo,
   )
   names = ', '.join(sorted(path.name for path in folder.iterdir()))

@@ -15,6 +15,7 @@ from rvq_jax.data.transforms import decode_image, resize_and_center_crop
 from rvq_jax.explorer import content
 from rvq_jax.io import write_atomic
 from rvq_jax.tokenizer.tokenizer import Tokenizer
+from rvq_jax.training.build import run_data
 
 # How the page begins; only such a file is replaced.
 MARKER = '<!doctype html><!-- rvq_jax explorer -->'
@@ -34,8 +35,8 @@ def example_images(
     tokenizer: the model.
     count: at most so many.
     source: an image, a folder or a data set, shown at its own size (cropped
-      for multi-scale tokens); None for the test images of the run, cropped as
-      in evaluation.
+      for multi-scale tokens); None: the test images of the run, cropped as in
+      evaluation.
     data_dir: where tfds keeps prepared data; None: as in training.
     split_file: of the run; see `open_dataset`.
 
@@ -45,11 +46,9 @@ def example_images(
   Raises:
     ValueError: there is no such data set, or no image that can be decoded.
   """
-  config = tokenizer.config
-  crop = functools.partial(
-    resize_and_center_crop, size=config['data.image_size']
-  )
-  transform = crop if tokenizer.sides or not source else np.asarray
+  data = run_data(tokenizer.config)
+  crop = functools.partial(resize_and_center_crop, size=data.image_size)
+  transform = np.asarray if source and tokenizer.any_size else crop
   if source and Path(source).is_file():
     name = Path(source).name
     image = decode_image(Path(source).read_bytes(), name=name)
@@ -60,9 +59,9 @@ def example_images(
   else:
     try:
       images = open_dataset(
-        config['data.name'],
-        split=config['data.split'],
-        data_dir=data_dir or config['data.data_dir'],
+        data.name,
+        split=data.split,
+        data_dir=data_dir or data.data_dir,
         split_file=split_file,
       ).test
     except ValueError as error:
@@ -90,7 +89,7 @@ def page_data(
   Args:
     tokenizer: the model.
     name: of the model.
-    images: (name, uint8 [h, w, 3]) of each.
+    images: from `example_images`.
   """
   shown = [content.image_content(tokenizer, x, label) for label, x in images]
   return {
@@ -114,7 +113,7 @@ def page_html(data: dict[str, Any]) -> str:
 
 
 def check_output(path) -> None:
-  """Raises ValueError where a file exists that is not such a page."""
+  """Raises ValueError if the path is taken, but not by such a page."""
   path, marker = Path(path), MARKER.encode()
   if path.exists() and not (
     path.is_file() and path.read_bytes().startswith(marker)

@@ -4,9 +4,9 @@ ids.npy     [N, H, W], [N, H, W, L] or [N, T], the smallest unsigned integer
             for K
 labels.npy  int32 [N], -1 without a label
 names.txt   N lines
-meta.json   model, K, factor, source, rows_done, and the skipped rows: images
-            that could not be decoded; their ids are 0; of multi-scale tokens
-            the sides of the scales and the offsets at which they begin in T
+meta.json   model, K, factor, source, rows_done; skipped: the rows whose images
+            could not be decoded, with ids 0; for multi-scale tokens the sides
+            of the scales and the offsets at which they begin in T
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rvq_jax.io import explain_full_disk, read_json
+from rvq_jax.io import check_new, explain_full_disk, read_json
 from rvq_jax.tokenizer import tiling
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
@@ -27,12 +27,6 @@ _MAX_META_BYTES = 2**26
 def batch_size(image_size: int) -> int:
   """Images per call of the model; fixed, since ids may depend on it."""
   return max(1, min(256, 2**21 // image_size**2))
-
-
-def check_new(folder: Path) -> None:
-  """Raises ValueError unless a folder is new or empty."""
-  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-    raise ValueError(f'expected a new or empty output folder, got {folder}')
 
 
 def open_folder(folder):
@@ -63,8 +57,13 @@ class TokenDataset:
 
   Item i is {'ids': [H, W], [H, W, L] or [T], 'label': int32, 'name': str}.
 
+  >>> from rvq_jax import TokenDataset
+  >>> tokens = TokenDataset('tokens')  # from launch/encode.py
+  >>> len(tokens), tokens[0]['ids'].shape, tokens[0]['name']
+  (11, (4, 4), 'test/class0/000.png')
+
   Args:
-    folder: that `encoding.encode_dataset` wrote.
+    folder: from `encoding.encode_dataset`.
 
   Attributes:
     meta, ids, labels, names: the four files; ids is memory-mapped.
@@ -104,8 +103,7 @@ def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
   """Writes the images of a folder of tokens as PNG files, numbered by row.
 
   Args:
-    tokenizer: the model that made the tokens, or one of the same encoder and
-      codes.
+    tokenizer: of the tokens, or with the same encoder and codes.
     folder: of the tokens.
     output: new or empty folder.
 
@@ -113,10 +111,10 @@ def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
     The number of images; skipped rows have none.
 
   Raises:
-    ValueError: the tokens are of another model, or the output is not empty.
+    ValueError: the tokens are of another encoder, or the output has files.
   """
   dataset, output = TokenDataset(folder), Path(output)
-  tiling.check_model(tokenizer, dataset.meta['encoder_hash'], folder)
+  tokenizer.check_encoder(dataset.meta['encoder_hash'], folder)
   check_new(output)
   size = dataset.meta['image_size']
   batch, skipped = batch_size(size), {x['row'] for x in dataset.meta['skipped']}

@@ -18,16 +18,9 @@ from tqdm import tqdm
 from rvq_jax.data.decoding import DecodeErrors, decode_ahead, map_ahead
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import resize_and_center_crop
-from rvq_jax.io import explain_full_disk, lock, write_atomic
-from rvq_jax.quantize.scales import token_offsets
+from rvq_jax.io import check_new, explain_full_disk, lock, write_atomic
 from rvq_jax.tokenizer import tiling
-from rvq_jax.tokenizer.dataset import (
-  FORMAT,
-  META,
-  batch_size,
-  check_new,
-  open_folder,
-)
+from rvq_jax.tokenizer.dataset import FORMAT, META, batch_size, open_folder
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -42,18 +35,17 @@ def encode_dataset(
   """Writes the tokens of a data set as a folder, on all devices.
 
   After an interruption, even by SIGKILL, the same call resumes and ends with
-  the same files. Several processes of `jax.distributed` encode one share of
-  the rows each, and end with the files of a single one; of a share, too, 1 %
-  may be skipped.
+  the same files. Each process of `jax.distributed` encodes a share of the rows,
+  of which at most 1 % may be skipped; the files are those of a single process.
 
   Args:
     tokenizer: the model.
     source: N images.
     folder: new, empty, or of an earlier call with the same arguments. All
       processes must see it.
-    image_size: side to which images are scaled and center-cropped; None for
-      that of training.
-    about: what meta.json says of the source; JSON values.
+    image_size: side to which images are scaled and center-cropped; None: as in
+      training.
+    about: `source` in meta.json; JSON values.
 
   Returns:
     The content of meta.json.
@@ -64,19 +56,15 @@ def encode_dataset(
     OSError: the disk is full.
   """
   folder = Path(folder).resolve()
-  size = image_size or tokenizer.config['data.image_size']
+  size = image_size or tokenizer.image_size
   names = '\0'.join(source.identity() or ()).encode('utf-8', 'replace')
   labels = _labels(source)
   meta = {
     'format': FORMAT,
-    'model_hash': tokenizer.model_hash,
-    'encoder_hash': tokenizer.encoder_hash,
-    'codebook_size': tokenizer.codebook_size,
-    'factor': tokenizer.factor,
+    **tokenizer.about_ids(),
     'num_images': len(source),
     'image_size': size,
-    'grid': list(tiling.ids_type(tokenizer, size, size)[0]),
-    **_scales(tokenizer.sides),
+    'grid': list(tokenizer.ids_shape(size, size)),
     'source': dict(about or {}),
     'source_digest': hashlib.sha256(names + labels.tobytes()).hexdigest(),
     'rows_done': 0,
@@ -87,21 +75,17 @@ def encode_dataset(
     return encode(tokenizer, source, folder, meta)
 
 
-def _scales(sides) -> dict[str, Any]:
-  """What meta.json says of multi-scale tokens."""
-  if not sides:
-    return {}
-  return {'sides': list(sides), 'offsets': token_offsets(sides)}
+def _encode_folder(tokenizer, source, folder, meta, shares=()) -> dict:
+  """Encodes the rows of a source that a folder lacks.
 
-
-def _encode_folder(tokenizer, source, folder, meta) -> dict[str, Any]:
-  """Encodes the rows of a source that a folder lacks."""
+  A new folder begins with the rows of `shares`, if any.
+  """
   new = not (folder / META).exists()
-  made = _make_partial(folder) if new else folder
+  place = _make_partial(folder) if new else folder
   # The lock stays with the folder when it is renamed.
-  with lock(made, folder, 'name another output folder'):
+  with lock(place, folder, 'name another output folder'):
     if new:
-      _create(made, folder, source, meta)
+      _create(place, folder, source, *_join(meta, shares))
     meta = _resume(folder, meta)
     _encode_rows(tokenizer, source, folder, meta)
   return meta
@@ -110,47 +94,43 @@ def _encode_folder(tokenizer, source, folder, meta) -> dict[str, Any]:
 def _encode_shares(tokenizer, source, folder, meta) -> dict[str, Any]:
   """Encodes a source with all processes.
 
-  Each encodes neighbouring batches into a folder beside the output. The first
-  joins these. A folder that a single process began it completes alone.
+  Each encodes neighbouring batches into a folder beside the output; the first
+  process joins these, and completes a folder that a single process began.
   """
   process, count = jax.process_index(), jax.process_count()
   batch = batch_size(meta['image_size'])
   batches = -(-len(source) // batch)
-  starts = [i * batches // count * batch for i in range(count)]
+  starts = [i * batches // count * batch for i in range(1, count)]
   shares = {
     folder.with_name(f'.{folder.name}.{i}of{count}'): rows
-    for i, rows in enumerate(np.split(np.arange(len(source)), starts[1:]))
+    for i, rows in enumerate(np.split(np.arange(len(source)), starts))
   }
-  new = not (folder / META).exists()
-  if new:
+  place, rows = list(shares.items())[process]
+  if not (folder / META).exists():
     check_new(folder)
-  part, rows = list(shares.items())[process]
-  if new and len(rows):
-    own = meta | {'num_images': len(rows)}
-    _encode_folder(tokenizer, source.subset(rows), part, own)
+    if len(rows):
+      share = meta | {'num_images': len(rows)}
+      _encode_folder(tokenizer, source.subset(rows), place, share)
   multihost_utils.sync_global_devices('rvq_jax: shares are encoded')
   if process == 0:
-    if new:
-      _join(folder, source, meta, {x: r for x, r in shares.items() if len(r)})
-    _encode_folder(tokenizer, source, folder, meta)
-    for part in shares:
-      shutil.rmtree(part, ignore_errors=True)
+    filled = [place for place, rows in shares.items() if len(rows)]
+    _encode_folder(tokenizer, source, folder, meta, filled)
+    for place in shares:
+      shutil.rmtree(place, ignore_errors=True)
   multihost_utils.sync_global_devices('rvq_jax: shares are joined')
   return open_folder(folder)[0]
 
 
-def _join(folder, source, meta, shares) -> None:
-  """Makes a complete folder of those of the processes."""
-  ids, names, skipped = [], '', []
-  for part, rows in shares.items():
-    found, own, *_ = open_folder(part)
-    ids.append(own)
-    names += (part / 'names.txt').read_text('utf-8')
-    skipped += [x | {'row': x['row'] + int(rows[0])} for x in found['skipped']]
-  meta = meta | {'rows_done': len(source), 'skipped': skipped}
-  partial = _make_partial(folder)
-  with lock(partial, folder, 'name another output folder'):
-    _create(partial, folder, source, meta, ids, names)
+def _join(meta, shares):
+  """meta, ids and names of the folders of the processes, one after another."""
+  ids, names, skipped = [], [], []
+  for folder in shares:
+    share, share_ids, _, share_names = open_folder(folder)
+    for entry in share['skipped']:
+      skipped.append(entry | {'row': entry['row'] + len(names)})
+    ids.append(share_ids)
+    names += share_names
+  return meta | {'rows_done': len(names), 'skipped': skipped}, ids, names
 
 
 def _labels(source) -> np.ndarray:
@@ -158,7 +138,7 @@ def _labels(source) -> np.ndarray:
 
 
 def _make_partial(folder: Path) -> Path:
-  """Makes the folder that bears its name once it is complete."""
+  """Makes the folder that gets its name once it is complete."""
   check_new(folder)
   partial = folder.with_name(f'.{folder.name}.partial')
   try:
@@ -168,7 +148,7 @@ def _make_partial(folder: Path) -> Path:
   return partial
 
 
-def _create(partial, folder, source, meta, ids=(), names='') -> None:
+def _create(partial, folder, source, meta, ids, names) -> None:
   """Fills a new folder, whose ids are 0 or given; a failure leaves nothing."""
   try:
     shape = (meta['num_images'], *meta['grid'])
@@ -179,7 +159,7 @@ def _create(partial, folder, source, meta, ids=(), names='') -> None:
       for part in ids:
         file.write(part)
     np.save(partial / 'labels.npy', _labels(source), allow_pickle=False)
-    write_atomic(partial / 'names.txt', names)
+    write_atomic(partial / 'names.txt', ''.join(f'{x}\n' for x in names))
     write_atomic(partial / META, json.dumps(meta))
     os.rename(partial, folder)
   except OSError:
@@ -188,7 +168,7 @@ def _create(partial, folder, source, meta, ids=(), names='') -> None:
 
 
 def _resume(folder, wanted) -> dict[str, Any]:
-  """Checks the folder of an earlier call; drops what it did not commit."""
+  """Checks the folder of an earlier call; drops rows after rows_done."""
   meta, _, _, names = open_folder(folder)
   for name in wanted:
     if name not in ('rows_done', 'skipped') and meta.get(name) != wanted[name]:
@@ -196,7 +176,7 @@ def _resume(folder, wanted) -> dict[str, Any]:
         f'{folder} has another {name} ({meta.get(name)}, not {wanted[name]}); '
         'name another output folder'
       )
-  for path in folder.glob('.*.partial'):  # of a write that was killed
+  for path in folder.glob('.*.partial'):  # from a killed write
     path.unlink()
   done = meta['rows_done']
   meta['skipped'] = [x for x in meta['skipped'] if x['row'] < done]
@@ -205,7 +185,7 @@ def _resume(folder, wanted) -> dict[str, Any]:
 
 
 class _Skipped(DecodeErrors):
-  """Keeps the reasons in meta.json, which may hold some already."""
+  """Appends the reasons to meta.json."""
 
   def __init__(self, meta):
     super().__init__(meta['num_images'])

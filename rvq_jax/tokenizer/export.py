@@ -1,31 +1,37 @@
 """A run as a folder that others can use: weights, config and a model card."""
 
 import json
+import math
 import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import flax
 import jax
 import numpy as np
 
-from rvq_jax.io import read_json
+from rvq_jax.io import check_new, read_json
+from rvq_jax.models.encoder import stage_plan
+from rvq_jax.models.layers import num_groups
+from rvq_jax.quantize.fsq import fsq_levels
 from rvq_jax.tokenizer.load import CONFIG, FORMAT, WEIGHTS, load
 from rvq_jax.tokenizer.stablehlo import write_stablehlo
 from rvq_jax.tokenizer.tokenizer import Tokenizer
+from rvq_jax.training.build import run_data, shared_config
 from rvq_jax.training.validation import UNITS
 
 _FIGURES = {
   'reconstructions.png': 'originals, reconstructions and their error',
   'code_usage.png': 'how often each code is chosen',
-  'prefixes.png': 'error of the first codes alone',
+  'prefixes.png': 'error of the first codes',
   '../curves.png': 'training',
 }
 _TORCH = 'tokenizer_torch.py'  # the file beside this one, which needs no JAX
-_LICENCE = re.compile(r'[a-z0-9][a-z0-9.+-]*')
+_LICENSE = re.compile(r'[a-z0-9][a-z0-9.+-]*')
 _CARD = """---
-license: {licence}
+license: {license}
 library_name: rvq_jax
 tags: [image-tokenizer, vq-vae, jax, pytorch]
 ---
@@ -68,38 +74,37 @@ def export_run(
   *,
   step: int | str | None = None,
   name: str | None = None,
-  licence: str = 'unknown',
+  license: str = 'unknown',
   stablehlo: bool = False,
 ) -> Path:
-  """Writes model.safetensors, config.json, README.md and figures.
+  """Writes a run as a folder for others; it appears when it is whole.
 
-  Beside them tokenizer_torch.py, which opens the folder in PyTorch.
-
-  Metrics and figures are those of WORKDIR/evaluation, of each split that was
-  evaluated at the step. The folder appears at once, when it is whole.
+  The folder holds model.safetensors, config.json, tokenizer_torch.py, which
+  opens it in PyTorch, and README.md with metrics and figures from
+  WORKDIR/evaluation, for each split that was evaluated at the step.
 
   Args:
     workdir: directory of the run.
     output: folder to write; it must not exist, or be empty.
     step: a saved step, 'best', or None for the newest.
     name: of the model on its card; None for the name of the workdir.
-    licence: of the weights, as the Hugging Face Hub writes it: 'apache-2.0'.
-    stablehlo: write `stablehlo.write_stablehlo`'s files too.
+    license: of the weights, as the Hugging Face Hub writes it: 'apache-2.0'.
+    stablehlo: also write the files of `write_stablehlo`.
 
   Returns:
     The folder.
 
   Raises:
-    ValueError: the folder holds files or cannot be written, or no such licence.
+    ValueError: the folder holds files or cannot be written; no such license.
     FileNotFoundError: there is no such run or step.
   """
   workdir, output = Path(workdir), Path(output)
-  if not _LICENCE.fullmatch(licence):
+  if not _LICENSE.fullmatch(license):
     raise ValueError(
       'license: expected an identifier of the Hugging Face Hub, as apache-2.0, '
-      f'cc-by-4.0 or unknown, got {licence!r}'
+      f'cc-by-4.0 or unknown, got {license!r}'
     )
-  check_new(output, 'output')
+  check_new(output)
   tokenizer = load(workdir, step)
   try:
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -111,23 +116,13 @@ def export_run(
       write_export(folder, tokenizer)
       if stablehlo:
         write_stablehlo(folder, tokenizer)
-      card = _card(tokenizer, name or workdir.resolve().name, licence)
+      card = _card(tokenizer, name or workdir.resolve().name, license)
       card += _results(workdir, folder, tokenizer.step)
       (folder / 'README.md').write_text(card)
       folder.rename(output)
   except OSError as error:
     raise ValueError(f'cannot write to {output}: {error}') from error
   return output
-
-
-def check_new(folder, flag: str) -> None:
-  """Refuses a folder to write to, given as --FLAG, that holds files."""
-  folder = Path(folder)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(
-      f'{flag}: expected a new or empty folder, got {folder}; name another '
-      'one, or remove it'
-    )
 
 
 def write_export(folder, tokenizer: Tokenizer) -> None:
@@ -137,16 +132,13 @@ def write_export(folder, tokenizer: Tokenizer) -> None:
   arrays = flax.traverse_util.flatten_dict(tokenizer.variables, sep='.')
   # safetensors writes the memory of a view as if it were in order.
   arrays = {n: np.asarray(a, order='C') for n, a in arrays.items()}
-  config, data = dict(tokenizer.config), tokenizer.config['data.name']
-  config['data.data_dir'] = None  # nobody's business, as the path of a folder
-  if data.startswith('folder:'):
-    data = f'folder:{Path(data.removeprefix("folder:")).name}'
   about = FORMAT | {
     'model_hash': tokenizer.model_hash,
     'step': tokenizer.step,
-    'config': config | {'data.name': data},
+    'torch': _torch(tokenizer),
+    'config': shared_config(tokenizer.config),
   }
-  # Its own writer of files leaves them unreadable for other users.
+  # save_file would make a file that other users cannot read.
   weights = safetensors.numpy.save(arrays, metadata={'format': 'flax'})
   (Path(folder) / WEIGHTS).write_bytes(weights)
   (Path(folder) / CONFIG).write_text(json.dumps(about, indent=2) + '\n')
@@ -154,28 +146,54 @@ def write_export(folder, tokenizer: Tokenizer) -> None:
   (Path(folder) / _TORCH).write_bytes(source)
 
 
-def _card(tokenizer, name, licence) -> str:
-  """README.md without results; the Hub reads its first lines."""
-  config = {n.split('.')[-1]: v for n, v in tokenizer.config.items()}
-  side, data = config['image_size'], tokenizer.config['data.name']
-  scales = tokenizer.sides
-  config |= {
-    'name': name,
-    'licence': licence,
-    'step': tokenizer.step,
-    'model_hash': tokenizer.model_hash,
-    'side': side,
-    'codes': tokenizer.codebook_size,
-    'grid': ' x '.join(map(str, tokenizer.ids_shape(side, side))),
-    'ids': '[B, T]' if scales else '[B, H, W]',
-    'sizes': 'Only images of that size can be encoded.'
-    if scales
-    else f'Sides that are multiples of {tokenizer.factor} can be encoded; '
-    '`python launch/encode.py`\ntakes any.',
-    'data': 'a folder of images' if data.startswith('folder:') else data,
-    'parameters': sum(x.size for x in jax.tree.leaves(tokenizer.variables)),
+def _torch(tokenizer) -> dict[str, Any]:
+  """What tokenizer_torch.py needs beside the arrays; fields of its config."""
+  encoder, vq = tokenizer.model.encoder, tokenizer.model.vq
+  codes = tokenizer.codes_per_position
+  section = {
+    'architecture': tokenizer.architecture(),  # more fields; hashed
+    'image_size': None if tokenizer.any_size else tokenizer.image_size,
+    'axes': tokenizer.axes,
+    'lengths': tokenizer.prefixes or ([codes] if codes else []),
+    'codes_per_position': codes,
+    'strides': [s for _, s in stage_plan(encoder.widths, encoder.factor)],
+    'cosine': getattr(vq, 'cosine', False),
   }
-  return _CARD.format(**config)
+  if encoder.norm == 'group':
+    section['groups'] = {str(w): num_groups(w) for w in encoder.widths}
+  if hasattr(vq, 'levels'):
+    levels = vq.levels or fsq_levels(vq.codebook_size)
+    weights = [math.prod(levels[:i]) for i in range(len(levels))]
+    section['radix'] = [list(levels), weights]
+  return section
+
+
+def _card(tokenizer, name, license) -> str:
+  """README.md without results; the Hub reads its first lines."""
+  data, size = run_data(tokenizer.config), tokenizer.image_size
+  sizes = 'Only images of that size can be encoded.'
+  if tokenizer.any_size:
+    sizes = (
+      f'Sides that are multiples of {tokenizer.factor} can be encoded; '
+      '`python launch/encode.py`\ntakes any.'
+    )
+  return _CARD.format(
+    name=name,
+    license=license,
+    step=tokenizer.step,
+    batch_size=data.batch_size,
+    data='a folder of images' if data.name.startswith('folder:') else data.name,
+    split=data.split,
+    side=size,
+    grid=' x '.join(map(str, tokenizer.ids_shape(size, size))),
+    codes=tokenizer.codebook_size,
+    quantizer=tokenizer.quantizer,
+    estimator=getattr(tokenizer.model.vq, 'estimator', 'none'),
+    parameters=sum(x.size for x in jax.tree.leaves(tokenizer.variables)),
+    ids=tokenizer.axes,
+    sizes=sizes,
+    model_hash=tokenizer.model_hash,
+  )
 
 
 def _results(workdir, folder, step) -> str:

@@ -17,7 +17,12 @@ import jax.numpy as jnp
 from rvq_jax.io import read_json
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.tokenizer.tokenizer import Tokenizer
-from rvq_jax.training.build import build_model
+from rvq_jax.training.build import (
+  build_model,
+  image_size,
+  keeps_averages,
+  quantize_after,
+)
 
 HUB = 'hf:'
 FORMAT = {'format': 'rvq_jax', 'format_version': 1}
@@ -36,21 +41,20 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
   (1, 64, 64, 3)
 
   Args:
-    workdir: directory of a run, a folder that launch/export.py wrote, or
-      'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION': such a folder on the Hugging
-      Face Hub.
-    step: of a run: a saved step, 'best' (lowest validation mse), or None for
-      the newest. An export holds one step and takes no other.
+    workdir: directory of a run, a folder of launch/export.py, or such a folder
+      on the Hugging Face Hub as 'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION'.
+    step: a saved step of a run, 'best' (lowest validation mse), or None for the
+      newest. An export holds one step and takes no other.
 
   Returns:
-    A `Tokenizer`, on the first device, with averages of parameters and batch
-    statistics if there are.
+    A `Tokenizer` on the first device. If the run kept averages of parameters
+    and batch statistics, it has these.
 
   Raises:
     FileNotFoundError: there is no such run or step.
-    ValueError: the run was made by another version, or the weights are damaged.
+    ValueError: another version wrote it, or the weights are damaged.
     ImportError: 'hf:' needs the package huggingface_hub, the extra `hub`.
-    OSError: the Hub does not answer, or knows no such model.
+    OSError: the Hub does not answer, or has no such model.
   """
   if str(workdir).startswith(HUB):
     workdir = _download(str(workdir).removeprefix(HUB))
@@ -67,7 +71,7 @@ def is_export(folder) -> bool:
 def _load_run(workdir, step) -> Tokenizer:
   if not (Path(workdir) / 'checkpoints').is_dir():
     raise FileNotFoundError(
-      f'expected a run with checkpoints in {workdir}, or an export, found '
+      f'expected a run with checkpoints in {workdir}, or an export, got '
       'neither; train one with python launch/main.py '
       f'--config=configs/NAME.py --workdir={workdir}'
     )
@@ -76,14 +80,13 @@ def _load_run(workdir, step) -> Tokenizer:
   with _quiet(), Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve(step)
     config = checkpoints.meta(step)['config']
-    late = config['model.quantize_after']
-    if step <= late:
+    if step <= quantize_after(config):
       raise ValueError(
         f'step {step} of {workdir} has no codebook: it is filled after step '
-        f'{late}, config.model.quantize_after; train longer'
+        f'{quantize_after(config)}, config.model.quantize_after; train longer'
       )
     model, shapes = _model(config, workdir)
-    if config['optimizer.params_ema']:
+    if keeps_averages(config):
       names = ('params', 'batch_stats')
       shapes['averages'] = {name: shapes[name] for name in names}
     variables = checkpoints.restore_model(shapes, step)
@@ -125,7 +128,7 @@ def _load_export(folder: Path, step) -> Tokenizer:
 def _model(config: Mapping[str, Any], source) -> tuple[VQVAE, dict[str, Any]]:
   """The model of a flat config; shapes and placement of its collections."""
   try:
-    model, size = build_model(config), config['data.image_size']
+    model, size = build_model(config), image_size(config)
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
   except ValueError as error:
@@ -152,7 +155,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(path: Path, shapes: dict[str, Any]) -> dict[str, Any]:
-  """The collections in a file; refuses other tensors than those of `shapes`."""
+  """The collections in a file; refuses tensors that `shapes` lacks."""
   import safetensors.numpy
 
   expected = flax.traverse_util.flatten_dict(shapes, sep='.')
@@ -187,7 +190,7 @@ def _download(name: str) -> Path:
     )
     if not is_export(folder):
       raise FileNotFoundError(f'it holds no {WEIGHTS}')
-  except Exception as error:  # its own, those of its HTTP library, ValueError
+  except Exception as error:  # also from its HTTP library
     reason = str(error).strip().partition('\n')[0] or type(error).__name__
     raise OSError(
       f'cannot fetch hf:{name}: {reason}; expected hf:OWNER/NAME of a folder '

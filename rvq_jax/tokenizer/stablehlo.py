@@ -1,4 +1,4 @@
-"""encode and decode as StableHLO: files that run with JAX alone."""
+"""encode and decode as StableHLO: files that only need JAX."""
 
 import functools
 import importlib.util
@@ -21,8 +21,8 @@ def write_stablehlo(folder, tokenizer: Tokenizer) -> None:
   """Writes encode_PLATFORM.stablehlo and decode_PLATFORM.stablehlo.
 
   Each holds the arrays that it needs, and what the model chooses for its
-  platform; none of the platforms need be there. The images are mapped over one
-  after another: their number B is free, their side S is that of the training.
+  platform, which need not be there. The function maps over the images one by
+  one: their number B is free, their side S is `image_size`.
 
   encode: uint8 [B, S, S, 3] -> ids int32 [B, H, W], or [B, H, W, L].
   decode: such ids -> float32 [B, S, S, 3] in [-1, 1].
@@ -38,7 +38,7 @@ def write_stablehlo(folder, tokenizer: Tokenizer) -> None:
     raise ImportError(
       '--stablehlo needs the extra stablehlo: pip install flatbuffers'
     )
-  model, side = tokenizer.model, tokenizer.config['data.image_size']
+  model, side = tokenizer.model, tokenizer.image_size
 
   def encode(variables, image):
     images = prepare_images(image[None])

@@ -4,9 +4,9 @@ The decoder attends to all positions at once, which costs the square of their
 number. A grid of at most WINDOW x WINDOW positions is coded in one piece and
 equals `Tokenizer.reconstruct` bit-exactly. A larger grid is coded in windows
 that overlap: each keeps only positions at least HALO from its inner borders,
-so every position has one id and no seams show. The windows depend on the grid
-alone, so encoder and decoder agree on them. Multi-scale tokens are those of
-images of one size, in one piece.
+so every position has one id and no seams show. The windows depend only on the
+grid, so encoder and decoder agree on them. Multi-scale tokens have no windows:
+their images are of one size.
 """
 
 import functools
@@ -24,22 +24,6 @@ from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 WINDOW, HALO = 64, 8
 _MAX_BYTES = 2**28
-
-
-def ids_type(tokenizer: Tokenizer, height: int, width: int):
-  """Shape ([H, W], [H, W, L] or [T]) and dtype of the ids of an image."""
-  dtype = np.min_scalar_type(tokenizer.codebook_size - 1)
-  return tokenizer.ids_shape(height, width), dtype
-
-
-def check_model(tokenizer: Tokenizer, encoder_hash: str, name) -> None:
-  """Raises ValueError where tokens stored in `name` are of other codes."""
-  if encoder_hash != tokenizer.encoder_hash:
-    raise ValueError(
-      f'{name} is of the encoder {encoder_hash[:16]}, got the encoder '
-      f'{tokenizer.encoder_hash[:16]}; pass the --workdir and --step that made '
-      'it, or of a decoder fine-tuned for it'
-    )
 
 
 def spans(size: int) -> list[tuple[int, int, int]]:
@@ -61,9 +45,9 @@ def spans(size: int) -> list[tuple[int, int, int]]:
 
 
 def over_devices(tokenizer: Tokenizer, batch: int):
-  """The tokenizer on all devices of this host, and where batches are put.
+  """The tokenizer on all devices of this host, and the sharding of batches.
 
-  Devices beyond the largest number that divides `batch` are left out.
+  It uses the largest number of devices that divides `batch`.
   """
   devices = jax.local_devices()
   count = max(n for n in range(1, len(devices) + 1) if batch % n == 0)
@@ -87,18 +71,17 @@ def encode_images(
     placement: sharding of the images; None: one device.
 
   Returns:
-    ids [B, H, W], [B, H, W, L] or [B, T], H = ceil(h / factor), of the dtype
-    of `ids_type`.
+    ids of the axes of `encode`, H = ceil(h / factor), of `ids_dtype`.
   """
   f = tokenizer.factor
   height, width = images.shape[1:3]
-  shape, dtype = ids_type(tokenizer, height, width)
   padding = (0, -height % f), (0, -width % f)
   images = np.pad(images, ((0, 0), *padding, (0, 0)), 'edge')
   place = functools.partial(jax.device_put, device=placement)
-  if tokenizer.sides:
-    return np.asarray(tokenizer.encode(place(images))).astype(dtype)
-  ids = np.empty((len(images), *shape), dtype)
+  if not tokenizer.any_size:
+    return np.asarray(tokenizer.encode(place(images)), tokenizer.ids_dtype)
+  shape = tokenizer.ids_shape(height, width)
+  ids = np.empty((len(images), *shape), tokenizer.ids_dtype)
   windows = itertools.product(spans(shape[0]), spans(shape[1]))
   for (y, top, bottom), (x, left, right) in windows:
     window = images[:, y * f : (y + WINDOW) * f, x * f : (x + WINDOW) * f]
@@ -116,14 +99,14 @@ def decode_ids(
 
   Args:
     tokenizer: the model.
-    ids: [B, H, W], [B, H, W, L] or [B, T], integers in [0, K).
+    ids: as of `encode_images`.
     height: of the images in pixels, at most H factor.
-    width: of the images in pixels, at most W factor.
+    width: at most W factor.
 
   Returns:
     uint8 [B, height, width, 3].
   """
-  if tokenizer.sides:
+  if not tokenizer.any_size:
     return np.asarray(to_uint8(tokenizer.decode(ids)))[:, :height, :width]
   f = tokenizer.factor
   rows, columns = ids.shape[1:3]
@@ -142,15 +125,7 @@ def save_image(tokenizer: Tokenizer, image: np.ndarray, path) -> np.ndarray:
   """Writes the ids of an image, uint8 [h, w, 3], as .npz; returns them."""
   ids = encode_images(tokenizer, image[None])[0]
   content = io.BytesIO()
-  np.savez(
-    content,
-    ids=ids,
-    size=image.shape[:2],
-    factor=tokenizer.factor,
-    codebook_size=tokenizer.codebook_size,
-    model_hash=tokenizer.model_hash,
-    encoder_hash=tokenizer.encoder_hash,
-  )
+  np.savez(content, ids=ids, size=image.shape[:2], **tokenizer.about_ids())
   write_atomic(path, content.getvalue())
   return ids
 
@@ -175,8 +150,8 @@ def load_image(tokenizer: Tokenizer, path) -> np.ndarray:
     raise ValueError(
       f'{path}: expected an .npz file of launch/encode.py: {reason}'
     ) from error
-  check_model(tokenizer, encoder_hash, path)
-  shape, dtype = ids_type(tokenizer, height, width)
+  tokenizer.check_encoder(encoder_hash, path)
+  shape, dtype = tokenizer.ids_shape(height, width), tokenizer.ids_dtype
   if (ids.shape, ids.dtype) != (shape, dtype):
     raise ValueError(
       f'{path} is damaged: expected ids {dtype} {list(shape)}, got {ids.dtype} '

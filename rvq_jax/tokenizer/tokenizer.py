@@ -1,7 +1,9 @@
-"""`Tokenizer`: a trained model as two functions."""
+"""`Tokenizer`: a trained model as two functions, and the form of its ids."""
 
 import functools
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,8 @@ from rvq_jax.data.images import prepare_images
 from rvq_jax.io import tree_digest
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize.codebook import COUNTS
-
-# With the arrays, these fields decide which function a model computes.
-_SHAPING = (
-  'widths factor num_res_blocks num_heads code_dim quantizer codebook_size '
-  'activation cosine depth heads dtype'
-).split()
+from rvq_jax.quantize.vector_quantizer import VectorQuantizer
+from rvq_jax.training.build import architecture, image_size
 
 
 class Tokenizer:
@@ -40,11 +38,40 @@ class Tokenizer:
     variables: its collections params, batch_stats and codebook.
     config: the flat config that it was trained with.
     step: the training step of the variables.
+
+  Attributes:
+    codebook_size: K; ids are in [0, K).
+    factor: pixels along the side of a token; it divides the sides of images.
+    quantizer: its name in a config.
+    image_size: side of the training images, in pixels.
+    any_size: whether images of other sizes have ids.
+    axes: of ids: '[B, H, W]', '[B, H, W, L]' or '[B, T]'.
+    codes_per_position: L; None without that axis.
+    sides: of the scales of a multi-scale tokenizer, whose ids are [B, T]; None
+      for others.
+    prefixes: lengths of the last axis of ids that decode, coarse to fine, for a
+      residual or multi-scale tokenizer; else [].
+    ids_dtype: the smallest unsigned integer for K, in which files hold ids.
   """
 
   def __init__(self, model: VQVAE, variables, *, config, step: int):
     self.model, self.variables = model, variables
     self.config, self.step = config, step
+    self.codebook_size, self.factor = model.vq.codebook_size, model.factor
+    self.image_size = image_size(config)
+    self.quantizer = json.loads(architecture(config))['quantizer']
+    self.ids_dtype = np.min_scalar_type(self.codebook_size - 1)
+    self.sides = getattr(model.vq, 'sides', None)
+    depth = getattr(model.vq, 'depth', None)
+    self.codes_per_position = depth or getattr(model.vq, 'heads', None)
+    self.any_size = not self.sides
+    self.axes, self.prefixes = '[B, H, W]', list(range(1, (depth or 0) + 1))
+    if self.codes_per_position:
+      self.axes = '[B, H, W, L]'
+    if self.sides:
+      from rvq_jax.quantize.scales import token_offsets  # no other needs it
+
+      self.axes, self.prefixes = '[B, T]', token_offsets(self.sides)[1:]
     self._encode = jax.jit(
       lambda variables, images: model.apply(
         variables, prepare_images(images), method='encode'
@@ -52,72 +79,102 @@ class Tokenizer:
     )
     self._decode = jax.jit(functools.partial(model.apply, method='decode'))
 
-  @property
-  def codebook_size(self) -> int:
-    """K: ids are in [0, K)."""
-    return self.config['model.codebook_size']
-
-  @property
-  def factor(self) -> int:
-    """Pixels along the side of a token; image sides are multiples of it."""
-    return self.config['model.factor']
-
-  @property
-  def codes_per_position(self) -> int | None:
-    """L where ids are [B, H, W, L]; None where they are [B, H, W]."""
-    quantizer = self.config['model.quantizer']
-    name = {'residual': 'depth', 'product': 'heads'}.get(quantizer)
-    return self.config[f'model.{name}'] if name else None
-
-  @property
-  def sides(self) -> tuple[int, ...] | None:
-    """Sides of the scales of a multi-scale tokenizer, whose ids are [B, T]."""
-    return getattr(self.model.vq, 'sides', None)
-
-  @property
-  def prefixes(self) -> list[int]:
-    """Lengths of the last axis of ids that decode, coarse to fine.
-
-    Those of a residual or multi-scale tokenizer; [] of any other.
-    """
-    if self.sides:
-      from rvq_jax.quantize.scales import token_offsets  # no other needs it
-
-      return token_offsets(self.sides)[1:]
-    residual = self.config['model.quantizer'] == 'residual'
-    return list(range(1, self.codes_per_position + 1)) if residual else []
-
   def ids_shape(self, height: int, width: int) -> tuple[int, ...]:
-    """Shape of the ids of an image of so many pixels."""
+    """Shape of the ids of an image of so many pixels: [H, W(, L)] or [T]."""
     if self.sides:
       return (self.prefixes[-1],)
     codes = self.codes_per_position
     grid = -(-height // self.factor), -(-width // self.factor)
     return grid + ((codes,) if codes else ())
 
+  def levels(self, ids) -> list:
+    """The ids as one grid [B, h, w] per level, coarse to fine.
+
+    A level is one code of each position, or a scale, whose h and w grow. ids
+    may be the first few levels; see `prefixes`.
+    """
+    if self.codes_per_position:
+      return [ids[..., i] for i in range(ids.shape[-1])]
+    if not self.sides:
+      return [ids]
+    parts = zip([0, *self.prefixes], self.prefixes, self.sides, strict=False)
+    return [
+      ids[:, start:end].reshape(-1, side, side)
+      for start, end, side in parts
+      if end <= ids.shape[1]
+    ]
+
+  def join(self, levels: Sequence[np.ndarray]) -> np.ndarray:
+    """The ids whose `levels` are given, all or the first few."""
+    if self.sides:
+      return np.concatenate([x.reshape(len(x), -1) for x in levels], axis=1)
+    return np.stack(levels, -1) if self.codes_per_position else levels[0]
+
+  def grid(self, ids) -> jax.Array:
+    """The latents [B, H, W, C] of ids, for the decoder.
+
+    It can be traced, and does not check the range of the ids.
+    """
+    return self.model.apply(
+      self.variables, ids, method=lambda model, x: model.vq.codes_from_ids(x)
+    )
+
+  def codebooks(self) -> list[jax.Array]:
+    """The vectors [K, C] of all codes, per level; all scales share theirs."""
+    codes, ids = self.codes_per_position, jnp.arange(self.codebook_size)
+
+    def vectors(model):  # the codes themselves, not the grids that they add to
+      return VectorQuantizer.codes_from_ids(model.vq, ids)
+
+    if self.sides:
+      return [self.model.apply(self.variables, method=vectors)]
+    if not codes:
+      return [self.grid(ids)]
+    zeros = jnp.zeros((len(ids), codes), jnp.int32)
+    return [self.grid(zeros.at[:, level].set(ids)) for level in range(codes)]
+
   @functools.cached_property
   def model_hash(self) -> str:
     """SHA-256 of architecture and arrays; the same for a run and its export."""
-    return tree_digest(self.variables, header=self._architecture())
+    return tree_digest(self.variables, header=self.architecture())
 
   @functools.cached_property
   def encoder_hash(self) -> str:
-    """SHA-256 of architecture, encoder and codes, all that gives ids a meaning.
+    """SHA-256 of architecture, encoder and codes, which give ids their meaning.
 
-    The same after fine-tuning the decoder alone.
+    It stays when only the decoder is fine-tuned.
     """
     arrays = {
       name: array
       for name, array in flatten_dict(dict(self.variables), sep='.').items()
       if name.split('.')[1] in ('encoder', 'vq') and not name.endswith(COUNTS)
     }
-    return tree_digest(arrays, header=self._architecture())
+    return tree_digest(arrays, header=self.architecture())
 
-  def _architecture(self) -> str:
-    shaping = {name: self.config[f'model.{name}'] for name in _SHAPING}
+  def architecture(self) -> str:
+    """JSON of what shapes the model; see `build.architecture`."""
+    return architecture(self.config, self.sides)
+
+  def about_ids(self) -> dict[str, Any]:
+    """What files of ids say about their model, as JSON values."""
+    about = {
+      'model_hash': self.model_hash,
+      'encoder_hash': self.encoder_hash,
+      'codebook_size': self.codebook_size,
+      'factor': self.factor,
+    }
     if self.sides:
-      shaping['sides'] = self.sides
-    return json.dumps(shaping, sort_keys=True)
+      about |= {'sides': list(self.sides), 'offsets': [0, *self.prefixes]}
+    return about
+
+  def check_encoder(self, encoder_hash: str, name) -> None:
+    """Raises ValueError if the ids in `name` are of another encoder."""
+    if encoder_hash != self.encoder_hash:
+      raise ValueError(
+        f'{name} is of the encoder {encoder_hash[:16]}, got the encoder '
+        f'{self.encoder_hash[:16]}; pass the --workdir and --step that wrote '
+        'it, or a run that fine-tuned their decoder'
+      )
 
   def encode(self, images) -> jax.Array:
     """Token ids of images.
@@ -128,7 +185,7 @@ class Tokenizer:
 
     Returns:
       ids [B, h/factor, w/factor], int32; [..., L] with several codes per
-      position; [B, T] of a multi-scale tokenizer, the coarsest scale first.
+      position; [B, T] for a multi-scale tokenizer, the coarsest scale first.
 
     Raises:
       ValueError: another shape, dtype or range.
@@ -142,9 +199,8 @@ class Tokenizer:
     """Images of token ids.
 
     Args:
-      ids: [B, H, W], integers in [0, K); [B, H, W, L] with several codes per
-        position, of which a residual tokenizer takes any first few; [B, T] of
-        all scales of a multi-scale tokenizer, or of the first ones.
+      ids: integers in [0, K), of the axes that `encode` gives. A residual or
+        multi-scale tokenizer also takes the first few levels; see `prefixes`.
 
     Returns:
       images [B, H factor, W factor, 3], float32 in [-1, 1].
@@ -154,12 +210,11 @@ class Tokenizer:
     """
     # Not through jnp: it would wrap 64 bits to 32 before the check.
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
-    shape = '[B, H, W, L]' if self.codes_per_position else '[B, H, W]'
-    shape = '[B, T]' if self.sides else shape
-    axes = shape.count(',') + 1
+    axes = self.axes.count(',') + 1
     if ids.ndim != axes or not np.issubdtype(ids.dtype, np.integer):
       raise ValueError(
-        f'expected ids {shape} of integers, got {ids.dtype} {list(ids.shape)}'
+        f'expected ids {self.axes} of integers, got {ids.dtype} '
+        f'{list(ids.shape)}'
       )
     last = self.codebook_size - 1
     if ids.size and not 0 <= ids.min() <= ids.max() <= last:

@@ -1,4 +1,4 @@
-"""A tokenizer of rvq_jax in PyTorch: this file, torch and safetensors alone.
+"""A tokenizer of rvq_jax in PyTorch: needs only torch and safetensors.
 
     from tokenizer_torch import Tokenizer
 
@@ -11,9 +11,7 @@ Apache-2.0, as rvq_jax, whose launch/export.py puts it beside model.safetensors.
 
 import ctypes
 import hashlib
-import itertools
 import json
-import math
 import re
 from pathlib import Path
 
@@ -21,59 +19,57 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-FILES = WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
-QUANTIZERS = 'vq residual multiscale product fsq simvq gumbel'.split()
-SIDES = 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 51, 64
+FILES = WEIGHTS, CONFIG = ['model.safetensors', 'config.json']
 ACTIVATIONS = {'leaky_relu': F.leaky_relu, 'swish': F.silu}
-# With the arrays, these fields are what the model's hash is taken of.
-HASHED = 'widths factor num_res_blocks num_heads code_dim quantizer '
-HASHED += 'codebook_size activation cosine depth heads dtype'
 
 
 class Tokenizer:
   """Images to token ids and back, in float32; `from_pretrained` opens one.
 
-  `codebook_size`, `factor`, `codes_per_position` and `model_hash` are those of
-  rvq_jax. On NVIDIA GPUs PyTorch computes convolutions in TF32, which changes
-  some ids, unless `torch.backends.cudnn.allow_tf32 = False`.
+  `codebook_size`, `factor`, `codes_per_position`, `model_hash`: as in rvq_jax.
+  On NVIDIA GPUs set torch.backends.cudnn.allow_tf32 = False: TF32 changes ids.
   """
 
   def __init__(self, config, arrays, model_hash):
-    self.c, self.w, self.model_hash = config, arrays, model_hash
+    self.config, self.arrays, self.model_hash = config, arrays, model_hash
     self.codebook_size, self.factor = config['codebook_size'], config['factor']
-    several = {'residual': 'depth', 'product': 'heads'}
-    self.codes_per_position = config.get(several.get(config['quantizer']))
-    self._act, self.sides = ACTIVATIONS[config['activation']], config['sides']
-    self._halvings = int(math.log2(self.factor))
-    self._stages = range(max(len(config['widths']), self._halvings))
+    self.codes_per_position = config['codes_per_position']
+    self._quantizer = QUANTIZERS[config['quantizer']](config, arrays)
+    self._act = ACTIVATIONS[config['activation']]
 
   @classmethod
   def from_pretrained(cls, name):
     """Opens a folder of launch/export.py, or OWNER/NAME@REVISION of the Hub."""
-    return cls(*_read(_find(name)))
+    try:
+      return cls(*_read(_find(name)))
+    except Exception as why:  # of the many that files and the Hub can cause
+      reason = ' '.join(f'{type(why).__name__}: {why}'.split())
+      raise ValueError(
+        f'{name}: expected a folder of launch/export.py or of the Hub, got '
+        f'{reason}; if another version wrote it, use tokenizer_torch.py in it'
+      ) from why
 
   def to(self, device):
     """Moves it to a device."""
-    self.w = {name: x.to(device) for name, x in self.w.items()}
+    self.arrays.update({n: x.to(device) for n, x in self.arrays.items()})
     return self
 
   @torch.no_grad()
   def encode(self, images):
-    """Token ids, int64 [B, h/factor, w/factor], with several codes [..., L].
-
-    Multi-scale ids are [B, T], the coarsest scale first.
+    """Token ids: int64 [B, h/factor, w/factor], [..., L] or multi-scale [B, T].
 
     images: [B, h, w, 3] or [B, 3, h, w], uint8 or float in [-1, 1]; `factor`
     divides h and w, so that neither is 3.
     """
-    x = self._tensor(images)
-    shape = list(x.shape)
+    x, size = self._tensor(images), self.config['image_size']
+    shape, f = list(x.shape), self.factor
     x = x.movedim(-1, 1) if x.ndim == 4 and shape[3] == 3 else x
     fits = x.ndim == 4 and x.shape[1] == 3 and 0 not in shape
-    if not fits or any(side % self.factor for side in x.shape[2:]):
+    if not fits or any(n != size if size else n % f for n in x.shape[2:]):
+      sides = size or f'multiples of {f}'
       raise ValueError(
         'expected images [B, h, w, 3] or [B, 3, h, w] whose sides are '
-        f'multiples of {self.factor}, got {shape}; crop or pad them'
+        f'{sides}, got {shape}; resize, crop or pad them'
       )
     x = x / 127.5 - 1 if x.dtype == torch.uint8 else x
     if not x.is_floating_point() or not x.abs().max() <= 1.001:
@@ -82,11 +78,7 @@ class Tokenizer:
         f'{x.min().item():.4g} to {x.max().item():.4g}'
       )
     z = self._encoder(x.float()).movedim(1, -1)
-    if self.sides and z.shape[1:3] != (self.sides[-1],) * 2:
-      size = self.sides[-1] * self.factor
-      raise ValueError(f'expected images of {size} x {size}, got {shape}')
-    e = self._dense('vq.project_in', z)
-    return getattr(self, f'_{self.c["quantizer"]}_ids')(e)
+    return self._quantizer.ids(_dense(self.arrays, 'vq.project_in', z))
 
   @torch.no_grad()
   def decode(self, ids, *, channels_first=False):
@@ -95,173 +87,177 @@ class Tokenizer:
     Residual and multi-scale tokenizers take any first codes or scales. As
     pixels: ((images + 1) * 127.5).round().clamp(0, 255).byte().
     """
-    ids, most = self._tensor(ids), self.codes_per_position
-    least = 1 if self.c['quantizer'] == 'residual' else most
-    fits = ids.ndim == 3 + bool(most) and 0 not in ids.shape
-    fits = fits and (not most or least <= ids.shape[3] <= most)
-    if self.sides:
-      ends = [*itertools.accumulate(side**2 for side in self.sides)]
-      fits = ids.ndim == 2 and len(ids) > 0 and ids.shape[1] in ends
+    ids, last = self._tensor(ids), self.codebook_size - 1
+    axes, lengths = self.config['axes'], self.config['lengths']
+    fits = ids.ndim == axes.count(',') + 1 and 0 not in ids.shape
+    fits = fits and (not lengths or ids.shape[-1] in lengths)
     if not fits or ids.is_floating_point() or ids.dtype == torch.bool:
-      form = f'[B, T], T of {ends}' if self.sides else '[B, H, W]'
-      form = f'[B, H, W, {most}]' if most else form
-      raise ValueError(
-        f'expected ids {form}, integers, got {ids.dtype} {list(ids.shape)}'
-      )
-    ids, last = ids.long(), self.codebook_size - 1
+      axes += f' with {axes[-2]} in {lengths}' if lengths else ''
+      got = f'{ids.dtype} {list(ids.shape)}'
+      raise ValueError(f'expected ids {axes}, integers, got {got}')
+    ids = ids.long()
     if not 0 <= ids.min() <= ids.max() <= last:
       raise ValueError(
         f'expected ids from 0 to {last}, got {ids.min()} to {ids.max()}; are '
         'they of another model?'
       )
-    q = getattr(self, f'_{self.c["quantizer"]}_codes')(ids)
-    images = self._decoder(self._dense('vq.project_out', q).movedim(-1, 1))
+    z = _dense(self.arrays, 'vq.project_out', self._quantizer.codes(ids))
+    images = self._decoder(z.movedim(-1, 1))
     return images if channels_first else images.movedim(1, -1)
 
-  # The model. Feature maps x are [B, C, H, W].
-
-  def _encoder(self, x):
-    for i in self._stages:
-      x = self._conv(f'encoder.conv{i}', x, 2 if i < self._halvings else 1)
+  def _encoder(self, x):  # feature maps are [B, C, H, W]
+    for i, stride in enumerate(self.config['strides']):
+      x = _conv(self.arrays, f'encoder.conv{i}', x, stride)
       x = self._act(self._norm(f'encoder.norm{i}', x))
-    return self._conv('encoder.out', self._blocks('encoder', x))
+    return _conv(self.arrays, 'encoder.out', self._blocks('encoder', x))
 
   def _decoder(self, x):
-    x = self._attention('decoder.attention', self._conv('decoder.in', x))
-    x = self._blocks('decoder', x)
-    for i in reversed(self._stages):
-      if i < self._halvings:
+    x = _conv(self.arrays, 'decoder.in', x)
+    x = self._blocks('decoder', self._attention('decoder.attention', x))
+    for i, stride in reversed([*enumerate(self.config['strides'])]):
+      if stride == 2:
         x = F.conv_transpose2d(x, *self._get(f'decoder.up{i}'), 2, padding=1)
       else:
-        x = self._conv(f'decoder.up{i}', x)
+        x = _conv(self.arrays, f'decoder.up{i}', x)
       x = self._act(self._norm(f'decoder.norm{i}', x)) if i else x.tanh()
     return x
 
   def _get(self, name, parts='kernel bias'):
-    return [self.w.get(f'{name}.{part}') for part in parts.split()]
+    return [self.arrays[f'{name}.{part}'] for part in parts.split()]
 
   def _tensor(self, x):
-    return torch.as_tensor(x).to(self.w['encoder.out.bias'].device)
-
-  def _conv(self, name, x, stride=1):
-    kernel, bias = self._get(name)
-    total = kernel.shape[-1] - stride  # JAX's 'SAME': an odd pixel at the end
-    pads = (total // 2, total - total // 2) * 2
-    return F.conv2d(F.pad(x, pads), kernel, bias, stride)
+    return torch.as_tensor(x).to(self.arrays['encoder.out.bias'].device)
 
   def _norm(self, name, x):
-    if f'{name}.bn.mean' in self.w:  # the stored statistics
+    if f'{name}.bn.mean' in self.arrays:  # the stored statistics
       return F.batch_norm(x, *self._get(f'{name}.bn', 'mean var scale bias'))
-    groups = 32 if x.shape[1] >= 128 else max(x.shape[1] // 4, 1)
+    groups = self.config['groups'][str(x.shape[1])]
     return F.group_norm(x, groups, *self._get(f'{name}.gn', 'scale bias'), 1e-6)
 
   def _blocks(self, part, x):
-    for name in (f'{part}.block{i}' for i in range(self.c['num_res_blocks'])):
-      y = self._norm(f'{name}.norm0', self._conv(f'{name}.conv0', x))
-      y = self._norm(f'{name}.norm1', self._conv(f'{name}.conv1', self._act(y)))
+    for i in range(self.config['num_res_blocks']):
+      y, name = x, f'{part}.block{i}'
+      for j in range(2):
+        y = _conv(self.arrays, f'{name}.conv{j}', self._act(y) if j else y)
+        y = self._norm(f'{name}.norm{j}', y)
       x = self._act(x + y)
     return x
 
   def _attention(self, name, x):  # over all t positions, in h heads of d
     y = x.flatten(2).transpose(1, 2)
-    norm, qkv = self._get(f'{name}.norm', 'scale bias'), []
+    norm = self._get(f'{name}.norm', 'scale bias')
     y = F.layer_norm(y, y.shape[2:], *norm, 1e-6)
-    for part in ('query', 'key', 'value'):
-      kernel, bias = self._get(f'{name}.{part}')
-      qkv.append(torch.einsum('btc,chd->bhtd', y, kernel) + bias[:, None])
+    qkv = (self._get(f'{name}.{part}') for part in ('query', 'key', 'value'))
+    qkv = (torch.einsum('btc,chd->bhtd', y, k) + b[:, None] for k, b in qkv)
     kernel, bias = self._get(f'{name}.out')
     y = F.scaled_dot_product_attention(*qkv)
     y = torch.einsum('bhtd,hdc->bct', y, kernel) + bias[:, None]
     return x + y.view(x.shape)
 
-  def _dense(self, name, x):
-    kernel, bias = self._get(name)  # None: the model has no such projection
-    return x if kernel is None else x @ kernel + bias
 
-  # Quantizers: _NAME_ids of vectors e [..., D], _NAME_codes of ids.
+class _VQ:  # `ids` of vectors [..., D], here of the nearest codes; and back
+  def __init__(self, config, arrays, name='vq'):
+    self.config, self.arrays, self.name = config, arrays, name
 
-  def _codebook(self, part=''):
-    codes, offset = self._get('vq' + part, 'embedding offset')
-    if self.c['quantizer'] == 'simvq':
-      return codes @ self.w['vq.map.kernel']
-    if offset is not None:  # learned by gradient
-      codes = codes + offset
-      codes = F.normalize(codes, dim=-1) if self.c['cosine'] else codes
-    return codes
+  def part(self, name):
+    return _VQ(self.config, self.arrays, f'vq.{name}')
 
-  def _vq_ids(self, e, part=''):
-    if self.c['cosine'] and self.c['quantizer'] != 'simvq':
-      e = F.normalize(e, dim=-1)
-    return nearest(e, self._codebook(part))
+  def codebook(self):
+    codes = self.arrays[f'{self.name}.embedding']
+    if f'{self.name}.offset' in self.arrays:  # learned by gradient
+      codes = codes + self.arrays[f'{self.name}.offset']
+      codes = F.normalize(codes, dim=-1) if self.config['cosine'] else codes
+    return _dense(self.arrays, 'vq.map', codes)  # if it is SimVQ
 
-  def _vq_codes(self, ids, part=''):
-    return self._codebook(part)[ids]
+  def ids(self, e):
+    e = F.normalize(e, dim=-1) if self.config['cosine'] else e
+    return nearest(e, self.codebook())
 
-  def _gumbel_ids(self, e):
-    return self._dense('vq.logits', e).argmax(-1)
+  def codes(self, ids):
+    return self.codebook()[ids]
 
-  _simvq_ids, _simvq_codes, _gumbel_codes = _vq_ids, _vq_codes, _vq_codes
 
-  def _residual_ids(self, e):
+class _Gumbel(_VQ):  # the code of the largest logit
+  def ids(self, e):
+    return _dense(self.arrays, 'vq.logits', e).argmax(-1)
+
+
+class _Residual(_VQ):  # each code is of what the codes before it leave over
+  def ids(self, e):
     total, ids = torch.zeros_like(e), []
-    for part in (f'.level_{i}' for i in range(self.c['depth'])):
-      ids.append(self._vq_ids(e - total, part))
-      total = total + self._vq_codes(ids[-1], part)
+    for i in range(self.config['depth']):
+      level = self.part(f'level_{i}')
+      ids.append(level.ids(e - total))
+      total = total + level.codes(ids[-1])
     return torch.stack(ids, -1)
 
-  def _residual_codes(self, ids):
+  def codes(self, ids):
     levels = enumerate(ids.unbind(-1))
-    return sum(self._vq_codes(x, f'.level_{i}') for i, x in levels)
+    return sum(self.part(f'level_{i}').codes(x) for i, x in levels)
 
-  def _multiscale_ids(self, e):
+
+class _Product(_VQ):  # each code is of one piece of a vector
+  def ids(self, e):
+    pieces = enumerate(e.chunk(self.config['heads'], -1))
+    return torch.stack([self.part(f'head_{i}').ids(x) for i, x in pieces], -1)
+
+  def codes(self, ids):
+    heads = enumerate(ids.unbind(-1))
+    return torch.cat([self.part(f'head_{i}').codes(x) for i, x in heads], -1)
+
+
+class _Multiscale(_VQ):  # the codes of grids [B, n, n] of growing side
+  def ids(self, e):
     total, ids = torch.zeros_like(e), []
-    for i, side in enumerate(self.sides):
-      rows = area(e.shape[1], side).to(e)
-      rest = torch.einsum('nh,mw,bhwd->bnmd', rows, rows, e - total)
-      ids.append(self._vq_ids(rest).flatten(1))
-      total = total + self._scale(ids[-1], i)
+    for scale, side in enumerate(self.config['sides']):
+      parts = torch.eye(len(e[0])).repeat_interleave(side, 0).to(e)
+      weights = parts.unflatten(0, (side, -1)).mean(1)  # of positions in areas
+      rest = torch.einsum('nh,mw,bhwd->bnmd', weights, weights, e - total)
+      ids.append(super().ids(rest).flatten(1))
+      total = total + self.addend(ids[-1], scale)
     return torch.cat(ids, 1)
 
-  def _scale(self, ids, i):  # what the ids of scale i add to the whole grid
-    side, groups = self.sides[i], min(4, len(self.sides))
-    x = self._vq_codes(ids).unflatten(1, (side, side)).movedim(-1, 1)
-    size = (self.sides[-1],) * 2
-    x = F.interpolate(x, size, mode='bicubic', antialias=True)
-    y = self._conv(f'vq.phi_{i * groups // len(self.sides)}', x)
+  def addend(self, ids, scale):  # to the whole grid
+    sides = self.config['sides']
+    x = super().codes(ids).unflatten(1, (sides[scale],) * 2).movedim(-1, 1)
+    x = F.interpolate(x, sides[-1:] * 2, mode='bicubic', antialias=True)
+    phis = sum(name.startswith('vq.phi_') for name in self.arrays) // 2
+    y = _conv(self.arrays, f'vq.phi_{scale * phis // len(sides)}', x)
     return ((x + y) / 2).movedim(1, -1)
 
-  def _multiscale_codes(self, ids):
-    total = 0
-    for i, side in enumerate(self.sides):
-      if ids.shape[1]:  # else: a prefix of the scales
-        total = total + self._scale(ids[:, : side**2], i)
-        ids = ids[:, side**2 :]
-    return total
+  def codes(self, ids):
+    parts = self.config['lengths'].index(ids.shape[1]) + 1
+    parts = ids.split([side**2 for side in self.config['sides'][:parts]], 1)
+    return sum(self.addend(part, scale) for scale, part in enumerate(parts))
 
-  def _product_ids(self, e):
-    pieces = enumerate(e.chunk(self.c['heads'], -1))
-    return torch.stack([self._vq_ids(x, f'.head_{i}') for i, x in pieces], -1)
 
-  def _product_codes(self, ids):
-    pieces = enumerate(ids.unbind(-1))
-    return torch.cat([self._vq_codes(x, f'.head_{i}') for i, x in pieces], -1)
-
-  def _fsq_levels(self, device):
-    bits = int(math.log2(self.codebook_size))
-    fours = -bits % 3 if bits > 1 else 0
-    levels = [8] * ((bits - 2 * fours) // 3) + [4] * fours or [2]
-    weights = [math.prod(levels[:i]) for i in range(len(levels))]
-    return torch.tensor([levels, weights], device=device)
-
-  def _fsq_ids(self, e):
-    levels, weights = self._fsq_levels(e.device)
+class _FSQ(_VQ):  # rounded dimensions, whose levels are the digits of an id
+  def ids(self, e):
+    levels, weights = torch.tensor(self.config['radix'], device=e.device)
     half = (levels - 1) * (1 - 1e-3) / 2
     digits = torch.round(torch.tanh(e + torch.tan(0.5 / half)) * half - 0.5)
     return ((digits.long() + levels // 2) * weights).sum(-1)
 
-  def _fsq_codes(self, ids):
-    levels, weights = self._fsq_levels(ids.device)
+  def codes(self, ids):
+    levels, weights = torch.tensor(self.config['radix']).to(ids)
     return (ids[..., None] // weights % levels) / (levels // 2) - 1.0
+
+
+QUANTIZERS = {'vq': _VQ, 'simvq': _VQ, 'gumbel': _Gumbel, 'fsq': _FSQ}
+QUANTIZERS |= {'residual': _Residual, 'product': _Product}
+QUANTIZERS |= {'multiscale': _Multiscale}
+
+
+def _conv(arrays, name, x, stride=1):  # padded as by JAX, an odd pixel last
+  kernel = arrays[f'{name}.kernel']
+  total = kernel.shape[-1] - stride
+  x = F.pad(x, (total // 2, total - total // 2) * 2)
+  return F.conv2d(x, kernel, arrays.get(f'{name}.bias'), stride)
+
+
+def _dense(arrays, name, x):  # or x, where the model has no such layer
+  kernel = arrays.get(f'{name}.kernel')
+  return x if kernel is None else x @ kernel + arrays.get(f'{name}.bias', 0)
 
 
 def nearest(e, codes):
@@ -274,59 +270,21 @@ def nearest(e, codes):
   return torch.cat(ids).view(e.shape[:-1])
 
 
-def area(grid, side):
-  """Share of each of `grid` positions in each of `side` cells."""
-  edges, left = torch.arange(side + 1.0) * grid / side, torch.arange(grid)
-  end = torch.minimum(edges[1:, None], left + 1)
-  overlap = end - torch.maximum(edges[:-1, None], left)
-  return overlap.clamp(min=0) * side / grid
-
-
-def _find(name):
-  # The folder called `name`, or that of the Hub, downloaded.
+def _find(name):  # the folder, or that of the Hub, downloaded
   folder = Path(name).expanduser()
   hub = re.fullmatch(r'(?:hf:)?([\w.-]+/[\w.-]+)(?:@(.+))?', str(name))
   if folder.is_dir() or not hub:
     return folder
-  try:
-    from huggingface_hub import snapshot_download
+  from huggingface_hub import snapshot_download
 
-    wanted = {'revision': hub[2], 'allow_patterns': [*FILES]}
-    return Path(snapshot_download(hub[1], **wanted))
-  except Exception as error:  # its own, and those of its HTTP library
-    reason = str(error).strip().partition('\n')[0] or type(error).__name__
-    raise FileNotFoundError(
-      f'{name}: no such folder, and not to be had from the Hub: {reason}'
-    ) from error
+  return Path(snapshot_download(hub[1], revision=hub[2], allow_patterns=FILES))
 
 
-def _read(folder):
-  # Config, arrays and hash of an export.
-  try:
-    about = json.loads((folder / CONFIG).read_text())
-    c = {n.rpartition('.')[2]: v for n, v in about['config'].items()}
-    hashed = {n: c[n] for n in HASHED.split()}
-    sides, c['sides'] = c.get('sides'), None
-    if c['quantizer'] == 'multiscale':
-      grid = c['image_size'] // c['factor']
-      default = [*(side for side in SIDES if side < grid), grid]
-      hashed['sides'] = c['sides'] = sides or default
-    header = json.dumps(hashed, sort_keys=True)
-    names = str(c['quantizer']), str(c['activation'])
-    version = f'format_version {about["format_version"]}'
-    arrays, wanted = load_file(folder / WEIGHTS), about['model_hash']
-  except Exception as why:  # of the many that such files can cause
-    raise ValueError(
-      f'{folder}: expected {WEIGHTS} and {CONFIG} as launch/export.py writes '
-      f'them, got {type(why).__name__}: {why}'
-    ) from why
-  choices = QUANTIZERS, ACTIVATIONS, ['format_version 1']
-  for value, known in zip((*names, version), choices, strict=True):
-    if value not in known:
-      raise ValueError(
-        f'{folder}: expected one of {", ".join(known)}, got {value!r}; use '
-        'rvq_jax.load, or a newer tokenizer_torch.py'
-      )
+def _read(folder):  # config, arrays and hash of an export
+  about = json.loads((folder / CONFIG).read_text())
+  if about['format_version'] != 1:
+    raise ValueError(f'format_version {about["format_version"]}')
+  header, arrays = about['torch']['architecture'], load_file(folder / WEIGHTS)
   digest = hashlib.sha256(header.encode())
   for name, x in sorted(arrays.items()):
     dtype, shape = str(x.dtype).removeprefix('torch.'), tuple(x.shape)
@@ -336,9 +294,7 @@ def _read(folder):
       arrays[name] = x.flip(0, 1).permute(2, 3, 0, 1).contiguous()
     elif x.ndim == 4:  # [k, k, C, F]
       arrays[name] = x.permute(3, 2, 0, 1).contiguous()
-  if digest.hexdigest() != wanted:
-    raise ValueError(
-      f'{folder} is damaged: {WEIGHTS} has another hash than {CONFIG} says; '
-      'export or download it again'
-    )
-  return c, {n.partition('.')[2]: x for n, x in arrays.items()}, wanted
+  if digest.hexdigest() != about['model_hash']:
+    raise ValueError(f'{WEIGHTS} of another hash than {CONFIG} says')
+  arrays = {name.partition('.')[2]: x for name, x in arrays.items()}
+  return json.loads(header) | about['torch'], arrays, about['model_hash']

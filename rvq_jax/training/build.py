@@ -4,6 +4,8 @@ Every program that opens a model imports this file: imports of optax and of the
 training loop stand inside functions.
 """
 
+import json
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -33,6 +35,51 @@ LAYERS_ONLY = {
 Earlier versions had fields for the first three. Their runs and exports still
 open: the three change only training.
 """
+
+_HASHED = (
+  'widths factor num_res_blocks num_heads code_dim quantizer codebook_size '
+  'activation cosine depth heads dtype'
+).split()
+
+
+def architecture(flat: Mapping[str, Any], sides=None) -> str:
+  """The fields that decide, with the arrays, which function a model computes.
+
+  The hashes of a model begin with this text: it must not change.
+
+  Args:
+    flat: checked config.
+    sides: of the scales of a multi-scale tokenizer, or None.
+
+  Returns:
+    A JSON object.
+  """
+  fields = {name: flat[f'model.{name}'] for name in _HASHED}
+  fields |= {'sides': sides} if sides else {}
+  return json.dumps(fields, sort_keys=True)
+
+
+def image_size(flat: Mapping[str, Any]) -> int:
+  """Side of the training images, in pixels."""
+  return flat['data.image_size']
+
+
+def quantize_after(flat: Mapping[str, Any]) -> int:
+  """The last step without a codebook."""
+  return flat['model.quantize_after']
+
+
+def keeps_averages(flat: Mapping[str, Any]) -> bool:
+  """Whether checkpoints hold averages of parameters and batch statistics."""
+  return bool(flat['optimizer.params_ema'])
+
+
+def shared_config(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """A flat config for others: without the paths of this machine."""
+  name = flat['data.name']
+  if name.startswith('folder:'):
+    name = f'folder:{os.path.basename(name.removeprefix("folder:"))}'
+  return dict(flat) | {'data.name': name, 'data.data_dir': None}
 
 
 def layer_fields(*layers: type[nn.Module]) -> dict[str, Field]:

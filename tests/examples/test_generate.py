@@ -131,7 +131,7 @@ def test_without_splits_a_share_is_held_out(arrange, example, tmp_path):
     ({'width': 0}, '--width and --save_every of at least 1'),
     ({'tokens': '.'}, 'holds no tokens'),
     ({'held_out': 0, 'tokens': 'tokens/train'}, 'train on and to hold out'),
-    ({'workdir': 'mine'}, 'a new or empty output folder'),
+    ({'workdir': 'mine'}, 'expected a new or empty folder'),
     ({'workdir': 'old'}, 'has other settings; name another --workdir'),
     ({'kind': 'residual'}, 'expected one id per position'),
     ({'kind': 'other'}, 'tokens is of the encoder'),

@@ -26,7 +26,7 @@ def make_data(make_tokenizer, images):
   def make(**fields):
     tokenizer = make_tokenizer(**fields)
     shown = images
-    if tokenizer.sides:  # takes the size of its training alone
+    if not tokenizer.any_size:
       shown = [(name, np.resize(x, (16, 16, 3))) for name, x in images]
     return tokenizer, page.page_data(tokenizer, 'tiny', shown)
 

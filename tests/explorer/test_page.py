@@ -20,42 +20,45 @@ def picture(url):
 
 
 @pytest.mark.parametrize(
-  'fields',
+  ('fields', 'grids', 'prefixes'),
   [
-    {},
-    {'quantizer': 'residual', 'depth': 2},
-    pytest.param({'quantizer': 'product'}, marks=pytest.mark.slow),
+    ({}, [[4, 6, 4]], [None]),
+    ({'quantizer': 'residual', 'depth': 2}, [[4, 6, 4]] * 2, [1, 2]),
+    (
+      {'quantizer': 'multiscale'},
+      [[1, 1, 16], [3, 3, 16 / 3], [4, 4, 4]],
+      [1, 10, 26],
+    ),
+    pytest.param(
+      {'quantizer': 'product'},
+      [[4, 6, 4]] * 2,
+      [None],
+      marks=pytest.mark.slow,
+    ),
   ],
 )
-def test_the_page_shows_ids_and_reconstructions(make_data, images, fields):
+def test_the_page_shows_the_ids_of_each_level_and_reconstructions(
+  make_data, images, fields, grids, prefixes
+):
   tokenizer, data = make_data(**fields)
-  shown, (_, image) = data['images'][0], images[0]
+  shown = data['images'][0]
+  image = picture(shown['original'])
+  if tokenizer.any_size:
+    np.testing.assert_array_equal(image, images[0][1])
   ids = np.asarray(tokenizer.encode(image[None]))
-  levels = ids.reshape(24, -1).T
-  assert shown['ids'] == levels.tolist()
-  assert shown['grids'] == [[4, 6, 4]] * len(levels)
-  np.testing.assert_array_equal(picture(shown['original']), image)
-  made = np.asarray(to_uint8(tokenizer.decode(ids)))[0]
-  np.testing.assert_array_equal(picture(shown['reconstructions'][-1]), made)
-  if 'depth' in fields:
-    first = np.asarray(to_uint8(tokenizer.decode(ids[..., :1])))[0]
-    np.testing.assert_array_equal(picture(shown['reconstructions'][0]), first)
-  assert len(shown['reconstructions']) == fields.get('depth', 1)
+  assert shown['grids'] == grids
+  flat = ids.reshape(24, -1).T if tokenizer.any_size else ids[0]
+  assert sum(shown['ids'], []) == flat.ravel().tolist()
+  pictures = map(picture, shown['reconstructions'])
+  for made, end in zip(pictures, prefixes, strict=True):
+    decoded = np.asarray(to_uint8(tokenizer.decode(ids[..., :end])))[0]
+    np.testing.assert_array_equal(made, decoded)
 
 
-def test_the_page_shows_every_scale(make_tokenizer, images):
-  tokenizer = make_tokenizer(quantizer='multiscale')
-  square = [(name, np.resize(image, (16, 16, 3))) for name, image in images]
-  data = page.page_data(tokenizer, 'tiny', square)
-  shown, ids = data['images'][0], tokenizer.encode(square[0][1][None])
-  assert [len(level) for level in shown['ids']] == [1, 9, 16]
-  assert sum(shown['ids'], []) == ids[0].tolist()
-  assert shown['grids'][1] == [3, 3, 16 / 3]
-  for number, end in enumerate((1, 10, 26)):
-    made = np.asarray(to_uint8(tokenizer.decode(ids[:, :end])))[0]
-    got = picture(shown['reconstructions'][number])
-    np.testing.assert_array_equal(got, made)
+def test_all_scales_share_a_sheet_of_whole_images(make_data):
+  tokenizer, data = make_data(quantizer='multiscale')
   assert data['model']['sides'] == (1, 3, 4) and data['model']['nested']
+  assert data['model']['levels'] == 3
   (codes,) = data['codes']
   used = {str(i) for x in data['images'] for level in x['ids'] for i in level}
   assert set(codes['neighbors']) == used <= set(codes['swatches'])

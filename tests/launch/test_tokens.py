@@ -62,7 +62,7 @@ def test_a_data_set_goes_to_tokens_and_back(
   assert len(list((images / 'train').glob('*.png'))) == 40
   done = run('decode', *flags)
   assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-  assert 'expected a new or empty output folder' in done.stderr
+  assert 'expected a new or empty folder' in done.stderr
 
 
 @pytest.mark.slow

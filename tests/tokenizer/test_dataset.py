@@ -1,13 +1,10 @@
 """A data set as a folder of tokens, and back."""
 
 import contextlib
-import fcntl
 import io
 import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +19,7 @@ from PIL import Image
 
 from rvq_jax.data.datasets import open_images
 from rvq_jax.data.transforms import decode_image, resize_and_center_crop
+from rvq_jax.io import lock
 from rvq_jax.tokenizer import encoding, tiling
 from rvq_jax.tokenizer.dataset import TokenDataset, decode_dataset
 from rvq_jax.tokenizer.encoding import encode_dataset
@@ -98,24 +96,22 @@ def test_plain_numpy_reads_ids_labels_and_names(tokens, source):
   assert meta['grid'] == [4, 4] and meta['skipped'] == []
 
 
-def test_several_codes_per_position_are_a_last_axis(
-  make_tokenizer, numbered, tmp_path
+@pytest.mark.parametrize(
+  ('fields', 'grid', 'offsets'),
+  [
+    ({'quantizer': 'residual', 'depth': 3}, [4, 4, 3], None),
+    ({'quantizer': 'multiscale'}, [26], [0, 1, 10, 26]),
+  ],
+)
+def test_codes_of_a_position_are_an_axis_and_scales_have_offsets(
+  make_tokenizer, numbered, tmp_path, fields, grid, offsets
 ):
-  tokenizer = make_tokenizer(quantizer='residual', depth=3)
-  encode_dataset(tokenizer, numbered(4), tmp_path / 'tokens', image_size=24)
-  tokens = TokenDataset(tmp_path / 'tokens')
-  assert tokens.ids.shape == (4, 6, 6, 3) and tokens.meta['grid'] == [6, 6, 3]
-
-
-def test_multi_scale_tokens_say_where_each_scale_begins(
-  make_tokenizer, numbered, tmp_path
-):
-  tokenizer = make_tokenizer(quantizer='multiscale')
+  tokenizer = make_tokenizer(**fields)
   encode_dataset(tokenizer, numbered(4), tmp_path / 'tokens')
   tokens = TokenDataset(tmp_path / 'tokens')
-  assert tokens.ids.shape == (4, 26) and tokens.meta['grid'] == [26]
-  assert tokens.meta['sides'] == [1, 3, 4]
-  assert tokens.meta['offsets'] == [0, 1, 10, 26]
+  assert tokens.ids.shape == (4, *grid) and tokens.meta['grid'] == grid
+  assert tokens.meta.get('offsets') == offsets
+  assert tokens.meta.get('sides') == (offsets and [1, 3, 4])
   assert decode_dataset(tokenizer, tmp_path / 'tokens', tmp_path / 'out') == 4
 
 
@@ -229,16 +225,6 @@ def test_the_shares_of_processes_are_joined_to_the_files_of_one(
   assert {x.name for x in tmp_path.iterdir()} == {'in', 'tokens', 'whole'}
 
 
-def test_processes_do_not_write_beside_files_of_a_user(
-  make_tokenizer, source, tmp_path, monkeypatch
-):
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  (tmp_path / 'mine').write_text('mine')
-  with pytest.raises(ValueError, match='a new or empty output folder'):
-    encode_dataset(make_tokenizer(), source, tmp_path)
-  assert [x.name for x in tmp_path.parent.glob('.*of2')] == []
-
-
 KILLED = """
 import os, sys
 import rvq_jax.tokenizer.encoding as encoding
@@ -304,42 +290,42 @@ def test_the_folder_of_another_encoding_is_refused_and_kept(
   assert content(folder) == before
 
 
+@pytest.mark.parametrize('processes', [1, 2])
 def test_a_folder_or_file_of_the_user_is_not_written_to(
-  tokens, source, tmp_path
+  tokens, source, tmp_path, monkeypatch, processes
 ):
-  tokenizer, folder = tokens
+  monkeypatch.setattr(jax, 'process_count', lambda: processes)
   mine = tmp_path / 'mine'
   mine.mkdir()
   (mine / 'a.txt').write_text('mine')
   for output in (mine, mine / 'a.txt'):
-    with pytest.raises(ValueError, match='a new or empty output folder'):
-      encode_dataset(tokenizer, source, output)
-    with pytest.raises(ValueError, match='a new or empty output folder'):
-      decode_dataset(tokenizer, folder, output)
-  with pytest.raises(ValueError, match='cannot write to .*Not a directory'):
-    encode_dataset(tokenizer, source, mine / 'a.txt' / 'tokens')
+    with pytest.raises(ValueError, match='expected a new or empty folder'):
+      encode_dataset(tokens[0], source, output)
+    with pytest.raises(ValueError, match='expected a new or empty folder'):
+      decode_dataset(*tokens, output)
   assert content(mine) == {'a.txt': b'mine'}
+  assert {x.name for x in tmp_path.iterdir()} == {'mine', 'tokens'}
 
 
-@pytest.mark.parametrize('at', ['begun', 'made'])
+def test_a_folder_inside_of_a_file_cannot_be_made(tokens, source):
+  with pytest.raises(ValueError, match='cannot write to .*Not a directory'):
+    encode_dataset(tokens[0], source, tokens[1] / 'ids.npy' / 'tokens')
+
+
+@pytest.mark.parametrize(
+  ('name', 'locked'), [('new', '.new.partial'), ('tokens', 'tokens')]
+)
 def test_a_folder_that_another_process_encodes_is_refused(
-  tokens, source, tmp_path, at
+  tokens, source, tmp_path, name, locked
 ):
-  tokenizer, made = tokens
-  folder = made if at == 'made' else tmp_path / 'new'
-  held = made if at == 'made' else tmp_path / '.new.partial'
-  held.mkdir(exist_ok=True)
-  before = content(made)
-  descriptor = os.open(held, os.O_RDONLY)
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as the other process does
-    with pytest.raises(ValueError, match=f'{folder} is in use') as error:
-      encode_dataset(tokenizer, source, folder)
+  (tmp_path / locked).mkdir(exist_ok=True)
+  before = content(tokens[1])
+  with lock(tmp_path / locked, 'it', 'wait'):  # as the other process does
+    with pytest.raises(ValueError, match=f'/{name} is in use') as error:
+      encode_dataset(tokens[0], source, tmp_path / name)
     assert '\n' not in str(error.value)
-  finally:
-    os.close(descriptor)
-  assert content(made) == before
-  encode_dataset(tokenizer, source, folder)
+  assert content(tokens[1]) == before
+  encode_dataset(tokens[0], source, tmp_path / name)
 
 
 def test_a_folder_is_locked_until_its_encoding_ends(
@@ -465,15 +451,3 @@ def test_a_full_disk_is_one_line_and_resumes(
   subprocess.run(['mount', '-o', 'remount,size=8m', str(disk)], check=True)
   encode_dataset(tokenizer, source, disk / 'tokens', image_size=256)
   assert content(disk / 'tokens') == content(tmp_path / 'whole')
-
-
-def test_a_limit_on_the_size_of_files_is_one_line(tokens, source, tmp_path):
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (700, before[1]))
-  try:
-    with pytest.raises(OSError, match='^File too large while writing'):
-      encode_dataset(tokens[0], source, tmp_path / 'limited')
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)

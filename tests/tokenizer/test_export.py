@@ -1,18 +1,17 @@
 """Export to a folder: weights, config, model card."""
 
+import copy
 import json
 import re
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from rvq_jax import load
-from rvq_jax.data.images import to_float
 from rvq_jax.evaluation.evaluate import evaluate_run
 from rvq_jax.tokenizer.export import export_run, write_export
 from rvq_jax.training.loop import train
@@ -39,7 +38,7 @@ def test_an_array_without_axes_keeps_its_shape(run, tmp_path):
   assert arrays['codebook.vq.step'].shape == ()
 
 
-def test_the_card_has_licence_data_metrics_and_its_figures(run, exported):
+def test_the_card_has_license_data_metrics_and_its_figures(run, exported):
   text = (exported / 'README.md').read_text()
   assert text.startswith('---\nlicense: cc-by-4.0\nlibrary_name: rvq_jax\n')
   assert '# Tiny' in text and load(run).model_hash in text
@@ -51,7 +50,7 @@ def test_the_card_has_licence_data_metrics_and_its_figures(run, exported):
 
 
 @pytest.mark.slow
-def test_an_export_of_multi_scale_tokens_is_the_run(
+def test_the_card_of_multi_scale_tokens_says_their_size_and_prefixes(
   tiny_config, tmp_path, test_images
 ):
   tiny_config.model.quantizer = 'multiscale'
@@ -62,28 +61,21 @@ def test_an_export_of_multi_scale_tokens_is_the_run(
   run, exported = load(tmp_path / 'run'), load(folder)
   assert run.model_hash == exported.model_hash
   ids = run.encode(test_images)
-  assert ids.shape == (11, 26)
   np.testing.assert_array_equal(exported.encode(test_images), ids)
-  np.testing.assert_array_equal(
-    exported.decode(ids[:, :10]), run.decode(ids[:, :10])
-  )
-  forward = jax.jit(run.model.apply)(run.variables, to_float(test_images))
-  np.testing.assert_array_equal(run.decode(ids), forward.reconstruction)
   text = (folder / 'README.md').read_text()
   assert '16 x 16 pixels become 26 tokens' in text
   assert 'int32 [B, T]' in text and 'Only images of that size' in text
   assert (folder / 'test_prefixes.png').is_file()
-  with pytest.raises(ValueError, match=r'expected ids \[B, T\] of integers'):
-    run.decode(ids[:, None])
-  other = load(tmp_path / 'run')
-  vq = other.model.vq.clone(sides=(1, 4))
-  other.model = other.model.clone(vq=vq)
-  assert other.model_hash != run.model_hash
 
 
-def test_an_export_does_not_tell_where_the_data_lie(exported, image_folder):
-  for name in ('README.md', 'config.json'):
-    assert str(image_folder.parent) not in (exported / name).read_text()
+def test_an_export_does_not_tell_where_the_data_lie(
+  make_tokenizer, exported, image_folder, tmp_path
+):
+  place, tokenizer = str(image_folder.parent), copy.copy(make_tokenizer())
+  tokenizer.config = tokenizer.config | {'data.data_dir': f'{place}/prepared'}
+  write_export(tmp_path, tokenizer)
+  for path in (tmp_path / 'config.json', exported / 'README.md'):
+    assert place not in path.read_text()
 
 
 def test_the_pytorch_file_needs_torch_and_safetensors_alone(exported):
@@ -134,6 +126,6 @@ def test_a_folder_with_files_is_left_alone(run, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
 
 
-def test_a_licence_of_two_lines_is_refused(run, tmp_path):
+def test_a_license_of_two_lines_is_refused(run, tmp_path):
   with pytest.raises(ValueError, match='license: expected'):
-    export_run(run, tmp_path / 'x', licence='a\nb: c')
+    export_run(run, tmp_path / 'x', license='a\nb: c')

@@ -1,8 +1,6 @@
 """`load` of a run, an export and the Hub; damaged and hostile exports."""
 
 import json
-import os
-import subprocess
 import sys
 import tracemalloc
 import types
@@ -35,21 +33,20 @@ def test_an_export_has_the_bits_of_the_run(run, exported, test_images):
   )
 
 
-def test_an_export_is_opened_with_few_files_and_no_training(exported):
-  program = """
+def test_an_export_is_opened_with_few_files_and_no_training(
+  exported, run_python
+):
+  done = run_python(f"""
 import sys
 import numpy as np
 from rvq_jax import load
-tokenizer = load(sys.argv[1])
+tokenizer = load({str(exported)!r})
 tokenizer.decode(tokenizer.encode(np.zeros((1, 16, 16, 3), np.uint8)))
 print(*(
   name for name, module in sys.modules.items()
   if '.' not in name or not hasattr(module, '__path__')
 ))
-"""
-  done = subprocess.run(
-    [sys.executable, '-c', program, exported], capture_output=True, text=True
-  )
+""")
   assert done.returncode == 0, done.stderr
   names = done.stdout.split()
   ours = [name for name in names if name.startswith('rvq_jax.')]
@@ -58,16 +55,9 @@ print(*(
   assert len(ours) <= 22, ours
 
 
-def test_loading_a_run_prints_nothing(run):
-  program = f'from rvq_jax import load; load({str(run)!r})'
-  done = subprocess.run(
-    [sys.executable, '-c', program],
-    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert done.stdout + done.stderr == ''
+def test_loading_a_run_prints_nothing(run, run_python):
+  done = run_python(f'from rvq_jax import load; load({str(run)!r})')
+  assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
 
 def test_the_averages_are_loaded(run):
@@ -94,9 +84,9 @@ def test_a_run_of_another_version_is_refused_in_one_line(run, monkeypatch):
   meta = Checkpoints.meta
 
   def older(self, step):
-    found = meta(self, step)
-    del found['config']['model.quantizer']
-    return found
+    stored = meta(self, step)
+    del stored['config']['model.quantizer']
+    return stored
 
   monkeypatch.setattr(Checkpoints, 'meta', older)
   with pytest.raises(ValueError, match='another version.*model.quantizer'):

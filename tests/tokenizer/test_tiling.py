@@ -1,14 +1,10 @@
 """Images of any size to ids and back, and as one file."""
 
-import functools
-import types
-
 import numpy as np
 import pytest
 
 from rvq_jax.metrics import to_uint8
 from rvq_jax.tokenizer import tiling
-from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 
 def reconstruct(tokenizer, image):
@@ -43,18 +39,6 @@ def test_an_image_is_padded_by_its_last_pixels_and_equals_the_tokenizer(
     reconstruct(tokenizer, image),
     to_uint8(tokenizer.reconstruct(padded[None]))[0, :21, :34],
   )
-
-
-@pytest.mark.parametrize(
-  ('size', 'dtype'),
-  [(256, np.uint8), (257, np.uint16), (65536, np.uint16), (65537, np.uint32)],
-)
-def test_ids_are_the_smallest_unsigned_integers(size, dtype):
-  like = types.SimpleNamespace(
-    codebook_size=size, factor=4, codes_per_position=None, sides=None
-  )
-  like.ids_shape = functools.partial(Tokenizer.ids_shape, like)
-  assert tiling.ids_type(like, 13, 16) == ((4, 4), dtype)
 
 
 def test_multi_scale_tokens_are_those_of_one_size(make_tokenizer, photograph):

@@ -4,7 +4,6 @@ import functools
 import operator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -36,7 +35,7 @@ def check_round_trip(tokenizer, images):
 def check_variables(tokenizer):
   """All finite, codes = sums / smoothed sizes; returns how many codebooks.
 
-  A code that was replaced in the last step has its sum from its unsmoothed
+  The sum of a code that was replaced in the last step is of its unsmoothed
   size: it may differ by the factor (n + eps) / n.
   """
   for leaf in jax.tree.leaves(tokenizer.variables):
@@ -51,7 +50,7 @@ def check_variables(tokenizer):
     eps, total = tokenizer.model.vq.eps, size.sum()
     smooth = (size + eps) / (total + len(size) * eps) * total
     want = sums / smooth[:, None]
-    if tokenizer.config['model.cosine']:
+    if tokenizer.model.vq.cosine:
       want /= np.linalg.norm(want, axis=1, keepdims=True)
     error = np.linalg.norm(embedding - want, axis=1)
     allowed = 1e-4 + eps / size.clip(eps) + len(size) * eps / total
@@ -63,7 +62,6 @@ def test_a_run_decodes_its_ids_to_the_forward_pass(run, test_images):
   tokenizer = load(run)
   check_round_trip(tokenizer, test_images)
   assert check_variables(tokenizer) == 1
-  assert tokenizer.encode(test_images).shape == (11, 4, 4)
 
 
 @pytest.mark.slow
@@ -75,6 +73,9 @@ def test_a_run_decodes_its_ids_to_the_forward_pass(run, test_images):
     ({'ema': False}, 0),
     ({'cosine': True}, 1),
     ({'dtype': 'bfloat16'}, 1),
+    ({'quantizer': 'residual', 'depth': 2}, 2),
+    ({'quantizer': 'product', 'heads': 2}, 2),
+    ({'quantizer': 'multiscale'}, 1),
   ],
   ids=str,
 )
@@ -87,32 +88,9 @@ def test_every_quantizer_decodes_its_ids_to_the_forward_pass(
   tokenizer = load(tmp_path)
   check_round_trip(tokenizer, test_images)
   assert check_variables(tokenizer) == books
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['residual', 'product'])
-def test_several_codes_per_position_are_a_last_axis(
-  name, tiny_config, tmp_path, test_images
-):
-  tiny_config.num_steps = 3
-  tiny_config.model.quantizer = name
-  tiny_config.model.depth = tiny_config.model.heads = 2
-  train(tiny_config, tmp_path)
-  # Positions, codes, log2 K.
-  assert evaluate_run(tmp_path)['bits_per_image'] == 4 * 4 * 2 * 4
-  tokenizer = load(tmp_path)
-  check_round_trip(tokenizer, test_images)
-  assert check_variables(tokenizer) == 2
-  ids = tokenizer.encode(test_images)
-  assert ids.shape == (11, 4, 4, 2) and tokenizer.codes_per_position == 2
-  if name == 'residual':
-    whole, coarse = tokenizer.decode(ids), tokenizer.decode(ids[..., :1])
-    assert coarse.shape == whole.shape and jnp.any(coarse != whole)
-  else:
-    with pytest.raises(ValueError, match='expected ids'):
-      tokenizer.decode(ids[..., :1])
-  with pytest.raises(ValueError, match=r'\[B, H, W, L\]'):
-    tokenizer.decode(ids[..., 0])
+  tokens = {'[B, H, W]': 16, '[B, H, W, L]': 32, '[B, T]': 26}[tokenizer.axes]
+  assert tokenizer.encode(test_images)[0].size == tokens
+  assert evaluate_run(tmp_path)['bits_per_image'] == tokens * 4  # log2 K
 
 
 def test_floats_and_other_sizes_are_encoded_too(run, test_images):
@@ -125,38 +103,150 @@ def test_floats_and_other_sizes_are_encoded_too(run, test_images):
   assert wide.shape == (1, 2, 6)
 
 
-@pytest.mark.parametrize(
-  ('images', 'message'),
-  [
-    (np.zeros((1, 15, 16, 3), np.uint8), 'multiples of 4, got 15x16'),
-    (np.zeros((1, 16, 16, 3), np.int32), 'uint8 or float'),
-    (np.full((1, 16, 16, 3), 255.0), r'in \[-1, 1\], got values from 255'),
-    (np.eye(1, 768).reshape(1, 16, 16, 3) * np.nan, r'in \[-1, 1\]'),
-    (np.zeros((16, 16, 3), np.uint8), r'\[B, h, w, 3\]'),
-  ],
-)
-def test_other_inputs_are_refused(run, images, message):
-  with pytest.raises(ValueError, match=message):
-    load(run).encode(images)
+ONE = np.zeros((1, 4, 4), int)
 
 
 @pytest.mark.parametrize(
-  ('ids', 'message'),
+  ('call', 'given', 'message'),
   [
-    (np.full((1, 4, 4), 16), 'from 0 to 15, got 16 to 16'),
-    (np.full((1, 4, 4), -1), 'from 0 to 15, got -1'),
-    (np.full((1, 4, 4), 2**32), 'from 0 to 15, got 4294967296 to'),
-    (np.full((1, 4, 4), 2**64 - 1, np.uint64), 'from 0 to 15, got 184467'),
-    (np.zeros((4, 4), int), r'ids \[B, H, W\]'),
-    (np.zeros((1, 4, 4)), 'integers'),
+    ('encode', np.zeros((1, 15, 16, 3), np.uint8), 'multiples of 4, got 15x16'),
+    ('encode', np.zeros((1, 16, 16, 3), np.int32), 'uint8 or float'),
+    (
+      'encode',
+      np.full((1, 16, 16, 3), 255.0),
+      r'in \[-1, 1\], got values from',
+    ),
+    ('encode', np.full((1, 16, 16, 3), np.nan), r'in \[-1, 1\]'),
+    ('encode', np.zeros((16, 16, 3), np.uint8), r'\[B, h, w, 3\]'),
+    ('decode', ONE + 16, 'from 0 to 15, got 16 to 16'),
+    ('decode', ONE - 1, 'from 0 to 15, got -1'),
+    ('decode', ONE + 2**32, 'from 0 to 15, got 4294967296 to'),
+    ('decode', ONE.astype(np.uint64) - 1, 'from 0 to 15, got 184467'),
+    ('decode', ONE[0], r'ids \[B, H, W\] of integers, got int64 \[4, 4\]'),
+    ('decode', ONE / 1, 'integers'),
   ],
 )
-def test_other_ids_are_refused(run, ids, message):
+def test_other_images_and_ids_are_refused(make_tokenizer, call, given, message):
   with pytest.raises(ValueError, match=message):
-    load(run).decode(ids)
+    getattr(make_tokenizer(), call)(given)
 
 
-def test_another_step_weight_or_function_has_another_hash(run):
+def test_only_some_tokenizers_decode_their_first_codes(make_tokenizer):
+  ids = np.arange(32).reshape(1, 4, 4, 2) % 16
+  residual = make_tokenizer(quantizer='residual', depth=2)
+  coarse = residual.decode(ids[..., :1])
+  assert coarse.shape == (1, 16, 16, 3)
+  assert np.any(coarse != residual.decode(ids))
+  with pytest.raises(ValueError, match='expected ids'):
+    make_tokenizer(quantizer='product').decode(ids[..., :1])
+  with pytest.raises(ValueError, match=r'\[B, H, W, L\]'):
+    residual.decode(ids[..., 0])
+
+
+@pytest.mark.parametrize(
+  ('fields', 'axes', 'prefixes', 'shapes'),
+  [
+    ({}, '[B, H, W]', [], [(4, 4)]),
+    (
+      {'quantizer': 'residual', 'depth': 2},
+      '[B, H, W, L]',
+      [1, 2],
+      [(4, 4)] * 2,
+    ),
+    ({'quantizer': 'product'}, '[B, H, W, L]', [], [(4, 4)] * 2),
+    (
+      {'quantizer': 'multiscale'},
+      '[B, T]',
+      [1, 10, 26],
+      [(1, 1), (3, 3), (4, 4)],
+    ),
+  ],
+)
+def test_ids_are_split_into_the_grids_of_their_levels(
+  make_tokenizer, test_images, fields, axes, prefixes, shapes
+):
+  tokenizer = make_tokenizer(**fields)
+  ids = np.asarray(tokenizer.encode(test_images))
+  assert (tokenizer.axes, tokenizer.prefixes) == (axes, prefixes)
+  assert tokenizer.ids_shape(16, 16) == ids.shape[1:]
+  assert tokenizer.any_size == (axes != '[B, T]')
+  levels = tokenizer.levels(ids)
+  assert [level.shape[1:] for level in levels] == shapes
+  # Ids are row by row, scale by scale; or the levels of one position.
+  flat = [level.reshape(11, -1) for level in levels]
+  join = np.stack if axes == '[B, H, W, L]' else np.concatenate
+  np.testing.assert_array_equal(join(flat, -1).ravel(), ids.ravel())
+  for end in prefixes:
+    first = tokenizer.levels(ids[..., :end])
+    assert len(first) == prefixes.index(end) + 1
+    np.testing.assert_array_equal(tokenizer.join(first), ids[..., :end])
+  np.testing.assert_array_equal(tokenizer.join(levels), ids)
+  forward = jax.jit(tokenizer.model.apply)(
+    tokenizer.variables, to_float(test_images)
+  )
+  np.testing.assert_allclose(
+    tokenizer.grid(ids), forward.quantizer.quantized, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize(
+  ('quantizer', 'names'),
+  [
+    ('vq', ['vq']),
+    ('multiscale', ['vq']),
+    ('residual', ['vq.level_0', 'vq.level_1', 'vq.level_2', 'vq.level_3']),
+  ],
+)
+def test_codebooks_are_as_far_apart_as_the_stored_codes(
+  make_tokenizer, quantizer, names
+):
+  tokenizer = make_tokenizer(quantizer=quantizer)
+  arrays = flatten_dict(tokenizer.variables['codebook'], sep='.')
+  books = tokenizer.codebooks()
+  for book, name in zip(books, names, strict=True):
+    stored = np.asarray(arrays[f'{name}.embedding'])
+    np.testing.assert_allclose(book - book[:1], stored - stored[:1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('size', 'dtype'), [(256, 'uint8'), (257, 'uint16'), (65537, 'uint32')]
+)
+def test_files_hold_ids_as_the_smallest_unsigned_integers(
+  make_tokenizer, size, dtype
+):
+  tokenizer = make_tokenizer(codebook_size=size)
+  assert tokenizer.ids_dtype == dtype
+  assert tokenizer.ids_shape(13, 16) == (4, 4)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'more', 'digest'),
+  [
+    ({}, '"vq"', '196d48443917d1ba44b122b0bc29cdc1f29a1e39a207a461ab1d57f2'),
+    (
+      {'quantizer': 'multiscale'},
+      '"multiscale", "sides": [1, 3, 4]',
+      'af8fb3992e6fdf3d62f616e2fde353d3c454bcc3d813f9ca3af7ba48',
+    ),
+  ],
+)
+def test_exports_and_tokens_of_before_have_the_same_hashes(
+  make_tokenizer, fields, more, digest
+):
+  made = make_tokenizer(**fields)
+  assert made.architecture() == (
+    '{"activation": "leaky_relu", "code_dim": 4, "codebook_size": 16, '
+    '"cosine": false, "depth": 4, "dtype": "float32", "factor": 4, "heads": 2, '
+    f'"num_heads": 2, "num_res_blocks": 0, "quantizer": {more}, '
+    '"widths": [4, 8]}'
+  )
+  variables = {'params': {'vq': {'x': np.arange(3, dtype=np.float32)}}}
+  tokenizer = Tokenizer(made.model, variables, config=made.config, step=1)
+  assert tokenizer.model_hash.startswith(digest)
+  assert tokenizer.encoder_hash.startswith(digest)
+
+
+def test_another_step_weight_or_function_has_another_hash(run, make_tokenizer):
   hashes = {load(run, step).model_hash for step in (4, 6)}
   for name, value in (('num_heads', 1), ('activation', 'swish')):
     tokenizer = load(run)
@@ -167,6 +257,9 @@ def test_another_step_weight_or_function_has_another_hash(run):
   book['embedding'] = book['embedding'].at[3, 2].add(1e-6)
   hashes.add(tokenizer.model_hash)
   assert len(hashes) == 5
+  sides = [{'quantizer': 'multiscale', 'sides': x} for x in ((1, 4), (2, 4))]
+  coarse, fine = (make_tokenizer(**fields).model_hash for fields in sides)
+  assert coarse != fine
 
 
 @pytest.mark.parametrize(
@@ -180,7 +273,7 @@ def test_another_step_weight_or_function_has_another_hash(run):
     ('batch_stats.encoder.norm0.bn.mean', False),
   ],
 )
-def test_the_encoder_hash_is_that_of_what_gives_ids_a_meaning(run, path, same):
+def test_the_encoder_hash_is_of_all_that_gives_ids_a_meaning(run, path, same):
   tokenizer = load(run)
   before = tokenizer.encoder_hash, tokenizer.model_hash
   *folders, name = path.split('.')
