@@ -5,7 +5,7 @@ Importing this adds them to those that a config may name.
 
 import jax.numpy as jnp
 
-from rvq_jax.quantize import base, gradients
+from rvq_jax.quantize import gradients
 from rvq_jax.quantize.estimators import ESTIMATORS
 
 
@@ -46,4 +46,3 @@ TRIED = {f.__name__: f for f in (scaled, grown, radial, tangential, blend)}
 ESTIMATORS.update(
   {name: lambda e, q, f=f, **_: f(e, q) for name, f in TRIED.items()}
 )
-base.FIELDS['estimator'] = base.Field(str, choices=(*ESTIMATORS,))

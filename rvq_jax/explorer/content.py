@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 from rvq_jax.metrics import to_uint8
-from rvq_jax.quantize import base
 from rvq_jax.tokenizer.tiling import decode_ids, encode_images
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
@@ -105,7 +104,7 @@ def code_vectors(tokenizer: Tokenizer, level: int) -> np.ndarray:
 
   def vectors(model):
     if tokenizer.sides:
-      return base.embedding(model.vq)
+      return model.vq.codes()
     return model.vq.codes_from_ids(ids)
 
   apply = tokenizer.model.apply

@@ -1,8 +1,8 @@
 """The one door of a config: which fields it has and what they may hold.
 
 `ml_collections` takes `codebook_size=-5` or `widths=32`, so every value is
-checked here, before anything is built. The fields of the quantizers are those
-of `rvq_jax.quantize.base.FIELDS`.
+checked here, before anything is built. The ranges of the quantizers' fields
+stand on their classes.
 """
 
 import difflib
@@ -13,9 +13,13 @@ from typing import Any
 
 from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.layers import ACTIVATIONS, NORMS, num_groups
-from rvq_jax.quantize import base
-from rvq_jax.quantize.fields import Field, fault
-from rvq_jax.quantize.registry import QUANTIZERS, takes
+from rvq_jax.quantize.fields import Field, fault, fields_of
+from rvq_jax.quantize.registry import (
+  QUANTIZERS,
+  make_quantizer,
+  quantizer_class,
+  takes,
+)
 
 SCHEDULES = ('cosine', 'constant')
 FREEZE = ('', 'codes', 'encoder,codes')
@@ -25,6 +29,11 @@ QUANTIZER_FIELDS = (
   *('split_by', 'split_fraction', 'init_from', 'max_scale'),
   *('depth', 'heads', 'sides', 'temperature_steps', 'kl_weight'),
 )
+_RANGES = {
+  name: field
+  for quantizer in QUANTIZERS
+  for name, field in fields_of(quantizer_class(quantizer)).items()
+}
 _INT32 = 2**31 - 1
 FIELDS = {
   'seed': Field(int, 0, _INT32),
@@ -52,14 +61,14 @@ FIELDS = {
   'model.factor': Field(int, choices=(2, 4, 8, 16, 32, 64)),
   'model.num_res_blocks': Field(int, 0, 1000),
   'model.num_heads': Field(int, 1, _INT32),
-  'model.code_dim': base.FIELDS['code_dim']._replace(optional=False),
+  'model.code_dim': _RANGES['code_dim']._replace(optional=False),
   'model.quantizer': Field(str, choices=tuple(QUANTIZERS)),
   'model.dtype': Field(str, choices=('float32', 'bfloat16')),
   'model.remat': Field(bool),
   'model.norm': Field(str, choices=NORMS),
   'model.activation': Field(str, choices=tuple(ACTIVATIONS)),
   'model.quantize_after': Field(int, 0, _INT32),
-  **{f'model.{name}': base.FIELDS[name] for name in QUANTIZER_FIELDS},
+  **{f'model.{name}': _RANGES[name] for name in QUANTIZER_FIELDS},
   'objective.pixel': Field(str, choices=('mse', 'l1')),
   'objective.perceptual_weight': Field(float, 0),
   'objective.adversarial_weight': Field(float, 0),
@@ -195,13 +204,12 @@ def _check_estimator(flat):
       'config.model.estimator: expected one for several codes, as '
       f'model.quantizer = {name} has, got {estimator!r}'
     )
-  base.validate(
-    **{
-      field: flat[f'model.{field}']
-      for field in QUANTIZER_FIELDS
-      if takes(name, field)
-    }
-  )
+  arguments = {
+    field: flat[f'model.{field}']
+    for field in QUANTIZER_FIELDS
+    if takes(name, field)
+  }
+  make_quantizer(name, **arguments).check()
 
 
 def check_devices(

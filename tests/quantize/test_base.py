@@ -2,9 +2,11 @@
 
 import pytest
 
-from rvq_jax.quantize.base import FIELDS, Field, fault
+from rvq_jax import VectorQuantizer
+from rvq_jax.quantize.fields import Field, fault, fields_of
 
 TUPLE = Field(tuple)
+FIELDS = fields_of(VectorQuantizer)
 
 
 @pytest.mark.parametrize(
