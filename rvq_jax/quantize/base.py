@@ -12,11 +12,12 @@ from rvq_jax.quantize import fields, losses
 from rvq_jax.quantize.codebook import count_codes, row_weights
 from rvq_jax.quantize.estimators import ESTIMATORS
 from rvq_jax.quantize.fields import MAX_INT32, field
+from rvq_jax.quantize.search import nearest_codes
 
 
 @flax.struct.dataclass
 class QuantizerOutput:
-  """What a quantizer returns for inputs [..., C].
+  """The output of a quantizer for inputs [..., C].
 
   Attributes:
     quantized: the codes in place of the inputs, [..., C] in the input's dtype.
@@ -39,11 +40,9 @@ class QuantizerOutput:
 class Quantizer(nn.Module):
   """Replaces inputs [..., C] by codes that ids stand for.
 
-  A subclass defines
-
-      __call__(z, *, train=False, mask=None) -> QuantizerOutput
-      ids(z) -> ids of z, as the call gives them, with bound variables
-      codes_from_ids(ids) -> what `quantized` of the call is for these ids
+  A subclass defines `__call__(z, *, train=False, mask=None)`, which gives a
+  `QuantizerOutput`; `ids(z)`, which gives only its ids; and `codes()` or
+  `codes_from_ids(ids)`.
 
   Attributes:
     codebook_size: K, number of codes.
@@ -67,17 +66,21 @@ class Quantizer(nn.Module):
       raise ValueError(f'expected float [..., C], got {z.dtype} {z.shape}')
     return z.astype(jnp.float32).reshape(-1, z.shape[-1])
 
+  def codes_from_ids(self, ids: jax.Array) -> jax.Array:
+    """The vectors that ids stand for: `quantized` of the call.
+
+    Args:
+      ids: code indices [...], int, each in [0, K).
+
+    Returns:
+      [..., C], float32.
+    """
+    return self.bound('project_out', jnp.take(self.codes(), ids, axis=0))
+
   def inputs(
     self, z: jax.Array, mask: jax.Array | None
   ) -> tuple[jax.Array, jax.Array]:
-    """Checks the arguments and inputs of a call and flattens the inputs.
-
-    Args:
-      z: inputs [..., C].
-      mask: valid positions [...], bool, or None.
-
-    Returns:
-      z as [N, C] float32, and the mask as bool [N].
+    """Checks arguments and inputs; z as `rows`, the mask [...] as bool [N].
 
     Raises:
       ValueError: an argument is out of range, z is not a float array, or the
@@ -111,9 +114,9 @@ class Quantizer(nn.Module):
     return None if self.is_initializing() else self.axis_name
 
   def count(self, ids: jax.Array, e: jax.Array, mask: jax.Array) -> jax.Array:
-    """Counts [K] of the ids [N] of valid rows e [N, D], in the global batch.
+    """Counts [K] of ids [N] over the valid rows e [N, D] of the global batch.
 
-    The mask may be weights [N]: what each row counts for.
+    The mask may hold weights [N].
     """
     return count_codes(
       ids,
@@ -178,6 +181,15 @@ class NearestQuantizer(Quantizer):
     """Whether anything but the estimator trains codes or encoder."""
     return bool(self.commitment_weight or self.codebook_weight)
 
+  def ids(self, z: jax.Array) -> jax.Array:
+    """The ids [...] int32 of z [..., C], as the call gives them."""
+    e = self.normed(self.bound('project_in', self.rows(z)))
+    return nearest_codes(e, self.codes()).reshape(z.shape[:-1])
+
+  def normed(self, x: jax.Array) -> jax.Array:
+    """Vectors or codes [..., D] in the form that the search compares."""
+    return x
+
   def estimate(
     self, e: jax.Array, q: jax.Array, ids: jax.Array | None, mask: jax.Array
   ) -> jax.Array:
@@ -193,21 +205,12 @@ class NearestQuantizer(Quantizer):
     )
 
   def loss(
-    self,
-    e: jax.Array,
-    q: jax.Array,
-    mask: jax.Array,
-    *,
-    form: str = 'two_weights',
-    codes_learn: bool = True,
+    self, e: jax.Array, q: jax.Array, mask: jax.Array, **changes
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`losses.quantizer_loss`; without `codes_learn`, no codebook loss."""
-    return losses.quantizer_loss(
-      e,
-      q,
-      mask,
-      form=form,
-      commitment_weight=self.commitment_weight,
-      codebook_weight=self.codebook_weight if codes_learn else 0.0,
-      axis_name=self.mapped_axis,
-    )
+    """`losses.quantizer_loss` with the weights of the fields, or `changes`."""
+    options = {
+      'commitment_weight': self.commitment_weight,
+      'codebook_weight': self.codebook_weight,
+      'axis_name': self.mapped_axis,
+    }
+    return losses.quantizer_loss(e, q, mask, **options | changes)

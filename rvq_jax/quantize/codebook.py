@@ -74,7 +74,7 @@ def valid_rows(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def row_weights(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-  """What each row of e [N, D] counts for, float32 [N]: 0 where not finite.
+  """The weight of each row of e [N, D], float32 [N]: 0 where not finite.
 
   mask is bool [N], or weights [N], at least 0; None: all count 1.
   """
@@ -85,10 +85,7 @@ def row_weights(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 def expected_count(
   weight: jax.Array, codebook_size: int, *, axis_name=None
 ) -> jax.Array:
-  """N/K of the global batch: the vectors per step that a code expects.
-
-  weight [N] is what each vector counts for.
-  """
+  """N/K, the count that a code expects; N is the global sum of weight [N]."""
   return Axis(axis_name).psum(jnp.sum(weight)) / codebook_size
 
 

@@ -1,5 +1,6 @@
 """`CodebookQuantizer`: how training fills, moves and replaces codes."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -20,7 +21,7 @@ from rvq_jax.quantize.replacement import fill_codebook, replace_codes
 
 
 class CodebookQuantizer(NearestQuantizer):
-  """The collection 'codebook' and what a call does to it.
+  """A quantizer with a codebook that training calls change.
 
   A call starts with `_begin`, which declares the codebook and fills it from the
   first batch, and ends with `_end`, which moves and replaces codes. For the
@@ -65,10 +66,10 @@ class CodebookQuantizer(NearestQuantizer):
     if self.ema:
       return self.get_variable('codebook', 'embedding')
     offset = self.get_variable('codebook', 'offset')
-    return self._normed(self.get_variable('params', 'embedding') + offset)
+    return self.normed(self.get_variable('params', 'embedding') + offset)
 
-  def _normed(self, x):
-    """Vectors or codes x, of unit norm if cosine is set."""
+  def normed(self, x: jax.Array) -> jax.Array:
+    """x [..., D], of unit norm if cosine is set."""
     return unit(x) if self.cosine else x
 
   def _begin(
@@ -79,13 +80,8 @@ class CodebookQuantizer(NearestQuantizer):
   ) -> Codebook:
     """The codebook to search in, filled if it is empty.
 
-    Its embedding has a gradient only if the loss trains the codes.
-
-    Args:
-      train: as in the call.
-      first: gives vectors [N, D] and their weights [N] to fill an empty
-        codebook from; called only where that may happen.
-      shape: (N, D).
+    Its embedding has a gradient only if the loss trains the codes. `first`
+    gives vectors and weights to fill from, as `_end` takes them; shape (N, D).
     """
     book = self._declare(*shape)
     fills, _ = self._phase(train)
@@ -112,17 +108,10 @@ class CodebookQuantizer(NearestQuantizer):
     ids: jax.Array,
     weight: jax.Array,
   ) -> dict[str, jax.Array]:
-    """Moves and replaces codes in training and stores the codebook.
+    """Moves and replaces the codes of a training call; stores the codebook.
 
-    Args:
-      train: as in the call.
-      book: the codebook that was searched.
-      e: vectors [N, D].
-      ids: their codes [N].
-      weight: what each vector counts for [N], or a mask.
-
-    Returns:
-      The metrics dead_codes and, after an update, replaced_codes.
+    Vectors e [N, D] chose ids [N]; weight [N] is a mask or their weights. The
+    metrics are dead_codes and, after an update, replaced_codes.
     """
     expected = self._expected_count(e, weight)
     dead = self._dead(book, expected)
@@ -150,22 +139,15 @@ class CodebookQuantizer(NearestQuantizer):
     expected = 0.0 if self.init_from == 'data' else batch / size
 
     def draw(key):
-      return self._normed(draw_codes(key, (size, dim)))
+      return self.normed(draw_codes(key, (size, dim)))
 
     if self.ema:
-      embedding = self.variable(
-        'codebook', 'embedding', lambda: draw(self.make_rng('params'))
-      ).value
-      start = lambda: Codebook.create(embedding, expected)  # noqa: E731
-      return Codebook(
-        embedding,
-        self.variable(
-          'codebook', 'cluster_size', lambda: start().cluster_size
-        ).value,
-        self.variable(
-          'codebook', 'embedding_sum', lambda: start().embedding_sum
-        ).value,
-      )
+      declare = functools.partial(self.variable, 'codebook')
+      codes = declare('embedding', lambda: draw(self.make_rng('params'))).value
+      start = Codebook.create(codes, expected)
+      count = declare('cluster_size', lambda: start.cluster_size).value
+      sums = declare('embedding_sum', lambda: start.embedding_sum).value
+      return Codebook(codes, count, sums)
     self.param('embedding', draw)
     self.variable('codebook', 'offset', jnp.zeros, (size, dim))
     # With a dtype: a weak one would compile the second step again.
@@ -176,16 +158,14 @@ class CodebookQuantizer(NearestQuantizer):
 
   def _store(self, book):
     """Writes the codebook; learned codes move by their offset."""
-    values = {'cluster_size': book.cluster_size}
-    if self.ema:
-      values['embedding'] = book.embedding
-      values['embedding_sum'] = book.embedding_sum
-    else:
-      new, old = jax.lax.stop_gradient((book.embedding, self.codes()))
+    values = dict(vars(book))
+    if not self.ema:
+      new, old = jax.lax.stop_gradient((values.pop('embedding'), self.codes()))
       moved = jnp.any(new != old, axis=-1, keepdims=True)
       start = jax.lax.stop_gradient(self.get_variable('params', 'embedding'))
       offset = self.get_variable('codebook', 'offset')
       values['offset'] = jnp.where(moved, new - start, offset)
+      del values['embedding_sum']
     for name, value in values.items():
       self.put_variable('codebook', name, value)
 
@@ -235,4 +215,4 @@ class CodebookQuantizer(NearestQuantizer):
     return self._on_sphere(book), replaced
 
   def _on_sphere(self, book):
-    return book.replace(embedding=self._normed(book.embedding))
+    return book.replace(embedding=self.normed(book.embedding))

@@ -1,6 +1,6 @@
 """The estimators by name, and two that look at more than e and q.
 
-Like those of `gradients` they return q, bit-exact, and differ in the gradient.
+Like the ones in `gradients` they return q, bit-exact, and differ in gradient.
 """
 
 import jax
@@ -67,7 +67,7 @@ def diveq(e: jax.Array, q: jax.Array) -> jax.Array:
 
   The part of the gradient along the quantization error trains the code, the
   rest trains the encoder; no further loss is needed. Where q = e all of it goes
-  to e. The arguments are those of `rotate`.
+  to e. Arguments as in `rotate`.
   """
   d = direction(jax.lax.stop_gradient(q - e))[0]
   return straight_through(

@@ -23,7 +23,7 @@ _KINDS = {
 
 
 class Field(NamedTuple):
-  """What a value may be.
+  """The values that an argument may have.
 
   Attributes:
     kind: int, float, bool, str or tuple (of widths).
@@ -77,7 +77,7 @@ def fields_of(cls: type[nn.Module]) -> dict[str, Field]:
 
 
 def fault(value: Any, field: Field) -> str | None:
-  """What `field` expects instead of `value`, in words; None if it fits."""
+  """The expectation of `field` in words; None if `value` meets it."""
   if value is None:
     return None if field.optional else 'a value'
   if field.kind is tuple:

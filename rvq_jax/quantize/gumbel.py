@@ -93,10 +93,9 @@ class GumbelQuantizer(Quantizer):
     logits = self.bound('logits', self.rows(z))
     return jnp.argmax(logits, -1).astype(jnp.int32).reshape(z.shape[:-1])
 
-  def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
-    codes = self.get_variable('params', 'embedding')
-    return self.bound('project_out', jnp.take(codes, ids, axis=0))
+  def codes(self) -> jax.Array:
+    """The codes [K, D] of bound variables."""
+    return self.get_variable('params', 'embedding')
 
   def _temperature(self, step):
     done = jnp.minimum(step.astype(jnp.float32) / self.temperature_steps, 1.0)

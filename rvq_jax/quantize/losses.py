@@ -14,7 +14,7 @@ def quantizer_loss(
   q: jax.Array,
   mask: jax.Array,
   *,
-  form: str,
+  form: str = 'two_weights',
   commitment_weight: float,
   codebook_weight: float,
   axis_name=None,

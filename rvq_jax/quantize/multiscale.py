@@ -85,13 +85,15 @@ class MultiscaleQuantizer(CodebookQuantizer):
     areas = jnp.tile(scales.token_weights(sides), len(grid))
 
     def weighted(rows, valid):
-      """[B, T, D] and [B, T] as [B T, D] and what each token counts for."""
+      """[B, T, D] and [B, T] as [B T, D] and the weights of the tokens."""
       return rows.reshape(-1, dim), jnp.where(valid.reshape(-1), areas, 0.0)
 
     def first():
       return weighted(*scales.pyramid(grid, mask_grid, sides))
 
     book = self._begin(train, first, (len(areas), dim))
+    weight = 0.0 if self.freeze else self.codebook_weight
+    options = {'form': self.loss_form, 'codebook_weight': weight}
     tokens, parts, counts = [], [], []
     for rows, valid, ids, total in _walk(
       grid, mask_grid, book.embedding, phis, sides
@@ -99,9 +101,7 @@ class MultiscaleQuantizer(CodebookQuantizer):
       tokens.append((rows, valid, ids))
       total = total.reshape(e.shape)
       q = jax.lax.stop_gradient(total) if self.freeze else total
-      parts.append(
-        self.loss(e, q, mask, form=self.loss_form, codes_learn=not self.freeze)
-      )
+      parts.append(self.loss(e, q, mask, **options))
       flat = ids.reshape(-1), rows.reshape(-1, dim), valid.reshape(-1)
       counts.append(self.count(*flat))
     quantized = self.estimate(e, total, None, mask)
@@ -127,7 +127,7 @@ class MultiscaleQuantizer(CodebookQuantizer):
     return ids.reshape(*z.shape[:-3], ids.shape[1])
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The grid that ids, or those of the first scales, stand for.
+    """The grid that ids, or the ids of the first scales, stand for.
 
     Args:
       ids: code indices [..., T], int, each in [0, K), with T the tokens of the
@@ -172,9 +172,9 @@ class MultiscaleQuantizer(CodebookQuantizer):
       sides[-1] != grid[0]
     ):
       raise ValueError(
-        'MultiscaleQuantizer: expected sides that grow up to that of the grid, '
-        f'{grid[0]}, got {tuple(sides)}; multi-scale tokens need images of one '
-        'size: resize or crop them'
+        'MultiscaleQuantizer: expected sides that grow up to the side of the '
+        f'grid, {grid[0]}, got {tuple(sides)}; multi-scale tokens need images '
+        'of one size: resize or crop them'
       )
     return tuple(sides)
 
@@ -198,7 +198,7 @@ class MultiscaleQuantizer(CodebookQuantizer):
 
 
 def _addend(phis, q, number, sides):
-  """What codes q [B, side^2, D] add to the whole grid, as scale `number`."""
+  """The part of scale `number`, with codes q [B, side^2, D], in z^."""
   x = scales.expand(q, sides[-1])
   return scales.phi(phis[number * len(phis) // len(sides)], x)
 

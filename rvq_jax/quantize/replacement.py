@@ -34,8 +34,8 @@ def draw_rows(
     count: rows to draw, at most the size of the global batch.
     weight: relative probability of each row [N]; None: uniform.
     axis_name: mapped axis or axes of the batch.
-    mask: rows that may be drawn [N], bool; all finite ones if None. Or what
-      each counts for [N], at least 0, which multiplies `weight`.
+    mask: rows that may be drawn [N], bool; all finite ones if None. Or weights
+      [N], at least 0, which multiply `weight`.
 
   Returns:
     The rows [count, D] and whether each may be used, bool [count]: False where
@@ -130,11 +130,8 @@ def fill_codebook(
 
   Args:
     codebook: K codes of D dimensions.
-    key: random key, the same on every device.
-    e: vectors [N, D]; this device's share when axis_name is given.
+    key, e, axis_name, mask: as key, x, axis_name and mask of `draw_rows`.
     expected_size: cluster_size that a filled code starts with.
-    axis_name: mapped axis or axes of the batch.
-    mask: rows that may be drawn [N], bool, or what each counts for.
   """
   k = codebook.cluster_size.shape[0]
   e = jax.lax.stop_gradient(e).astype(jnp.float32)
@@ -176,17 +173,14 @@ def replace_codes(
   Args:
     codebook: K codes of D dimensions.
     dead: codes to replace, bool [K].
-    key: random key, the same on every device.
-    e: vectors [N, D]; this device's share when axis_name is given.
-    ids: their codes [N].
+    key, e, axis_name, mask: as key, x, axis_name and mask of `draw_rows`.
+    ids: codes of the vectors e, [N].
     expected_size: cluster_size that a replaced code starts with.
     split_by: 'count'; or 'distortion', which draws e in proportion to the
       cluster_size of c times the mean squared error of the vectors that chose
       it: at high rate the cells of the best codebook have equal distortions
       (Gersho 1979).
     split_fraction: how far from the code c to the vector e, in (0, 1].
-    axis_name: mapped axis or axes of the batch.
-    mask: rows that may be drawn [N], bool, or what each counts for.
 
   Returns:
     The codebook, and how many codes were replaced (int32 scalar).

@@ -62,15 +62,6 @@ class SimVQ(NearestQuantizer):
     ids = ids.reshape(z.shape[:-1])
     return self.finish(z, quantized, ids, loss, counts, metrics)
 
-  def ids(self, z: jax.Array) -> jax.Array:
-    """The ids [...] int32 of z [..., C], as the call gives them."""
-    e = self.bound('project_in', self.rows(z))
-    return nearest_codes(e, self.codes()).reshape(z.shape[:-1])
-
-  def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
-    return self.bound('project_out', jnp.take(self.codes(), ids, axis=0))
-
   def codes(self) -> jax.Array:
     """The codes C W [K, D] of bound variables."""
     kernel = self.get_variable('params', 'map')['kernel']

@@ -102,36 +102,20 @@ class VectorQuantizer(CodebookQuantizer):
         mask does not fit.
     """
     e, mask = self.inputs(z, mask)
-    e = self._normed(self.project_in(e, self.code_dim or z.shape[-1]))
+    e = self.normed(self.project_in(e, self.code_dim or z.shape[-1]))
     book = self._begin(train, lambda: (e, mask), e.shape)
     ids = nearest_codes(e, book.embedding)
     q = jnp.take(book.embedding, ids, axis=0)
     quantized = self.estimate(e, q, ids, mask)
-    learn = not (self.ema or self.freeze)
+    weight = 0.0 if self.ema or self.freeze else self.codebook_weight
     loss, metrics = self.loss(
-      e, q, mask, form=self.loss_form, codes_learn=learn
+      e, q, mask, form=self.loss_form, codebook_weight=weight
     )
     counts = self.count(ids, e, mask)
     metrics |= diversity(counts) | direction_metrics(e, q, mask)
     metrics |= self._end(train, book, e, ids, mask)
     ids = ids.reshape(z.shape[:-1])
     return self.finish(z, quantized, ids, loss, counts, metrics)
-
-  def ids(self, z: jax.Array) -> jax.Array:
-    """The ids [...] int32 of z [..., C], as the call gives them."""
-    e = self._normed(self.bound('project_in', self.rows(z)))
-    return nearest_codes(e, self.codes()).reshape(z.shape[:-1])
-
-  def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The quantized vectors that ids stand for: `quantized` of the call.
-
-    Args:
-      ids: code indices [...], int, each in [0, K).
-
-    Returns:
-      [..., C], float32.
-    """
-    return self.bound('project_out', jnp.take(self.codes(), ids, axis=0))
 
 
 class PartsQuantizer(CodebookQuantizer):
