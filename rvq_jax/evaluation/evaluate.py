@@ -19,8 +19,7 @@ from rvq_jax.data.images import prepare_images
 from rvq_jax.data.sources import SPLITS
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation import perceptual as perceptual_lib
-from rvq_jax.io import write_atomic
-from rvq_jax.tokenizer.export import check_new
+from rvq_jax.io import check_new, write_atomic
 from rvq_jax.tokenizer.load import HUB, is_export, load
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training import validation

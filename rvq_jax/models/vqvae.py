@@ -112,7 +112,7 @@ class VQVAE(nn.Module):
 
   def encode(self, images: jax.Array) -> jax.Array:
     """Token ids [B, H, W(, L)] int32 of images [B, h, w, 3] in [-1, 1]."""
-    return self.vq(self.latents(images)).ids
+    return self.vq.ids(self.latents(images))
 
   def decode(self, ids: jax.Array) -> jax.Array:
     """Images [B, h, w, 3] in [-1, 1] of token ids [B, H, W(, L)]."""

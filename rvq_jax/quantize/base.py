@@ -1,4 +1,4 @@
-"""What every quantizer shares: arguments, inputs, projections, outputs."""
+"""`Quantizer`, the base of all quantizers, and `QuantizerOutput`."""
 
 import dataclasses
 from typing import Any
@@ -8,77 +8,24 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize.codebook import count_codes, row_weights, unit
+from rvq_jax.quantize import fields, losses
+from rvq_jax.quantize.codebook import count_codes, row_weights
 from rvq_jax.quantize.estimators import ESTIMATORS
-from rvq_jax.quantize.fields import Field, fault
-from rvq_jax.quantize.losses import LOSS_FORMS
-
-INITS = ('data', 'normal')
-SPLIT_RULES = ('count', 'distortion')
-
-FIELDS = {
-  'codebook_size': Field(int, 1, 2**31 - 1),
-  'code_dim': Field(int, 1, 2**20, optional=True),
-  'estimator': Field(str, choices=ESTIMATORS),
-  'ema': Field(bool),
-  'decay': Field(float, 0, 1),
-  'eps': Field(float, 1e-30, 1),
-  'commitment_weight': Field(float, 0),
-  'codebook_weight': Field(float, 0),
-  'loss_form': Field(str, choices=LOSS_FORMS),
-  'cosine': Field(bool),
-  'dead_code_threshold': Field(float, 0),
-  'split_by': Field(str, choices=SPLIT_RULES),
-  'split_fraction': Field(float, 1e-30, 1),
-  'init_from': Field(str, choices=INITS),
-  'max_scale': Field(float, 1e-30),
-  'freeze': Field(bool),
-  'depth': Field(int, 1, 64),
-  'heads': Field(int, 1, 64),
-  'sides': Field(tuple, optional=True),
-  'temperature_start': Field(float, 1e-30),
-  'temperature_end': Field(float, 1e-30),
-  'temperature_steps': Field(int, 1, 2**31 - 1),
-  'kl_weight': Field(float, 0),
-}
-"""The arguments of the quantizers, by name."""
-
-
-def validate(**arguments: Any) -> None:
-  """Raises ValueError for an argument in `FIELDS` that is out of its range."""
-  for name, value in arguments.items():
-    expected = fault(value, FIELDS[name]) if name in FIELDS else None
-    if expected:
-      raise ValueError(f'{name}: expected {expected}, got {value!r}')
-  if arguments.get('estimator') == 'diveq' and (
-    arguments.get('ema')
-    or arguments.get('loss_form', 'two_weights') != 'two_weights'
-    or arguments['commitment_weight']
-    or arguments['codebook_weight']
-  ):
-    raise ValueError(
-      "estimator: 'diveq' trains learned codes by itself: expected ema=False, "
-      "loss_form='two_weights' and both its weights 0"
-    )
-
-
-def arguments(module: nn.Module) -> dict[str, Any]:
-  """The arguments that a linen module was made with, by name."""
-  names = [field.name for field in dataclasses.fields(module)]
-  return {n: getattr(module, n) for n in names if n not in ('parent', 'name')}
+from rvq_jax.quantize.fields import MAX_INT32, field
+from rvq_jax.quantize.search import nearest_codes
 
 
 @flax.struct.dataclass
 class QuantizerOutput:
-  """What a quantizer returns for inputs [..., C].
+  """The output of a quantizer for inputs [..., C].
 
   Attributes:
     quantized: the codes in place of the inputs, [..., C] in the input's dtype.
     ids: index of each code, [...] int32; [..., L] with L codes per position.
-    loss: weighted commitment and codebook loss, float32 scalar; with an
-      axis_name the global batch's is the mean over devices.
+    loss: weighted commitment and codebook loss, float32 scalar. With an
+      axis_name the mean over devices is the loss of the global batch.
     counts: how often each code was chosen in the global batch, float32 [K];
-      [L, K] with L codes per position, each from a codebook of its own.
+      [L, K] with L codes per position, each from its own codebook.
     metrics: name -> float32 scalar over this device's batch; see
       `VectorQuantizer`.
   """
@@ -90,148 +37,180 @@ class QuantizerOutput:
   metrics: dict[str, jax.Array]
 
 
-def flatten(
-  module: nn.Module, z: jax.Array, mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-  """Checks a quantizer's arguments and inputs and flattens the inputs.
+class Quantizer(nn.Module):
+  """Replaces inputs [..., C] by codes that ids stand for.
 
-  Args:
-    module: the quantizer.
-    z: inputs [..., C].
-    mask: valid positions [...], bool, or None.
+  A subclass defines `__call__(z, *, train=False, mask=None)`, which gives a
+  `QuantizerOutput`; `ids(z)`, which gives only its ids; and `codes()` or
+  `codes_from_ids(ids)`.
 
-  Returns:
-    z as [N, C] float32, and the mask as bool [N].
-
-  Raises:
-    ValueError: an argument is out of range, z is not a float array, or the
-      mask has another shape.
+  Attributes:
+    codebook_size: K, number of codes.
+    axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
   """
-  validate(**arguments(module))
-  if z.ndim < 1 or not jnp.issubdtype(z.dtype, jnp.floating):
-    raise ValueError(f'expected float [..., C], got {z.dtype} {z.shape}')
-  if mask is not None and mask.shape != z.shape[:-1]:
-    raise ValueError(
-      f'expected a mask {z.shape[:-1]} for inputs {z.shape}, got {mask.shape}'
+
+  codebook_size: int = field(low=1, high=MAX_INT32)
+  axis_name: Any = dataclasses.field(default=None, kw_only=True)
+
+  def check(self) -> None:
+    """Raises ValueError for an argument that this quantizer cannot have."""
+    fields.check(self)
+
+  def rows(self, z: jax.Array) -> jax.Array:
+    """z [..., C] as [N, C] float32.
+
+    Raises:
+      ValueError: z is not a float array.
+    """
+    if z.ndim < 1 or not jnp.issubdtype(z.dtype, jnp.floating):
+      raise ValueError(f'expected float [..., C], got {z.dtype} {z.shape}')
+    return z.astype(jnp.float32).reshape(-1, z.shape[-1])
+
+  def codes_from_ids(self, ids: jax.Array) -> jax.Array:
+    """The vectors that ids stand for: `quantized` of the call.
+
+    Args:
+      ids: code indices [...], int, each in [0, K).
+
+    Returns:
+      [..., C], float32.
+    """
+    return self.bound('project_out', jnp.take(self.codes(), ids, axis=0))
+
+  def inputs(
+    self, z: jax.Array, mask: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Checks arguments and inputs; z as `rows`, the mask [...] as bool [N].
+
+    Raises:
+      ValueError: an argument is out of range, z is not a float array, or the
+        mask has another shape.
+    """
+    self.check()
+    e = self.rows(z)
+    if mask is None:
+      return e, jnp.ones(len(e), bool)
+    if mask.shape != z.shape[:-1]:
+      raise ValueError(
+        f'expected a mask {z.shape[:-1]} for inputs {z.shape}, got {mask.shape}'
+      )
+    return e, mask.reshape(-1)
+
+  def project_in(self, e: jax.Array, dim: int) -> jax.Array:
+    """e [N, C] as [N, dim], in a call: by a linear layer if dim is not C."""
+    return e if dim == e.shape[-1] else nn.Dense(dim, name='project_in')(e)
+
+  def bound(self, name: str, x: jax.Array) -> jax.Array:
+    """x [..., A] through the linear layer `name` of bound variables, if any."""
+    if not self.has_variable('params', name):
+      return x
+    params = self.get_variable('params', name)
+    dense = nn.Dense(params['kernel'].shape[1], parent=None)
+    return dense.apply({'params': params}, x)
+
+  @property
+  def mapped_axis(self):
+    """axis_name; None in `init`, which runs outside of any."""
+    return None if self.is_initializing() else self.axis_name
+
+  def count(self, ids: jax.Array, e: jax.Array, mask: jax.Array) -> jax.Array:
+    """Counts [K] of ids [N] over the valid rows e [N, D] of the global batch.
+
+    The mask may hold weights [N].
+    """
+    return count_codes(
+      ids,
+      self.codebook_size,
+      weight=row_weights(e, mask),
+      axis_name=self.mapped_axis,
     )
-  e = z.astype(jnp.float32).reshape(-1, z.shape[-1])
-  return e, jnp.ones(len(e), bool) if mask is None else mask.reshape(-1)
+
+  def finish(
+    self,
+    z: jax.Array,
+    quantized: jax.Array,
+    ids: jax.Array,
+    loss: jax.Array,
+    counts: jax.Array,
+    metrics: dict[str, jax.Array],
+    *,
+    project: bool = False,
+  ) -> QuantizerOutput:
+    """The output of a call for z [..., C]; no gradient through the metrics.
+
+    quantized is [N, D]. A linear layer 'project_out' leads from D to C where
+    they differ, or with `project`.
+    """
+    quantized = quantized.reshape(z.shape[:-1] + quantized.shape[1:])
+    if project or quantized.shape[-1] != z.shape[-1]:
+      quantized = nn.Dense(z.shape[-1], name='project_out')(quantized)
+    metrics = jax.lax.stop_gradient(metrics)
+    return QuantizerOutput(
+      quantized.astype(z.dtype), ids, loss, counts, metrics
+    )
 
 
-def project_in(e: jax.Array, dim: int) -> jax.Array:
-  """e [N, C] as [N, dim], by a Dense of the calling module if dim is not C."""
-  return e if dim == e.shape[-1] else nn.Dense(dim, name='project_in')(e)
+class NearestQuantizer(Quantizer):
+  """A quantizer that gives each vector its nearest code.
 
-
-def project_out(module: nn.Module, codes: jax.Array) -> jax.Array:
-  """Codes [..., D] as [..., C], by 'project_out' of a bound module if any."""
-  if not module.has_variable('params', 'project_out'):
-    return codes
-  dense = module.get_variable('params', 'project_out')
-  bias = dense['bias'].reshape((1,) * (codes.ndim - 1) + (-1,))
-  return codes @ dense['kernel'] + bias
-
-
-def mapped_axis(module: nn.Module):
-  """The module's axis_name; None in `init`, which runs outside of any."""
-  return None if module.is_initializing() else module.axis_name
-
-
-def estimate(
-  module: nn.Module,
-  e: jax.Array,
-  q: jax.Array,
-  ids: jax.Array | None,
-  mask: jax.Array,
-) -> jax.Array:
-  """q [N, D], whose gradient reaches e [N, D] as the estimator says."""
-  return ESTIMATORS[module.estimator](
-    e,
-    q,
-    ids=ids,
-    num_codes=module.codebook_size,
-    mask=mask,
-    max_scale=module.max_scale,
-    axis_name=mapped_axis(module),
-  )
-
-
-def count(
-  module: nn.Module, ids: jax.Array, e: jax.Array, mask: jax.Array
-) -> jax.Array:
-  """Counts [K] of the ids [N] of valid rows e [N, D], in the global batch.
-
-  With weights [N] as the mask, what their rows count for.
+  Attributes:
+    code_dim: D, dimensions of a code. Where it differs from the input's
+      channels a linear projection leads in and another out. None: the channels.
+    estimator: how the gradient passes; see `VectorQuantizer`.
+    commitment_weight: weight of MSE(e, sg(q)), which trains the encoder.
+    codebook_weight: weight of MSE(sg(e), q), which trains the codes.
+    max_scale: upper bound of |q|/|e| in the gradient.
   """
-  return count_codes(
-    ids,
-    module.codebook_size,
-    weight=row_weights(e, mask),
-    axis_name=mapped_axis(module),
-  )
 
+  code_dim: int | None = field(None, 1, 2**20)
+  estimator: str = field('rotation', choices=ESTIMATORS)
+  commitment_weight: float = field(0.25, 0)
+  codebook_weight: float = field(1.0, 0)
+  max_scale: float = field(10.0, 1e-30)
 
-def finish(
-  z: jax.Array,
-  quantized: jax.Array,
-  ids: jax.Array,
-  loss: jax.Array,
-  counts: jax.Array,
-  metrics: dict[str, jax.Array],
-  *,
-  project: bool = False,
-) -> QuantizerOutput:
-  """The output for z [..., C], in its dtype; no gradient through the metrics.
+  def check(self) -> None:
+    """As of all; 'diveq' must be all that trains the codes."""
+    super().check()
+    if self.estimator == 'diveq' and self.trains_codes():
+      raise ValueError(
+        "estimator: 'diveq' trains learned codes by itself: expected "
+        "ema=False, loss_form='two_weights' and both its weights 0"
+      )
 
-  quantized is [N, D], ids [N] or [N, L]. A Dense 'project_out' of the calling
-  module leads from D to C where they differ, or with `project`.
-  """
-  quantized = quantized.reshape(z.shape[:-1] + quantized.shape[1:])
-  if project or quantized.shape[-1] != z.shape[-1]:
-    quantized = nn.Dense(z.shape[-1], name='project_out')(quantized)
-  ids = ids.reshape(z.shape[:-1] + ids.shape[1:])
-  metrics = jax.lax.stop_gradient(metrics)
-  return QuantizerOutput(quantized.astype(z.dtype), ids, loss, counts, metrics)
+  def trains_codes(self) -> bool:
+    """Whether anything but the estimator trains codes or encoder."""
+    return bool(self.commitment_weight or self.codebook_weight)
 
+  def ids(self, z: jax.Array) -> jax.Array:
+    """The ids [...] int32 of z [..., C], as the call gives them."""
+    e = self.normed(self.bound('project_in', self.rows(z)))
+    return nearest_codes(e, self.codes()).reshape(z.shape[:-1])
 
-def embedding(module: nn.Module, part: str | None = None) -> jax.Array:
-  """The codes [K, D] of a bound `VectorQuantizer`, or of its part."""
+  def normed(self, x: jax.Array) -> jax.Array:
+    """Vectors or codes [..., D] in the form that the search compares."""
+    return x
 
-  def get(collection, name):
-    if part is None:
-      return module.get_variable(collection, name)
-    return module.get_variable(collection, part)[name]
+  def estimate(
+    self, e: jax.Array, q: jax.Array, ids: jax.Array | None, mask: jax.Array
+  ) -> jax.Array:
+    """q [N, D], whose gradient reaches e [N, D] as the estimator says."""
+    return ESTIMATORS[self.estimator](
+      e,
+      q,
+      ids=ids,
+      num_codes=self.codebook_size,
+      mask=mask,
+      max_scale=self.max_scale,
+      axis_name=self.mapped_axis,
+    )
 
-  if module.ema:
-    return get('codebook', 'embedding')
-  codes = get('params', 'embedding') + get('codebook', 'offset')
-  return unit(codes) if module.cosine else codes
-
-
-def make_parts(
-  module: nn.Module, cls: type[nn.Module], prefix: str, number: int, dim: int
-) -> list[nn.Module]:
-  """Quantizers prefix_0, prefix_1 ... of class `cls` and code_dim `dim`.
-
-  They are parts of the quantizer `module`, whose other arguments they take.
-  """
-  own = {
-    name: value
-    for name, value in arguments(module).items()
-    if name in cls.__dataclass_fields__
-  } | {'code_dim': dim}
-  return [cls(**own, name=f'{prefix}_{i}') for i in range(number)]
-
-
-def combine(outputs: list[QuantizerOutput]) -> dict[str, Any]:
-  """ids [N, L], counts [L, K], and mean loss and metrics of L parts."""
-  number = len(outputs)
-  return {
-    'ids': jnp.stack([out.ids for out in outputs], axis=-1),
-    'loss': sum(out.loss for out in outputs) / number,
-    'counts': jnp.stack([out.counts for out in outputs]),
-    'metrics': {
-      name: sum(out.metrics[name] for out in outputs) / number
-      for name in outputs[0].metrics
-    },
-  }
+  def loss(
+    self, e: jax.Array, q: jax.Array, mask: jax.Array, **changes
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`losses.quantizer_loss` with the weights of the fields, or `changes`."""
+    options = {
+      'commitment_weight': self.commitment_weight,
+      'codebook_weight': self.codebook_weight,
+      'axis_name': self.mapped_axis,
+    }
+    return losses.quantizer_loss(e, q, mask, **options | changes)

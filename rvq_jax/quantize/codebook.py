@@ -1,13 +1,15 @@
 """The codebook: its state and the EMA update.
 
 Everything here is a pure function of float32 arrays. With `axis_name` the
-counts and sums are those of the global batch (`pmap`, `shard_map`);
-under `jit` with shardings the batch is global already and no name is needed.
+counts and sums are taken over the global batch (`pmap`, `shard_map`); under
+`jit` with shardings the batch is global already and needs no name.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from rvq_jax.quantize.axis import Axis
 
 # The leaves of a codebook's state that count vectors: no id depends on them.
 COUNTS = ('cluster_size', 'embedding_sum')
@@ -72,7 +74,7 @@ def valid_rows(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def row_weights(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-  """What each row of e [N, D] counts for, float32 [N]: 0 where not finite.
+  """The weight of each row of e [N, D], float32 [N]: 0 where not finite.
 
   mask is bool [N], or weights [N], at least 0; None: all count 1.
   """
@@ -80,19 +82,11 @@ def row_weights(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   return weight.astype(jnp.float32)
 
 
-def _global_sum(x, axis_name):
-  return x if axis_name is None else jax.lax.psum(x, axis_name)
-
-
 def expected_count(
   weight: jax.Array, codebook_size: int, *, axis_name=None
 ) -> jax.Array:
-  """N/K of the global batch: the vectors per step that a code expects.
-
-  weight [N] is what each counts for.
-  """
-  total = _global_sum(jnp.sum(weight), axis_name)
-  return total / codebook_size
+  """N/K, the count that a code expects; N is the global sum of weight [N]."""
+  return Axis(axis_name).psum(jnp.sum(weight)) / codebook_size
 
 
 def count_codes(
@@ -100,7 +94,7 @@ def count_codes(
 ) -> jax.Array:
   """Sum of the weights [N] of each code in ids [N]; float32 [K], global."""
   counts = jnp.zeros(codebook_size, jnp.float32).at[ids].add(weight)
-  return _global_sum(counts, axis_name)
+  return Axis(axis_name).psum(counts)
 
 
 def ema_update(

@@ -1,6 +1,6 @@
 """The estimators by name, and two that look at more than e and q.
 
-Like those of `gradients` they return q, bit-exact, and differ in the gradient.
+Like the ones in `gradients` they return q, bit-exact, and differ in gradient.
 """
 
 import jax
@@ -24,9 +24,9 @@ def dynamic_ste(
   mask: jax.Array | None = None,
   axis_name=None,
 ) -> jax.Array:
-  """q, whose gradient reaches e the weaker, the farther e is in its cell.
+  """q, whose gradient reaches e more weakly the farther e is from q.
 
-  With d_i = |e_i - q_i|^2 and the least d_j of the vectors that chose the same
+  With d_i = |e_i - q_i|^2 and the smallest d_j among the vectors of the same
   code,
 
       dL/de_i = w_i g_i,  w_i = (min_j d_j + 1e-12)/(d_i + 1e-12)
@@ -66,8 +66,8 @@ def diveq(e: jax.Array, q: jax.Array) -> jax.Array:
       dL/de = (I - d d^T) g,  dL/dq = d d^T g
 
   The part of the gradient along the quantization error trains the code, the
-  rest the encoder, and no further loss is needed. Where q = e all of it goes to
-  e. The arguments are those of `rotate`.
+  rest trains the encoder; no further loss is needed. Where q = e all of it goes
+  to e. Arguments as in `rotate`.
   """
   d = direction(jax.lax.stop_gradient(q - e))[0]
   return straight_through(

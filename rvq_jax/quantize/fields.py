@@ -1,12 +1,13 @@
 """Ranges of a module's arguments, which stand on its fields.
 
-A field says once what it may hold; the module checks it where it is called, and
-a config of the same name by the same entry.
+A field says once what it may hold. The module checks it when it is called, and
+a config field of the same name takes its range from there.
 """
 
 import dataclasses
 import types
 import typing
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,20 +23,20 @@ _KINDS = {
 
 
 class Field(NamedTuple):
-  """What a value may be.
+  """The values that an argument may have.
 
   Attributes:
     kind: int, float, bool, str or tuple (of widths).
     low: least value.
     high: greatest value.
-    choices: allowed values, or None.
+    choices: allowed values, as names of a table that may grow; None: any.
     optional: None is allowed.
   """
 
   kind: type
   low: float = -float('inf')
   high: float = float('inf')
-  choices: tuple | None = None
+  choices: Collection | None = None
   optional: bool = False
 
 
@@ -61,7 +62,7 @@ def field(
 
 def fields_of(cls: type[nn.Module]) -> dict[str, Field]:
   """Name -> `Field` of the arguments of a module's class that have a range."""
-  found = {}
+  ranges = {}
   for f in dataclasses.fields(cls):
     if 'range' not in f.metadata:
       continue
@@ -71,12 +72,12 @@ def fields_of(cls: type[nn.Module]) -> dict[str, Field]:
     (kind,) = set(union) - {types.NoneType} or {f.type}
     kind = typing.get_origin(kind) or kind  # tuple[int, ...] is a tuple
     optional = types.NoneType in union
-    found[f.name] = Field(kind, *f.metadata['range'], optional)
-  return found
+    ranges[f.name] = Field(kind, *f.metadata['range'], optional)
+  return ranges
 
 
 def fault(value: Any, field: Field) -> str | None:
-  """What `field` expects instead of `value`, in words; None if it fits."""
+  """The expectation of `field` in words; None if `value` meets it."""
   if value is None:
     return None if field.optional else 'a value'
   if field.kind is tuple:

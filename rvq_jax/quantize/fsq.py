@@ -1,14 +1,14 @@
 """`FSQ`, a baseline: rounding, and no codebook to learn."""
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from rvq_jax.metrics import diversity
-from rvq_jax.quantize import base
+from rvq_jax.quantize.base import Quantizer, QuantizerOutput
+from rvq_jax.quantize.fields import field
 from rvq_jax.quantize.gradients import straight_through
 from rvq_jax.quantize.losses import direction_metrics, masked_mean
 
@@ -52,7 +52,7 @@ def _bound(x, levels):
   return jnp.tanh(x + shift) * half - offset
 
 
-class FSQ(nn.Module):
+class FSQ(Quantizer):
   """Rounds each of a few dimensions: finite scalar quantization.
 
   Mentzer et al., ICLR 2024 (arXiv:2309.15505). A linear layer leads to d
@@ -72,38 +72,36 @@ class FSQ(nn.Module):
   rounding, divided by floor(L_i / 2).
 
   Attributes:
-    codebook_size: K, number of ids.
     levels: L_1 ... L_d, each at least 2, with product K. None: `fsq_levels`.
-    axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
   """
 
-  codebook_size: int
-  levels: tuple[int, ...] | None = None
-  axis_name: Any = None
+  levels: tuple[int, ...] | None = field(None)
 
   @nn.compact
   def __call__(
     self, z: jax.Array, *, train: bool = False, mask: jax.Array | None = None
-  ) -> base.QuantizerOutput:
+  ) -> QuantizerOutput:
     """Quantizes z [..., C]; see `VectorQuantizer.__call__`."""
     del train
-    e, mask = base.flatten(self, z, mask)
+    e, mask = self.inputs(z, mask)
     levels = self._levels()
     bounded = _bound(nn.Dense(len(levels), name='project_in')(e), levels)
-    radix = jnp.asarray(levels, jnp.int32)[None]
-    # Rounding stays inside the levels; the clip is for a row that holds NaN.
-    digits = jnp.nan_to_num(jnp.round(bounded)).astype(jnp.int32) + radix // 2
-    digits = jnp.clip(digits, 0, radix - 1)
-    weights = [math.prod(levels[:i]) for i in range(len(levels))]
-    ids = jnp.sum(digits * jnp.asarray(weights, jnp.int32)[None], axis=-1)
-
-    bounded = bounded / (radix // 2).astype(jnp.float32)
+    digits = _digits(bounded, levels)
+    ids = _ids(digits, levels)
+    bounded = bounded / _halves(levels, 2).astype(jnp.float32)
     q = _values(digits, levels)
-    counts = base.count(self, ids, e, mask)
+    counts = self.count(ids, e, mask)
     metrics = diversity(counts) | direction_metrics(bounded, q, mask)
     metrics['quantization_error'] = masked_mean((bounded - q) ** 2, mask)
     quantized, loss = straight_through(bounded, q), jnp.zeros((), jnp.float32)
-    return base.finish(z, quantized, ids, loss, counts, metrics, project=True)
+    ids = ids.reshape(z.shape[:-1])
+    return self.finish(z, quantized, ids, loss, counts, metrics, project=True)
+
+  def ids(self, z: jax.Array) -> jax.Array:
+    """The ids [...] int32 of z [..., C], as the call gives them."""
+    levels = self._levels()
+    bounded = _bound(self.bound('project_in', self.rows(z)), levels)
+    return _ids(_digits(bounded, levels), levels).reshape(z.shape[:-1])
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
     """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
@@ -112,15 +110,14 @@ class FSQ(nn.Module):
       digits.append(ids % n)
       ids = ids // n
     values = _values(jnp.stack(digits, -1), self._levels())
-    return base.project_out(self, values)
+    return self.bound('project_out', values)
 
   def _levels(self):
     """The levels, checked."""
     if self.levels is None:
       return fsq_levels(self.codebook_size)
     levels = tuple(self.levels)
-    fit = levels and all(isinstance(n, int) and n >= 2 for n in levels)
-    if not fit or math.prod(levels) != self.codebook_size:
+    if min(levels) < 2 or math.prod(levels) != self.codebook_size:
       raise ValueError(
         'levels: expected integers of at least 2 that multiply to '
         f'codebook_size {self.codebook_size}, got {levels}'
@@ -128,8 +125,27 @@ class FSQ(nn.Module):
     return levels
 
 
+def _halves(levels, ndim):
+  """floor(L_i / 2) as int32 [1, ..., d] of ndim axes."""
+  half = jnp.asarray([n // 2 for n in levels], jnp.int32)
+  return half.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def _digits(bounded, levels):
+  """Bounded values [N, d] rounded to digits, each in [0, L)."""
+  # Rounding stays inside the levels; the clip is for a row that holds NaN.
+  digits = jnp.nan_to_num(jnp.round(bounded)).astype(jnp.int32)
+  top = jnp.asarray(levels, jnp.int32)[None] - 1
+  return jnp.clip(digits + _halves(levels, 2), 0, top)
+
+
+def _ids(digits, levels):
+  """The ids [N] of digits [N, d], the first digit the least."""
+  weights = [math.prod(levels[:i]) for i in range(len(levels))]
+  return jnp.sum(digits * jnp.asarray(weights, jnp.int32)[None], axis=-1)
+
+
 def _values(digits, levels):
   """Digits [..., d], each in [0, L), as the values they stand for."""
-  half = jnp.asarray([n // 2 for n in levels], jnp.int32)
-  half = half.reshape((1,) * (digits.ndim - 1) + (-1,))
+  half = _halves(levels, digits.ndim)
   return (digits - half).astype(jnp.float32) / half.astype(jnp.float32)

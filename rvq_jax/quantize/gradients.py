@@ -108,7 +108,7 @@ def _turned(de, g: Geometry):
   """R de, R = (I - 2 w w^T)(I - 2 u u^T), w = (u + v)/|u + v|.
 
   The first reflection carries u onto -u, the second -u onto v; everything
-  orthogonal to u and v is left alone, so R is the shortest rotation from u to
+  orthogonal to u and v stays, so R is the shortest rotation from u to
   v, and R -> I as q -> e. Multiplied out, R = I - 2 w w^T + 2 v u^T; as two
   reflections it stays orthogonal to rounding even near antipodes. A vector
   without rotation has both weights zero: one number per row decides, so no
@@ -197,7 +197,7 @@ def rotate(
     e: encoder outputs [..., D], any float dtype.
     q: their codes [..., D].
     max_scale: upper bound of lambda, > 0.
-    rescale: False: lambda = 1, the rotation alone.
+    rescale: False: lambda = 1, only the rotation.
 
   Returns:
     q, unchanged, [..., D] in q's dtype.
@@ -220,7 +220,7 @@ def reflect(
 
   This is the paper's literal equation. It carries e onto q as the
   rotation does, but it is a reflection (determinant -1): the gradient along
-  u - v changes sign, however near e is to q. Arguments and errors are those of
+  u - v changes sign, however near e is to q. Arguments and errors as in
   `rotate`.
 
   >>> import jax
@@ -239,7 +239,7 @@ def straight_through(e: jax.Array, q: jax.Array) -> jax.Array:
   """q, whose gradient reaches e unchanged (eq. 7): dL/de = g.
 
   The usual spelling e + stop_gradient(q - e) has the same gradient, but its
-  value is q only up to rounding. Arguments and errors are those of `rotate`.
+  value is q only up to rounding. Arguments and errors as in `rotate`.
 
   >>> import jax
   >>> import jax.numpy as jnp

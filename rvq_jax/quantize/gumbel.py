@@ -1,26 +1,27 @@
 """`GumbelQuantizer`, a baseline: codes are drawn, not searched."""
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from rvq_jax.metrics import diversity
-from rvq_jax.quantize import base
+from rvq_jax.quantize.axis import Axis
+from rvq_jax.quantize.base import Quantizer, QuantizerOutput
 from rvq_jax.quantize.codebook import draw_codes
+from rvq_jax.quantize.fields import MAX_INT32, field
 from rvq_jax.quantize.losses import masked_mean, share_of_loss
 
 
-class GumbelQuantizer(nn.Module):
+class GumbelQuantizer(Quantizer):
   """Draws codes by Gumbel-softmax: DALL-E's discrete VAE.
 
   Ramesh et al. 2021 (arXiv:2102.12092) with the relaxation of Jang et al. 2017
   (arXiv:1611.01144). A linear layer gives each position K logits l. Training
   mixes all codes, y = softmax((l + g)/tau) with Gumbel noise g and quantized =
-  y @ embedding, and ids name the largest weight of y; evaluation takes the code
-  of the largest logit alone. tau falls from temperature_start to
+  y @ embedding, and ids name the largest weight of y; evaluation takes only the
+  code of the largest logit. tau falls from temperature_start to
   temperature_end along half a cosine. The loss is kl_weight times the mean over
   positions of KL(softmax(l) || uniform) in nats.
 
@@ -28,10 +29,10 @@ class GumbelQuantizer(nn.Module):
   codes, [N, K] float32, several times over in training.
 
   Training needs the rng stream 'codebook'. The noise of a position depends on
-  the key and its index in the global batch alone, whatever the number of
-  devices. The collection 'codebook' holds `step`, the training steps so far,
-  int32; call with `train=True` and `mutable=['codebook']`. Evaluation and
-  `init` write nothing.
+  the key and its index in the global batch, not on the number of devices. The
+  collection 'codebook' holds `step`, the training steps so far, int32; call
+  with `train=True` and `mutable=['codebook']`. Evaluation and `init` write
+  nothing.
 
   `metrics` holds usage and perplexity of the batch's ids, quantization_error
   (mean squared difference, per dimension, between the mixture and the one code
@@ -39,30 +40,26 @@ class GumbelQuantizer(nn.Module):
   Inputs and codes share no space, so no angle or norm is given.
 
   Attributes:
-    codebook_size: K, number of codes.
     code_dim: D, dimensions of a code. Where it differs from the input's
       channels a linear projection leads out. None: the channels.
     temperature_start: tau of the first training step.
     temperature_end: tau from step temperature_steps on.
     temperature_steps: training steps from the one to the other.
     kl_weight: weight of the KL divergence.
-    axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
   """
 
-  codebook_size: int
-  code_dim: int | None = None
-  temperature_start: float = 1.0
-  temperature_end: float = 1 / 16
-  temperature_steps: int = 10000
-  kl_weight: float = 5e-4
-  axis_name: Any = None
+  code_dim: int | None = field(None, 1, 2**20)
+  temperature_start: float = field(1.0, 1e-30)
+  temperature_end: float = field(1 / 16, 1e-30)
+  temperature_steps: int = field(10000, 1, MAX_INT32)
+  kl_weight: float = field(5e-4, 0)
 
   @nn.compact
   def __call__(
     self, z: jax.Array, *, train: bool = False, mask: jax.Array | None = None
-  ) -> base.QuantizerOutput:
+  ) -> QuantizerOutput:
     """Quantizes z [..., C]; see `VectorQuantizer.__call__`."""
-    e, mask = base.flatten(self, z, mask)
+    e, mask = self.inputs(z, mask)
     dim = self.code_dim or z.shape[-1]
     logits = nn.Dense(self.codebook_size, name='logits')(e)
     codes = self.param('embedding', draw_codes, (self.codebook_size, dim))
@@ -80,20 +77,25 @@ class GumbelQuantizer(nn.Module):
     log_p = jax.nn.log_softmax(logits)
     kl = math.log(self.codebook_size) + jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     kl = masked_mean(kl, mask)
-    loss = share_of_loss(self.kl_weight * kl, mask, base.mapped_axis(self))
-    counts = base.count(self, ids, e, mask)
+    loss = share_of_loss(self.kl_weight * kl, mask, self.mapped_axis)
+    counts = self.count(ids, e, mask)
     metrics = diversity(counts) | {
       'quantization_error': masked_mean((mixture - q) ** 2, mask),
       'kl': kl,
       'temperature': temperature,
     }
     quantized = mixture if sampling else q
-    return base.finish(z, quantized, ids, loss, counts, metrics)
+    ids = ids.reshape(z.shape[:-1])
+    return self.finish(z, quantized, ids, loss, counts, metrics)
 
-  def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
-    codes = self.get_variable('params', 'embedding')
-    return base.project_out(self, jnp.take(codes, ids, axis=0))
+  def ids(self, z: jax.Array) -> jax.Array:
+    """The ids [...] int32 of z [..., C], as evaluation gives them."""
+    logits = self.bound('logits', self.rows(z))
+    return jnp.argmax(logits, -1).astype(jnp.int32).reshape(z.shape[:-1])
+
+  def codes(self) -> jax.Array:
+    """The codes [K, D] of bound variables."""
+    return self.get_variable('params', 'embedding')
 
   def _temperature(self, step):
     done = jnp.minimum(step.astype(jnp.float32) / self.temperature_steps, 1.0)
@@ -107,9 +109,8 @@ class GumbelQuantizer(nn.Module):
         "GumbelQuantizer: expected the rng stream 'codebook' in training; give "
         "apply(..., rngs={'codebook': key})"
       )
-    key, indices = self.make_rng('codebook'), jnp.arange(n)
-    if self.axis_name is not None:
-      indices = indices + n * jax.lax.axis_index(self.axis_name)
+    key = self.make_rng('codebook')
+    indices = jnp.arange(n) + n * Axis(self.axis_name).index
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
     row = (self.codebook_size,)
     return jax.vmap(lambda key: jax.random.gumbel(key, row))(keys)

@@ -14,7 +14,7 @@ def quantizer_loss(
   q: jax.Array,
   mask: jax.Array,
   *,
-  form: str,
+  form: str = 'two_weights',
   commitment_weight: float,
   codebook_weight: float,
   axis_name=None,
@@ -29,13 +29,13 @@ def quantizer_loss(
       MSE(sg e, q); 'paper_eq5': MSE(q, e) + commitment_weight MSE(q, sg e);
       'paper_eq8': commitment_weight/2 |e - sg q|^2, summed over D.
     commitment_weight: beta.
-    codebook_weight: of the codes' own loss, in 'two_weights'.
+    codebook_weight: weight of the codebook loss, in 'two_weights'.
     axis_name: mapped axis or axes of the batch; see `share_of_loss`.
 
   Returns:
-    The loss, and of this device's rows quantization_error, commitment_loss (the
-    part of the loss that trains the encoder) and codebook_loss (not weighted),
-    all float32 scalars.
+    The loss, and for this device's rows quantization_error, commitment_loss
+    (the part of the loss that trains the encoder) and codebook_loss (not
+    weighted), all float32 scalars.
   """
   weight = mask.astype(jnp.float32)[:, None]
   size = jnp.maximum(jnp.sum(weight), 1.0) * e.shape[1]
@@ -62,10 +62,10 @@ def quantizer_loss(
 
 
 def share_of_loss(loss: jax.Array, mask: jax.Array, axis_name) -> jax.Array:
-  """A device's loss weighted so that the mean over devices is the global one.
+  """A device's loss, weighted so that the mean over devices is the global one.
 
-  The loss is a mean over this device's valid rows, of which others may have
-  more or fewer.
+  The loss is a mean over this device's valid rows; other devices may have more
+  or fewer.
 
   Args:
     loss: scalar.
@@ -89,7 +89,7 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 def direction_metrics(
   e: jax.Array, q: jax.Array, mask: jax.Array
 ) -> dict[str, jax.Array]:
-  """Where codes lie as seen from their vectors, as means over a batch.
+  """Angle and norms of codes and their vectors, as means over a batch.
 
   docs/codebook_health.md says how to read them.
 

@@ -4,11 +4,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize import base
-from rvq_jax.quantize.vector_quantizer import VectorQuantizer
+from rvq_jax.quantize.base import QuantizerOutput
+from rvq_jax.quantize.fields import field
+from rvq_jax.quantize.vector_quantizer import PartsQuantizer
 
 
-class ProductQuantizer(VectorQuantizer):
+class ProductQuantizer(PartsQuantizer):
   """Cuts each vector into `heads` pieces with a code each (Jegou et al. 2011).
 
   ids are [..., heads]; counts [heads, K]. Loss and metrics are means over the
@@ -31,34 +32,45 @@ class ProductQuantizer(VectorQuantizer):
     codebook_size: K, codes per head.
     code_dim: D, dimensions of a piece. Where heads x D differs from the input's
       channels C a linear projection leads in and another out. None: C / heads.
-      All other attributes are those of `VectorQuantizer`.
+      For the others see `VectorQuantizer`.
   """
 
-  heads: int = 2
+  heads: int = field(2, 1, 64)
+
+  def setup(self):
+    """Declares head_0, head_1 ..."""
+    self.check()
+    self.head = self.parts(self.heads)
 
   @nn.compact
   def __call__(
     self, z: jax.Array, *, train: bool = False, mask: jax.Array | None = None
-  ) -> base.QuantizerOutput:
+  ) -> QuantizerOutput:
     """Quantizes z; see `VectorQuantizer.__call__`."""
-    e, mask = base.flatten(self, z, mask)
+    e, mask = self.inputs(z, mask)
     channels, heads = z.shape[-1], self.heads
     if self.code_dim is None and channels % heads:
       raise ValueError(
         f'ProductQuantizer: expected channels that {heads} heads divide, got '
         f'{channels}; or give code_dim'
       )
-    dim = self.code_dim or channels // heads
-    pieces = base.project_in(e, heads * dim).reshape(-1, heads, dim)
-    parts = base.make_parts(self, VectorQuantizer, 'head', heads, dim)
+    dim = heads * (self.code_dim or channels // heads)
+    pieces = self._pieces(self.project_in(e, dim))
     outputs = [
-      part(pieces[:, h], train=train, mask=mask) for h, part in enumerate(parts)
+      head(pieces[:, h], train=train, mask=mask)
+      for h, head in enumerate(self.head)
     ]
     quantized = jnp.concatenate([out.quantized for out in outputs], axis=-1)
-    return base.finish(z, quantized, **base.combine(outputs))
+    return self.finish(z, quantized, **self.combine(z, outputs))
+
+  def ids(self, z: jax.Array) -> jax.Array:
+    """The ids [..., heads] int32 of z [..., C], as the call gives them."""
+    pieces = self._pieces(self.bound('project_in', self.rows(z)))
+    ids = [head.ids(pieces[:, h]) for h, head in enumerate(self.head)]
+    return jnp.stack(ids, axis=-1).reshape(*z.shape[:-1], self.heads)
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The quantized vectors that ids stand for: `quantized` of the forward.
+    """The quantized vectors that ids stand for: `quantized` of the call.
 
     Args:
       ids: code indices [..., heads], int, each in [0, K).
@@ -74,7 +86,10 @@ class ProductQuantizer(VectorQuantizer):
         f'expected ids [..., {self.heads}], one code per head, got {ids.shape}'
       )
     pieces = [
-      jnp.take(base.embedding(self, f'head_{h}'), ids[..., h], axis=0)
-      for h in range(self.heads)
+      head.codes_from_ids(ids[..., h]) for h, head in enumerate(self.head)
     ]
-    return base.project_out(self, jnp.concatenate(pieces, axis=-1))
+    return self.bound('project_out', jnp.concatenate(pieces, axis=-1))
+
+  def _pieces(self, e):
+    """e [N, C] cut into [N, heads, C / heads]."""
+    return e.reshape(len(e), self.heads, e.shape[1] // self.heads)

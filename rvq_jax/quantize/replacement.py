@@ -1,12 +1,13 @@
-"""Where codes come from: filling a codebook, splitting large clusters.
+"""Filling a codebook from a batch, and splitting clusters that are too large.
 
-Pure functions of float32 arrays. With `axis_name` the candidates are those of
-the global batch (`pmap`, `shard_map`).
+Pure functions of float32 arrays. With `axis_name` the candidates are the
+vectors of the global batch (`pmap`, `shard_map`).
 """
 
 import jax
 import jax.numpy as jnp
 
+from rvq_jax.quantize.axis import Axis
 from rvq_jax.quantize.codebook import Codebook, row_weights
 
 
@@ -22,8 +23,8 @@ def draw_rows(
   """`count` different rows of the global batch, drawn at random.
 
   The `count` largest of log weight + Gumbel noise are a draw without
-  repetition in proportion to the weights. It depends on the key and the global
-  batch alone, so 1 device and 8 draw the same rows. Each device takes its own
+  repetition in proportion to the weights. It depends only on the key and the
+  global batch, so 1 device and 8 draw the same rows. Each device takes its own
   `count` largest first: [count, D] and `count` numbers per device travel,
   however large the batch is.
 
@@ -33,53 +34,44 @@ def draw_rows(
     count: rows to draw, at most the size of the global batch.
     weight: relative probability of each row [N]; None: uniform.
     axis_name: mapped axis or axes of the batch.
-    mask: rows that may be drawn [N], bool; all finite ones if None. Or what
-      each counts for [N], at least 0, which multiplies `weight`.
+    mask: rows that may be drawn [N], bool; all finite ones if None. Or weights
+      [N], at least 0, which multiply `weight`.
 
   Returns:
     The rows [count, D] and whether each may be used, bool [count]: False where
     fewer than `count` rows may be drawn.
   """
-  n = x.shape[0]
+  n, axis = len(x), Axis(axis_name)
+  first = n * axis.index
   counts_for = row_weights(x, mask)
   valid = counts_for > 0
-  first = 0 if axis_name is None else n * jax.lax.axis_index(axis_name)
-  noise = jax.random.gumbel(key, (_global_size(x, axis_name),))
+  noise = jax.random.gumbel(key, (n * axis.size,))
   score = jax.lax.dynamic_slice_in_dim(noise, first, n)
   for factor in (counts_for, weight):
     if factor is not None:
       score += jnp.log(jnp.maximum(factor, jnp.finfo(jnp.float32).tiny))
-  score = jnp.where(valid, score, -jnp.inf)
-  best, indices = _largest(score, count, axis_name)
-  usable = best > -jnp.inf
-  if axis_name is None:
-    # x[indices] by a scatter: where `jit` has split x over devices, each puts
-    # its own rows and [count, D] is summed; a gather would bring x to all.
-    slot = jnp.full(n, count).at[indices].set(jnp.arange(count))
-    own = jnp.where(valid[:, None], x, 0.0)
-    drawn = jnp.zeros((count, x.shape[1]), x.dtype)
-    return drawn.at[slot].add(own, mode='drop'), usable
-  local = indices - first
-  is_local = (local >= 0) & (local < n) & usable
-  own = jnp.where(is_local[:, None], x[jnp.clip(local, 0, n - 1)], 0.0)
-  return jax.lax.psum(own, axis_name), usable
+  best, drawn = _largest(jnp.where(valid, score, -jnp.inf), count, axis)
+  # x[drawn] by a scatter: each device puts its own rows and [count, D] is
+  # summed. A gather would bring x to all where `jit` has split it.
+  local = drawn - first
+  local = jnp.where((local >= 0) & (local < n), local, n)
+  slot = jnp.full(n, count).at[local].set(jnp.arange(count), mode='drop')
+  rows = jnp.zeros((count, x.shape[1]), x.dtype)
+  rows = rows.at[slot].add(jnp.where(valid[:, None], x, 0.0), mode='drop')
+  return axis.psum(rows), best > -jnp.inf
 
 
-def _largest(score, count, axis_name):
+def _largest(score, count, axis):
   """The `count` largest of the global [N] and their indices, largest first.
 
-  The largest of every device's share first, then the largest of those. Under
-  `jit` the rows are taken to be split evenly over all devices; were they not,
-  the result would be the same.
+  The largest of each share first, then the largest of those. Under `jit` the
+  rows are taken to be split evenly over all devices; another split gives the
+  same result.
   """
-  n, shares = score.shape[0], jax.device_count()
-  if axis_name is not None:
-    share = jax.lax.axis_index(axis_name)
-    best, indices = jax.lax.top_k(score, min(count, n))
-    best, indices = (
-      _concatenate(x, share, axis_name) for x in (best, indices + n * share)
-    )
-  elif shares > 1 and n % shares == 0:
+  n, shares = len(score), jax.device_count()
+  if axis.name is None and (shares == 1 or n % shares):
+    return jax.lax.top_k(score, count)
+  if axis.name is None:
     # By sorting, since XLA gathers the operand of a top_k.
     indices = jnp.arange(n, dtype=jnp.int32).reshape(shares, -1)
     best, indices = (
@@ -88,25 +80,15 @@ def _largest(score, count, axis_name):
     )
     best = -best
   else:
-    return jax.lax.top_k(score, count)
+    best, indices = jax.lax.top_k(score, min(count, n))
+    best = axis.concatenate(best)
+    indices = axis.concatenate(indices + n * axis.index)
   best, order = jax.lax.top_k(best, count)
   return best, indices[order]
 
 
-def _concatenate(x, share, axis_name):
-  """x [n] of all devices in order: an all-gather that `shard_map` trusts."""
-  n = x.shape[0]
-  everyone = jnp.zeros(n * jax.lax.axis_size(axis_name), x.dtype)
-  everyone = jax.lax.dynamic_update_slice_in_dim(everyone, x, n * share, 0)
-  return jax.lax.psum(everyone, axis_name)
-
-
-def _global_size(e, axis_name):
-  return e.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
-
-
 def _place(codebook, dead, rows, usable, size):
-  """Puts dead codes onto rows, least used first; the codebook, how many put."""
+  """Puts dead codes onto rows, least used first; codebook and number put."""
   k, count = dead.shape[0], rows.shape[0]
   order = jnp.argsort(jnp.where(dead, codebook.cluster_size, jnp.inf))
   rank = jnp.zeros(k, jnp.int32).at[order].set(jnp.arange(k, dtype=jnp.int32))
@@ -126,9 +108,7 @@ def _cell_means(x, ids, k, weight, axis_name):
   """Weighted mean of x [N] over the rows of each code [K]; 0 without any."""
   rows = jnp.stack([x, jnp.ones_like(x)], axis=1) * weight[:, None]
   rows = jnp.where(weight[:, None] > 0, rows, 0.0)
-  sums = jnp.zeros((k, 2)).at[ids].add(rows)
-  if axis_name is not None:
-    sums = jax.lax.psum(sums, axis_name)
+  sums = Axis(axis_name).psum(jnp.zeros((k, 2)).at[ids].add(rows))
   return sums[:, 0] / jnp.where(sums[:, 1] > 0, sums[:, 1], 1.0)
 
 
@@ -144,23 +124,20 @@ def fill_codebook(
   """Puts codes onto vectors of a first batch (data-dependent initialisation).
 
   A codebook with any cluster_size above zero is returned as it is. With fewer
-  vectors than codes the others keep their place with a cluster_size of zero:
-  they are dead, `replace_codes` moves them, or else the first vectors that
+  vectors than codes the other codes keep their place with a cluster_size of
+  zero: they are dead, and move by `replace_codes` or to the first vectors that
   choose them.
 
   Args:
     codebook: K codes of D dimensions.
-    key: random key, the same on every device.
-    e: vectors [N, D]; this device's share when axis_name is given.
+    key, e, axis_name, mask: as key, x, axis_name and mask of `draw_rows`.
     expected_size: cluster_size that a filled code starts with.
-    axis_name: mapped axis or axes of the batch.
-    mask: rows that may be drawn [N], bool, or what they count for.
   """
   k = codebook.cluster_size.shape[0]
   e = jax.lax.stop_gradient(e).astype(jnp.float32)
 
   def fill(codebook):
-    count = min(k, _global_size(e, axis_name))
+    count = min(k, len(e) * Axis(axis_name).size)
     rows, usable = draw_rows(key, e, count, axis_name=axis_name, mask=mask)
     return _place(codebook, jnp.ones(k, bool), rows, usable, expected_size)[0]
 
@@ -187,26 +164,23 @@ def replace_codes(
   batch drawn in proportion to the cluster_size of its code c: close to c, so
   that the two share the cluster evenly and the moving average then pulls them
   apart. A code put onto e itself is as far from the other vectors of the
-  cluster as they are from each other, c stays nearest to most of them, and the
-  code soon dies again; see docs/results.md.
+  cluster as they are from each other; c stays nearest to most of them, and the
+  code soon dies again (docs/results.md).
 
   A batch of N vectors replaces at most N codes, the least used first; the rest
-  stay as they are until the next call.
+  wait for the next call.
 
   Args:
     codebook: K codes of D dimensions.
     dead: codes to replace, bool [K].
-    key: random key, the same on every device.
-    e: vectors [N, D]; this device's share when axis_name is given.
-    ids: their codes [N].
+    key, e, axis_name, mask: as key, x, axis_name and mask of `draw_rows`.
+    ids: codes of the vectors e, [N].
     expected_size: cluster_size that a replaced code starts with.
     split_by: 'count'; or 'distortion', which draws e in proportion to the
       cluster_size of c times the mean squared error of the vectors that chose
       it: at high rate the cells of the best codebook have equal distortions
       (Gersho 1979).
     split_fraction: how far from the code c to the vector e, in (0, 1].
-    axis_name: mapped axis or axes of the batch.
-    mask: rows that may be drawn [N], bool, or what they count for.
 
   Returns:
     The codebook, and how many codes were replaced (int32 scalar).
@@ -221,7 +195,7 @@ def replace_codes(
   rows, usable = draw_rows(
     key,
     parent + split_fraction * (e - parent),
-    min(k, _global_size(e, axis_name)),
+    min(k, len(e) * Axis(axis_name).size),
     weight=weight[ids],
     axis_name=axis_name,
     mask=mask,

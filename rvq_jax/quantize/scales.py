@@ -1,6 +1,6 @@
 """Grids of several sides: means over areas, bicubic interpolation, phi.
 
-Pure functions of float32 arrays; what `MultiscaleQuantizer` is made of.
+Pure functions of float32 arrays for `MultiscaleQuantizer`.
 """
 
 import itertools
@@ -124,12 +124,14 @@ def identity_phi(key, dim: int) -> dict[str, jax.Array]:
 def pyramid(
   z: jax.Array, mask: jax.Array, sides: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-  """What the scales are given where none is quantized and phi is the identity.
+  """The residual pyramid: the input of each scale, without quantization.
+
+  phi is the identity.
 
   Args:
     z: [B, n, n, D].
     mask: valid positions [B, n, n], bool.
-    sides: of the scales.
+    sides: sides of the scales.
 
   Returns:
     [B, T, D], and bool [B, T].

@@ -143,13 +143,13 @@ def centering(embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _center_codes(codes, shift, scale):
-  """Centered codes; what is not finite becomes 0."""
+  """Centered codes; 0 in place of NaN and Inf."""
   centered = (codes - shift[None]) * scale
   return jnp.where(jnp.isfinite(centered), centered, 0)
 
 
 def _center_rows(e, shift, scale):
-  """Centered rows; what is not finite becomes 0.
+  """Centered rows; 0 in place of NaN and Inf.
 
   Only the direction of a row decides once it is 2^25 times longer than every
   code; such a row is shortened (to 2^55) so that its scores stay finite.

@@ -14,7 +14,6 @@ from rvq_jax.data.images import prepare_images
 from rvq_jax.io import tree_digest
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize.codebook import COUNTS
-from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 from rvq_jax.training.build import architecture, image_size
 
 
@@ -123,11 +122,8 @@ class Tokenizer:
     """The vectors [K, C] of all codes, per level; all scales share theirs."""
     codes, ids = self.codes_per_position, jnp.arange(self.codebook_size)
 
-    def vectors(model):  # the codes themselves, not the grids that they add to
-      return VectorQuantizer.codes_from_ids(model.vq, ids)
-
-    if self.sides:
-      return [self.model.apply(self.variables, method=vectors)]
+    if self.sides:  # the codes themselves, not the grids that they add to
+      return [self.model.apply(self.variables, method=lambda m: m.vq.codes())]
     if not codes:
       return [self.grid(ids)]
     zeros = jnp.zeros((len(ids), codes), jnp.int32)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
 from rvq_jax.models.vqvae import VQVAE
-from rvq_jax.quantize import base
 from rvq_jax.quantize.fields import Field, fault, fields_of
 from rvq_jax.quantize.registry import QUANTIZERS, quantizer_class, takes
 
@@ -89,10 +88,9 @@ def layer_fields(*layers: type[nn.Module]) -> dict[str, Field]:
   """
   result = {}
   for cls in layers:
-    ranges = fields_of(cls) or base.FIELDS  # until quantizers hold theirs
-    for name in cls.__dataclass_fields__:
-      if name in ranges and name not in LAYERS_ONLY:
-        result.setdefault(f'model.{name}', ranges[name])
+    for name, field in fields_of(cls).items():
+      if name not in LAYERS_ONLY:
+        result.setdefault(f'model.{name}', field)
   return result
 
 

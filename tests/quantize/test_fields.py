@@ -5,7 +5,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rvq_jax.quantize.fields import Field, check, field, fields_of
+from rvq_jax import VectorQuantizer
+from rvq_jax.quantize.fields import Field, check, fault, field, fields_of
+
+TUPLE = Field(tuple)
+ESTIMATOR = fields_of(VectorQuantizer)['estimator']
 
 
 class Layer(nn.Module):
@@ -53,3 +57,32 @@ def test_a_module_with_ranges_initialises_clones_and_hashes():
 def test_a_value_out_of_its_range_is_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     Layer(**{'size': 3} | arguments).init(jax.random.key(0), jnp.zeros((1, 2)))
+
+
+@pytest.mark.parametrize(
+  ('value', 'field', 'expected'),
+  [
+    ([64, 128], TUPLE, None),
+    ((3,), TUPLE, None),
+    ([], TUPLE, 'integers from 1 to 1048576'),
+    ([64, 0], TUPLE, 'integers from 1 to 1048576'),
+    ([64, 2**20 + 1], TUPLE, 'integers from 1 to 1048576'),
+    ([64, True], TUPLE, 'integers from 1 to 1048576'),
+    (64, TUPLE, 'integers from 1 to 1048576'),
+    (None, Field(int, optional=True), None),
+    (None, Field(int), 'a value'),
+    (True, Field(int), 'an integer'),
+    (1, Field(bool), 'True or False'),
+    (1.0, Field(int), 'an integer'),
+    (1, Field(float), None),
+    (float('nan'), Field(float, 0), 'at least 0'),
+    (float('inf'), Field(float, 0), 'a finite number'),
+    (0.5, Field(float, 0, 0.4), 'a value from 0 to 0.4'),
+    (0.4, Field(float, 0, 0.4), None),
+    ('STE', ESTIMATOR, 'one of rotation, rotation_unscaled'),
+    ('ste', ESTIMATOR, None),
+  ],
+)
+def test_a_fault_names_what_was_expected(value, field, expected):
+  text = fault(value, field)
+  assert text is None if expected is None else text.startswith(expected)

@@ -190,6 +190,37 @@ def test_a_vector_without_rotation_falls_back_to_straight_through(case):
   assert bool(jax.jit(lambda: geometry(e, q).no_rotation)()[0])
 
 
+@pytest.mark.parametrize('power', [-13, -20, -40])
+@pytest.mark.parametrize('short', ['vector', 'code'])
+@pytest.mark.parametrize('name', ['rotate', 'reflect'])
+def test_a_norm_between_zero_and_1e_12_falls_back_too(name, short, power):
+  e, q, g = draw(14, 3, 6)
+  tiny = np.float32(10.0**power)
+  e, q = (tiny * e, q) if short == 'vector' else (e, tiny * q)
+  view = jax.jit(geometry)(e, q)
+  assert not view.usable and view.scale == 1
+  if name == 'rotate':
+    np.testing.assert_array_equal(pull_back(name, e, q, g), g)
+  else:  # the reflection keeps the length
+    length = np.linalg.norm(pull_back(name, e, q, g))
+    np.testing.assert_allclose(length, np.linalg.norm(g), rtol=1e-5)
+
+
+def test_geometry_is_constant_and_float32_whatever_the_dtype():
+  e, q = draw(15, 2, 9, 4).astype(jnp.bfloat16)
+  view, exact = geometry(e, q), geometry(np.float32(e), np.float32(q))
+  for got, want in zip(view, exact, strict=True):
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(got, want)
+
+  def total(e, q):
+    view = geometry(e, q)
+    return sum(jnp.sum(x) for x in (view.u, view.v, view.scale, view.angle))
+
+  gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(*np.float32([e, q]))
+  np.testing.assert_array_equal(gradients, np.zeros((2, 9, 4)))
+
+
 @pytest.mark.parametrize('power', [2, 3])
 def test_near_antipodes_the_rotation_still_holds(power):
   e, noise, g = draw(12, 3, 16)
@@ -206,12 +237,12 @@ def test_scale_is_clipped_at_max_scale():
   )
 
 
-def test_angle_is_that_between_vector_and_code():
-  e = np.array([[1, 0], [1, 0], [1, 0], [1, 0]], np.float32)
-  q = np.array([[2, 0], [3, 3], [0, 1], [-1, 0]], np.float32)
+def test_angle_lies_between_vector_and_code_and_is_0_where_undefined():
+  e = np.array([[1, 0], [1, 0], [1, 0], [1, 0], [0, 0], [1, 0]], np.float32)
+  q = np.array([[2, 0], [3, 3], [0, 1], [-1, 0], [1, 1], [0, 0]], np.float32)
   angle = jax.jit(lambda: geometry(e, q).angle)()
   np.testing.assert_allclose(
-    np.rad2deg(angle)[:, 0], [0, 45, 90, 180], atol=1e-4
+    np.rad2deg(angle)[:, 0], [0, 45, 90, 180, 0, 0], atol=1e-4
   )
 
 

@@ -1,4 +1,4 @@
-"""No finite input breaks the layer: its edge cases by name, and drawn ones."""
+"""No finite input breaks the layer."""
 
 import functools
 
@@ -54,82 +54,31 @@ def check(codes, z, g, dtype, estimator):
   return ids, float(fallback), gradient
 
 
-CASES = {
-  'zero vector': (0 * C, C),
-  'zero code': (C, 0 * C),
-  'both zero': (0 * C, 0 * C),
-  'e equals q': (C, C),
-  'parallel': (3 * C, C),
-  'antipodal': (-C, C),
-  **{
-    f'antipodal but for 1e-{n}': (-C + np.float32(10.0**-n) * W, C)
-    for n in range(2, 8)
-  },
-  **{f'|e| about 1e{n}': (W * np.float32(10.0**n), C) for n in (-12, -6, 3, 6)},
-  **{f'|q| about 1e{n}': (W, C * np.float32(10.0**n)) for n in (-12, -6, 3, 6)},
-  'subnormal vector': (C * np.float32(1e-39), C),
-  'D = 1': (W[:1], C[:1]),
-  'D = 1, antipodal': (-C[:1], C[:1]),
-  'D = 2': (W[:2], C[:2]),
-  'D = 2, antipodal': (-C[:2], C[:2]),
-}
-# Where the rotation falls back in float32: no length, or 1 + u.v under eps.
-STRAIGHT_THROUGH = {
-  *('zero vector', 'zero code', 'both zero', 'subnormal vector'),
-  *('antipodal', 'D = 1, antipodal', 'D = 2, antipodal'),
-  *(f'antipodal but for 1e-{n}' for n in range(4, 8)),
-}
-
-
-@pytest.mark.parametrize(
-  ('case', 'dtype'),
-  [
-    pytest.param(
-      *(case, dtype),
-      id=f'{case}-{np.dtype(dtype)}',
-      marks=pytest.mark.slow
-      if case[0] == 'D' and dtype == jnp.bfloat16
-      else (),
-    )
-    for case in CASES
-    for dtype in DTYPES
-  ],
-)
-def test_one_vector_and_one_code(case, dtype):
-  e, q = CASES[case]
-  g = G[: len(e)]
-  for estimator in ESTIMATORS:
-    _, fallback, gradient = check(q[None], e[None], g[None], dtype, estimator)
-    if estimator == 'rotation' and dtype == jnp.float32:
-      assert fallback == (case in STRAIGHT_THROUGH)
-      if case == 'e equals q':
-        np.testing.assert_allclose(gradient[0], g, rtol=1e-5)
-      else:
-        straight = np.array_equal(gradient[0], np.float64(g))
-        assert straight == (case in STRAIGHT_THROUGH)
-
-
+@pytest.mark.parametrize('estimator', ESTIMATORS)
 @pytest.mark.parametrize('dtype', DTYPES, ids=['float32', 'bfloat16'])
-def test_duplicated_codes_give_the_lower_index(dtype):
-  codes = np.stack([W, C, C, C])
-  rows, g = np.stack([C, W, C, W]), np.stack([G, G, G, G])
-  ids, _, _ = check(codes, rows, g, dtype, 'rotation')
-  np.testing.assert_array_equal(ids, [1, 0, 1, 0])
+def test_edge_inputs_give_the_lowest_code_and_a_bounded_gradient(
+  dtype, estimator
+):
+  codes = np.stack([0 * C, C, W, W])
+  rows = [C, 2 * C, -C, -(1 + 1e-6) * C, 0 * C, W, 1e-12 * C, 1e6 * C]
+  z = np.float32(rows)
+  g = np.stack([G] * len(rows))
+  ids, fallback, _ = check(codes, z, g, dtype, estimator)
+  np.testing.assert_array_equal(ids, [1, 1, 0, 0, 0, 2, 0, 1])
+  assert fallback == 4 / 8  # on the code 0
 
 
-@pytest.mark.parametrize('dtype', DTYPES, ids=['float32', 'bfloat16'])
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
-def test_a_row_that_is_not_finite_spoils_its_own_gradient_only(bad, dtype):
+def test_a_row_that_is_not_finite_spoils_its_own_gradient_only(bad):
   codes = np.stack([W, C, -C, -W])
   rows = np.stack([C, W, C + W, C - W])
-  spoilt = rows.copy()
+  spoilt, g = rows.copy(), np.stack([G] * 4)
   spoilt[1, 2] = bad
-  g = np.stack([G, G, G, G])
-  whole = run(codes, rows.astype(dtype), g, estimator='rotation')
-  after = run(codes, spoilt.astype(dtype), g, estimator='rotation')
-  gradients = (np.asarray(x[3], np.float32)[[0, 2, 3]] for x in (after, whole))
+  whole = run(codes, rows, g, estimator='rotation')
+  after = run(codes, spoilt, g, estimator='rotation')
+  gradients = (np.asarray(x[3])[[0, 2, 3]] for x in (after, whole))
   np.testing.assert_array_equal(*gradients)
-  assert np.isfinite(np.asarray(after[0], np.float32)).all()
+  assert np.isfinite(after[0]).all()
 
 
 def floats(shape):
