@@ -28,11 +28,10 @@ from configs import imagenet, imagenet_vqgan  # noqa: E402
 from rvq_jax import sharding  # noqa: E402
 from rvq_jax.models import layers, lpips_weights  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
-from rvq_jax.training.build import build_model  # noqa: E402
-from rvq_jax.training.objective import Objective  # noqa: E402
+from rvq_jax.training.build import build_model, build_objective  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402
-from rvq_jax.training.step import make_train_step  # noqa: E402
+from rvq_jax.training.step import TrainStep  # noqa: E402
 
 H100 = """
 gpu_device_info {
@@ -87,10 +86,9 @@ def compile_step(mesh, config):
   flat = config_lib.check_config(config)
   image_size, batch_size = flat['data.image_size'], flat['batch_size']
   model = build_model(flat)
-  dtype = model.decoder.dtype
-  objective = Objective.from_config(flat, num_steps=1000, dtype=dtype)
+  objective = build_objective(flat, 1000)
   optimizer = make_optimizer(
-    2e-4, weight_decay=0.01, clip_norm=flat['optimizer.clip_norm']
+    lambda _: 2e-4, clip_norm=flat['optimizer.clip_norm']
   )
   state = jax.eval_shape(
     lambda key: create_state(
@@ -108,7 +106,7 @@ def compile_step(mesh, config):
   shape = (batch_size, image_size, image_size, 3)
   everywhere = sharding.replicated(mesh)
   step = jax.jit(
-    make_train_step(
+    TrainStep(
       model,
       optimizer,
       params_ema_decay=flat['optimizer.params_ema'],

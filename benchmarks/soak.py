@@ -76,8 +76,13 @@ def _resident(pid: int) -> float:
 
 def digest(workdir: Path) -> dict[str, str]:
   """The digests of the newest checkpoint, which is read to check them."""
+  import jax
+
+  from rvq_jax import sharding
+  from rvq_jax.training import build
+  from rvq_jax.training import config as config_lib
   from rvq_jax.training.checkpoints import Checkpoints
-  from rvq_jax.training.run import Run
+  from rvq_jax.training.step import compile_init
 
   config = json.loads((workdir / 'config.json').read_text())
   nested = {}
@@ -86,7 +91,13 @@ def digest(workdir: Path) -> dict[str, str]:
     (nested.setdefault(group, {}) if group else nested)[leaf] = value
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve()
-    checkpoints.restore(Run(nested).template, step)
+    flat = config_lib.check_config(nested)
+    first_state = compile_init(
+      build.build_step(flat, flat['num_steps']),
+      sharding.data_mesh(),
+      *(flat['data.image_size'], flat['batch_size']),
+    )
+    checkpoints.restore(first_state.eval_shape(jax.random.key(0)), step)
     return {'step': str(step)} | checkpoints.meta(step)['digests']
 
 

@@ -36,13 +36,14 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
-from rvq_jax import metrics  # noqa: E402
+from rvq_jax import metrics, sharding  # noqa: E402
 from rvq_jax.data import loaders  # noqa: E402
 from rvq_jax.data.images import prepare_images, random_flip  # noqa: E402
 from rvq_jax.evaluation.evaluate import evaluate_run  # noqa: E402
+from rvq_jax.training import build  # noqa: E402
+from rvq_jax.training.config import check_config  # noqa: E402
 from rvq_jax.training.loop import train  # noqa: E402
-from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
-from rvq_jax.training.run import Run  # noqa: E402
+from rvq_jax.training.step import compile_init  # noqa: E402
 from rvq_jax.training.validation import evaluate_split  # noqa: E402
 
 PEER = 'vector-quantize-pytorch'
@@ -143,15 +144,13 @@ def halves(model):
 
 def train_peer(config, **options):
   """Trains with the peer's quantizer; returns the metrics of the test split."""
-  run = Run(config)
-  config, model = run.config, run.model
+  config, mesh = check_config(config), sharding.data_mesh()
+  dataset, loader = build.build_data(config)
+  step = build.build_step(config, config['num_steps'])
+  model, optimizer = step.model, step.optimizer
   quantizer = PeerQuantizer(config, **options)
-  optimizer = make_optimizer(
-    run.schedule,
-    weight_decay=config['optimizer.weight_decay'],
-    clip_norm=config['optimizer.clip_norm'],
-  )
-  state = run.init(jax.random.key(config['seed']))
+  sizes = config['data.image_size'], config['batch_size']
+  state = compile_init(step, mesh, *sizes)(jax.random.key(config['seed']))
   params, stats, opt_state = state.params, state.batch_stats, state.opt_state
   encode, decode = halves(model)
 
@@ -161,16 +160,16 @@ def train_peer(config, **options):
     return random_flip(jax.random.split(key)[0], prepare_images(images))
 
   @jax.jit
-  def update(params, opt_state, pullback, dz, from_decoder):
+  def update(params, opt_state, step, pullback, dz, from_decoder):
     grads = jax.tree.map(jnp.add, pullback(dz)[0], from_decoder)
-    steps, opt_state = optimizer.update(grads, opt_state, params)
+    steps, opt_state = optimizer.update(grads, opt_state, params, step=step)
     return optax.apply_updates(params, steps), opt_state
 
   start = time.time()
-  for step in range(run.num_steps):
-    images = prepare(step, next(run.loader)['image'])
+  for step in range(config['num_steps']):
+    images = prepare(step, next(loader)['image'])
     z, pullback, encoded = encode(params, stats, images)
-    if run.quantizes(step):
+    if step > config['model.quantize_after']:
       q, ids, backward = quantizer(z, train=True)
     else:
       q, ids, backward = z, np.zeros(0), lambda gradient: gradient
@@ -179,7 +178,9 @@ def train_peer(config, **options):
       'encoder': encoded['batch_stats']['encoder'],
       'decoder': decoded['batch_stats']['decoder'],
     }
-    params, opt_state = update(params, opt_state, pullback, backward(dq), grads)
+    params, opt_state = update(
+      params, opt_state, step, pullback, backward(dq), grads
+    )
     if (step + 1) % 25 == 0:
       print(
         f'step {step + 1}  mse {float(error):.4f}  codes in the batch '
@@ -187,15 +188,15 @@ def train_peer(config, **options):
         f'{(time.time() - start) / (step + 1):.2f} s/step',
         flush=True,
       )
-  run.loader.close()
+  loader.close()
   batches = loaders.eval_batches(
-    run.dataset.test,
+    dataset.test,
     batch_size=config['batch_size'],
     image_size=config['data.image_size'],
   )
   variables = {'params': params, 'batch_stats': stats}
   step = make_peer_eval_step(model, quantizer, config['model.codebook_size'])
-  return evaluate_split(step, variables, batches, mesh=run.mesh)[0]
+  return evaluate_split(step, variables, batches, mesh=mesh)[0]
 
 
 def make_peer_eval_step(model, quantizer, codebook_size):

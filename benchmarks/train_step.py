@@ -37,11 +37,10 @@ from configs import cifar10  # noqa: E402
 from rvq_jax.models import lpips_weights  # noqa: E402
 from rvq_jax.paper import report as provenance  # noqa: E402
 from rvq_jax.training import config as config_lib  # noqa: E402
-from rvq_jax.training.build import build_model  # noqa: E402
-from rvq_jax.training.objective import Objective  # noqa: E402
+from rvq_jax.training.build import build_model, build_objective  # noqa: E402
 from rvq_jax.training.optimizer import make_optimizer  # noqa: E402
 from rvq_jax.training.state import create_state  # noqa: E402
-from rvq_jax.training.step import make_train_step  # noqa: E402
+from rvq_jax.training.step import TrainStep  # noqa: E402
 
 OURS, PEER, TUNED = (
   'rvq_jax',
@@ -67,10 +66,9 @@ def our_step(config, steps=1):
   side, batch = config.data.image_size, config.batch_size
   flat = config_lib.check_config(config)
   model = build_model(flat)
-  dtype = model.decoder.dtype
-  objective = Objective.from_config(flat, num_steps=1000, dtype=dtype)
+  objective = build_objective(flat, 1000)
   weights = lpips_weights.load() if objective.perceptual_weight else None
-  optimizer = make_optimizer(2e-4, weight_decay=0.01)
+  optimizer = make_optimizer(lambda _: 2e-4)
   state = jax.jit(
     lambda key: create_state(
       *(model, optimizer, key),
@@ -85,7 +83,7 @@ def our_step(config, steps=1):
   start = time.perf_counter()
   step = (
     jax.jit(
-      make_train_step(
+      TrainStep(
         model,
         optimizer,
         objective=objective,

@@ -18,7 +18,7 @@ from rvq_jax.models.layers import (
   Upsample,
   _attend_in_tiles,
 )
-from rvq_jax.training.run import RUNS_ONCE
+from rvq_jax.training.state import FAST_COMPILE as RUNS_ONCE
 
 
 def draw(seed, *shape):

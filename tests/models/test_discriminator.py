@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rvq_jax.models.discriminator import Discriminator, blur
-from rvq_jax.training.run import RUNS_ONCE
+from rvq_jax.training.state import FAST_COMPILE as RUNS_ONCE
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32, 3)).astype('f')
 

@@ -8,7 +8,7 @@ import pytest
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
 from rvq_jax.models.layers import Norm, ResidualBlock, num_groups
-from rvq_jax.training.run import RUNS_ONCE
+from rvq_jax.training.state import FAST_COMPILE as RUNS_ONCE
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from tiny_model import tiny_vqvae
 
 from rvq_jax import VQVAE
-from rvq_jax.training.run import RUNS_ONCE
+from rvq_jax.training.state import FAST_COMPILE as RUNS_ONCE
 
 
 def build(factor=4, dtype=jnp.float32, **quantizer):

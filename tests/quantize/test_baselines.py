@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from rvq_jax.quantize.fsq import FSQ, fsq_levels
 from rvq_jax.quantize.gumbel import GumbelQuantizer
 from rvq_jax.quantize.simvq import SimVQ
-from rvq_jax.training.run import RUNS_ONCE
+from rvq_jax.training.state import FAST_COMPILE as RUNS_ONCE
 
 K = 16
 Z = np.random.default_rng(0).normal(size=(8, 6, 5)).astype(np.float32)

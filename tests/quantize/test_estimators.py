@@ -9,7 +9,7 @@ import pytest
 
 from rvq_jax import ResidualQuantizer, VectorQuantizer
 from rvq_jax.quantize.estimators import ESTIMATORS
-from rvq_jax.training.run import RUNS_ONCE
+from rvq_jax.training.state import FAST_COMPILE as RUNS_ONCE
 
 N, D, K = 24, 5, 6
 _rng = np.random.default_rng(0)

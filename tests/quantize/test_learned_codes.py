@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rvq_jax import ProductQuantizer, VectorQuantizer
-from rvq_jax.training.run import RUNS_ONCE
+from rvq_jax.training.state import FAST_COMPILE as RUNS_ONCE
 
 Z = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
 K = 8

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from rvq_jax import MultiscaleQuantizer, rotate, sharding
 from rvq_jax.quantize import scales
-from rvq_jax.training.run import RUNS_ONCE
+from rvq_jax.training.state import FAST_COMPILE as RUNS_ONCE
 
 SIDES, K, D, N, T = (1, 2, 3), 8, 3, 3, 14
 BETA = 0.25

@@ -11,7 +11,7 @@ import pytest
 from rvq_jax import ResidualQuantizer, VectorQuantizer, rotate
 from rvq_jax.quantize.gumbel import GumbelQuantizer
 from rvq_jax.quantize.simvq import SimVQ
-from rvq_jax.training.run import RUNS_ONCE
+from rvq_jax.training.state import FAST_COMPILE as RUNS_ONCE
 
 Z = np.random.default_rng(0).normal(size=(2, 4, 4, 6)).astype(np.float32)
 

@@ -1,6 +1,8 @@
-"""Runs in processes of their own, to be stopped by signals."""
+"""Runs in processes of their own, and steps of small models."""
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -13,20 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_step import Run, first_state, jitted
 
 from rvq_jax.models import lpips, lpips_weights
-from rvq_jax.training import loop
+from rvq_jax.training import build, loop
 from rvq_jax.training.checkpoints import Checkpoints
-from rvq_jax.training.optimizer import make_optimizer, make_schedule
-from rvq_jax.training.run import RUNS_ONCE
-from rvq_jax.training.state import create_state
-from rvq_jax.training.step import make_train_step
 from rvq_jax.training.writers import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Run(subprocess.Popen):
+class Process(subprocess.Popen):
   """A running `launch/main.py`; its lines are read by `wait_for`."""
 
   def wait_for(self, pattern: str) -> re.Match:
@@ -63,7 +62,7 @@ def start_run(tiny_config, tmp_path):
       'import json\nfrom ml_collections import ConfigDict\n'
       f'def get_config():\n  return ConfigDict(json.loads({values!r}))\n'
     )
-    run = Run(
+    run = Process(
       [
         *(sys.executable, script, f'--config={file}'),
         *(f'--workdir={workdir}', *flags),
@@ -117,51 +116,41 @@ def make_step():
 
 
 def _make_step(flat, model, **options):
-  schedule = make_schedule(
-    flat['optimizer.learning_rate'],
-    num_steps=flat['num_steps'],
-    warmup_steps=flat['optimizer.warmup_steps'],
-    schedule=flat['optimizer.schedule'],
-  )
-  optimizer = make_optimizer(
-    schedule,
-    weight_decay=flat['optimizer.weight_decay'],
-    clip_norm=flat['optimizer.clip_norm'],
-  )
-  average = flat['optimizer.params_ema']
-  state = jax.jit(
-    lambda: create_state(
-      model,
-      optimizer,
-      jax.random.key(flat['seed']),
-      image_size=8,
-      batch_size=8,
-      params_ema=average > 0,
-    ),
-    compiler_options=RUNS_ONCE,
-  )()
-  options = {'flip': False, 'params_ema_decay': average} | options
-  return state, jax.jit(make_train_step(model, optimizer, **options))
+  options = {'flip': False} | options
+  step = build.build_step(flat, flat['num_steps'])
+  step = dataclasses.replace(step, model=model, **options)
+  return first_state(step, flat['optimizer.params_ema'] > 0), jitted(step)
+
+
+@pytest.fixture(scope='session')
+def before_step():
+  """Returns a context manager: number, call -> called before that step."""
+  return _before_step
+
+
+@contextlib.contextmanager
+def _before_step(number, call):
+  def take(stepper, step, state, real=loop.Stepper.__call__):
+    if int(state.step) == number - 1:
+      call()
+    return real(stepper, step, state)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.Stepper, '__call__', take)
+    yield
 
 
 @pytest.fixture(scope='session')
 def run_until():
-  """Returns a function that trains as far as a step, as a signal would end."""
+  """Returns a function that trains up to a step, and ends by a signal."""
   return _run_until
 
 
-def _run_until(config, workdir, step):
-  seen = iter(range(1, 100))
-
-  def agreed(self, ask):
-    if next(seen) == step:
-      self.exit_code = 143
-    return self.exit_code is not None
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.StopSignal, 'agreed', agreed)
-    with pytest.raises(SystemExit):
-      loop.train(config, workdir)
+def _run_until(config, workdir, number):
+  stop = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+  with _before_step(number, stop), pytest.raises(SystemExit) as caught:
+    loop.train(config, workdir)
+  assert caught.value.code == 143
 
 
 @pytest.fixture(scope='session')
@@ -192,7 +181,7 @@ def final_bits():
 
 
 def _final_bits(config, workdir):
-  template = loop.Run(config).template
+  template = Run(config).template
   with Checkpoints(workdir, read_only=True) as checkpoints:
     state = checkpoints.restore(template, checkpoints.resolve())
   return {

@@ -7,11 +7,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from tiny_step import Run
 
 from rvq_jax import load
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
-from rvq_jax.training.run import Run
 
 # Reads of Orbax that fail side by side, of which it reports one.
 pytestmark = [

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_step import Run
 
 from rvq_jax import VQVAE
 from rvq_jax.models.decoder import Decoder
@@ -16,7 +17,6 @@ from rvq_jax.models.encoder import Encoder
 from rvq_jax.quantize.registry import make_quantizer
 from rvq_jax.training.build import build_model
 from rvq_jax.training.config import FIELDS, check_config
-from rvq_jax.training.run import Run
 
 QUANTIZERS = FIELDS['model.quantizer'].choices
 # A value of each field of a model that is no default of any class.

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from rvq_jax.training.backend import DETERMINISTIC
-from rvq_jax.training.run import Run
+from rvq_jax.training.loop import train
 
 FLAG = """
 import os, jax
@@ -20,11 +20,11 @@ def test_it_sets_the_flag_before_the_devices_start(run_python):
   assert run_python(FLAG).stdout.split().count(DETERMINISTIC) == 1
 
 
-def test_it_is_refused_once_they_have_started(tiny_config):
+def test_it_is_refused_once_they_have_started(tiny_config, tmp_path):
   jax.devices()
   tiny_config.deterministic = True
   with pytest.raises(ValueError, match='before JAX starts') as caught:
-    Run(tiny_config)
+    train(tiny_config, tmp_path / 'run')
   assert '\n' not in str(caught.value) and DETERMINISTIC in str(caught.value)
 
 

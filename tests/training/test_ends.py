@@ -115,25 +115,14 @@ class Fault(Exception):
 @pytest.mark.usefixtures('one_device')
 @pytest.mark.parametrize('end', [Fault('no'), SystemExit(3)], ids=repr)
 def test_any_end_leaves_the_last_saved_step_complete(
-  end, tiny_config, tmp_path, monkeypatch, whole, final_bits, steps_of
+  end, tiny_config, tmp_path, before_step, whole, final_bits, steps_of
 ):
-  real = loop.Run._build_steps
+  def fail():
+    raise end
 
-  def build(run):
-    real(run)
-    step = run.train_step
-
-    def train_step(i, state, batch):
-      if int(state.step) == 4:  # step 4 has just been handed to be saved
-        raise end
-      return step(i, state, batch)
-
-    run.train_step = train_step
-
-  with monkeypatch.context() as patch:
-    patch.setattr(loop.Run, '_build_steps', build)
-    with pytest.raises(type(end)):
-      loop.train(tiny_config, tmp_path)
+  # Step 4 has just been handed to be saved.
+  with before_step(5, fail), pytest.raises(type(end)):
+    loop.train(tiny_config, tmp_path)
   assert steps_of(tmp_path)[-1] == 4
   loop.train(tiny_config, tmp_path)
   assert final_bits(tiny_config, tmp_path) == final_bits(tiny_config, whole)

@@ -15,7 +15,7 @@ from rvq_jax.training import config as config_lib
 from rvq_jax.training.build import build_model
 from rvq_jax.training.optimizer import make_optimizer
 from rvq_jax.training.state import create_state
-from rvq_jax.training.step import make_train_step
+from rvq_jax.training.step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, SIDE = 128, 256
@@ -41,7 +41,7 @@ def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
   config.model.num_res_blocks = 1  # blocks are alike
   flat = config_lib.check_config(config)
   model = build_model(flat)
-  optimizer = make_optimizer(2e-4, weight_decay=0.01)
+  optimizer = make_optimizer(lambda _: 2e-4)
   state = jax.eval_shape(
     lambda key: create_state(
       model, optimizer, key, image_size=SIDE, batch_size=BATCH
@@ -49,7 +49,7 @@ def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
     jax.random.key(0),
   )
   images = jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, 3), jnp.uint8)
-  step = jax.jit(make_train_step(model, optimizer))
+  step = jax.jit(TrainStep(model, optimizer))
   text = step.lower(state, {'image': images}).as_text()
   sizes = {
     math.prod(map(int, shape.split('x')))
@@ -64,7 +64,7 @@ def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
 def test_making_the_state_takes_no_memory_for_the_batch(load_config):
   flat = config_lib.check_config(load_config('photos'))
   model = build_model(flat)
-  optimizer = make_optimizer(2e-4, weight_decay=0.01)
+  optimizer = make_optimizer(lambda _: 2e-4)
 
   def memory(batch_size):
     make = jax.jit(

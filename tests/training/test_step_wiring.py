@@ -11,7 +11,7 @@ import pytest
 from rvq_jax import VectorQuantizer
 from rvq_jax.training.build import build_model
 from rvq_jax.training.config import check_config
-from rvq_jax.training.run import RUNS_ONCE
+from rvq_jax.training.state import FAST_COMPILE
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype('f')
 
@@ -96,10 +96,10 @@ def _latents(model, variables):
   return z.reshape(-1, z.shape[-1])
 
 
-latents = jax.jit(_latents, static_argnums=0, compiler_options=RUNS_ONCE)
+latents = jax.jit(_latents, static_argnums=0, compiler_options=FAST_COMPILE)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=RUNS_ONCE)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
 def encoders_gradient(model, variables, arrives):
   """Of the encoder's parameters, where `arrives` is that of z."""
   return jax.grad(lambda v: jnp.sum(_latents(model, v) * arrives))(variables)
@@ -113,7 +113,7 @@ def encode(model, state):
   return z, codes, ((z[:, None] - codes[None]) ** 2).sum(-1).argmin(1)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=RUNS_ONCE)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
 def decoders_gradient(model, variables, q):
   """Of the mean squared error by the codes q [N, D]."""
 

@@ -11,9 +11,9 @@ import pytest
 from absl import flags
 from hypothesis import example, given, settings
 from ml_collections import config_flags
+from tiny_step import Run
 
 import rvq_jax
-from rvq_jax.training import loop
 from rvq_jax.training.config import FIELDS, check_config, flatten
 
 PACKAGE = Path(rvq_jax.__file__).parent
@@ -121,7 +121,7 @@ def test_what_is_taken_builds_and_traces(name, text):
     return
 
   def build():
-    run = loop.Run(parsed)
+    run = Run(parsed)
     rows, size = run.config['batch_size'], run.config['data.image_size']
     batch = {'image': jax.ShapeDtypeStruct((rows, size, size, 3), 'uint8')}
     state, _ = jax.eval_shape(
