@@ -148,10 +148,7 @@ def build_step(flat: Mapping[str, Any], num_steps: int):
 def build_start(flat: Mapping[str, Any], init, template):
   """The collections that a new run starts from; None: random ones.
 
-  Args:
-    flat: the config.
-    init: a function that gives a trained model, or None; see `loop.train`.
-    template: shapes of the run's state.
+  `init` gives a trained model, or is None; template has the state's shapes.
 
   Raises:
     ValueError: the model does not fit; with `quantize_after` the encoder would

@@ -15,17 +15,13 @@ import numpy as np
 
 from rvq_jax import io, metrics, sharding
 from rvq_jax.data.datasets import SPLIT_FILE, check_apart
-from rvq_jax.io import explain_full_disk, write_atomic
 from rvq_jax.training import build, validation, writers
 from rvq_jax.training import config as config_lib
 from rvq_jax.training.backend import make_deterministic
 from rvq_jax.training.checkpoints import Checkpoints, has_checkpoints
 from rvq_jax.training.preemption import StopSignal
-from rvq_jax.training.step import (
-  MAX_NONFINITE_STREAK,
-  compile_init,
-  compile_step,
-)
+from rvq_jax.training.state import parameter_table
+from rvq_jax.training.step import MAX_SKIPPED, compile_init, compile_step
 
 MAX_STEPS_IN_FLIGHT = 2
 
@@ -34,9 +30,8 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
   """Trains a model, or resumes the run in workdir.
 
   Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, where it
-  divides a folder of images, split.json. A run that was interrupted ends in the
-  same bits as one that was not: on CPU, and on GPUs with
-  config.deterministic=True.
+  divides a folder of images, split.json. An interrupted run ends in the same
+  bits as any other: on CPU, and on GPUs with config.deterministic=True.
 
   Args:
     config: ConfigDict or nested mapping; see configs/cifar10.py.
@@ -49,9 +44,8 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
     The metrics of the last evaluation on the validation split.
 
   Raises:
-    ValueError: the config is not valid or not that of the checkpoint, the model
-      of `init` does not fit it, workdir is in use, or no checkpoint in it is
-      sound.
+    ValueError: the config is not valid or not the checkpoint's, the model of
+      `init` does not fit it, workdir is in use, or no checkpoint is sound.
     OSError: the disk is full.
     FloatingPointError: ten steps in a row were not finite.
     SystemExit: a signal asked to stop; the state is saved.
@@ -68,17 +62,17 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
   )
   advice = 'start the same command again: it resumes from the last checkpoint'
   # The lock comes before the images, which may take minutes to decode.
-  with explain_full_disk(workdir, advice), lock(workdir):
+  with io.explain_full_disk(workdir, advice), lock(workdir):
     return _train(config, workdir, init)
 
 
 def _train(config, workdir, init):
   mesh = sharding.data_mesh()
   dataset, loader = build.build_data(config, workdir)
-  epoch = loader.steps_per_epoch
-  num_steps = config['num_steps'] or config['num_epochs'] * epoch
-  step = build.build_step(config, num_steps)
-  lpips_weights = step.objective.load_lpips(mesh)
+  epochs = config['num_epochs'] * loader.steps_per_epoch
+  step = build.build_step(config, config['num_steps'] or epochs)
+  num_steps = step.objective.num_steps
+  take = Stepper(loader, mesh, step.objective.load_lpips(mesh))
   sizes = config['data.image_size'], config['batch_size']
   first_state = compile_init(step, mesh, *sizes)
   key, start_from_model = jax.random.key(config['seed']), None
@@ -101,10 +95,10 @@ def _train(config, workdir, init):
     start, kinds = int(state.step), ()
     if jax.process_index() == 0:
       kinds = (writers.TensorBoardWriter, writers.JsonlWriter)
-      write_atomic(workdir / 'config.json', config_lib.to_json(config))
+      io.write_atomic(workdir / 'config.json', config_lib.to_json(config))
       if not start:
         dataset.write_split(workdir / SPLIT_FILE)
-      _log_overview(config, dataset, state, epoch, num_steps)
+      _log_overview(dataset, state, loader.steps_per_epoch, num_steps)
     writer = writers.MultiWriter(w(workdir, start_step=start) for w in kinds)
     with (
       contextlib.closing(writer),
@@ -112,7 +106,7 @@ def _train(config, workdir, init):
     ):
       result = _steps(
         *(config, step, state),
-        take=Stepper(loader, mesh, compile_step(mesh), lpips_weights),
+        take=take,
         validate=functools.partial(_validate, config, dataset.validation, mesh),
         checkpoints=checkpoints,
         writer=writer,
@@ -177,8 +171,8 @@ class Stepper:
   signal waits for them.
   """
 
-  def __init__(self, loader, mesh, take, lpips_weights=None):
-    self._loader, self._mesh, self._take = loader, mesh, take
+  def __init__(self, loader, mesh, lpips_weights=None):
+    self._loader, self._mesh, self._take = loader, mesh, compile_step(mesh)
     self._lpips_weights, self.position = lpips_weights, loader.position
     self._in_flight, self._waited = collections.deque(), 0.0
 
@@ -202,14 +196,14 @@ class Stepper:
 
 @contextlib.contextmanager
 def lock(workdir) -> Iterator[None]:
-  """Makes a workdir, and removes it if nothing was written; holds its lock.
+  """Makes a workdir and holds its lock; removes it if nothing was written.
 
   The operating system releases the lock however the process ends.
 
   Raises:
     ValueError: another process trains there, or it cannot be made.
   """
-  workdir = Path(workdir).absolute()
+  workdir = Path(workdir)
   new = [p for p in (workdir, *workdir.parents) if not p.exists()]
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -226,34 +220,19 @@ def lock(workdir) -> Iterator[None]:
     try:
       yield
     finally:
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(OSError):  # a parent that others use
         if new and os.listdir(workdir) == [path.name]:
           path.unlink()
           for folder in new:
             folder.rmdir()
 
 
-def _parameter_table(params) -> str:
-  """A line for each kind of block: its name, how many, their parameters."""
-  sizes = collections.defaultdict(list)
-  for module, blocks in sorted(params.items()):
-    for block, values in blocks.items():
-      name = f'{module}/{block.rstrip("0123456789")}'
-      sizes[name].append(sum(x.size for x in jax.tree.leaves(values)))
-  lines = [f'{sum(map(sum, sizes.values())):,} parameters']
-  for name, blocks in sizes.items():
-    label = name if len(blocks) == 1 else f'{name} x {len(blocks)}'
-    lines.append(f'  {label:<24}{sum(blocks):>12,}')
-  return '\n'.join(lines)
-
-
-def _log_overview(config, dataset, state, epoch, num_steps):
+def _log_overview(dataset, state, epoch, num_steps):
   if not state.step:
-    logging.info('%s', _parameter_table(state.params))
+    logging.info('%s', parameter_table(state.params))
   logging.info(
     '%s: %d training images, %d steps per epoch; step %d of %d; %d %s',
-    *(config['data.name'], len(dataset.train), epoch),
-    *(int(state.step), num_steps),
+    *(dataset.name, len(dataset.train), epoch, int(state.step), num_steps),
     *(jax.device_count(), jax.devices()[0].device_kind),
   )
   if dataset.note:
@@ -266,16 +245,14 @@ def _window_scalars(window, schedule, step, log_every):
   The means leave out skipped steps, whose numbers may not be finite. Usage and
   perplexity need `log_every` steps, to compare with the lines before.
   """
-  counts = [w.pop('counts') for w in window]
-  counts = [count for count in counts if count is not None]
+  counts = [c for c in (w.pop('counts') for w in window) if c is not None]
   taken = [w for w in window if not w['skipped']] or window
   scalars = {
     name: float(np.mean([w[name] for w in taken if name in w]))
     for name in taken[-1]
+    if name not in ('usage', 'perplexity')
   }
   scalars['skipped'] = float(np.mean([w['skipped'] for w in window]))
-  scalars.pop('usage', None)
-  scalars.pop('perplexity', None)
   if len(counts) == log_every:
     codes = metrics.code_statistics(np.sum(counts, axis=0, dtype=np.float64))
     scalars |= {name: codes[name] for name in ('usage', 'perplexity')}
@@ -284,27 +261,25 @@ def _window_scalars(window, schedule, step, log_every):
 
 def _stop_if_not_finite(state, step, window):
   streak = int(state.nonfinite_streak)
-  if streak < MAX_NONFINITE_STREAK:
+  if streak < MAX_SKIPPED:
     return
-  cause = (
-    'statistics of BatchNorm, the codebook or the discriminator overflowed'
-  )
+  why = 'statistics of BatchNorm, the codebook or the discriminator overflowed'
   for name in ('grad_norm', 'loss'):
     values = [w[name] for w in window if not np.isfinite(w[name])]
     if values:
-      cause = f'the {name} was {values[0]}'
+      why = f'the {name} was {values[0]}'
   first = step - streak + 1
   raise FloatingPointError(
-    f'stopped at step {first + MAX_NONFINITE_STREAK - 1}: for '
-    f'{MAX_NONFINITE_STREAK} steps in a row, from step {first} on, {cause}; '
-    'the state is as it was before them, and so is the last checkpoint. Lower '
-    'config.optimizer.learning_rate or set config.optimizer.clip_norm'
+    f'stopped at step {first + MAX_SKIPPED - 1}: for {MAX_SKIPPED} steps in a '
+    f'row, from step {first} on, {why}; the state is as it was before them, '
+    'and so is the last checkpoint. Lower config.optimizer.learning_rate or '
+    'set config.optimizer.clip_norm'
   )
 
 
 def _validate(config, source, mesh, step, state, writer, progress):
   """Evaluates on the validation split; writes scalars, grid and histogram."""
-  number, size = int(state.step), config['data.image_size']
+  i, size = int(state.step), config['data.image_size']
   options = {'mesh': mesh, 'image_size': size, 'quantize': step.quantize}
   evaluated = step.model, state.eval_variables, source
   result, counts = validation.validate(
@@ -317,10 +292,9 @@ def _validate(config, source, mesh, step, state, writer, progress):
       f'mse {result["mse"]:.4f}  psnr {result["psnr"]:.2f} dB  usage '
       f'{result["usage"]:.1%}  perplexity {result["perplexity"]:.0f}'
     )
-    writer.write_histograms(number, {'validation/code_counts': counts})
-  progress.say(f'step {number}  validation: {text}')
-  scalars = {f'validation/{n}': x for n, x in result.items()}
-  writer.write_scalars(number, scalars)
+    writer.write_histograms(i, {'validation/code_counts': counts})
+  progress.say(f'step {i}  validation: {text}')
+  writer.write_scalars(i, {f'validation/{n}': x for n, x in result.items()})
   samples = validation.reconstruct_samples(*evaluated, **options)
-  writer.write_images(number, {'validation/reconstructions': samples})
+  writer.write_images(i, {'validation/reconstructions': samples})
   return result

@@ -1,5 +1,6 @@
 """The state that a run carries from step to step."""
 
+import collections
 from typing import Any
 
 import flax.struct
@@ -97,3 +98,17 @@ def create_state(
     nonfinite_streak=jnp.zeros((), jnp.int32),
     discriminator=discriminator,
   )
+
+
+def parameter_table(params) -> str:
+  """A line for each kind of block: its name, how many, their parameters."""
+  sizes = collections.defaultdict(list)
+  for module, blocks in sorted(params.items()):
+    for block, values in blocks.items():
+      name = f'{module}/{block.rstrip("0123456789")}'
+      sizes[name].append(sum(x.size for x in jax.tree.leaves(values)))
+  lines = [f'{sum(map(sum, sizes.values())):,} parameters']
+  for name, blocks in sizes.items():
+    label = name if len(blocks) == 1 else f'{name} x {len(blocks)}'
+    lines.append(f'  {label:<24}{sum(blocks):>12,}')
+  return '\n'.join(lines)

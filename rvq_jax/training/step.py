@@ -22,8 +22,8 @@ from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.training.objective import MSE, Objective
 from rvq_jax.training.state import FAST_COMPILE, TrainState, create_state
 
-MAX_NONFINITE_STREAK = 10
-"""Steps in a row that are not finite after which no further step is taken."""
+MAX_SKIPPED = 10
+"""Steps in a row that may be skipped; after them no further step is taken."""
 
 
 class PassResult(NamedTuple):
@@ -48,9 +48,9 @@ class TrainStep:
   discarded: only `step` (so the schedule advances) and `nonfinite_streak`
   change. After ten such steps in a row, every later update is discarded.
 
-  The batch is {'image': [B, h, w, 3] uint8, or float in [-1, 1]}; a perceptual
-  loss needs the weights of LPIPS. The metrics are float32 scalars of the global
-  batch, and 'counts' [K] (None without quantization).
+  The batch is {'image': [B, h, w, 3] uint8, or float in [-1, 1]}; only a
+  perceptual loss needs lpips_weights. The metrics are float32 scalars of the
+  global batch, and 'counts' [K] (None without quantization).
 
   Attributes:
     model: a `VQVAE`, made with the same axis_name.
@@ -115,7 +115,7 @@ class TrainStep:
     finite &= _all_finite(
       (proposed.batch_stats, proposed.codebook, proposed.discriminator)
     )
-    finite &= state.nonfinite_streak < MAX_NONFINITE_STREAK
+    finite &= state.nonfinite_streak < MAX_SKIPPED
     new = jax.tree.map(functools.partial(jnp.where, finite), proposed, state)
     streak = jnp.where(finite, 0, state.nonfinite_streak + 1)
     new = new.replace(step=state.step + 1, nonfinite_streak=streak)
@@ -266,8 +266,8 @@ def compile_step(mesh) -> Callable:
   and no program holds a copy of LPIPS' weights: both are arguments.
 
   Returns:
-    A function (step, state, batch, lpips_weights) of any `TrainStep` that
-    returns `step(state, batch, lpips_weights)`; the state is donated.
+    (step, state, batch, lpips_weights) -> `step(state, batch, lpips_weights)`
+    for any `TrainStep`; the state is donated.
   """
   everywhere, rows = sharding.replicated(mesh), sharding.by_rows(mesh)
 

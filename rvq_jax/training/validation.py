@@ -61,11 +61,11 @@ def make_eval_step(
 
   Returns:
     A function of the model's variables and {'image': [B, h, w, 3] uint8 or
-    float in [-1, 1], 'mask': bool [B]} that returns float32 sums: images, mse,
-    psnr, ssim, tokens, positions, quantization_error, latent_error (|z - q|^2
-    of the latents and what replaces them), 'latents' and 'codes' (`_moments`),
-    counts [K], and for each prefix in 'prefixes': mse, psnr,
-    quantization_error and the counts [K] of the codes that it adds.
+    float in [-1, 1], 'mask': bool [B]}. Its float32 sums are images, mse, psnr,
+    ssim, tokens, positions, quantization_error, latent_error (|z - q|^2 of
+    latents and codes), 'latents' and 'codes' (`_moments`), counts [K], and for
+    each of 'prefixes' mse, psnr, quantization_error and the counts [K] of the
+    codes that it adds.
   """
   # A field of the quantizers that may compare unit vectors, and only of them.
   cosine = getattr(model.vq, 'cosine', False)
@@ -198,15 +198,17 @@ def evaluate_split(
 
 def _metrics(total, pixels):
   images, tokens, counts = total['images'], total['tokens'], total['counts']
-  result = {
-    name: float(total[name] / images) for name in ('mse', 'psnr', 'ssim')
-  }
-  result['mse_01'] = result['mse'] / 4
-  result['quantization_error'] = float(total['quantization_error'] / tokens)
+  result = {n: float(total[n] / images) for n in ('mse', 'psnr', 'ssim')}
   latents, codes = total['latents'], total['codes']
-  result['relative_error'] = float(
-    total['latent_error'] / max(np.trace(latents['outer']), 1e-30)
-  )
+  result |= {
+    'mse_01': result['mse'] / 4,
+    'quantization_error': float(total['quantization_error'] / tokens),
+    'relative_error': float(
+      total['latent_error'] / max(np.trace(latents['outer']), 1e-30)
+    ),
+    'images': int(images),
+    'tokens': int(tokens),
+  }
   for name, moments in ('latent', latents), ('code', codes):
     result[f'{name}_dimension'] = metrics.effective_dimension(
       moments['sum'], moments['outer'], total['positions']
@@ -215,7 +217,6 @@ def _metrics(total, pixels):
   result |= metrics.bit_rates(
     int(tokens / images), pixels, counts.shape[-1], result['entropy_bits']
   )
-  result |= {'images': int(images), 'tokens': int(tokens)}
   result = {name: result[name] for name in UNITS}
   if 'prefixes' in total:
     result['prefixes'] = _prefixes(total, counts.shape[-1])
@@ -261,21 +262,15 @@ def reconstruct_samples(
 ) -> np.ndarray:
   """The first images of a source above their reconstructions, uint8."""
   # Every process takes part, with the same images.
-  batches = loaders.eval_batches(
-    source, batch_size=GRID_IMAGES, image_size=image_size
-  )
-  first = next(batches)
+  sizes = {'batch_size': GRID_IMAGES, 'image_size': image_size}
+  first = next(loaders.eval_batches(source, **sizes))
   images = first['image'][first['mask']]
-  reconstruct = _compile_reconstruct(model, mesh, quantize)
-  return metrics.reconstruction_grid(
-    images, np.asarray(reconstruct(variables, images))
-  )
+  outputs = _reconstruct(model, mesh, quantize, variables, images)
+  return metrics.reconstruction_grid(images, np.asarray(outputs))
 
 
-@functools.lru_cache(maxsize=8)
-def _compile_reconstruct(model, mesh, quantize):
-  def reconstruct(variables, images):
-    out = model.apply(variables, to_float(images), quantize=quantize)
-    return metrics.to_uint8(out.reconstruction)
-
-  return jax.jit(reconstruct, out_shardings=sharding.replicated(mesh))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _reconstruct(model, mesh, quantize, variables, images):
+  out = model.apply(variables, to_float(images), quantize=quantize)
+  images = metrics.to_uint8(out.reconstruction)
+  return jax.lax.with_sharding_constraint(images, sharding.replicated(mesh))

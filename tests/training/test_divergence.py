@@ -10,7 +10,7 @@ from tiny_step import IMAGES, first_state, take
 from rvq_jax import VQVAE, sharding
 from rvq_jax.training import loop
 from rvq_jax.training.optimizer import make_optimizer
-from rvq_jax.training.step import MAX_NONFINITE_STREAK, TrainStep
+from rvq_jax.training.step import MAX_SKIPPED, TrainStep
 
 
 class Spoilt(VQVAE):
@@ -102,12 +102,12 @@ def test_a_codebook_that_overflows_is_not_kept():
 
 def test_nine_spoilt_steps_are_forgiven_and_ten_are_not():
   state = start()
-  for count in (MAX_NONFINITE_STREAK - 1, MAX_NONFINITE_STREAK):
+  for count in (MAX_SKIPPED - 1, MAX_SKIPPED):
     after = state
     for _ in range(count):
       after, _ = take(STEP, after, batch(np.nan))
     after, metrics = take(STEP, after, batch(None))
-    forgiven = count < MAX_NONFINITE_STREAK
+    forgiven = count < MAX_SKIPPED
     assert (bits(after) != bits(state)) == forgiven
     assert metrics['skipped'] == (not forgiven)
     assert after.nonfinite_streak == (0 if forgiven else count + 1)
