@@ -1,8 +1,6 @@
 """Runs in processes of their own, and steps of small models."""
 
 import contextlib
-import dataclasses
-import functools
 import json
 import os
 import re
@@ -15,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_step import Run, first_state, jitted
+from tiny_step import Run
 
 from rvq_jax.models import lpips, lpips_weights
-from rvq_jax.training import build, loop
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.writers import read_jsonl
 
@@ -107,50 +104,6 @@ def make_step_config(load_config, image_folder):
     return config
 
   return make
-
-
-@pytest.fixture(scope='session')
-def make_step():
-  """Returns a function: checked config, model -> a state and a train step."""
-  return _make_step
-
-
-def _make_step(flat, model, **options):
-  options = {'flip': False} | options
-  step = build.build_step(flat, flat['num_steps'])
-  step = dataclasses.replace(step, model=model, **options)
-  return first_state(step, flat['optimizer.params_ema'] > 0), jitted(step)
-
-
-@pytest.fixture(scope='session')
-def before_step():
-  """Returns a context manager: number, call -> called before that step."""
-  return _before_step
-
-
-@contextlib.contextmanager
-def _before_step(number, call):
-  def take(stepper, step, state, real=loop.Stepper.__call__):
-    if int(state.step) == number - 1:
-      call()
-    return real(stepper, step, state)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.Stepper, '__call__', take)
-    yield
-
-
-@pytest.fixture(scope='session')
-def run_until():
-  """Returns a function that trains up to a step, and ends by a signal."""
-  return _run_until
-
-
-def _run_until(config, workdir, number):
-  stop = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
-  with _before_step(number, stop), pytest.raises(SystemExit) as caught:
-    loop.train(config, workdir)
-  assert caught.value.code == 143
 
 
 @pytest.fixture(scope='session')

@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 from tiny_step import (
+  ADVERSARIAL,
   IMAGES,
+  adversarial_state,
   assert_close,
   bits,
   first_state,
@@ -19,20 +21,10 @@ from tiny_step import (
 )
 
 from rvq_jax import sharding
-from rvq_jax.training.objective import Objective
 from rvq_jax.training.validation import compile_eval_step
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 REPLACED = {'codebook_size': 40, 'dead_code_threshold': 0.7}
-# D is updated from step 7 on, its loss counts from step 11 on.
-ADVERSARIAL = {
-  'vq': {'name': 'fsq', 'codebook_size': 64},
-  'norm': 'group',
-  'objective': Objective(
-    pixel='l1', adversarial_weight=2.0, lecam_weight=0.5, num_steps=30
-  ),
-  'adversarial': True,
-}
 STEPS = {
   'plain': {'vq': REPLACED, 'colors': True},
   'accumulate': {'vq': REPLACED | {'decay': 0.3}, 'accumulate_steps': 2},
@@ -42,13 +34,8 @@ STEPS = {
 
 
 def start(name):
-  state = first_state(tiny_step(**STEPS[name]))
-  if state.discriminator is None:
-    return state
-  averages = {'logits_real': np.float32(0.7), 'logits_fake': np.float32(-0.2)}
-  return state.replace(
-    step=np.int32(12), discriminator=state.discriminator | averages
-  )
+  step = tiny_step(**STEPS[name])
+  return adversarial_state(step, 12) if step.adversarial else first_state(step)
 
 
 def pmapped(step, devices):

@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import pytest
+from tiny_step import before_step
 
 from rvq_jax.training import loop
 from rvq_jax.training.preemption import StopSignal
@@ -115,7 +116,7 @@ class Fault(Exception):
 @pytest.mark.usefixtures('one_device')
 @pytest.mark.parametrize('end', [Fault('no'), SystemExit(3)], ids=repr)
 def test_any_end_leaves_the_last_saved_step_complete(
-  end, tiny_config, tmp_path, before_step, whole, final_bits, steps_of
+  end, tiny_config, tmp_path, whole, final_bits, steps_of
 ):
   def fail():
     raise end

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from tiny_step import Run
+from tiny_step import Run, run_until
 
 from rvq_jax.models import lpips_weights
 from rvq_jax.training import loop
@@ -78,7 +78,7 @@ def test_a_run_is_adversarial_from_the_step_that_the_schedule_says(adversarial):
 
 @pytest.mark.slow
 def test_a_run_resumed_in_any_phase_ends_in_the_same_bits(
-  adversarial, tmp_path, final_bits, log_of, run_until
+  adversarial, tmp_path, final_bits, log_of
 ):
   whole = tmp_path / 'whole'
   loop.train(adversarial, whole)

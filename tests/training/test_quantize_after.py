@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from tiny_step import Run, bits
+from tiny_step import Run, bits, run_until
 
 from rvq_jax import load
 from rvq_jax.training import loop
@@ -90,7 +90,7 @@ def test_a_run_reports_the_autoencoder_then_the_codes(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_resumed_before_the_switch_ends_in_the_same_bits(
-  config, tmp_path, final_bits, run_until
+  config, tmp_path, final_bits
 ):
   loop.train(config, tmp_path / 'whole')
   whole = final_bits(config, tmp_path / 'whole')

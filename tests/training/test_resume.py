@@ -1,6 +1,7 @@
 """A run that is cut off and resumed ends in the bits of one that is not."""
 
 import pytest
+from tiny_step import run_until
 
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
@@ -9,7 +10,7 @@ from rvq_jax.training.checkpoints import Checkpoints
 @pytest.mark.slow
 @pytest.mark.parametrize('route', ['memory', 'stream', 'multiscale'])
 def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(
-  route, tiny_config, tmp_path, final_bits, log_of, run_until, caplog
+  route, tiny_config, tmp_path, final_bits, log_of, caplog
 ):
   caplog.set_level('INFO')
   if route == 'stream':

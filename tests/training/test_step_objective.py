@@ -8,34 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_step import (
+  ADVERSARIAL,
+  RATE,
+  adversarial_state,
+  bits,
+  take,
+  tiny_step,
+)
 from tiny_step import IMAGES as ALL_IMAGES
-from tiny_step import RATE, bits, first_state, take, tiny_step
 
 from rvq_jax.models.discriminator import Discriminator
 from rvq_jax.training.objective import Objective, lecam
 from rvq_jax.training.state import FAST_COMPILE
 
 IMAGES = ALL_IMAGES[:8]
-# D is updated from step 7 on, its loss counts from step 11 on.
-STEP = tiny_step(
-  {'name': 'fsq', 'codebook_size': 64},
-  norm='group',
-  flip=False,
-  objective=Objective(
-    pixel='l1', adversarial_weight=2.0, lecam_weight=0.5, num_steps=30
-  ),
-  adversarial=True,
-)
+STEP = tiny_step(flip=False, **ADVERSARIAL)
 advance = functools.partial(take, STEP, images=IMAGES)
-
-
-def state_at(step):
-  """A state with averages of LeCAM other than 0."""
-  state = first_state(STEP)
-  averages = {'logits_real': np.float32(0.7), 'logits_fake': np.float32(-0.2)}
-  return state.replace(
-    step=np.int32(step), discriminator=state.discriminator | averages
-  )
+state_at = functools.partial(adversarial_state, STEP)
 
 
 def softplus(x):

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_step import IMAGES as ALL_IMAGES
+from tiny_step import first_moment, step_of
 
 from rvq_jax import VectorQuantizer
 from rvq_jax.training.build import build_model
 from rvq_jax.training.config import check_config
 from rvq_jax.training.state import FAST_COMPILE
 
-IMAGES = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype('f')
-
-
+IMAGES = ALL_IMAGES[:8]
 # Each is one program; what several tests ask is in one of them.
 STEPS = {
   'rotation': {},
@@ -38,7 +38,7 @@ STEPS = {
 
 
 @pytest.fixture(scope='module')
-def first_step(make_step_config, make_step):
+def first_step(make_step_config):
   """Returns a function of a name in STEPS: model, two states, metrics."""
 
   @functools.cache
@@ -46,15 +46,10 @@ def first_step(make_step_config, make_step):
     fields = {'model.init_from': 'normal'} | STEPS[name]
     flat = check_config(make_step_config(fields))
     model = build_model(flat)
-    state, step = make_step(flat, model)
+    state, step = step_of(flat, model)
     return model, state, *step(state, {'image': IMAGES})
 
   return take
-
-
-def first_moment(state):
-  """AdamW's first moment; after one step a tenth of the gradient."""
-  return optax.tree.get(state.opt_state, 'mu')
 
 
 def dense_maps(estimator, e, q):

@@ -1,16 +1,22 @@
-"""A train step in small, and the parts of a run without its files."""
+"""A train step in small, the parts of a run, and runs that are cut off."""
 
+import contextlib
+import dataclasses
 import functools
+import os
+import signal
 
 import jax
 import numpy as np
 import optax
+import pytest
 from jax.sharding import PartitionSpec as P
 from tiny_model import tiny_vqvae
 
 from rvq_jax import sharding
-from rvq_jax.training import build
+from rvq_jax.training import build, loop
 from rvq_jax.training.config import check_config
+from rvq_jax.training.objective import Objective
 from rvq_jax.training.state import FAST_COMPILE, create_state
 from rvq_jax.training.step import TrainStep, compile_init, compile_step
 
@@ -19,6 +25,15 @@ RATE = 0.3
 # Adam divides by the gradient's size, which magnifies rounding; SGD shows the
 # gradient itself.
 SGD = optax.sgd(RATE)
+# Of a step in which D is updated from number 7 on, and counts from 11 on.
+ADVERSARIAL = {
+  'vq': {'name': 'fsq', 'codebook_size': 64},
+  'norm': 'group',
+  'objective': Objective(
+    pixel='l1', adversarial_weight=2.0, lecam_weight=0.5, num_steps=30
+  ),
+  'adversarial': True,
+}
 
 
 def tiny_step(vq=None, *, optimizer=SGD, axis_name=None, norm='batch', **rest):
@@ -46,6 +61,15 @@ def first_state(step, params_ema=False):
   )
 
 
+def adversarial_state(step, number):
+  """The state before that step, with averages of LeCAM other than 0."""
+  state = first_state(step)
+  averages = {'logits_real': np.float32(0.7), 'logits_fake': np.float32(-0.2)}
+  return state.replace(
+    step=np.int32(number), discriminator=state.discriminator | averages
+  )
+
+
 jitted = functools.cache(jax.jit)
 
 
@@ -66,6 +90,11 @@ def over_devices(step, mesh):
     in_shardings=(everywhere, sharding.by_rows(mesh)),
     out_shardings=everywhere,
   )
+
+
+def first_moment(state):
+  """AdamW's first moment; after one step a tenth of the gradient."""
+  return optax.tree.get(state.opt_state, 'mu')
 
 
 def bits(tree):
@@ -111,3 +140,32 @@ class Run:
   def train_step(self, i, state, batch):
     """See the class."""
     return self._take(self.phase(i), state, batch, self.lpips_weights)
+
+
+def step_of(flat, model, **options):
+  """A state and the jitted step of a model and a checked config."""
+  step = build.build_step(flat, flat['num_steps'])
+  step = dataclasses.replace(step, model=model, **{'flip': False} | options)
+  return first_state(step, flat['optimizer.params_ema'] > 0), jitted(step)
+
+
+@contextlib.contextmanager
+def before_step(number, call):
+  """Calls a function before that step of runs."""
+
+  def take(stepper, step, state, real=loop.Stepper.__call__):
+    if int(state.step) == number - 1:
+      call()
+    return real(stepper, step, state)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.Stepper, '__call__', take)
+    yield
+
+
+def run_until(config, workdir, number):
+  """Trains up to a step, where a signal ends the run."""
+  stop = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+  with before_step(number, stop), pytest.raises(SystemExit) as caught:
+    loop.train(config, workdir)
+  assert caught.value.code == 143
