@@ -1,7 +1,7 @@
 """Objects of a checked flat config; below, nothing sees the flat dictionary.
 
-Every tokenizer that is opened imports this file: what only training needs, such
-as optax, is imported inside of functions.
+Opening a tokenizer imports this file, so optax and all else that only training
+needs is imported inside of functions.
 """
 
 from collections.abc import Mapping

@@ -203,6 +203,9 @@ def lock(workdir) -> Iterator[None]:
   Raises:
     ValueError: another process trains there, or it cannot be made.
   """
+  if jax.process_index():  # the first one does it for all
+    yield
+    return
   workdir = Path(workdir)
   new = [p for p in (workdir, *workdir.parents) if not p.exists()]
   try:
@@ -212,9 +215,6 @@ def lock(workdir) -> Iterator[None]:
       f'cannot make the folder {workdir}: {error.strerror}; give another '
       '--workdir'
     ) from error
-  if jax.process_index():
-    yield
-    return
   path = workdir / '.lock'
   with io.lock(path, workdir, 'give another --workdir'):
     try:

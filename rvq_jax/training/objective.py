@@ -1,4 +1,4 @@
-"""What the model minimises, and what the discriminator D minimises.
+"""The losses of the model and of the discriminator D.
 
 For images x, reconstructions y and t steps taken,
 

@@ -292,7 +292,7 @@ def compile_step(mesh) -> Callable:
 def _average(averages, new, decay):
   if averages is None:
     return None
-  # So written, the average of what does not move does not move either.
+  # In this form, the average of a constant stays that constant.
   return jax.tree.map(lambda a, x: a + (1 - decay) * (x - a), averages, new)
 
 

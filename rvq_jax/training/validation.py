@@ -26,9 +26,9 @@ UNITS = {
   'bits_per_pixel': 'bits_per_image / pixels',
   'entropy_bits_per_pixel': 'tokens x entropy_bits / pixels',
   'quantization_error': 'mean squared distance to the code, per dimension',
-  'relative_error': 'squared distance of latents to what replaces them / |z|^2',
+  'relative_error': 'squared distance of the latents to their codes / |z|^2',
   'latent_dimension': 'effective dimension of the latents',
-  'code_dimension': 'effective dimension of what replaces them',
+  'code_dimension': 'effective dimension of these codes',
   'images': 'images in the split that could be read',
   'tokens': 'tokens of these images',
 }

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, and steps of small models."""
+"""Runs in processes of their own, and their files."""
 
 import contextlib
 import json
@@ -29,9 +29,8 @@ class Process(subprocess.Popen):
     """Reads lines until one matches; fails when the run ends before."""
     for line in self.stderr:
       self.seen.append(line)
-      found = re.search(pattern, line)
-      if found:
-        return found
+      if match := re.search(pattern, line):
+        return match
     raise AssertionError(f'no {pattern!r} in\n' + ''.join(self.seen))
 
   def end(self) -> str:

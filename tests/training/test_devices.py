@@ -97,9 +97,9 @@ def test_devices_take_the_steps_of_one(name, way, count):
 
 def of_discriminator(state):
   """D's gradient, which its moment shows, and LeCAM's averages."""
-  own = state.discriminator
-  moment = optax.tree.get(own['opt_state'], 'mu')
-  return moment, own['logits_real'], own['logits_fake']
+  part = state.discriminator
+  moment = optax.tree.get(part['opt_state'], 'mu')
+  return moment, part['logits_real'], part['logits_fake']
 
 
 def test_the_steps_moved_everything():

@@ -78,7 +78,7 @@ def variables_of(state, part):
   return {n: {part: v[part]} for n, v in parts.items() if part in v}
 
 
-# Static and without a quantizer of its own, so that all names share a program.
+# A static argument, the same for all names, so that they share a program.
 def plain(model):
   return model.clone(vq=VectorQuantizer(codebook_size=8))
 
@@ -96,7 +96,7 @@ latents = jax.jit(_latents, static_argnums=0, compiler_options=FAST_COMPILE)
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
 def encoders_gradient(model, variables, arrives):
-  """Of the encoder's parameters, where `arrives` is that of z."""
+  """The gradient of the encoder's parameters; `arrives` is the one of z."""
   return jax.grad(lambda v: jnp.sum(_latents(model, v) * arrives))(variables)
 
 
@@ -187,7 +187,7 @@ def test_the_steps_codebook_moves_at_the_configs_decay_and_eps(first_step):
 
 
 def test_codes_under_the_configs_threshold_are_replaced(first_step):
-  # That of 'ste' is above every count, that of 'averaged' is zero.
+  # The threshold of 'ste' is above every count, of 'averaged' it is zero.
   assert first_step('ste')[3]['replaced_codes'] == 8
   assert first_step('averaged')[3].get('replaced_codes', 0) == 0
 
