@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -124,40 +125,28 @@ def test_a_workdir_in_which_nothing_was_written_is_removed(tmp_path):
   }
 
 
-class Loss:
-  waited_for = ready = False
+class Batches(list):
+  position = None
 
-  def block_until_ready(self):
-    self.waited_for = True
-    return self
-
-  def is_ready(self):
-    return self.ready
+  def __next__(self):
+    return {'image': np.full(8, self.pop(0))}
 
 
 def test_at_most_two_steps_are_in_flight(monkeypatch):
-  losses, batches = [], []
+  losses = [mock.Mock(**{'is_ready.return_value': False}) for _ in range(6)]
+  left = iter(losses)
 
   def take(step, state, batch, lpips_weights):
-    losses.append(Loss())
-    batches.append(int(batch['image'][0]))
-    return state + 1, {'loss': losses[-1]}
-
-  class Loader:
-    position = None
-
-    def __next__(self):
-      return {'image': np.full(8, len(losses))}
+    return int(batch['image'][0]), {'loss': next(left)}
 
   monkeypatch.setattr(loop, 'compile_step', lambda mesh: take)
-  stepper = loop.Stepper(Loader(), sharding.data_mesh())
-  for state in range(4):
-    assert stepper(None, state)[0] == state + 1
-  assert batches == [0, 1, 2, 3]
-  assert [loss.waited_for for loss in losses] == [True, True, False, False]
+  stepper = loop.Stepper(Batches(range(6)), sharding.data_mesh())
+  assert [stepper(None, None)[0] for _ in range(4)] == [0, 1, 2, 3]
+  waited_for = [x.block_until_ready.called for x in losses[:4]]
+  assert waited_for == [True, True, False, False]
   first = stepper.waited()
-  stepper(None, 0)
+  stepper(None, None)
   assert first > 0 and stepper.waited() == 0  # the devices had work
-  losses[-1].ready = True
-  stepper(None, 0)
+  losses[4].is_ready.return_value = True
+  stepper(None, None)
   assert stepper.waited() > 0
