@@ -216,30 +216,13 @@ def make_training(config, num_steps: int = 0) -> Training:
     num_steps: of the schedule; 0: those of the config, or 100,000.
   """
   from rvq_jax.models import lpips_weights
-  from rvq_jax.training.objective import Objective
-  from rvq_jax.training.optimizer import make_optimizer, make_schedule
+  from rvq_jax.training.build import build_step
   from rvq_jax.training.state import create_state
-  from rvq_jax.training.step import make_train_step
 
   flat = config_lib.check_config(config)
-  num_steps = num_steps or flat['num_steps'] or 100_000
-  model, size = build_model(flat), flat['data.image_size']
-  schedule = make_schedule(
-    flat['optimizer.learning_rate'],
-    num_steps=num_steps,
-    warmup_steps=flat['optimizer.warmup_steps'],
-    schedule=flat['optimizer.schedule'],
-  )
-  optimizer = make_optimizer(
-    schedule,
-    weight_decay=flat['optimizer.weight_decay'],
-    clip_norm=flat['optimizer.clip_norm'],
-    b2=flat['optimizer.b2'],
-    freeze=flat['freeze'],
-  )
-  objective = Objective.from_config(
-    flat, num_steps=num_steps, dtype=model.decoder.dtype
-  )
+  step = build_step(flat, num_steps or flat['num_steps'] or 100_000)
+  model, optimizer, objective = step.model, step.optimizer, step.objective
+  size = flat['data.image_size']
 
   def init(key):
     return create_state(
@@ -252,16 +235,6 @@ def make_training(config, num_steps: int = 0) -> Training:
       ),
     )
 
-  step = make_train_step(
-    model,
-    optimizer,
-    flip=flat['data.flip'],
-    colors=flat['data.colors'],
-    params_ema_decay=flat['optimizer.params_ema'],
-    accumulate_steps=flat['accumulate_steps'],
-    objective=objective,
-    adversarial=objective.adversarial_weight > 0,
-  )
   weights = lpips_weights.load() if objective.perceptual_weight else None
   return Training(flat, model, optimizer, init, step, weights)
 

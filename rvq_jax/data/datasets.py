@@ -80,6 +80,17 @@ def open_dataset(
   return _paper(name, sources, split_file)
 
 
+def check_apart(name: str, workdir) -> None:
+  """Refuses a workdir among the images of a folder, which its figures join."""
+  kind, _, folder = name.partition(':')
+  if kind == 'folder' and Path(workdir).resolve().is_relative_to(
+    Path(folder).resolve()
+  ):
+    raise ValueError(
+      f'expected a --workdir outside of the images in {folder}, got {workdir}'
+    )
+
+
 def open_images(
   name: str, *, data_dir=None, split: str | None = None
 ) -> dict[str, Source]:

@@ -2,7 +2,9 @@
 
 import collections
 import contextlib
+import functools
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -10,17 +12,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from clu import parameter_overview
 
 from rvq_jax import io, metrics, sharding
-from rvq_jax.data.datasets import SPLIT_FILE
-from rvq_jax.io import explain_full_disk, write_atomic
+from rvq_jax.data.datasets import SPLIT_FILE, check_apart
+from rvq_jax.training import build, validation, writers
 from rvq_jax.training import config as config_lib
-from rvq_jax.training import writers
+from rvq_jax.training.backend import make_deterministic
 from rvq_jax.training.checkpoints import Checkpoints, has_checkpoints
 from rvq_jax.training.preemption import StopSignal
-from rvq_jax.training.run import Run
-from rvq_jax.training.step import MAX_NONFINITE_STREAK
+from rvq_jax.training.state import parameter_table
+from rvq_jax.training.step import MAX_SKIPPED, compile_init, compile_step
 
 MAX_STEPS_IN_FLIGHT = 2
 
@@ -29,9 +30,8 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
   """Trains a model, or resumes the run in workdir.
 
   Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, where it
-  divides a folder of images, split.json. A run that was interrupted ends in the
-  same bits as one that was not: on CPU, and on GPUs with
-  config.deterministic=True.
+  divides a folder of images, split.json. An interrupted run ends in the same
+  bits as any other: on CPU, and on GPUs with config.deterministic=True.
 
   Args:
     config: ConfigDict or nested mapping; see configs/cifar10.py.
@@ -44,41 +44,75 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
     The metrics of the last evaluation on the validation split.
 
   Raises:
-    ValueError: the config is not valid or not that of the checkpoint, the model
-      of `init` does not fit it, workdir is in use, or no checkpoint in it is
-      sound.
+    ValueError: the config is not valid or not the checkpoint's, the model of
+      `init` does not fit it, workdir is in use, or no checkpoint is sound.
     OSError: the disk is full.
     FloatingPointError: ten steps in a row were not finite.
     SystemExit: a signal asked to stop; the state is saved.
     jax.errors.JaxRuntimeError: another process of the run is lost.
   """
-  workdir, run = Path(workdir), Run(config, workdir, init)
-  config = run.config
-  if not has_checkpoints(workdir):
-    run.initial  # noqa: B018 - what does not fit ends here, with nothing written
+  config, workdir = config_lib.check_config(config), Path(workdir)
+  if config['deterministic']:
+    make_deterministic()
+  check_apart(config['data.name'], workdir)
+  config_lib.check_devices(
+    config['batch_size'],
+    jax.device_count(),
+    accumulate_steps=config['accumulate_steps'],
+  )
   advice = 'start the same command again: it resumes from the last checkpoint'
+  # The lock comes before the images, which may take minutes to decode.
+  with io.explain_full_disk(workdir, advice), lock(workdir):
+    return _train(config, workdir, init)
+
+
+def _train(config, workdir, init):
+  mesh = sharding.data_mesh()
+  dataset, loader = build.build_data(config, workdir)
+  epochs = config['num_epochs'] * loader.steps_per_epoch
+  step = build.build_step(config, config['num_steps'] or epochs)
+  num_steps = step.objective.num_steps
+  take = Stepper(loader, mesh, step.objective.load_lpips(mesh))
+  sizes = config['data.image_size'], config['batch_size']
+  first_state = compile_init(step, mesh, *sizes)
+  key, start_from_model = jax.random.key(config['seed']), None
+  template = first_state.eval_shape(key)
+  if not has_checkpoints(workdir):
+    start_from_model = build.build_start(config, init, template)
   with (
-    explain_full_disk(workdir, advice),
-    lock(workdir),
     StopSignal() as stop,  # until the last save is complete
     Checkpoints(workdir, keep=config['keep_checkpoints']) as checkpoints,
-    contextlib.closing(run.loader),
+    contextlib.closing(loader),
   ):
-    state = run.start(checkpoints)
-    start = int(state.step)
-    kinds = ()
+    restored = checkpoints.restore_newest(
+      template, lambda meta: config_lib.check_resume(config, meta['config'])
+    )
+    if restored:
+      state, meta = restored
+      loader.seek(meta['position'])
+    else:
+      state = first_state(key, start_from_model)
+    start, kinds = int(state.step), ()
     if jax.process_index() == 0:
       kinds = (writers.TensorBoardWriter, writers.JsonlWriter)
-      write_atomic(workdir / 'config.json', config_lib.to_json(config))
+      io.write_atomic(workdir / 'config.json', config_lib.to_json(config))
       if not start:
-        run.dataset.write_split(workdir / SPLIT_FILE)
-      _log_overview(run, state, start)
+        dataset.write_split(workdir / SPLIT_FILE)
+      _log_overview(dataset, state, loader.steps_per_epoch, num_steps)
     writer = writers.MultiWriter(w(workdir, start_step=start) for w in kinds)
     with (
       contextlib.closing(writer),
-      writers.Progress(start, run.num_steps, config['batch_size']) as progress,
+      writers.Progress(start, num_steps, config['batch_size']) as progress,
     ):
-      result = _steps(run, state, start, checkpoints, writer, progress, stop)
+      result = _steps(
+        *(config, step, state),
+        take=take,
+        validate=functools.partial(_validate, config, dataset.validation, mesh),
+        checkpoints=checkpoints,
+        writer=writer,
+        progress=progress,
+        stop=stop,
+      )
   if stop.exit_code is not None:
     logging.info(
       'stopped by a signal and saved in %s; the same command resumes', workdir
@@ -87,74 +121,72 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
   return result
 
 
-def _steps(run, state, start, checkpoints, writer, progress, stop):
-  """Steps from `start` to the end of the run or a signal."""
-  config, window, result = run.config, [], {}
-  prefetch, phase = Prefetch(run.loader, run.mesh), None
-  for step in range(start + 1, run.num_steps + 1):
+def _steps(
+  config, step, state, *, take, validate, checkpoints, writer, progress, stop
+):
+  """Steps from that of `state` to the end of the run or a signal."""
+  num_steps, late = step.objective.num_steps, config['model.quantize_after']
+  schedule = jax.jit(build.build_schedule(config, num_steps))
+  phase, window, result = None, [], {}
+  for i in range(int(state.step) + 1, num_steps + 1):
     due = {
-      name: config[f'{name}_every'] and step % config[f'{name}_every'] == 0
+      name: config[f'{name}_every'] and i % config[f'{name}_every'] == 0
       for name in ('log', 'eval', 'checkpoint')
     }
-    batch, before = prefetch.next_batch(), phase
-    phase = run.quantizes(step), run.judges(step)
+    before, phase = phase, step.phase(i, quantize_after=late)
     new = phase != before  # each phase is a program of its own
     with progress.compiling() if new else contextlib.nullcontext():
-      state, scalars = run.train_step(step, state, batch)
-    prefetch.dispatched(scalars['loss'])
+      state, scalars = take(phase, state)
     window.append(scalars)
     progress.advance()
-    stopping = stop.agreed(ask=due['log'])
-    last = step == run.num_steps or stopping
+    last = stop.agreed(ask=due['log']) or i == num_steps
     if last or due['log']:
       window = jax.device_get(window)
-      _stop_if_not_finite(state, step, window)
-      scalars = _window_scalars(window, run.schedule, step, config['log_every'])
+      _stop_if_not_finite(state, i, window)
+      scalars = _window_scalars(window, schedule, i, config['log_every'])
+      scalars |= progress.report(i, scalars, waited=take.waited())
+      writer.write_scalars(i, {f'train/{n}': x for n, x in scalars.items()})
       window = []
-      scalars |= progress.report(step, scalars, waited=prefetch.waited())
-      writer.write_scalars(step, {f'train/{n}': x for n, x in scalars.items()})
-    score = None
-    if step == run.num_steps or due['eval']:
+    score, evaluated = None, due['eval'] or i == num_steps
+    if evaluated:
       with progress.paused():
-        result = _validate(run, state, step, writer, progress)
+        result = validate(phase, state, writer, progress)
       score = result.get('mse')  # none before latents are quantized
-    wanted = step == run.num_steps or due['eval'] or due['checkpoint']
+    wanted = evaluated or due['checkpoint']
     # A run that may be diverging must not crowd out its good checkpoints.
     if last or (wanted and not int(state.nonfinite_streak)):
       writer.flush()  # first, so that no checkpoint is ahead of the log
       checkpoints.save(
-        state, config=config, position=run.loader.position(), score=score
+        state, config=config, position=take.position(), score=score
       )
     if last:  # not stop.exit_code: a signal may have come since it was read
       break
   return result
 
 
-class Prefetch:
-  """Batches on the devices, made while the devices work on earlier steps.
+class Stepper:
+  """Takes steps; each batch is made while the devices work on earlier steps.
 
   At most two steps are in flight: their batches take device memory, and a
   signal waits for them.
   """
 
-  def __init__(self, loader, mesh):
-    self._loader, self._mesh = loader, mesh
-    self._in_flight = collections.deque()
-    self._waited = 0.0
+  def __init__(self, loader, mesh, lpips_weights=None):
+    self._loader, self._mesh, self._take = loader, mesh, compile_step(mesh)
+    self._lpips_weights, self.position = lpips_weights, loader.position
+    self._in_flight, self._waited = collections.deque(), 0.0
 
-  def next_batch(self):
-    """The batch of the next step, a tree of global arrays."""
+  def __call__(self, step, state):
+    """The next state and metrics, once at most two steps are in flight."""
     start = time.monotonic()
     batch = sharding.shard_batch(next(self._loader), self._mesh)
     if not self._in_flight or self._in_flight[-1].is_ready():
       self._waited += time.monotonic() - start  # the devices were idle
-    return batch
-
-  def dispatched(self, result: jax.Array) -> None:
-    """Waits until at most two steps are in flight, one of them this one's."""
-    self._in_flight.append(result)
+    state, scalars = self._take(step, state, batch, self._lpips_weights)
+    self._in_flight.append(scalars['loss'])
     if len(self._in_flight) > MAX_STEPS_IN_FLIGHT:
       jax.block_until_ready(self._in_flight.popleft())
+    return state, scalars
 
   def waited(self) -> float:
     """Seconds without a batch for an idle device since the last call."""
@@ -164,74 +196,63 @@ class Prefetch:
 
 @contextlib.contextmanager
 def lock(workdir) -> Iterator[None]:
-  """Makes a workdir and holds its lock, which the system frees at any end.
+  """Makes a workdir and holds its lock; removes it if nothing was written.
+
+  The operating system releases the lock however the process ends.
 
   Raises:
     ValueError: another process trains there, or it cannot be made.
   """
+  if jax.process_index():  # the first one does it for all
+    yield
+    return
+  workdir = Path(workdir)
+  new = [p for p in (workdir, *workdir.parents) if not p.exists()]
   try:
-    Path(workdir).mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise ValueError(
       f'cannot make the folder {workdir}: {error.strerror}; give another '
       '--workdir'
     ) from error
-  if jax.process_index():
-    yield
-    return
-  path = Path(workdir) / '.lock'
+  path = workdir / '.lock'
   with io.lock(path, workdir, 'give another --workdir'):
-    yield
+    try:
+      yield
+    finally:
+      with contextlib.suppress(OSError):  # a parent that others use
+        if new and os.listdir(workdir) == [path.name]:
+          path.unlink()
+          for folder in new:
+            folder.rmdir()
 
 
-def _parameter_table(params) -> str:
-  """A line for each kind of block: its name, how many, their parameters."""
-  counts = collections.defaultdict(list)
-  for module, parts in sorted(params.items()):
-    for part, values in parts.items():
-      name = f'{module}/{part.rstrip("0123456789")}'
-      counts[name].append(parameter_overview.count_parameters({part: values}))
-  lines = [f'{sum(sum(c) for c in counts.values()):,} parameters']
-  for name, own in counts.items():
-    label = name if len(own) == 1 else f'{name} x {len(own)}'
-    lines.append(f'  {label:<24}{sum(own):>12,}')
-  return '\n'.join(lines)
-
-
-def _log_overview(run, state, start):
-  if start == 0:
-    logging.info('%s', _parameter_table(state.params))
+def _log_overview(dataset, state, epoch, num_steps):
+  if not state.step:
+    logging.info('%s', parameter_table(state.params))
   logging.info(
     '%s: %d training images, %d steps per epoch; step %d of %d; %d %s',
-    run.config['data.name'],
-    len(run.dataset.train),
-    run.loader.steps_per_epoch,
-    start,
-    run.num_steps,
-    jax.device_count(),
-    jax.devices()[0].device_kind,
+    *(dataset.name, len(dataset.train), epoch, int(state.step), num_steps),
+    *(jax.device_count(), jax.devices()[0].device_kind),
   )
-  if run.dataset.note:
-    logging.info('%s', run.dataset.note)
+  if dataset.note:
+    logging.info('%s', dataset.note)
 
 
 def _window_scalars(window, schedule, step, log_every):
   """Means over the steps since the last report; codes from summed counts.
 
-  Skipped steps, whose numbers may not be finite, stay out of the means.
-  Usage and perplexity of fewer steps than `log_every`, as at the end of a run,
-  do not compare with the others' and are left out.
+  The means leave out skipped steps, whose numbers may not be finite. Usage and
+  perplexity need `log_every` steps, to compare with the lines before.
   """
-  counts = [w.pop('counts') for w in window]
-  counts = [count for count in counts if count is not None]
+  counts = [c for c in (w.pop('counts') for w in window) if c is not None]
   taken = [w for w in window if not w['skipped']] or window
   scalars = {
     name: float(np.mean([w[name] for w in taken if name in w]))
     for name in taken[-1]
+    if name not in ('usage', 'perplexity')
   }
   scalars['skipped'] = float(np.mean([w['skipped'] for w in window]))
-  scalars.pop('usage', None)
-  scalars.pop('perplexity', None)
   if len(counts) == log_every:
     codes = metrics.code_statistics(np.sum(counts, axis=0, dtype=np.float64))
     scalars |= {name: codes[name] for name in ('usage', 'perplexity')}
@@ -240,25 +261,30 @@ def _window_scalars(window, schedule, step, log_every):
 
 def _stop_if_not_finite(state, step, window):
   streak = int(state.nonfinite_streak)
-  if streak < MAX_NONFINITE_STREAK:
+  if streak < MAX_SKIPPED:
     return
-  what = 'statistics of BatchNorm, the codebook or the discriminator overflowed'
+  why = 'statistics of BatchNorm, the codebook or the discriminator overflowed'
   for name in ('grad_norm', 'loss'):
     values = [w[name] for w in window if not np.isfinite(w[name])]
     if values:
-      what = f'the {name} was {values[0]}'
+      why = f'the {name} was {values[0]}'
   first = step - streak + 1
   raise FloatingPointError(
-    f'stopped at step {first + MAX_NONFINITE_STREAK - 1}: for '
-    f'{MAX_NONFINITE_STREAK} steps in a row, from step {first} on, {what}; the '
-    'state is as it was before them, and so is the last checkpoint. Lower '
-    'config.optimizer.learning_rate or set config.optimizer.clip_norm'
+    f'stopped at step {first + MAX_SKIPPED - 1}: for {MAX_SKIPPED} steps in a '
+    f'row, from step {first} on, {why}; the state is as it was before them, '
+    'and so is the last checkpoint. Lower config.optimizer.learning_rate or '
+    'set config.optimizer.clip_norm'
   )
 
 
-def _validate(run, state, step, writer, progress):
+def _validate(config, source, mesh, step, state, writer, progress):
   """Evaluates on the validation split; writes scalars, grid and histogram."""
-  result, counts = run.validate(state)
+  i, size = int(state.step), config['data.image_size']
+  options = {'mesh': mesh, 'image_size': size, 'quantize': step.quantize}
+  evaluated = step.model, state.eval_variables, source
+  result, counts = validation.validate(
+    *evaluated, batch_size=config['batch_size'], **options
+  )
   if counts is None:
     text = f'autoencoder_mse {result["autoencoder_mse"]:.4f}, not quantized yet'
   else:
@@ -266,10 +292,9 @@ def _validate(run, state, step, writer, progress):
       f'mse {result["mse"]:.4f}  psnr {result["psnr"]:.2f} dB  usage '
       f'{result["usage"]:.1%}  perplexity {result["perplexity"]:.0f}'
     )
-  progress.say(f'step {step}  validation: {text}')
-  writer.write_scalars(step, {f'validation/{n}': x for n, x in result.items()})
-  samples = run.reconstruct_samples(state)
-  writer.write_images(step, {'validation/reconstructions': samples})
-  if counts is not None:
-    writer.write_histograms(step, {'validation/code_counts': counts})
+    writer.write_histograms(i, {'validation/code_counts': counts})
+  progress.say(f'step {i}  validation: {text}')
+  writer.write_scalars(i, {f'validation/{n}': x for n, x in result.items()})
+  samples = validation.reconstruct_samples(*evaluated, **options)
+  writer.write_images(i, {'validation/reconstructions': samples})
   return result

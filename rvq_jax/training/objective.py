@@ -1,4 +1,4 @@
-"""What the model minimises, and what the discriminator D minimises.
+"""The losses of the model and of the discriminator D.
 
 For images x, reconstructions y and t steps taken,
 
@@ -6,7 +6,7 @@ For images x, reconstructions y and t steps taken,
   L_D = (mean softplus(-D(x)) + mean softplus(D(y))) / 2 + w_l LeCAM
 
 and the quantizer's loss is added to L_G. The weights are fixed. D learns for w
-steps before its loss counts: with s = num_steps / 3 and w = min(2000,
+steps before its loss counts. With s = num_steps / 3 and w = min(2000,
 num_steps / 10) it is updated from step s - w on, and r(t) = clip((t - s) / w,
 0, 1). All losses are float32.
 """
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rvq_jax import sharding
 from rvq_jax.models import lpips
 from rvq_jax.models.discriminator import Discriminator
 
@@ -46,16 +47,6 @@ class Objective:
   num_steps: int = 1
   dtype: Any = jnp.float32
 
-  @classmethod
-  def from_config(cls, config, *, num_steps: int, dtype) -> 'Objective':
-    """That of a flat config, of a run of num_steps."""
-    own = {
-      name.removeprefix('objective.'): value
-      for name, value in config.items()
-      if name.startswith('objective.')
-    }
-    return cls(num_steps=num_steps, dtype=dtype, **own)
-
   @property
   def start(self) -> int:
     """s: steps before r(t) rises."""
@@ -71,12 +62,24 @@ class Objective:
     """s - w: steps before D is updated."""
     return max(self.start - self.ramp, 0)
 
+  def is_adversarial(self, step: int) -> bool:
+    """Whether step number `step`, from 1, updates D."""
+    return self.adversarial_weight > 0 and step > self.discriminator_start
+
   def adversarial_ramp(self, step: jax.Array) -> jax.Array:
-    """r(t), float32, where `step` steps were taken."""
+    """r(t), float32, after `step` steps."""
     return jnp.clip((step - self.start) / self.ramp, 0.0, 1.0)
 
+  def load_lpips(self, mesh):
+    """The weights of LPIPS on all devices of a mesh; None if w_p is 0."""
+    if not self.perceptual_weight:
+      return None
+    from rvq_jax.models import lpips_weights
+
+    return sharding.replicate(lpips_weights.load(), mesh)
+
   def init_discriminator(self, key: jax.Array, image_size: int):
-    """D's part of the state, or None: params, opt_state, LeCAM's averages."""
+    """D's part of the state: params, opt_state, LeCAM's averages; or None."""
     if not self.adversarial_weight:
       return None
     images = jnp.zeros((1, image_size, image_size, 3))
@@ -98,8 +101,8 @@ class Objective:
       y: their reconstructions.
       step: t.
       discriminator: D's part of the state; None: w_a is 0.
-      lpips_weights: from `rvq_jax.models.lpips_weights.load('vgg')`, where
-        perceptual_weight is above 0.
+      lpips_weights: from `rvq_jax.models.lpips_weights.load('vgg')`; only used
+        with a perceptual_weight above 0.
     """
     metrics = {'mse': jnp.mean((y - x) ** 2)}
     if self.pixel == 'l1':
@@ -110,7 +113,7 @@ class Objective:
       metrics['lpips'] = jnp.mean(distances)
       loss += self.perceptual_weight * metrics['lpips']
     if discriminator is not None:
-      logits = self._judge(discriminator['params'], y)
+      logits = self._logits(discriminator['params'], y)
       ramp = self.adversarial_ramp(step)
       metrics['adversarial_ramp'] = ramp
       metrics['adversarial_loss'] = jnp.mean(jax.nn.softplus(-logits))
@@ -118,7 +121,7 @@ class Objective:
     return loss, metrics
 
   def discriminator_loss(self, params, x, y, averages):
-    """L_D, and its parts; 'discriminator_loss' is without LeCAM.
+    """L_D and its parts; 'discriminator_loss' is without LeCAM.
 
     Args:
       params: of D.
@@ -126,7 +129,7 @@ class Objective:
       y: their reconstructions.
       averages: D's part of the state.
     """
-    real, fake = self._judge(params, x), self._judge(params, y)
+    real, fake = self._logits(params, x), self._logits(params, y)
     loss = jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))
     metrics = {
       'discriminator_loss': loss / 2,
@@ -142,7 +145,7 @@ class Objective:
     """D's part of the state after one step.
 
     Args:
-      old: the one before.
+      old: D's part before the step.
       grads: of L_D with respect to old['params']; None: D stays as it is.
       metrics: of `discriminator_loss`.
     """
@@ -166,7 +169,7 @@ class Objective:
   def _optimizer(self):
     return optax.adam(self.discriminator_learning_rate, b2=0.95)
 
-  def _judge(self, params, images):
+  def _logits(self, params, images):
     return self._discriminator.apply({'params': params}, images)
 
 
@@ -182,7 +185,7 @@ def lecam(real, fake, mean_real, mean_fake) -> jax.Array:
     real: D(x), any shape.
     fake: D(y).
     mean_real: m_real, moving average of D(x), a scalar.
-    mean_fake: m_fake, that of D(y).
+    mean_fake: m_fake, moving average of D(y).
   """
   excess = jax.nn.relu(real - mean_fake), jax.nn.relu(mean_real - fake)
   return sum(jnp.mean(x**2) for x in excess)

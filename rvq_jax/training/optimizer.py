@@ -1,7 +1,8 @@
 """AdamW with cosine annealing (paper 4.1)."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import optax
 
 SCHEDULES = ('cosine', 'constant')
@@ -51,21 +52,24 @@ def decay_mask(params):
   )
 
 
-def is_frozen(path, freeze: str) -> bool:
-  """Whether a parameter stays as it is.
+def freeze_mask(params, freeze: str):
+  """True for the parameters that stay as they are.
 
   Args:
-    path: its keys, as of `jax.tree_util.tree_map_with_path`.
+    params: of a `VQVAE`.
     freeze: 'codes': learned codes (`embedding`; the `map` of SimVQ) and the phi
-      of multi-scale ones;
-      'encoder,codes': the encoder and the whole quantizer, so that an image
-      keeps its ids; '': none.
+      of multi-scale ones; 'encoder,codes': the encoder and the whole quantizer,
+      so that an image keeps its ids; '': none.
   """
-  names = [key.key for key in path]
-  if 'encoder' in freeze:
-    return names[0] in ('encoder', 'vq')
-  codes = 'embedding', 'map', 'phi_'
-  return freeze == 'codes' and any(name.startswith(codes) for name in names)
+
+  def is_frozen(path, _):
+    names = [key.key for key in path]
+    if 'encoder' in freeze:
+      return names[0] in ('encoder', 'vq')
+    codes = 'embedding', 'map', 'phi_'
+    return freeze == 'codes' and any(name.startswith(codes) for name in names)
+
+  return jax.tree_util.tree_map_with_path(is_frozen, params)
 
 
 def make_optimizer(
@@ -75,50 +79,37 @@ def make_optimizer(
   clip_norm: float = 0.0,
   b2: float = 0.999,
   freeze: str = '',
-  quantizer_scale: float = 1.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """AdamW (beta 0.9, b2) with decay on kernels only.
+
+  `update(grads, state, params, step=)` takes the step of the schedule: it
+  counts skipped steps too, which the optimizer does not see. The state has the
+  same arrays for every `freeze`, so that a run may resume with another one.
 
   Args:
     schedule: step -> learning rate.
     weight_decay: decoupled weight decay.
     clip_norm: upper bound of the global gradient norm; 0 does not clip.
     b2: decay of the second moment.
-    freeze: parameters that stay as they are, see `is_frozen`. A gradient of 0
-      does not ensure that: there are momentum and weight decay.
-    quantizer_scale: learning rate of the quantizer's parameters (those under
-      'vq'), as a multiple of that of all others.
+    freeze: parameters that stay as they are, see `freeze_mask`.
   """
-  adamw = optax.adamw(
-    schedule, b2=b2, weight_decay=weight_decay, mask=decay_mask
+  freeze_frozen = optax.masked(
+    optax.set_to_zero(), functools.partial(freeze_mask, freeze=freeze)
   )
-  if clip_norm > 0:
-    adamw = optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
-
-  def factor(path):
-    if is_frozen(path, freeze):
-      return 0.0
-    return quantizer_scale if path[0].key == 'vq' else 1.0
-
-  def update(grads, state, params=None):
-    # Nor do the gradients of what is frozen count in the norm that is clipped.
-    grads = jax.tree_util.tree_map_with_path(
-      lambda path, g: jnp.zeros_like(g) if is_frozen(path, freeze) else g, grads
-    )
-    updates, state = adamw.update(grads, state, params)
-    updates = jax.tree_util.tree_map_with_path(
-      lambda path, x: x * factor(path) if factor(path) != 1 else x, updates
-    )
-    return updates, state
-
-  return optax.GradientTransformation(adamw.init, update)
-
-
-def set_step(opt_state, step: jax.Array):
-  """opt_state with its schedule at `step`, which counts skipped steps too."""
-  is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
-  return jax.tree.map(
-    lambda x: x._replace(count=step) if is_schedule(x) else x,
-    opt_state,
-    is_leaf=is_schedule,
+  return optax.chain(
+    freeze_frozen,  # they do not count towards the clipped norm
+    optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+    optax.scale_by_adam(b2=b2),
+    optax.add_decayed_weights(weight_decay, decay_mask),
+    _scale_by_rate(schedule),
+    freeze_frozen,  # momentum and weight decay do not move them
   )
+
+
+def _scale_by_rate(schedule):
+  def update(updates, state, params=None, *, step):
+    del params
+    rate = -schedule(step)
+    return jax.tree.map(lambda x: rate * x, updates), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -1,30 +1,33 @@
 """The train step: a pure function of state and batch.
 
-The same function runs under `jit` with shardings (no axis name: the batch is
-global), and under `pmap` and `shard_map` (axis_name given to the step and to
-the model: each device holds its share of the batch).
+One step runs under `jit` with shardings (no axis name: the batch is global),
+and under `pmap` and `shard_map` (axis_name given to the step and to the model:
+each device holds its share of the batch).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from rvq_jax import sharding
 from rvq_jax.data.images import prepare_images, random_colors, random_flip
 from rvq_jax.metrics import diversity
+from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.training.objective import MSE, Objective
-from rvq_jax.training.optimizer import set_step
-from rvq_jax.training.state import TrainState
+from rvq_jax.training.state import FAST_COMPILE, TrainState, create_state
 
-MAX_NONFINITE_STREAK = 10
-"""Steps in a row that are not finite after which no further step is taken."""
+MAX_SKIPPED = 10
+"""Steps in a row that may be skipped; after them no further step is taken."""
 
 
-class Pass(NamedTuple):
-  """What a forward and backward pass over a batch gives."""
+class PassResult(NamedTuple):
+  """The result of a forward and backward pass over a batch."""
 
   loss: jax.Array  # float32 scalar of the global batch
   grads: tuple[Any, Any]  # of the parameters, and of D's parameters or None
@@ -33,71 +36,67 @@ class Pass(NamedTuple):
   updates: dict[str, Any]  # batch_stats and codebook after the pass
 
 
-def make_train_step(
-  model,
-  optimizer: optax.GradientTransformation,
-  *,
-  seed: int = 0,
-  flip: bool = True,
-  colors: bool = False,
-  params_ema_decay: float = 0.0,
-  accumulate_steps: int = 1,
-  quantize: bool = True,
-  objective: Objective = MSE,
-  adversarial: bool = False,
-  axis_name=None,
-):
-  """Builds `train_step(state, batch, lpips_weights=None)`.
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+  """`step(state, batch, lpips_weights=None)` gives the next state and metrics.
 
-  One step minimises the objective, by default MSE(reconstruction, image) on
-  [-1, 1], plus the quantizer's loss (paper eq. 5). Randomness depends on
-  (seed, step) and on an image's index in the global batch alone, so any number
-  of devices takes the same step. If the loss, the gradient, the new statistics,
-  the new codebook or the new discriminator are not finite, the whole state
-  stays as it was but for `step`, which the schedule of the learning rate
-  follows, and `nonfinite_streak`; after ten such steps in a row so it does in
-  every step.
+  A step minimises the objective, by default MSE(reconstruction, image) on
+  [-1, 1], plus the quantizer's loss (paper eq. 5). Its randomness depends only
+  on (seed, step) and on an image's index in the global batch, so any number of
+  devices takes the same step. If the loss, the gradient, the new statistics,
+  the new codebook or the new discriminator are not finite, the update is
+  discarded: only `step` (so the schedule advances) and `nonfinite_streak`
+  change. After ten such steps in a row, every later update is discarded.
 
-  Args:
+  The batch is {'image': [B, h, w, 3] uint8, or float in [-1, 1]}; only a
+  perceptual loss needs lpips_weights. The metrics are float32 scalars of the
+  global batch, and 'counts' [K] (None without quantization).
+
+  Attributes:
     model: a `VQVAE`, made with the same axis_name.
-    optimizer: from `make_optimizer`.
-    seed: of flips and of the replacement of codes.
+    optimizer: from `make_optimizer`, or any of optax.
+    objective: the losses other than the quantizer's.
+    seed: of flips, colours and the replacement of codes.
     flip: mirror each image with probability 1/2.
     colors: give each image other colours, see `random_colors`.
     params_ema_decay: of the state's averages, where it has them.
-    accumulate_steps: microbatches per step; see `_accumulate`.
+    accumulate_steps: microbatches per step; see `_accumulated`.
     quantize: False: the latents pass on unchanged, and the codebook with its
       losses and metrics stays out of the step ("Continuous First, Discrete
       Later", arXiv:2605.06870).
-    objective: the losses other than the quantizer's.
-    adversarial: the state's discriminator judges the reconstructions, and is
+    adversarial: the state's discriminator D judges the reconstructions, and is
       then updated by the same images and reconstructions.
     axis_name: mapped axis under `pmap` or `shard_map`; None under `jit`.
-
-  Returns:
-    A function of a `TrainState`, {'image': [B, h, w, 3] uint8, or float in
-    [-1, 1]} and, with a perceptual loss, the weights of LPIPS that returns the
-    next state and metrics: float32 scalars of the global batch, and 'counts'
-    [K] (None without quantization).
   """
 
-  def train_step(state: TrainState, batch, lpips_weights=None):
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+  model: VQVAE
+  optimizer: optax.GradientTransformation
+  objective: Objective = MSE
+  seed: int | jax.Array = 0
+  flip: bool = True
+  colors: bool = False
+  params_ema_decay: float = 0.0
+  accumulate_steps: int = 1
+  quantize: bool = True
+  adversarial: bool = False
+  axis_name: Any = None
+
+  def __call__(self, state: TrainState, batch, lpips_weights=None):
+    """The next state and metrics; see the class."""
+    key = jax.random.fold_in(jax.random.key(self.seed), state.step)
     flip_key, codebook_key = jax.random.split(key)
-    images = _augment(flip_key, batch['image'], flip, colors, axis_name)
-    judge = state.discriminator if adversarial else None
-    run_pass = _forward_backward(
-      model, state, judge, objective, lpips_weights, axis_name, quantize
-    )
-    if accumulate_steps > 1:
-      run_pass = _accumulate(run_pass, judge, accumulate_steps)
+    images = self._augment(flip_key, batch['image'])
+    run_pass = functools.partial(self._pass, state, lpips_weights)
+    if self.accumulate_steps > 1:
+      run_pass = functools.partial(self._accumulated, run_pass, state)
     result = run_pass(state.variables, images, codebook_key)
 
-    grads, judge_grads = _mean(result.grads, axis_name)
-    metrics = _mean(result.metrics, axis_name)
+    grads, discriminator_grads = self._mean(result.grads)
+    metrics = self._mean(result.metrics)
     grad_norm = optax.tree.norm(grads)
-    opt_state = set_step(state.opt_state, state.step)
-    steps, opt_state = optimizer.update(grads, opt_state, state.params)
+    steps, opt_state = optax.with_extra_args_support(self.optimizer).update(
+      grads, state.opt_state, state.params, step=state.step
+    )
     averaged = {
       'params': optax.apply_updates(state.params, steps),
       'batch_stats': result.updates.get('batch_stats', {}),
@@ -106,15 +105,17 @@ def make_train_step(
       **averaged,
       codebook=result.updates.get('codebook', state.codebook),
       opt_state=opt_state,
-      averages=_average(state.averages, averaged, params_ema_decay),
-      discriminator=objective.update(state.discriminator, judge_grads, metrics),
+      averages=_average(state.averages, averaged, self.params_ema_decay),
+      discriminator=self.objective.update(
+        state.discriminator, discriminator_grads, metrics
+      ),
     )
     finite = jnp.isfinite(result.loss) & jnp.isfinite(grad_norm)
     # A variance that overflows divides to zero: loss and gradient stay finite.
     finite &= _all_finite(
       (proposed.batch_stats, proposed.codebook, proposed.discriminator)
     )
-    finite &= state.nonfinite_streak < MAX_NONFINITE_STREAK
+    finite &= state.nonfinite_streak < MAX_SKIPPED
     new = jax.tree.map(functools.partial(jnp.where, finite), proposed, state)
     streak = jnp.where(finite, 0, state.nonfinite_streak + 1)
     new = new.replace(step=state.step + 1, nonfinite_streak=streak)
@@ -125,84 +126,87 @@ def make_train_step(
       'counts': result.counts,
     }
 
-  return train_step
+  def phase(self, number: int, *, quantize_after: int = 0) -> 'TrainStep':
+    """The step as number `number` of a run, from 1."""
+    return dataclasses.replace(
+      self,
+      quantize=number > quantize_after,
+      adversarial=self.objective.is_adversarial(number),
+    )
 
+  def _augment(self, key, images):
+    if self.flip:
+      images = random_flip(key, images, axis_name=self.axis_name)
+    if self.colors:
+      key, images = jax.random.fold_in(key, 1), prepare_images(images)
+      images = random_colors(key, images, axis_name=self.axis_name)
+    return images
 
-def _augment(key, images, flip: bool, colors: bool, axis_name):
-  if flip:
-    images = random_flip(key, images, axis_name=axis_name)
-  if colors:
-    key, images = jax.random.fold_in(key, 1), prepare_images(images)
-    images = random_colors(key, images, axis_name=axis_name)
-  return images
-
-
-def _forward_backward(
-  model, state, judge, objective, lpips_weights, axis_name, quantize: bool
-) -> Callable[..., Pass]:
-  """A function (variables, images, key) -> `Pass`."""
-
-  def forward_backward(variables, images, key):
+  def _pass(self, state, lpips_weights, variables, images, key) -> PassResult:
+    """The pass of a batch, with D and the step of `state`."""
     images = prepare_images(images)
+    discriminator = self._discriminator(state)
 
     def loss_fn(params):
-      out, updates = model.apply(
+      out, updates = self.model.apply(
         variables | {'params': params},
         images,
         train=True,
-        quantize=quantize,
+        quantize=self.quantize,
         mutable=['batch_stats', 'codebook'],
         rngs={'codebook': key},
       )
-      quantizer, made = out.quantizer, out.reconstruction
-      loss, metrics = objective.generator_loss(
-        images, made, state.step, judge, lpips_weights
+      loss, metrics = self.objective.generator_loss(
+        images, out.reconstruction, state.step, discriminator, lpips_weights
       )
-      if quantize:
-        loss += quantizer.loss
-      # The mean over devices is taken of the loss, not of the gradient alone:
+      counts = None
+      if self.quantize:
+        loss += out.quantizer.loss
+        metrics, counts = out.quantizer.metrics | metrics, out.quantizer.counts
+      # The mean over devices is taken of the loss, not only of the gradient:
       # under shard_map the gradient of a replicated parameter is a sum.
-      return _mean(loss, axis_name), (metrics, made, quantizer, updates)
+      return self._mean(loss), (out.reconstruction, metrics, counts, updates)
 
-    def judge_loss_fn(params):
-      loss, metrics = objective.discriminator_loss(params, images, made, judge)
-      return _mean(loss, axis_name), metrics
+    def discriminator_loss_fn(params):
+      loss, metrics = self.objective.discriminator_loss(
+        params, images, reconstruction, discriminator
+      )
+      return self._mean(loss), metrics
 
-    (loss, (metrics, made, quantizer, updates)), grads = jax.value_and_grad(
-      loss_fn, has_aux=True
-    )(state.params)
-    counts, judge_grads = None, None
-    if quantize:
-      metrics, counts = quantizer.metrics | metrics, quantizer.counts
-    if judge is not None:
-      judge_grads, more = jax.grad(judge_loss_fn, has_aux=True)(judge['params'])
+    (loss, (reconstruction, metrics, counts, updates)), grads = (
+      jax.value_and_grad(loss_fn, has_aux=True)(variables['params'])
+    )
+    discriminator_grads = None
+    if discriminator is not None:
+      discriminator_grads, more = jax.grad(discriminator_loss_fn, has_aux=True)(
+        discriminator['params']
+      )
       metrics |= more
-    return Pass(loss, (grads, judge_grads), metrics, counts, updates)
+    grads = grads, discriminator_grads
+    return PassResult(loss, grads, metrics, counts, updates)
 
-  return forward_backward
+  def _accumulated(self, run_pass, state, variables, images, key) -> PassResult:
+    """The pass of a batch as S passes of microbatches, at the memory of one.
 
+    Gradients, loss and metrics are averaged, counts are summed. Each microbatch
+    starts from the batch_stats and the codebook after the one before it: the
+    codebook is updated S times per step (decay acts S times, and N/K is the
+    microbatch's), so S changes the run and a run cannot resume with another S.
+    Microbatch s holds the images s, s + S, s + 2S, ..., so that each device
+    works on its own rows where rows are sharded.
+    """
+    steps = self.accumulate_steps
 
-def _accumulate(forward_backward, judge, steps: int) -> Callable[..., Pass]:
-  """The pass of a batch as S passes of microbatches, at the memory of one.
-
-  Gradients, loss and metrics are averaged, counts are summed. Each microbatch
-  starts from the batch_stats and the codebook that the one before it left: the
-  codebook is updated S times per step (decay acts S times, and N/K is the
-  microbatch's), so S changes the run and a run cannot resume with another S.
-  Microbatch s holds the images s, s + S, s + 2S, ..., so that where rows are
-  sharded each device works on its own rows.
-  """
-
-  def accumulated(variables, images, key):
     def body(carry, microbatch):
       variables, grads = carry
-      result = forward_backward(variables, *microbatch)
+      result = run_pass(variables, *microbatch)
       grads = jax.tree.map(jnp.add, grads, result.grads)
       carry = variables | result.updates, grads
       return carry, result._replace(grads=None, updates=None)
 
     parts = images.reshape(-1, steps, *images.shape[1:]).swapaxes(0, 1)
-    trained = variables['params'], judge and judge['params']
+    discriminator = self._discriminator(state)
+    trained = state.params, discriminator and discriminator['params']
     zeros = jax.tree.map(jnp.zeros_like, trained)
     (variables, grads), results = jax.lax.scan(
       body, (variables, zeros), (parts, jax.random.split(key, steps))
@@ -211,8 +215,8 @@ def _accumulate(forward_backward, judge, steps: int) -> Callable[..., Pass]:
     if counts is not None:
       counts = jnp.sum(counts, axis=0)
       metrics |= jax.vmap(diversity)(counts.reshape(-1, counts.shape[-1]))
-    mean = lambda x: jnp.mean(x, axis=0)  # noqa: E731
-    return Pass(
+    mean = functools.partial(jnp.mean, axis=0)
+    return PassResult(
       mean(results.loss),
       jax.tree.map(lambda g: g / steps, grads),
       jax.tree.map(mean, metrics),
@@ -220,18 +224,76 @@ def _accumulate(forward_backward, judge, steps: int) -> Callable[..., Pass]:
       variables,
     )
 
-  return accumulated
+  def _discriminator(self, state):
+    return state.discriminator if self.adversarial else None
+
+  def _mean(self, tree):
+    if self.axis_name is None:
+      return tree
+    return jax.lax.pmean(tree, self.axis_name)
+
+
+def compile_init(step: TrainStep, mesh, image_size: int, batch_size: int):
+  """The first state, on all devices of a mesh, as a jitted function.
+
+  Returns:
+    (key, variables=None) -> `TrainState`, with the collections `variables`
+    instead of random ones. `.eval_shape(key)` gives shapes and shardings.
+  """
+
+  def init(key, variables=None):
+    return create_state(
+      step.model,
+      step.optimizer,
+      key,
+      image_size=image_size,
+      batch_size=batch_size // step.accumulate_steps,
+      params_ema=step.params_ema_decay > 0,
+      discriminator=step.objective.init_discriminator(
+        jax.random.fold_in(key, 1), image_size
+      ),
+      variables=variables,
+    )
+
+  everywhere = sharding.replicated(mesh)
+  return jax.jit(init, out_shardings=everywhere, compiler_options=FAST_COMPILE)
+
+
+def compile_step(mesh) -> Callable:
+  """Compiles train steps for the devices of a mesh, each at its first call.
+
+  Steps that differ only in the seed share a program of the compilation cache,
+  and no program holds a copy of LPIPS' weights: both are arguments.
+
+  Returns:
+    (step, state, batch, lpips_weights) -> `step(state, batch, lpips_weights)`
+    for any `TrainStep`; the state is donated.
+  """
+  everywhere, rows = sharding.replicated(mesh), sharding.by_rows(mesh)
+
+  def train_step(step, seed, state, batch, lpips_weights):
+    return dataclasses.replace(step, seed=seed)(state, batch, lpips_weights)
+
+  program = jax.jit(
+    train_step,
+    static_argnums=0,
+    in_shardings=(everywhere, everywhere, rows, everywhere),
+    out_shardings=everywhere,
+    donate_argnums=2,
+  )
+
+  def take(step, state, batch, lpips_weights=None):
+    seed, step = np.int32(step.seed), dataclasses.replace(step, seed=0)
+    return program(step, seed, state, batch, lpips_weights)
+
+  return take
 
 
 def _average(averages, new, decay):
   if averages is None:
     return None
-  # So written, the average of what does not move does not move either.
+  # In this form, the average of a constant stays that constant.
   return jax.tree.map(lambda a, x: a + (1 - decay) * (x - a), averages, new)
-
-
-def _mean(tree, axis_name):
-  return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
 def _all_finite(tree):

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, to be stopped by signals."""
+"""Runs in processes of their own, and their files."""
 
 import contextlib
 import json
@@ -13,30 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_step import Run
 
 from rvq_jax.data.workers import STOP_SIGNALS
 from rvq_jax.models import lpips, lpips_weights
-from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
-from rvq_jax.training.optimizer import make_optimizer, make_schedule
-from rvq_jax.training.run import RUNS_ONCE
-from rvq_jax.training.state import create_state
-from rvq_jax.training.step import make_train_step
 from rvq_jax.training.writers import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Run(subprocess.Popen):
+class Process(subprocess.Popen):
   """A running `launch/main.py`; its lines are read by `wait_for`."""
 
   def wait_for(self, pattern: str) -> re.Match:
     """Reads lines until one matches; fails when the run ends before."""
     for line in self.stderr:
       self.seen.append(line)
-      found = re.search(pattern, line)
-      if found:
-        return found
+      if match := re.search(pattern, line):
+        return match
     raise AssertionError(f'no {pattern!r} in\n' + ''.join(self.seen))
 
   def end(self) -> str:
@@ -84,7 +79,7 @@ def start_run(tiny_config, tmp_path):
       'import json\nfrom ml_collections import ConfigDict\n'
       f'def get_config():\n  return ConfigDict(json.loads({values!r}))\n'
     )
-    run = Run(
+    run = Process(
       [
         *(sys.executable, script, f'--config={file}'),
         *(f'--workdir={workdir}', *flags),
@@ -132,60 +127,6 @@ def make_step_config(load_config, image_folder):
 
 
 @pytest.fixture(scope='session')
-def make_step():
-  """Returns a function: checked config, model -> a state and a train step."""
-  return _make_step
-
-
-def _make_step(flat, model, **options):
-  schedule = make_schedule(
-    flat['optimizer.learning_rate'],
-    num_steps=flat['num_steps'],
-    warmup_steps=flat['optimizer.warmup_steps'],
-    schedule=flat['optimizer.schedule'],
-  )
-  optimizer = make_optimizer(
-    schedule,
-    weight_decay=flat['optimizer.weight_decay'],
-    clip_norm=flat['optimizer.clip_norm'],
-  )
-  average = flat['optimizer.params_ema']
-  state = jax.jit(
-    lambda: create_state(
-      model,
-      optimizer,
-      jax.random.key(flat['seed']),
-      image_size=8,
-      batch_size=8,
-      params_ema=average > 0,
-    ),
-    compiler_options=RUNS_ONCE,
-  )()
-  options = {'flip': False, 'params_ema_decay': average} | options
-  return state, jax.jit(make_train_step(model, optimizer, **options))
-
-
-@pytest.fixture(scope='session')
-def run_until():
-  """Returns a function that trains as far as a step, as a signal would end."""
-  return _run_until
-
-
-def _run_until(config, workdir, step):
-  seen = iter(range(1, 100))
-
-  def agreed(self, ask):
-    if next(seen) == step:
-      self.exit_code = 143
-    return self.exit_code is not None
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.StopSignal, 'agreed', agreed)
-    with pytest.raises(SystemExit):
-      loop.train(config, workdir)
-
-
-@pytest.fixture(scope='session')
 def lpips_stand_in():
   """LPIPS without its 58 MB of weights: a squared error with one weight."""
 
@@ -213,7 +154,7 @@ def final_bits():
 
 
 def _final_bits(config, workdir):
-  template = loop.Run(config).template
+  template = Run(config).template
   with Checkpoints(workdir, read_only=True) as checkpoints:
     state = checkpoints.restore(template, checkpoints.resolve())
   return {

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 from errors import one_line
+from tiny_step import Run
 
 from rvq_jax import load
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
-from rvq_jax.training.run import Run
 
 # Orbax reads arrays side by side and reports only one of those that fail.
 pytestmark = [

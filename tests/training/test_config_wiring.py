@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_step import Run
 
 from rvq_jax import VQVAE
 from rvq_jax.models.decoder import Decoder
@@ -20,7 +21,6 @@ from rvq_jax.quantize.registry import (
 )
 from rvq_jax.training.build import build_model
 from rvq_jax.training.config import fields, flatten
-from rvq_jax.training.run import Run
 
 # Fields that act only together with another one.
 NEEDS = {

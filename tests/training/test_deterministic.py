@@ -5,7 +5,7 @@ import pytest
 from errors import one_line
 
 from rvq_jax.training.backend import DETERMINISTIC
-from rvq_jax.training.run import Run
+from rvq_jax.training.loop import train
 
 FLAG = """
 import os, jax
@@ -21,11 +21,11 @@ def test_it_sets_the_flag_before_the_devices_start(run_python):
   assert run_python(FLAG).stdout.split().count(DETERMINISTIC) == 1
 
 
-def test_it_is_refused_once_they_have_started(tiny_config):
+def test_it_is_refused_once_they_have_started(tiny_config, tmp_path):
   jax.devices()
   tiny_config.deterministic = True
   with one_line(f'before JAX starts .*{DETERMINISTIC}'):
-    Run(tiny_config)
+    train(tiny_config, tmp_path / 'run')
 
 
 COMPILE = """

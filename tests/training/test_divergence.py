@@ -1,21 +1,16 @@
 """A run that diverges stops, says where and why, and keeps what was good."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import tiny_vqvae
+from tiny_step import IMAGES, first_state, take
 
-from rvq_jax import VQVAE
+from rvq_jax import VQVAE, sharding
 from rvq_jax.training import loop
-from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.optimizer import make_optimizer
-from rvq_jax.training.state import create_state
-from rvq_jax.training.step import MAX_NONFINITE_STREAK, make_train_step
-
-IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype('f')
+from rvq_jax.training.step import MAX_SKIPPED, TrainStep
 
 
 class Spoilt(VQVAE):
@@ -25,8 +20,8 @@ class Spoilt(VQVAE):
     out, updates = super().apply(variables, images, **options)
     # The mark of a spoilt batch: a value that changes nothing else.
     factor = jnp.where(images[0, 0, 0, 0] == 0.5, jnp.inf, 1.0)
-    made = _scale_gradient(out.reconstruction, factor)
-    return out.replace(reconstruction=made), updates
+    images = _scale_gradient(out.reconstruction, factor)
+    return out.replace(reconstruction=images), updates
 
 
 @jax.custom_vjp
@@ -40,23 +35,17 @@ _scale_gradient.defvjp(
 )
 
 
-@functools.cache
-def build():
-  tiny = tiny_vqvae()
-  model = Spoilt(tiny.encoder, tiny.vq, tiny.decoder)
-  optimizer = make_optimizer(lambda _: 1e-2)
-  state = jax.jit(
-    lambda: create_state(
-      model,
-      optimizer,
-      jax.random.key(0),
-      image_size=8,
-      batch_size=4,
-      params_ema=True,
-    )
-  )()
-  step = make_train_step(model, optimizer, params_ema_decay=0.5, flip=False)
-  return jax.jit(step), state
+tiny = tiny_vqvae()
+STEP = TrainStep(
+  Spoilt(tiny.encoder, tiny.vq, tiny.decoder),
+  make_optimizer(lambda _: 1e-2),
+  params_ema_decay=0.5,
+  flip=False,
+)
+
+
+def start():
+  return first_state(STEP, params_ema=True)
 
 
 def bits(state):
@@ -65,12 +54,12 @@ def bits(state):
 
 
 def batch(spoilt):
-  images = IMAGES.copy()
+  images = IMAGES[:4].copy()
   if spoilt == 'gradient':
     images[0, 0, 0, 0] = 0.5
   elif spoilt:
     images[1, 2, 3, 0] = spoilt
-  return {'image': images}
+  return images
 
 
 @pytest.mark.parametrize(
@@ -78,9 +67,8 @@ def batch(spoilt):
   [np.nan, pytest.param(np.inf, marks=pytest.mark.slow), 'gradient'],
 )
 def test_nothing_of_a_spoilt_step_stays_and_it_is_counted(spoilt):
-  step, state = build()
-  state, _ = step(state, batch(None))
-  after, metrics = step(state, batch(spoilt))
+  state, _ = take(STEP, start(), batch(None))
+  after, metrics = take(STEP, state, batch(spoilt))
   assert np.isfinite(metrics['loss']) == (spoilt == 'gradient')
   assert not np.isfinite(metrics['grad_norm'])
   assert metrics['skipped'] == 1
@@ -89,37 +77,37 @@ def test_nothing_of_a_spoilt_step_stays_and_it_is_counted(spoilt):
 
 
 def test_statistics_that_overflow_are_not_kept():
-  step, state = build()
+  state = start()
   # The variance behind this kernel overflows; what it divides becomes zero.
-  params = jax.tree.map(lambda x: x, state.params)
-  params['encoder']['conv0']['kernel'] *= 1e19
+  params = jax.tree.map(np.copy, state.params)
+  params['encoder']['conv0']['kernel'] *= np.float32(1e19)
   state = state.replace(params=params)
-  after, metrics = step(state, batch(None))
+  after, metrics = take(STEP, state, batch(None))
   assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])
   assert metrics['skipped'] == 1
   assert bits(after) == bits(state)
 
 
 def test_a_codebook_that_overflows_is_not_kept():
-  step, state = build()
-  state, _ = step(state, batch(None))
-  sums = state.codebook['vq']['embedding_sum']
-  book = state.codebook['vq'] | {'embedding_sum': sums.at[3, 1].set(jnp.inf)}
+  state, _ = take(STEP, start(), batch(None))
+  sums = state.codebook['vq']['embedding_sum'].copy()
+  sums[3, 1] = np.inf
+  book = state.codebook['vq'] | {'embedding_sum': sums}
   state = state.replace(codebook={'vq': book})
-  after, metrics = step(state, batch(None))
+  after, metrics = take(STEP, state, batch(None))
   assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])
   assert metrics['skipped'] == 1
   assert bits(after) == bits(state)
 
 
 def test_nine_spoilt_steps_are_forgiven_and_ten_are_not():
-  step, state = build()
-  for count in (MAX_NONFINITE_STREAK - 1, MAX_NONFINITE_STREAK):
+  state = start()
+  for count in (MAX_SKIPPED - 1, MAX_SKIPPED):
     after = state
     for _ in range(count):
-      after, _ = step(after, batch(np.nan))
-    after, metrics = step(after, batch(None))
-    forgiven = count < MAX_NONFINITE_STREAK
+      after, _ = take(STEP, after, batch(np.nan))
+    after, metrics = take(STEP, after, batch(None))
+    forgiven = count < MAX_SKIPPED
     assert (bits(after) != bits(state)) == forgiven
     assert metrics['skipped'] == (not forgiven)
     assert after.nonfinite_streak == (0 if forgiven else count + 1)
@@ -130,12 +118,14 @@ def test_a_skipped_step_leaves_its_line_of_the_log_readable(
   tiny_config, tmp_path, log_of, monkeypatch
 ):
   tiny_config.num_steps = 4
-  factors, next_batch = iter([np.nan, 1, 1, 1]), loop.Prefetch.next_batch
-  monkeypatch.setattr(
-    loop.Prefetch,
-    'next_batch',
-    lambda self: {'image': next_batch(self)['image'] * float(next(factors))},
-  )
+  factors, place = iter([np.nan, 1, 1, 1]), sharding.shard_batch
+
+  def spoil(batch, mesh):
+    if 'mask' not in batch:  # a training batch
+      batch = {'image': batch['image'] * np.float32(next(factors))}
+    return place(batch, mesh)
+
+  monkeypatch.setattr(sharding, 'shard_batch', spoil)
   loop.train(tiny_config, tmp_path)
   log = log_of(tmp_path)
   assert (log[2, 'train/skipped'], log[4, 'train/skipped']) == (0.5, 0)
@@ -144,7 +134,7 @@ def test_a_skipped_step_leaves_its_line_of_the_log_readable(
 
 @pytest.mark.slow
 def test_a_learning_rate_of_a_million_stops_the_run(
-  tiny_config, tmp_path, steps_of
+  tiny_config, tmp_path, steps_of, final_bits
 ):
   tiny_config.optimizer.learning_rate = 1e6
   tiny_config.num_steps = 40
@@ -159,6 +149,5 @@ def test_a_learning_rate_of_a_million_stops_the_run(
   assert '\n' not in message
   # The step before the first that was not finite, and nothing after it.
   assert steps_of(tmp_path) == [1]
-  with Checkpoints(tmp_path) as checkpoints:
-    state = loop.Run(tiny_config).start(checkpoints)
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+  for name, value in final_bits(tiny_config, tmp_path).items():
+    assert np.isfinite(np.frombuffer(value, np.float32)).all(), name

@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import pytest
+from tiny_step import before_step
 
 from rvq_jax.training import loop
 from rvq_jax.training.preemption import StopSignal
@@ -101,19 +102,14 @@ class Fault(Exception):
 @pytest.mark.usefixtures('one_device')
 @pytest.mark.parametrize('end', [Fault('no'), SystemExit(3)], ids=repr)
 def test_any_end_leaves_the_last_saved_step_complete(
-  end, tiny_config, tiny_run, tmp_path, monkeypatch, final_bits, steps_of
+  end, tiny_config, tiny_run, tmp_path, final_bits, steps_of
 ):
-  real, steps = loop.Prefetch.next_batch, iter(range(1, 7))
+  def fail():
+    raise end
 
-  def next_batch(prefetch):
-    if next(steps) == 5:  # step 4 has just been handed to be saved
-      raise end
-    return real(prefetch)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(loop.Prefetch, 'next_batch', next_batch)
-    with pytest.raises(type(end)):
-      loop.train(tiny_config, tmp_path)
+  # Step 4 has just been handed to be saved.
+  with before_step(5, fail), pytest.raises(type(end)):
+    loop.train(tiny_config, tmp_path)
   assert steps_of(tmp_path)[-1] == 4
   loop.train(tiny_config, tmp_path)
   assert final_bits(tiny_config, tmp_path) == final_bits(tiny_config, tiny_run)

@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from tiny_step import Run
 
 from rvq_jax import load
 from rvq_jax.metrics import to_uint8
@@ -12,7 +13,6 @@ from rvq_jax.tokenizer import tiling
 from rvq_jax.training.build import build_model
 from rvq_jax.training.config import check_config
 from rvq_jax.training.loop import train
-from rvq_jax.training.run import Run
 
 pytestmark = pytest.mark.usefixtures('one_device')
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
@@ -104,7 +104,7 @@ def test_a_new_run_takes_the_collections_and_nothing_else(
 ):
   fields = SMALL | {'objective.adversarial_weight': 0.5, 'seed': 5}
   run = Run(make_step_config(fields), init=lambda: model)
-  fresh, state = run.init(run.key), run.init(run.key, run.initial)
+  fresh, state = run.init(run.key), run.init(run.key, run.initial())
   for name in ('params', 'batch_stats', 'codebook'):
     assert leaves(getattr(state, name)) == leaves(model.variables[name])
     assert leaves(getattr(state, name)) != leaves(getattr(fresh, name))
@@ -117,7 +117,7 @@ def test_a_new_run_takes_the_collections_and_nothing_else(
 def test_a_larger_batch_leaves_the_codes_alive(model, make_step_config):
   fields = SMALL | {'batch_size': 32, 'accumulate_steps': 2}
   run = Run(make_step_config(fields), init=lambda: model)
-  book, old = run.initial['codebook']['vq'], model.variables['codebook']['vq']
+  book, old = run.initial()['codebook']['vq'], model.variables['codebook']['vq']
   for name, scale in (('embedding', 1), ('cluster_size', 2)):
     np.testing.assert_array_equal(book[name], scale * old[name])
   np.testing.assert_array_equal(book['embedding_sum'], 2 * old['embedding_sum'])
@@ -164,27 +164,22 @@ def test_the_decoder_adapts_and_the_tokens_stay(
     ({'model.cosine': True}, 'config.model.cosine: expected True, got False'),
     ({'model.codebook_size': 16}, r'embedding: expected \(16, 8\), got \(8, 8'),
     ({'model.quantize_after': 2}, 'expected config.model.quantize_after = 0'),
+    ({'freeze': 'encoder,codes'}, 'expected a trained encoder, from --init or'),
   ],
 )
-def test_another_model_is_refused_before_anything_is_written(
+def test_what_does_not_fit_is_refused_and_nothing_is_written(
   fields, message, model, make_step_config, tmp_path
 ):
-  config = make_step_config(SMALL | fields)
+  config, workdir = make_step_config(SMALL | fields), tmp_path / 'new' / 'run'
+  init = None if 'freeze' in fields else lambda: model
   with pytest.raises(ValueError) as error:
-    train(config, tmp_path / 'run', init=lambda: model)
+    train(config, workdir, init=init)
   assert re.search(message, str(error.value)), error.value
-  assert '\n' not in str(error.value) and not (tmp_path / 'run').exists()
+  assert '\n' not in str(error.value) and not workdir.parent.exists()
 
 
 def test_fields_that_the_quantizer_does_not_have_may_differ(
   model, make_step_config
 ):
   config = make_step_config(SMALL | {'model.depth': 2, 'model.heads': 4})
-  assert Run(config, init=lambda: model).initial
-
-
-def test_a_new_encoder_is_not_frozen(make_step_config, tmp_path):
-  config = make_step_config({'freeze': 'encoder,codes'})
-  with pytest.raises(ValueError, match='expected a trained encoder, from --in'):
-    train(config, tmp_path / 'run')
-  assert not (tmp_path / 'run').exists()
+  assert Run(config, init=lambda: model).initial()

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from rvq_jax import sharding
+from rvq_jax.data import datasets
 from rvq_jax.training import config as config_lib
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
@@ -80,8 +82,8 @@ with lock(sys.argv[1]):
 """
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(
-  tmp_path, tiny_config
+def test_a_second_process_is_refused_before_it_opens_the_data(
+  tmp_path, tiny_config, monkeypatch
 ):
   process = subprocess.Popen(
     [sys.executable, '-c', HOLD, str(tmp_path)],
@@ -91,14 +93,15 @@ def test_a_second_process_is_refused_until_the_first_is_gone(
   )
   try:
     assert process.stdout.readline() == 'held\n'
+    monkeypatch.setattr(datasets, 'open_dataset', pytest.fail)
     with pytest.raises(ValueError, match='is in use by another') as caught:
       loop.train(tiny_config, tmp_path)
     assert '\n' not in str(caught.value) and str(tmp_path) in str(caught.value)
-    assert not (tmp_path / 'checkpoints').exists()
+    assert [path.name for path in tmp_path.iterdir()] == ['.lock']
   finally:
     process.kill()
     process.communicate()
-  for _ in range(2):
+  for _ in range(2):  # once the first is gone
     with loop.lock(tmp_path):
       pass
 
@@ -109,28 +112,41 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path, tiny_config):
     loop.train(tiny_config, tmp_path / 'file' / 'run')
 
 
-def test_at_most_two_steps_are_in_flight():
-  loader = iter({'image': np.full(8, i)} for i in range(9))
-  prefetch = loop.Prefetch(loader, sharding.data_mesh())
+def test_a_workdir_in_which_nothing_was_written_is_removed(tmp_path):
+  old = tmp_path / 'old'
+  old.mkdir()
+  for workdir in (old, old / 'a' / 'empty', old / 'b' / 'used'):
+    with loop.lock(workdir):
+      assert (workdir / '.lock').exists()
+      if workdir.name == 'used':
+        (workdir / 'config.json').write_text('')
+  assert {path.name for path in old.rglob('*')} == {
+    *('.lock', 'b', 'used', 'config.json')
+  }
 
-  class Result:
-    waited_for = ready = False
 
-    def block_until_ready(self):
-      self.waited_for = True
-      return self
+class Batches(list):
+  position = None
 
-    def is_ready(self):
-      return self.ready
+  def __next__(self):
+    return {'image': np.full(8, self.pop(0))}
 
-  results = [Result() for _ in range(4)]
-  for i, result in enumerate(results):
-    assert np.all(prefetch.next_batch()['image'] == i)
-    prefetch.dispatched(result)
-  assert [r.waited_for for r in results] == [True, True, False, False]
-  first = prefetch.waited()
-  prefetch.next_batch()
-  assert first > 0 and prefetch.waited() == 0  # the devices had work
-  results[-1].ready = True
-  prefetch.next_batch()
-  assert prefetch.waited() > 0
+
+def test_at_most_two_steps_are_in_flight(monkeypatch):
+  losses = [mock.Mock(**{'is_ready.return_value': False}) for _ in range(6)]
+  left = iter(losses)
+
+  def take(step, state, batch, lpips_weights):
+    return int(batch['image'][0]), {'loss': next(left)}
+
+  monkeypatch.setattr(loop, 'compile_step', lambda mesh: take)
+  stepper = loop.Stepper(Batches(range(6)), sharding.data_mesh())
+  assert [stepper(None, None)[0] for _ in range(4)] == [0, 1, 2, 3]
+  waited_for = [x.block_until_ready.called for x in losses[:4]]
+  assert waited_for == [True, True, False, False]
+  first = stepper.waited()
+  stepper(None, None)
+  assert first > 0 and stepper.waited() == 0  # the devices had work
+  losses[4].is_ready.return_value = True
+  stepper(None, None)
+  assert stepper.waited() > 0

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from tiny_step import Run, run_until
 
 from rvq_jax.models import lpips_weights
 from rvq_jax.training import loop
-from rvq_jax.training.run import Run
 from rvq_jax.training.writers import read_jsonl
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -65,18 +65,20 @@ def test_a_discriminator_of_images_not_quantized_is_refused(adversarial):
     Run(adversarial)
 
 
-def test_a_run_judges_from_the_step_that_the_schedule_says(adversarial):
-  run = Run(adversarial)
-  assert [i for i in range(1, 31) if run.judges(i)] == [*range(8, 31)]
+def test_a_run_is_adversarial_from_the_step_that_the_schedule_says(adversarial):
+  def steps(run):
+    return [i for i in range(1, 31) if run.phase(i).adversarial]
+
+  assert steps(Run(adversarial)) == [*range(8, 31)]
   adversarial.objective.adversarial_weight = 0.0
   run = Run(adversarial)
-  assert not any(map(run.judges, range(1, 31)))
+  assert not steps(run)
   assert run.template.discriminator is None
 
 
 @pytest.mark.slow
 def test_a_run_resumed_in_any_phase_ends_in_the_same_bits(
-  adversarial, tmp_path, final_bits, log_of, run_until
+  adversarial, tmp_path, final_bits, log_of
 ):
   whole = tmp_path / 'whole'
   loop.train(adversarial, whole)
@@ -95,7 +97,7 @@ def test_a_run_resumed_in_any_phase_ends_in_the_same_bits(
   logged = {r['step']: r for r in records if 'train/loss' in r}
   names = ('discriminator_loss', 'logits_real', 'logits_fake', 'lecam')
   for step, record in logged.items():
-    found = [f'train/{name}' in record for name in names]
-    assert found == 4 * [step >= 8]
+    logs = [f'train/{name}' in record for name in names]
+    assert logs == 4 * [step >= 8]
   ramp = [logged[i]['train/adversarial_ramp'] for i in (11, 12, 13, 14, 30)]
   np.testing.assert_allclose(ramp, [0, 1 / 3, 2 / 3, 1, 1], rtol=1e-6)

@@ -10,15 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_step import IMAGES, first_moment, step_of
 
 from rvq_jax.training.config import check_config
-
-IMAGES = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype('f')
-
-
-def first_moment(state):
-  """AdamW's first moment; after one step a tenth of the gradient."""
-  return optax.tree.get(state.opt_state, 'mu')
 
 
 def result(reconstruction):
@@ -40,13 +34,13 @@ class Affine(nn.Module):
 
 
 @pytest.fixture(scope='module')
-def affine_steps(make_step_config, make_step):
+def affine_steps(make_step_config):
   """Returns a function of fields of the optimizer: states of three steps."""
 
   def take(skipped=None, **fields):
     named = {f'optimizer.{name}': value for name, value in fields.items()}
     flat = check_config(make_step_config(named))
-    state, step = make_step(flat, Affine())
+    state, step = step_of(flat, Affine())
     states = [state]
     for i in range(3):
       spoilt = np.nan if i == skipped else 1
@@ -104,7 +98,7 @@ def test_averaged_parameters_follow_at_the_configs_decay(affine_steps):
     np.testing.assert_allclose(got, average, rtol=1e-5)
 
 
-def test_a_step_mirrors_half_of_the_images(make_step_config, make_step):
+def test_a_step_mirrors_half_of_the_images(make_step_config):
   flat = check_config(make_step_config({'optimizer.learning_rate': 0.0}))
   # White on the left, black on the right; mirrored, an image is its negative.
   images = np.ones((400, 8, 8, 3), np.float32)
@@ -118,7 +112,7 @@ def test_a_step_mirrors_half_of_the_images(make_step_config, make_step):
 
   shares = []
   for options in ({'flip': True}, {'flip': True, 'seed': 1}, {}):
-    state, step = make_step(flat, Left(), **options)
+    state, step = step_of(flat, Left(), **options)
     for _ in range(2):
       state, metrics = step(state, {'image': images})
       shares.append(float(metrics['mse']) / 4)

@@ -3,12 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from tiny_step import Run, bits, run_until
 
 from rvq_jax import load
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
-from rvq_jax.training.config import check_config
-from rvq_jax.training.run import Run
 from rvq_jax.training.writers import read_jsonl
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -19,10 +18,6 @@ def config(tiny_config):
   tiny_config.model.quantize_after = 3
   tiny_config.keep_checkpoints = 4
   return tiny_config
-
-
-def bits(tree):
-  return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 @pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)])
@@ -48,11 +43,11 @@ def test_the_first_batch_that_is_quantized_and_taken_fills_the_codebook(run):
     assert bits((state.codebook, state.params.get('vq', {}))) == bits(before)
     assert metrics['loss'] == metrics['mse']
     assert metrics['counts'] is None and 'usage' not in metrics
-  assert not run.quantizes(int(state.step))
+  assert [run.phase(i).quantize for i in (3, 4)] == [False, True]
   state, metrics = run.train_step(4, state, images(run, 4, spoilt=True))
   assert metrics['skipped'] == 1 and metrics['counts'] is not None
   assert np.sum(state.codebook['vq']['cluster_size']) == 0
-  z, _ = run.model.apply(
+  z, _ = run.step.model.apply(
     state.variables,
     images(run, 5)['image'],
     train=True,
@@ -76,13 +71,13 @@ def test_the_first_batch_that_is_quantized_and_taken_fills_the_codebook(run):
 def test_a_run_reports_the_autoencoder_then_the_codes(config, tmp_path):
   loop.train(config, tmp_path)
   records = read_jsonl(tmp_path / 'metrics.jsonl')
-  found = {
+  validated = {
     r['step']: {n for n in r if n.startswith('validation/')}
     for r in records
     if any(n.startswith('validation/') for n in r)
   }
-  assert found[3] == {'validation/autoencoder_mse'}
-  assert {'validation/mse', 'validation/usage'} < found[6]
+  assert validated[3] == {'validation/autoencoder_mse'}
+  assert {'validation/mse', 'validation/usage'} < validated[6]
   logged = {r['step']: r for r in records if 'train/loss' in r}
   assert 'train/usage' not in logged[2] and 'train/usage' not in logged[4]
   assert 'train/usage' in logged[6]
@@ -95,7 +90,7 @@ def test_a_run_reports_the_autoencoder_then_the_codes(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_resumed_before_the_switch_ends_in_the_same_bits(
-  config, tmp_path, final_bits, run_until
+  config, tmp_path, final_bits
 ):
   loop.train(config, tmp_path / 'whole')
   whole = final_bits(config, tmp_path / 'whole')
@@ -108,19 +103,13 @@ def test_a_run_resumed_before_the_switch_ends_in_the_same_bits(
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'model.init_from': 'normal'}, 'filled from data'),
-    ({'model.quantizer': 'fsq'}, 'got fsq'),
-    ({'model.quantize_after': -1}, 'at least 0'),
+    ({'init_from': 'normal'}, 'filled from data'),
+    ({'quantizer': 'fsq'}, 'got fsq'),
+    ({'quantize_after': -1}, 'at least 0'),
+    ({'quantize_after': 6}, 'less than the 6 steps.* with 0 all '),
   ],
 )
 def test_what_cannot_be_quantized_late_is_refused(fields, message, config):
-  for name, value in fields.items():
-    config.model[name.removeprefix('model.')] = value
+  config.model.update(fields)
   with pytest.raises(ValueError, match=message):
-    check_config(config)
-
-
-def test_a_switch_beyond_the_end_of_the_run_is_refused(config):
-  config.model.quantize_after = 6
-  with pytest.raises(ValueError, match='less than the 6 steps.* with 0 all '):
     Run(config)

@@ -1,9 +1,7 @@
 """A run that is cut off and resumed ends in the bits of one that is not."""
 
-import os
-import signal
-
 import pytest
+from tiny_step import run_until
 
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
@@ -21,25 +19,7 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(
     tiny_config.model.quantizer = 'multiscale'
   whole, parts = tmp_path / 'whole', tmp_path / 'parts'
   loop.train(tiny_config, whole)
-  # Cut off at step 4 by a signal; the cosine is that of the whole run.
-  real = loop.Run._build_steps
-
-  def interrupt(run):
-    real(run)
-    step = run.train_step
-
-    def train_step(i, state, batch):
-      if int(state.step) == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-      return step(i, state, batch)
-
-    run.train_step = train_step
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.Run, '_build_steps', interrupt)
-    with pytest.raises(SystemExit) as caught:
-      loop.train(tiny_config, parts)
-  assert caught.value.code == 143
+  run_until(tiny_config, parts, 4)  # the cosine is that of the whole run
   assert f'saved in {parts}; the same command resumes' in caplog.text
   with Checkpoints(parts, read_only=True) as checkpoints:
     assert checkpoints.resolve() == 4

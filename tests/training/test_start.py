@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from tiny_step import Run
 
 from rvq_jax.io import tree_digest
-from rvq_jax.training import run as run_lib
+from rvq_jax.training import step as step_lib
 from rvq_jax.training import writers
 from rvq_jax.training.loop import train
-from rvq_jax.training.run import Run
 
 SMALL = {'jit(stage)', 'jit(_threefry_seed)', 'jit(schedule)'}
 
@@ -46,8 +46,9 @@ def test_the_first_state_has_the_bits_of_the_optimized_program(
   tiny_config, monkeypatch
 ):
   digests = []
-  for options in (run_lib.RUNS_ONCE, {'xla_backend_optimization_level': 3}):
-    monkeypatch.setattr(run_lib, 'RUNS_ONCE', options)
+  optimized = {'xla_backend_optimization_level': 3}
+  for options in (step_lib.FAST_COMPILE, optimized):
+    monkeypatch.setattr(step_lib, 'FAST_COMPILE', options)
     run = Run(tiny_config)
     digests.append(tree_digest(run.init(run.key).params))
   assert digests[0] == digests[1]

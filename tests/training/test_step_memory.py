@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rvq_jax import sharding
 from rvq_jax.training import config as config_lib
-from rvq_jax.training.build import build_model
-from rvq_jax.training.optimizer import make_optimizer
-from rvq_jax.training.state import create_state
-from rvq_jax.training.step import make_train_step
+from rvq_jax.training.build import build_step
+from rvq_jax.training.step import compile_init
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, SIDE = 128, 256
+MESH = sharding.data_mesh(jax.devices('cpu')[:1])
 GPU_COMPILER = pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda12_plugin') is None,
   reason='needs jax-cuda12-plugin and jax-cuda12-pjrt to compile for a GPU',
@@ -40,17 +40,10 @@ def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
   config = load_config('imagenet')
   config.model.num_res_blocks = 1  # blocks are alike
   flat = config_lib.check_config(config)
-  model = build_model(flat)
-  optimizer = make_optimizer(2e-4, weight_decay=0.01)
-  state = jax.eval_shape(
-    lambda key: create_state(
-      model, optimizer, key, image_size=SIDE, batch_size=BATCH
-    ),
-    jax.random.key(0),
-  )
+  step = build_step(flat, 10**6)
+  state = compile_init(step, MESH, SIDE, BATCH).eval_shape(jax.random.key(0))
   images = jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, 3), jnp.uint8)
-  step = jax.jit(make_train_step(model, optimizer))
-  text = step.lower(state, {'image': images}).as_text()
+  text = jax.jit(step).lower(state, {'image': images}).as_text()
   sizes = {
     math.prod(map(int, shape.split('x')))
     for shape in re.findall(r'tensor<((?:\d+x)*\d+)x\w+>', text)
@@ -62,17 +55,11 @@ def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
 
 @pytest.mark.slow
 def test_making_the_state_takes_no_memory_for_the_batch(load_config):
-  flat = config_lib.check_config(load_config('photos'))
-  model = build_model(flat)
-  optimizer = make_optimizer(2e-4, weight_decay=0.01)
+  step = build_step(config_lib.check_config(load_config('photos')), 10**6)
 
   def memory(batch_size):
-    make = jax.jit(
-      lambda key: create_state(
-        model, optimizer, key, image_size=64, batch_size=batch_size
-      )
-    )
-    compiled = make.lower(jax.random.key(0)).compile()
+    program = compile_init(step, MESH, 64, batch_size)
+    compiled = program.lower(jax.random.key(0)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   assert memory(1000) == memory(1)

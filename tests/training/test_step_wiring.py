@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_step import IMAGES as ALL_IMAGES
+from tiny_step import first_moment, step_of
 
 from rvq_jax import VectorQuantizer
 from rvq_jax.training.build import build_model
 from rvq_jax.training.config import check_config
-from rvq_jax.training.run import RUNS_ONCE
+from rvq_jax.training.state import FAST_COMPILE
 
-IMAGES = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype('f')
-
-
+IMAGES = ALL_IMAGES[:8]
 # Each is one program; what several tests ask is in one of them.
 STEPS = {
   'rotation': {},
@@ -37,7 +37,7 @@ STEPS = {
 
 
 @pytest.fixture(scope='module')
-def first_step(make_step_config, make_step):
+def first_step(make_step_config):
   """Returns a function of a name in STEPS: model, two states, metrics."""
 
   @functools.cache
@@ -45,15 +45,10 @@ def first_step(make_step_config, make_step):
     fields = {'model.init_from': 'normal'} | STEPS[name]
     flat = check_config(make_step_config(fields))
     model = build_model(flat)
-    state, step = make_step(flat, model)
+    state, step = step_of(flat, model)
     return model, state, *step(state, {'image': IMAGES})
 
   return take
-
-
-def first_moment(state):
-  """AdamW's first moment; after one step a tenth of the gradient."""
-  return optax.tree.get(state.opt_state, 'mu')
 
 
 def dense_maps(estimator, e, q):
@@ -82,7 +77,7 @@ def variables_of(state, part):
   return {n: {part: v[part]} for n, v in parts.items() if part in v}
 
 
-# Static and without a quantizer of its own, so that all names share a program.
+# A static argument, the same for all names, so that they share a program.
 def plain(model):
   return model.clone(vq=VectorQuantizer(codebook_size=8))
 
@@ -95,12 +90,12 @@ def _latents(model, variables):
   return z.reshape(-1, z.shape[-1])
 
 
-latents = jax.jit(_latents, static_argnums=0, compiler_options=RUNS_ONCE)
+latents = jax.jit(_latents, static_argnums=0, compiler_options=FAST_COMPILE)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=RUNS_ONCE)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
 def encoders_gradient(model, variables, arrives):
-  """Of the encoder's parameters, where `arrives` is that of z."""
+  """The gradient of the encoder's parameters; `arrives` is the one of z."""
   return jax.grad(lambda v: jnp.sum(_latents(model, v) * arrives))(variables)
 
 
@@ -112,7 +107,7 @@ def encode(model, state):
   return z, codes, ((z[:, None] - codes[None]) ** 2).sum(-1).argmin(1)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=RUNS_ONCE)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
 def decoders_gradient(model, variables, q):
   """Of the mean squared error by the codes q [N, D]."""
 
@@ -191,7 +186,7 @@ def test_the_steps_codebook_moves_at_the_configs_decay(first_step):
 
 
 def test_codes_under_the_configs_threshold_are_replaced(first_step):
-  # That of 'ste' is above every count, that of 'averaged' is zero.
+  # The threshold of 'ste' is above every count, of 'averaged' it is zero.
   assert first_step('ste')[3]['replaced_codes'] == 8
   assert first_step('averaged')[3].get('replaced_codes', 0) == 0
 

@@ -12,10 +12,10 @@ import pytest
 from absl import flags
 from hypothesis import example, given, settings
 from ml_collections import config_flags
+from tiny_step import Run
 
 import rvq_jax
 from rvq_jax.training.config import check_config, fields, flatten
-from rvq_jax.training.run import Run
 
 PACKAGE = Path(rvq_jax.__file__).parent
 EXPECTED = (ValueError, OSError, FloatingPointError)
