@@ -7,13 +7,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 
 import rvq_jax
 from rvq_jax.training import loop
-
-# UNTIL THE MERGE: the parts of the redesign are not together yet.
-SOON = pytest.mark.xfail(strict=False, reason='the redesign is under way')
 
 
 def files_entered(call):
@@ -40,7 +36,6 @@ def files_entered(call):
   )
 
 
-@SOON
 def test_from_an_image_to_its_ids_is_a_short_way(make_tokenizer):
   tokenizer = make_tokenizer(seed=9)
   images = np.zeros((2, 16, 16, 3), np.uint8)
@@ -48,7 +43,6 @@ def test_from_an_image_to_its_ids_is_a_short_way(make_tokenizer):
   assert 'quantize/search.py' in files and len(files) <= 9, '\n'.join(files)
 
 
-@SOON
 def test_from_an_image_on_disk_to_the_train_step_is_a_short_way(
   tiny_config, tmp_path, one_device
 ):
