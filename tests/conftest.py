@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 _flags = '--xla_force_host_platform_device_count=8'
 # Tests compile thousands of small programs and run each for a moment: without
 # MLIR's emitters and LLVM's optimization they take a third of the time. LLVM
@@ -65,14 +67,17 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope='session')
 def run_python():
-  """Returns a function that runs a program in a process without a GPU."""
+  """Returns a function: a text or a Path to run -> the process, on a CPU."""
 
-  def run(program, **environment):
+  def run(program, *arguments, cwd=ROOT, **variables):
+    code = () if isinstance(program, Path) else ('-c',)
     return subprocess.run(
-      [sys.executable, '-c', program],
-      env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+      [sys.executable, *code, program, *map(str, arguments)],
+      cwd=cwd,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'} | variables,
       capture_output=True,
       text=True,
+      timeout=280,
     )
 
   return run

@@ -78,9 +78,8 @@ def test_two_processes_write_the_files_of_one(
   flags += (f'--output={tmp_path}/two', '--multihost', '--num_processes=2')
   flags += (f'--coordinator=localhost:{port}',)
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    outs = list(
-      pool.map(lambda i: succeed('encode', *flags, f'--process_id={i}'), [0, 1])
-    )
+    ids = '--process_id=0', '--process_id=1'
+    outs = pool.map(lambda i: succeed('encode', *flags, i), ids)
   assert ['tokens of 40 images' in out for out in outs] == [True, False]
   one, two = (
     {x.name: x.read_bytes() for x in (tmp_path / name / 'train').iterdir()}
