@@ -11,7 +11,6 @@ import pytest
 from rvq_jax import __version__
 from rvq_jax.cli import COMMANDS
 from rvq_jax.commands import config_file, program
-from rvq_jax.training import backend, loop
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = sorted((ROOT / 'launch').glob('*.py'))
@@ -74,21 +73,14 @@ def test_it_tells_its_version(show):
 
 
 @pytest.fixture
-def trained(monkeypatch, tmp_path):
-  """Returns a function: arguments -> what `rvq train` hands to the loop."""
-  monkeypatch.chdir(tmp_path)
+def read(monkeypatch):
+  """Returns a function: arguments -> the flags that a command is given."""
   monkeypatch.setattr(program, '_prepare_logs', lambda: None)
-  monkeypatch.setattr(backend, 'prepare_backend', lambda **_: None)
-
-  def hand(config, workdir, init):
-    raise InterruptedError(config, workdir)
-
-  monkeypatch.setattr(loop, 'train', hand)
 
   def call(*arguments):
-    with pytest.raises(InterruptedError) as ended:
-      COMMANDS['train'].main(list(arguments))
-    return ended.value.args
+    given = []
+    program.command(program.CONFIG)(given.append)(arguments)
+    return given[0]
 
   return call
 
@@ -96,15 +88,16 @@ def trained(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
   'given', ['cifar10:f4,best', str(ROOT / 'configs/cifar10.py:f4,best')]
 )
-def test_the_config_and_its_fields_reach_the_loop(given, trained):
-  config, workdir = trained(
+def test_a_command_is_given_the_config_and_its_fields(given, read):
+  flags = read(
     *('--config.batch_size=8', f'--config={given}', '--noconfig.data.flip'),
     *('--config.model.widths=(4,8)', '--config.num_steps', '3'),
   )
-  assert workdir == Path('runs/cifar10_f4_best')
-  assert (config.model.factor, config.model.estimator) == (4, 'ste')
+  config, model = flags.config, flags.config.model
+  assert flags.run_name == 'cifar10_f4_best'
+  assert (model.factor, model.estimator, model.widths) == (4, 'ste', (4, 8))
   assert (config.batch_size, config.num_steps) == (8, 3)
-  assert (config.data.flip, config.model.widths) == (False, (4, 8))
+  assert not config.data.flip
 
 
 def test_a_shipped_config_given_by_its_path_is_not_a_second_module(monkeypatch):
@@ -117,17 +110,18 @@ def test_a_shipped_config_given_by_its_path_is_not_a_second_module(monkeypatch):
   assert config_file.load(str(ROOT / 'rvq_jax/configs/photos.py'))[0].seed == 7
 
 
-def test_a_config_of_the_user_builds_on_a_shipped_one(trained, tmp_path):
-  (tmp_path / 'photos.py').write_text(
+def test_a_config_of_the_user_builds_on_a_shipped_one(read, tmp_path):
+  path = tmp_path / 'photos.py'
+  path.write_text(
     'from rvq_jax.configs import photos\n'
     'def get_config(size):\n'
     '  config = photos.get_config()\n'
     '  config.data.image_size = int(size)\n'
     '  return config\n'
   )
-  config, workdir = trained('--config=photos.py:32')
-  assert workdir == Path('runs/photos_32')
-  assert (config.data.image_size, config.num_steps) == (32, 1000)
+  flags = read(f'--config={path}:32')
+  assert flags.run_name == 'photos_32'
+  assert (flags.config.data.image_size, flags.config.num_steps) == (32, 1000)
 
 
 MAIN = """

@@ -22,6 +22,7 @@ from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.step import compile_init
 from rvq_jax.training.writers import read_jsonl
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 LOST_AFTER = 20  # seconds of silence
 BOUND = 240  # seconds in which anything must end, on a machine under load
@@ -110,7 +111,7 @@ def saved(workdir):
 
 def wait_for_step(workdir, step):
   end = time.monotonic() + BOUND
-  while not saved(workdir) or saved(workdir)[-1] < step:
+  while max(saved(workdir), default=0) < step:
     assert time.monotonic() < end, 'no checkpoint'
     time.sleep(0.1)
 
@@ -140,7 +141,6 @@ def one(image_folder, tmp_path_factory):
   return workdir
 
 
-@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(two, one):
   assert [code for code, *_ in two[1]] == [0, 0], two[1]
   leaves = jax.tree_util.tree_leaves_with_path(load(two[0]))
@@ -156,22 +156,18 @@ def test_two_processes_take_the_steps_of_one(two, one):
       np.testing.assert_allclose(x[name], y[name], 1e-3, atol, err_msg=name)
 
 
-@pytest.mark.slow
 def test_the_first_process_alone_speaks(two, one):
   (_, out, err), (_, other_out, other_err) = two[1]
   assert 'test split' in out and 'step 20/20' in err
   assert not re.search('step|split', other_out + other_err)
-  got, want = (
-    json.loads((w / 'evaluation/test/metrics.json').read_text())
-    for w in (two[0], one)
-  )
+  files = (w / 'evaluation/test/metrics.json' for w in (two[0], one))
+  got, want = (json.loads(file.read_text()) for file in files)
   assert got['images'] == want['images'] == 11
   for name in ('mse', 'psnr', 'perplexity'):
     np.testing.assert_allclose(got[name], want[name], rtol=1e-3)
   assert (two[0] / 'evaluation/test/reconstructions.png').exists()
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_four_devices_is_restored_on_one_and_on_four(two):
   once, again = load(two[0]), load(two[0], devices=4)
   assert len(again.step.sharding.device_set) == 4
@@ -179,7 +175,6 @@ def test_a_checkpoint_of_four_devices_is_restored_on_one_and_on_four(two):
     np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
 def test_when_one_process_dies_the_other_ends_and_the_run_resumes(
   victim, image_folder, tmp_path
@@ -208,7 +203,6 @@ def test_when_one_process_dies_the_other_ends_and_the_run_resumes(
   assert saved(tmp_path)[-1] == last + 7
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_one_step(image_folder, tmp_path):
   flags = ('--config.num_steps=1000000', '--config.accumulate_steps=2')
   with pair(image_folder, tmp_path, *flags, scheduler=slurm) as both:
@@ -220,7 +214,6 @@ def test_a_signal_to_one_process_stops_all_at_one_step(image_folder, tmp_path):
   assert int(load(tmp_path).step) == saved(tmp_path)[-1]
 
 
-@pytest.mark.slow
 def test_a_mistake_of_all_ends_each_in_one_line(image_folder, tmp_path):
   with pair(image_folder, tmp_path, '--config.batch_size=6') as both:
     done = [finish(process) for process in both]

@@ -12,6 +12,8 @@ from rvq_jax import load
 from rvq_jax.tokenizer import tiling
 from rvq_jax.tokenizer.dataset import TokenDataset
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def succeed(run):
@@ -25,7 +27,6 @@ def succeed(run):
   return call
 
 
-@pytest.mark.slow
 def test_an_image_goes_to_tokens_and_back(
   tiny_run, image_folder, tmp_path, run, succeed
 ):
@@ -46,7 +47,6 @@ def test_an_image_goes_to_tokens_and_back(
   assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_a_data_set_goes_to_tokens_and_back(
   tiny_run, image_folder, tmp_path, run, succeed
 ):
@@ -65,7 +65,6 @@ def test_a_data_set_goes_to_tokens_and_back(
   assert 'expected a new or empty folder' in done.stderr
 
 
-@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(
   tiny_run, image_folder, tmp_path, succeed
 ):
@@ -88,7 +87,6 @@ def test_two_processes_write_the_files_of_one(
   assert one == two and len(one) == 4
 
 
-@pytest.mark.slow
 def test_a_page_replaces_only_a_page(tiny_run, image_folder, tmp_path, succeed):
   page = tmp_path / 'page.html'
   flags = ('--workdir=.', f'--output={page}')
@@ -101,7 +99,6 @@ def test_a_page_replaces_only_a_page(tiny_run, image_folder, tmp_path, succeed):
   assert source.name in page.read_text()
 
 
-@pytest.mark.slow
 def test_an_export_is_the_model_of_the_run(tiny_run, tmp_path, succeed):
   folder = tmp_path / 'export'
   out = succeed(
