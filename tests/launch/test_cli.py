@@ -19,7 +19,9 @@ LAUNCHERS = sorted((ROOT / 'launch').glob('*.py'))
 def test_each_launcher_is_a_command_and_defines_nothing():
   names = COMMANDS.keys() - {'train'} | {'main', 'checkout'}
   assert {path.stem for path in LAUNCHERS} == names
+  assert not names & sys.stdlib_module_names  # they would hide those
   for path in LAUNCHERS:
+    assert len(path.read_text().splitlines()) <= 8, path
     kinds = {type(node) for node in ast.walk(ast.parse(path.read_text()))}
     assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.Assign}, path
 
