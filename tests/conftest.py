@@ -95,10 +95,9 @@ def load_config():
 
 @pytest.fixture(scope='session')
 def make_once(tmp_path_factory):
-  """Returns a function: name, make -> the folder that make(folder) filled.
+  """Returns a function: name, make -> a folder, filled once for all workers.
 
-  It is made once, on one device, for all workers of pytest. Copy it to change
-  it.
+  It is made on one device. Copy it to change it.
   """
   root = tmp_path_factory.getbasetemp()
   if 'PYTEST_XDIST_WORKER' in os.environ:
@@ -122,11 +121,10 @@ def _one_device():
   """Runs use one device, whose programs compile in half of the time."""
   from rvq_jax import sharding
 
-  def mesh(devices=None, real=sharding.data_mesh):
-    return real(jax.devices()[:1] if devices is None else devices)
-
+  real = sharding.data_mesh
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, 'data_mesh', mesh)
+    one = jax.devices()[:1]
+    patch.setattr(sharding, 'data_mesh', lambda devices=one: real(devices))
     yield
 
 

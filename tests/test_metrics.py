@@ -130,9 +130,7 @@ def entropy(ids):
     ('last_65536_tokens', (40, 40), 2, 'the whole split, 80 tokens'),
   ],
 )
-def test_a_definition_is_that_of_the_tokens_it_counts(
-  name, sizes, counted, text
-):
+def test_a_definition_counts_its_tokens(name, sizes, counted, text):
   batches = draw(*sizes)
   entry, ids = define(batches)[name], np.concatenate(batches[-counted:])
   np.testing.assert_allclose(entry['usage'], used(ids))

@@ -34,16 +34,14 @@ def files_entered(call):
   return sorted(files)
 
 
-def test_from_an_image_to_its_ids_is_a_short_way(make_tokenizer):
+def test_the_way_to_the_ids_is_short(make_tokenizer):
   tokenizer = make_tokenizer(seed=9)
   images = np.zeros((2, 16, 16, 3), np.uint8)
   files = files_entered(lambda: tokenizer.encode(images))
   assert 'quantize/search.py' in files and len(files) <= 9, '\n'.join(files)
 
 
-def test_from_an_image_on_disk_to_the_train_step_is_a_short_way(
-  tiny_config, tmp_path, one_device
-):
+def test_the_way_to_the_train_step_is_short(tiny_config, tmp_path, one_device):
   tiny_config.num_steps = 2
   files = files_entered(lambda: loop.train(tiny_config, tmp_path / 'run'))
   assert {'data/decoding.py', 'training/step.py'} <= set(files)

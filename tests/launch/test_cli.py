@@ -106,10 +106,9 @@ def test_a_shipped_config_given_by_its_path_is_not_a_second_module(monkeypatch):
   from rvq_jax.configs import photos
 
   monkeypatch.setattr(photos, 'get_config', lambda: {'seed': 7})
-  for given in ('photos', ROOT / 'configs/photos.py'):
-    config, _ = config_file.load(str(given))
-    assert config.to_dict() == {'seed': 7}
-  assert config_file.load(str(ROOT / 'rvq_jax/configs/photos.py'))[0].seed == 7
+  paths = ROOT / 'configs/photos.py', ROOT / 'rvq_jax/configs/photos.py'
+  for given in ('photos', *map(str, paths)):
+    assert config_file.load(given)[0].to_dict() == {'seed': 7}
 
 
 def test_a_config_of_the_user_builds_on_a_shipped_one(read, tmp_path):

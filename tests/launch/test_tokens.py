@@ -27,9 +27,7 @@ def succeed(run):
   return call
 
 
-def test_an_image_goes_to_tokens_and_back(
-  tiny_run, image_folder, tmp_path, run, succeed
-):
+def test_an_image_there_and_back(tiny_run, image_folder, tmp_path, succeed):
   source = next((image_folder / 'test').rglob('*.png'))
   npz, png = tmp_path / 'x.npz', tmp_path / 'x.png'
   out = succeed('encode', f'--workdir={tiny_run}', source, npz)
@@ -42,13 +40,10 @@ def test_an_image_goes_to_tokens_and_back(
   expected = tiling.load_image(tokenizer, npz)
   # Another process may compile, and so round, in another way.
   np.testing.assert_allclose(made, expected, atol=1)
-  npz.write_bytes(npz.read_bytes()[:-1])
-  done = run('decode', f'--workdir={tiny_run}', npz, tmp_path / 'y.png')
-  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
 def test_a_data_set_goes_to_tokens_and_back(
-  tiny_run, image_folder, tmp_path, run, succeed
+  tiny_run, image_folder, tmp_path, succeed
 ):
   tokens, images = tmp_path / 'tokens', tmp_path / 'images'
   flags = (f'--workdir={tiny_run}', f'--input={image_folder}')
@@ -60,9 +55,6 @@ def test_a_data_set_goes_to_tokens_and_back(
   flags = (f'--workdir={tiny_run}', f'--input={tokens}', f'--output={images}')
   succeed('decode', *flags)
   assert len(list((images / 'train').glob('*.png'))) == 40
-  done = run('decode', *flags)
-  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-  assert 'expected a new or empty folder' in done.stderr
 
 
 def test_two_processes_write_the_files_of_one(
