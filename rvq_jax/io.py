@@ -57,7 +57,7 @@ def lock(path, name, advice: str) -> Iterator[None]:
 
   Args:
     path: a folder, or a file, which is created with its folder if missing.
-    name: for the error, as is `advice`, what to do instead.
+    name, advice: what is locked, and what to do instead, for errors.
 
   Raises:
     ValueError: another process holds the lock, or the folder cannot be made.
@@ -143,10 +143,9 @@ def full_disk_reason(error: BaseException | None) -> str | None:
 
 @contextlib.contextmanager
 def explain_full_disk(folder, advice: str) -> Iterator[None]:
-  """Has a write without room end in a one-line OSError.
+  """Turns a write without room into a one-line OSError.
 
-  It names the folder, the free space there, and what to do: make room and
-  `advice`.
+  It names the folder, the free space there, and `advice` for what follows.
   """
   try:
     yield

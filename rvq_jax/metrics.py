@@ -161,7 +161,7 @@ class CodeDefinitions:
     self._recent = collections.deque()  # (tokens, counts) of the last ones
 
   def add(self, counts) -> None:
-    """Adds the counts of the split's next batch, [K], or [L, K] for L books."""
+    """Adds the counts of the next batch, [K], or [L, K] for L codebooks."""
     counts = np.asarray(counts, np.float64)
     tokens = int(counts.sum(axis=-1).mean())  # all codebooks count the same
     if not tokens:

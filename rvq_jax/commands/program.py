@@ -44,7 +44,7 @@ class Flag(NamedTuple):
   parser: flags.ArgumentParser = TEXT
 
 
-CONFIG = Flag('config', 'Name or PATH.py; --config.FIELD=VALUE sets a field.')
+CONFIG = Flag('config', 'NAME[:VARIANT] or PATH.py, and --config.FIELD=VALUE.')
 STEP = Flag('step', 'Saved step or best; default: newest.', None, _StepParser())
 MODEL = (Flag('workdir', 'Run, export or hf:OWNER/NAME.'), STEP)
 DATA_DIR = Flag('data_dir', 'Folder of prepared tfds data.')
@@ -95,8 +95,8 @@ def _read(values, arguments, paths, typed):
     if has_config:
       config, name = config_file.load(values.config)
       more = {'command': typed, 'run_name': name}
-      config.unlock()  # it takes any field: the door of configs refuses
-      del values.config  # the text makes room
+      config.unlock()  # takes any field: training/config.py refuses
+      del values.config  # the text makes room for the config
       options = {'flag_values': values, 'sys_argv': rest, 'lock_config': False}
       options['accept_new_attributes'] = True
       config_flags.DEFINE_config_dict('config', config, **options)
