@@ -4,23 +4,6 @@ import importlib
 
 __version__ = '0.1.0'
 
-__all__ = [
-  'VQVAE',
-  'Codebook',
-  'MultiscaleQuantizer',
-  'ProductQuantizer',
-  'ResidualQuantizer',
-  'TokenDataset',
-  'Tokenizer',
-  'VectorQuantizer',
-  'ema_update',
-  'load',
-  'nearest_codes',
-  'reflect',
-  'rotate',
-  'straight_through',
-]
-
 _DEFINED_IN = {  # imported on first use: `rvq --help` need not wait for JAX
   'VQVAE': 'rvq_jax.models.vqvae',
   'Codebook': 'rvq_jax.quantize.codebook',
@@ -37,6 +20,7 @@ _DEFINED_IN = {  # imported on first use: `rvq --help` need not wait for JAX
   'rotate': 'rvq_jax.quantize.gradients',
   'straight_through': 'rvq_jax.quantize.gradients',
 }
+__all__ = list(_DEFINED_IN)
 
 
 def __getattr__(name):

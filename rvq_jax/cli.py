@@ -16,13 +16,8 @@ from rvq_jax.commands.config_file import MODULES
 from rvq_jax.commands.program import fail
 
 COMMANDS = {
-  'train': train,
-  'evaluate': evaluate,
-  'encode': encode,
-  'decode': decode,
-  'export': export,
-  'explore': explore,
-  'reproduce': reproduce,
+  module.__name__.rpartition('.')[2]: module
+  for module in (train, evaluate, encode, decode, export, explore, reproduce)
 }
 
 

@@ -23,10 +23,9 @@ _FULL = {
 
 
 def write_atomic(path, content: str | bytes) -> None:
-  """Writes text (UTF-8) or bytes; the file always holds old or new content.
+  """Writes text (UTF-8) or bytes: the file holds the old or the new content.
 
-  Raises:
-    OSError: the file cannot be written; no temporary file remains.
+  No temporary file remains after an OSError.
   """
   path = Path(path)
   data = content.encode() if isinstance(content, str) else content
@@ -43,15 +42,7 @@ def write_atomic(path, content: str | bytes) -> None:
 
 
 def check_new(folder, name: str = 'output') -> None:
-  """Refuses a folder to write to that holds files.
-
-  Args:
-    folder: path of it.
-    name: of the argument that gave it, for the error.
-
-  Raises:
-    ValueError: it is a file, or not empty.
-  """
+  """Raises ValueError, about `name`, unless a folder is missing or empty."""
   folder = Path(folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(
@@ -65,9 +56,8 @@ def lock(path, name, advice: str) -> Iterator[None]:
   """Holds a lock that the OS releases however the process ends.
 
   Args:
-    path: a folder, or a file that is created, with its folder, if missing.
-    name: of what is locked, for errors.
-    advice: what to do instead, for errors.
+    path: a folder, or a file, which is created with its folder if missing.
+    name, advice: what is locked, and what to do instead, for errors.
 
   Raises:
     ValueError: another process holds the lock, or the folder cannot be made.
@@ -97,13 +87,9 @@ def lock(path, name, advice: str) -> Iterator[None]:
 
 
 def read_json(path, max_bytes: int = 2**20) -> dict[str, Any] | None:
-  """Reads the JSON object in an untrusted file of at most max_bytes.
+  """The JSON object in an untrusted file.
 
-  Returns:
-    The object; None if the file is longer, not JSON, or not an object.
-
-  Raises:
-    OSError: the file cannot be read.
+  None if the file is longer than max_bytes, not JSON, or not an object.
   """
   with open(path, 'rb') as stream:
     text = stream.read(max_bytes + 1)
@@ -118,7 +104,7 @@ def tree_digest(tree, *, header: str = '') -> str:
   """SHA-256 over path, dtype, shape and bytes of every array of a tree.
 
   Args:
-    tree: of arrays; each process must hold a full copy of each.
+    tree: arrays; each process must hold a full copy of each.
     header: text that is hashed first.
 
   Returns:
@@ -139,10 +125,9 @@ def tree_digest(tree, *, header: str = '') -> str:
 
 
 def full_disk_reason(error: BaseException | None) -> str | None:
-  """'No space left', 'Disk quota exceeded', 'File too large', or None.
+  """The text in _FULL if a full disk caused an error, else None.
 
-  Says whether a full disk caused an error. TensorStore names it in the text of
-  a ValueError, Orbax by chaining.
+  TensorStore names the cause in the text of a ValueError, Orbax by chaining.
   """
   seen = set()
   while error is not None and id(error) not in seen:
@@ -158,14 +143,9 @@ def full_disk_reason(error: BaseException | None) -> str | None:
 
 @contextlib.contextmanager
 def explain_full_disk(folder, advice: str) -> Iterator[None]:
-  """Turns a write without room into a one-line error.
+  """Turns a write without room into a one-line OSError.
 
-  Args:
-    folder: where the files go.
-    advice: what to do once there is room.
-
-  Raises:
-    OSError: names the folder, the free space there, and the advice.
+  It names the folder, the free space there, and `advice` for what follows.
   """
   try:
     yield

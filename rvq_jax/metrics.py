@@ -47,12 +47,8 @@ def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
 def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
   """Structural similarity of each image; see `SSIM_VARIANT`.
 
-  Args:
-    x: images [B, h, w, 3] in [-1, 1].
-    y: images like x.
-
-  Returns:
-    [B], float32; NaN for images smaller than the window.
+  x and y [B, h, w, 3] in [-1, 1]: [B], float32. NaN for images smaller than the
+  window.
   """
   if min(x.shape[1:3]) < _WINDOW:
     return jnp.full(x.shape[0], jnp.nan, jnp.float32)
@@ -99,8 +95,7 @@ def code_statistics(counts) -> dict[str, float]:
   Returns:
     usage (share of codes chosen at least once), perplexity (exp of the entropy
     of the code frequencies, at most K; higher is more even), perplexity_ratio
-    (perplexity / K) and entropy_bits (the entropy, bits per token; the mean
-    over L codebooks).
+    (perplexity / K) and entropy_bits (bits per token; the mean over L).
   """
   counts = np.asarray(counts, np.float64)
   entropy = float(_entropy(_frequencies(counts)).mean())
@@ -128,12 +123,8 @@ def effective_dimension(total, outer, count) -> float:
   """How many dimensions vectors spread over: exp(-sum p_i log p_i).
 
   p are the eigenvalues of the covariance divided by their sum (the effective
-  rank of Roy and Vetterli 2007): D for a ball, 1 for a line or a point.
-
-  Args:
-    total: sum of the vectors [D].
-    outer: sum of x x^T [D, D].
-    count: number of vectors.
+  rank of Roy and Vetterli 2007): D for a ball, 1 for a line or a point. `total`
+  [D] is the sum of `count` vectors x, `outer` [D, D] the sum of x x^T.
   """
   mean = np.asarray(total, np.float64) / count
   covariance = np.asarray(outer, np.float64) / count - np.outer(mean, mean)
@@ -144,17 +135,11 @@ def effective_dimension(total, outer, count) -> float:
 def bit_rates(
   tokens: int, pixels: int, codebook_size: int, entropy_bits: float
 ) -> dict[str, float]:
-  """Bits of an image's tokens.
-
-  Args:
-    tokens: tokens per image.
-    pixels: pixels per image.
-    codebook_size: K.
-    entropy_bits: entropy of the code frequencies, bits per token.
+  """Bits of the tokens of an image with so many pixels.
 
   Returns:
     bits_per_image and bits_per_pixel with log2 K bits per token (fixed length),
-    and entropy_bits_per_pixel with an ideal entropy code.
+    and entropy_bits_per_pixel with an ideal code of entropy_bits per token.
   """
   fixed = tokens * math.log2(codebook_size)
   return {
@@ -176,11 +161,7 @@ class CodeDefinitions:
     self._recent = collections.deque()  # (tokens, counts) of the last ones
 
   def add(self, counts) -> None:
-    """Adds the next batch of the split.
-
-    Args:
-      counts: how often each code was chosen, [K], or [L, K] for L codebooks.
-    """
+    """Adds the counts of the next batch, [K], or [L, K] for L codebooks."""
     counts = np.asarray(counts, np.float64)
     tokens = int(counts.sum(axis=-1).mean())  # all codebooks count the same
     if not tokens:
@@ -195,11 +176,10 @@ class CodeDefinitions:
       self._recent_tokens -= self._recent.popleft()[0]
 
   def result(self) -> dict[str, dict]:
-    """The numbers under each definition.
+    """Usage, perplexity, counted tokens per codebook and a line of definition.
 
     Returns:
-      {'whole_split', 'mean_over_batches', 'last_65536_tokens'}, each with
-      usage, perplexity, tokens (counted, per codebook) and definition, a line.
+      These under 'whole_split', 'mean_over_batches' and 'last_65536_tokens'.
 
     Raises:
       ValueError: no batch had a token.

@@ -11,12 +11,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 _flags = '--xla_force_host_platform_device_count=8'
-# Tests compile thousands of small programs and run each for a moment: without
-# MLIR's emitters and LLVM's optimization they take a third of the time. LLVM
-# optimizes the programs of the layers, the models, the train step and the exact
-# resume. With OPTIMIZED=1, as in .ci/run, all compile as for a user.
+# Tests compile thousands of small programs: without MLIR's emitters and LLVM's
+# optimization they take a third of the time. LLVM optimizes the programs in
+# _NUMERICAL. With OPTIMIZED=1, as in .ci/run, all compile as for a user.
 if not os.environ.get('OPTIMIZED'):
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
   _flags += ' --xla_cpu_parallel_codegen_split_count=1'
@@ -65,14 +66,17 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope='session')
 def run_python():
-  """Returns a function that runs a program in a process without a GPU."""
+  """Returns a function: a text, a Path or -m to run -> the process."""
 
-  def run(program, **environment):
+  def run(program, *arguments, cwd=ROOT, **variables):
+    code = () if isinstance(program, Path) or program == '-m' else ('-c',)
     return subprocess.run(
-      [sys.executable, '-c', program],
-      env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+      [sys.executable, *code, program, *map(str, arguments)],
+      cwd=cwd,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'} | variables,
       capture_output=True,
       text=True,
+      timeout=280,
     )
 
   return run
@@ -80,21 +84,20 @@ def run_python():
 
 @pytest.fixture(scope='session')
 def load_config():
-  """Returns a function that gives the config of configs/NAME.py."""
-  return _load_config
+  """Returns a function: NAME, variant -> the config of configs/NAME.py."""
 
+  def load(name, *variant):
+    module = importlib.import_module(f'rvq_jax.configs.{name}')
+    return module.get_config(*variant)
 
-def _load_config(name: str, *arguments):
-  module = importlib.import_module(f'rvq_jax.configs.{name}')
-  return module.get_config(*arguments)
+  return load
 
 
 @pytest.fixture(scope='session')
 def make_once(tmp_path_factory):
-  """Returns a function: name, make -> folder of that name, made by `make`.
+  """Returns a function: name, make -> a folder, filled once for all workers.
 
-  The first worker of pytest that asks for a folder makes it, on one device, for
-  all workers. Copy it before you change it.
+  It is made on one device. Copy it to change it.
   """
   root = tmp_path_factory.getbasetemp()
   if 'PYTEST_XDIST_WORKER' in os.environ:
@@ -106,7 +109,7 @@ def make_once(tmp_path_factory):
       fcntl.flock(stream, fcntl.LOCK_EX)  # until the end, also of a failure
       if not folder.exists():
         shutil.rmtree(partial, ignore_errors=True)
-        with _one_device():
+        with contextlib.contextmanager(_one_device)():
           make(partial)
         partial.rename(folder)
     return folder
@@ -114,23 +117,18 @@ def make_once(tmp_path_factory):
   return once
 
 
-@pytest.fixture
-def one_device():
-  """Runs use one device, whose programs compile in half of the time."""
-  with _one_device():
-    yield
-
-
-@contextlib.contextmanager
 def _one_device():
+  """Runs use one device, whose programs compile in half of the time."""
   from rvq_jax import sharding
 
-  def mesh(devices=None, real=sharding.data_mesh):
-    return real(jax.devices()[:1] if devices is None else devices)
-
+  real = sharding.data_mesh
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, 'data_mesh', mesh)
+    one = jax.devices()[:1]
+    patch.setattr(sharding, 'data_mesh', lambda devices=one: real(devices))
     yield
+
+
+one_device = pytest.fixture(_one_device)
 
 
 @pytest.fixture(scope='session')
@@ -175,11 +173,11 @@ def tiny_config(make_tiny_config):
 
 
 @pytest.fixture(scope='session')
-def make_tiny_config(image_folder):
+def make_tiny_config(image_folder, load_config):
   """Returns a function that makes a new `tiny_config`."""
 
   def make():
-    config = _load_config('cifar10')
+    config = load_config('cifar10')
     config.batch_size, config.num_steps = 8, 6
     config.log_every, config.eval_every, config.checkpoint_every = 2, 3, 2
     config.data.name = f'folder:{image_folder}'
@@ -208,21 +206,20 @@ def tiny_run(make_tiny_config, make_once):
 def make_tokenizer(make_tiny_config):
   """Returns a function: seed, model fields -> a tokenizer, never trained."""
   from rvq_jax.tokenizer.tokenizer import Tokenizer
-  from rvq_jax.training import config as config_lib
   from rvq_jax.training.build import build_model
+  from rvq_jax.training.config import check_config
 
   @functools.cache
   def make(seed=0, **fields):
     config = make_tiny_config()
     config.model.update(fields)
-    flat = config_lib.check_config(config)
+    flat = check_config(config)
     model = build_model(flat)
     size = flat['data.image_size']
     images = np.zeros((1, size, size, 3), np.float32)
-    variables = jax.jit(lambda key: model.init(key, images, train=True))(
-      jax.random.key(seed)
-    )
-    return Tokenizer(model, dict(variables), config=flat, step=7)
+    init = jax.jit(lambda key: model.init(key, images, train=True))
+    variables = dict(init(jax.random.key(seed)))
+    return Tokenizer(model, variables, config=flat, step=7)
 
   return make
 

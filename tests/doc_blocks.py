@@ -22,13 +22,7 @@ def commands(code: str) -> list[str]:
 
 
 def run_command(command: str, cwd, *more: str) -> str:
-  """Runs `python launch/...` as it is printed; returns what it wrote.
-
-  Args:
-    command: a line of a page.
-    cwd: the folder it is typed in.
-    *more: further arguments.
-  """
+  """Runs a line `python launch/...` and more; returns what it wrote."""
   program, *arguments = shlex.split(command, comments=True)
   assert program == 'python', command
   done = subprocess.run(

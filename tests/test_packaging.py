@@ -1,10 +1,6 @@
 """What `pip install .` puts on a machine, and that it works there."""
 
-import importlib.metadata
-import os
-import shutil
 import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
@@ -15,37 +11,25 @@ from tiny_flags import TINY
 import rvq_jax
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
 # A build of the whole checkout would also pack a build folder left there.
 PARTS = ('pyproject.toml', 'README.md', 'LICENSE', 'rvq_jax', 'tests')
 PARTS += ('configs', 'launch', 'benchmarks', 'notebooks', 'docs', 'examples')
 
 
 @pytest.fixture(scope='module')
-def wheel_file(tmp_path_factory):
+def wheel_file(tmp_path_factory, run_python):
   """The wheel that is built of the checkout."""
-  if int(importlib.metadata.version('setuptools').split('.')[0]) < 77:
-    pytest.skip('setuptools is too old: pip install "setuptools>=77"')
   folder = tmp_path_factory.mktemp('wheel')
-  for name in PARTS:
-    if (ROOT / name).is_dir():
-      shutil.copytree(ROOT / name, folder / name, symlinks=True)
-    else:
-      shutil.copyfile(ROOT / name, folder / name)
+  subprocess.run(['cp', '-R', *PARTS, folder], cwd=ROOT, check=True)
   # Isolation would fetch setuptools from the network.
-  done = subprocess.run(
-    [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-index']
-    + ['--no-build-isolation', '--wheel-dir', 'out', '.'],
-    cwd=folder,
-    capture_output=True,
-    text=True,
-    timeout=280,
-  )
+  flags = '--no-deps --no-index --no-build-isolation --wheel-dir=out .'
+  done = run_python('-m', 'pip', 'wheel', *flags.split(), cwd=folder)
   assert done.returncode == 0, done.stdout + done.stderr
   (path,) = (folder / 'out').glob('*.whl')
   return path
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel_file):
   with zipfile.ZipFile(wheel_file) as archive:
     names = archive.namelist()
@@ -60,13 +44,14 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel_file):
   assert {name for name in names if '.dist-info/' not in name} == files
 
 
-@pytest.mark.slow
-def test_the_wheel_holds_its_licence_and_its_dependencies(wheel_file):
+def test_the_wheel_holds_its_licence_dependencies_and_command(wheel_file):
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   info = f'rvq_jax-{rvq_jax.__version__}.dist-info'
   with zipfile.ZipFile(wheel_file) as archive:
     assert f'{info}/licenses/LICENSE' in archive.namelist()
     about = archive.read(f'{info}/METADATA').decode()
+    command = archive.read(f'{info}/entry_points.txt').decode()
+  assert 'rvq = rvq_jax.cli:main' in command
   assert 'License-Expression: Apache-2.0' in about
   for name in ('jax', 'flax', 'safetensors'):
     assert f'Requires-Dist: {name}' in about
@@ -74,11 +59,7 @@ def test_the_wheel_holds_its_licence_and_its_dependencies(wheel_file):
     assert f'Provides-Extra: {extra}' in about
 
 
-SHORT = (
-  '--config.num_steps=2',
-  '--config.optimizer.warmup_steps=0',
-  '--config.model.quantize_after=0',
-)
+SHORT = ('--config.num_steps=21', '--config.model.quantize_after=0')
 USE = """
 import sys
 from pathlib import Path
@@ -95,22 +76,14 @@ assert modules and all(home in Path(m.__file__).parents for m in modules)
 """
 
 
-@pytest.mark.slow
-def test_what_the_wheel_holds_works_without_the_checkout(wheel_file, tmp_path):
+def test_the_wheel_works_by_itself(wheel_file, tmp_path, run_python):
   home, elsewhere = tmp_path / 'home', tmp_path / 'elsewhere'
   elsewhere.mkdir()
   with zipfile.ZipFile(wheel_file) as archive:
     archive.extractall(home)
 
-  def run(program, *arguments):
-    done = subprocess.run(
-      [sys.executable, '-c', program, *arguments],
-      cwd=elsewhere,
-      env=os.environ | {'PYTHONPATH': str(home), 'JAX_PLATFORMS': 'cpu'},
-      capture_output=True,
-      text=True,
-      timeout=280,
-    )
+  def run(*arguments):
+    done = run_python(*arguments, cwd=elsewhere, PYTHONPATH=str(home))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -3,8 +3,7 @@
 rvq decode --workdir=DIR photo.npz photo.png
 rvq decode --workdir=DIR --input=tokens/ --output=images/
 
-DIR is the model that made the tokens, or one of which only the decoder was
-fine-tuned: a run, an export or hf:OWNER/NAME.
+DIR made the tokens, or is a copy with a fine-tuned decoder.
 """
 
 import io
@@ -15,11 +14,10 @@ from rvq_jax.commands.program import Flag
 
 
 @program.command(
-  program.MODEL,
-  program.STEP,
+  *program.MODEL,
   Flag('input', 'Folder of tokens.'),
   Flag('output', 'New folder of images.'),
-  paths=2,
+  paths=True,
 )
 def main(flags, *paths):
   """Decodes a file or a folder of tokens."""
@@ -27,8 +25,7 @@ def main(flags, *paths):
   _decode_image(flags, *paths) if paths else _decode_folder(flags)
 
 
-def _decode_image(flags, source, output=''):
-  program.check_new_file(output, '.png')
+def _decode_image(flags, source, output):
   from PIL import Image
 
   from rvq_jax.io import write_atomic
@@ -44,7 +41,6 @@ def _decode_image(flags, source, output=''):
 
 
 def _decode_folder(flags):
-  """Writes a folder of images, or one per split."""
   from rvq_jax.tokenizer import dataset
   from rvq_jax.tokenizer.load import load
 

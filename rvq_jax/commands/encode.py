@@ -3,9 +3,8 @@
 rvq encode --workdir=DIR photo.jpg photo.npz
 rvq encode --workdir=DIR --input=FOLDER|tfds:NAME|photos --output=tokens/
 
-DIR is a run, an export or hf:OWNER/NAME. An image of any size becomes an .npz
-file, each split of a data set a folder. The same command resumes a data set;
---multihost shares it among processes, as `rvq train` shares a run.
+An image of any size becomes an .npz file, each split of a data set a folder.
+The same command resumes a data set; --multihost shares it among processes.
 """
 
 from pathlib import Path
@@ -15,15 +14,14 @@ from rvq_jax.commands.program import COUNT, Flag
 
 
 @program.command(
-  program.MODEL,
-  program.STEP,
+  *program.MODEL,
   program.DATA_DIR,
   Flag('input', 'Folder or data set.'),
   Flag('output', 'Folder of the tokens.'),
   Flag('split', 'One split; default: each.'),
   Flag('image_size', 'Pixels per side; default: that of the run.', None, COUNT),
   *program.PROCESSES,
-  paths=2,
+  paths=True,
 )
 def main(flags, *paths):
   """Encodes an image or a data set."""
@@ -31,17 +29,15 @@ def main(flags, *paths):
   _encode_image(flags, *paths) if paths else _encode_data_set(flags)
 
 
-def _encode_image(flags, source, output=''):
-  program.check_new_file(output, '.npz')
+def _encode_image(flags, source, output):
   if not Path(source).is_file():
     program.fail(f'expected an image file, got {source}')
   from rvq_jax import metrics
   from rvq_jax.data.transforms import decode_image
   from rvq_jax.tokenizer import tiling
   from rvq_jax.tokenizer.load import load
-  from rvq_jax.training.backend import prepare_backend
 
-  prepare_backend()
+  program.prepare_backend(flags)
   image = decode_image(Path(source).read_bytes(), name=source)
   tokenizer = load(flags.workdir, flags.step)
   ids = tiling.save_image(tokenizer, image, output)

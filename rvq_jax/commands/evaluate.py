@@ -3,8 +3,7 @@
 rvq evaluate --workdir=DIR [--split=test] [--step=N|best]
   [--input=IMAGE|FOLDER|tfds:NAME|photos] [--output=FOLDER] [--perceptual]
 
-DIR is a run, an export or hf:OWNER/NAME; results go to DIR/evaluation/SPLIT, or
-to FOLDER/SPLIT.
+Results go to DIR/evaluation/SPLIT or to FOLDER/SPLIT.
 """
 
 from rvq_jax.commands import program
@@ -12,8 +11,7 @@ from rvq_jax.commands.program import SWITCH, Flag
 
 
 @program.command(
-  program.MODEL,
-  program.STEP,
+  *program.MODEL,
   program.DATA_DIR,
   Flag('split', 'train, validation or test.', 'test'),
   Flag('input', 'Your own images or data set; default: that of the run.'),
@@ -30,17 +28,8 @@ def main(flags):
   from rvq_jax.metrics import format_definitions
 
   program.prepare_backend(flags, share_gpus=flags.perceptual)
-  result = evaluate_run(
-    flags.workdir,
-    split=flags.split,
-    step=flags.step,
-    data_dir=flags.data_dir,
-    images=flags.input,
-    output=flags.output,
-    save_images=flags.save_images,
-    perceptual=flags.perceptual,
-    definitions=flags.definitions,
-  )
+  options = dict(vars(flags))
+  result = evaluate_run(images=options.pop('input'), **options)
   measured = flags.input or f'{flags.split} split'
   print(format_table(result, f'{flags.workdir}, {measured}'))
   if flags.definitions:

@@ -2,9 +2,6 @@
 
 rvq explore --workdir=DIR [--output=explore.html]
   [--input=IMAGE|FOLDER|tfds:NAME|photos]
-
-DIR is a run, an export or hf:OWNER/NAME. Without --input the page shows test
-images of the run. It needs no server: open the file in a browser.
 """
 
 from pathlib import Path
@@ -14,8 +11,7 @@ from rvq_jax.commands.program import COUNT, Flag
 
 
 @program.command(
-  program.MODEL,
-  program.STEP,
+  *program.MODEL,
   program.DATA_DIR,
   Flag('input', 'Image, folder or data set; default: that of the run.'),
   Flag('output', 'HTML file to write.', 'explore.html'),

@@ -4,7 +4,6 @@ import faulthandler
 import functools
 import logging
 import os
-import select
 import shlex
 import sys
 import time
@@ -25,41 +24,15 @@ _NOISY = ('jax', 'orbax', 'tensorboardX', 'absl', 'asyncio', 'matplotlib')
 _LOST = 75  # EX_TEMPFAIL: the same command resumes the run
 
 
-class Parser(flags.ArgumentParser):
-  """Parses by `convert`; an error says what is expected."""
-
-  def __init__(self, convert, expected: str):
-    self._convert, self._expected = convert, expected
-
+class _StepParser(flags.ArgumentParser):
   def parse(self, argument):
-    """The value, or a ValueError."""
-    try:
-      return self._convert(argument)
-    except (TypeError, ValueError) as error:
-      reason = f'expected {self._expected}, got {argument!r}'
-      raise ValueError(reason) from error
+    if argument != 'best' and not argument.isdecimal():
+      raise ValueError(f'expected a number or best, got {argument!r}')
+    return argument if argument == 'best' else int(argument)
 
 
-def _expand(text):
-  """Replaces a leading ~, which shells leave in --name=~/value."""
-  expanded = os.path.expanduser(text)
-  if expanded == '~' or expanded.startswith('~/'):
-    raise ValueError
-  return expanded
-
-
-def _step(text):
-  return text if text == 'best' else flags.IntegerParser(0).parse(text)
-
-
-TEXT = Parser(_expand, 'a whole path, for there is no home directory')
-COUNT = Parser(flags.IntegerParser(1).parse, 'an integer from 1 up')
-SWITCH = Parser(flags.BooleanParser().parse, 'true or false')
-INTEGER = Parser(flags.IntegerParser().parse, 'an integer')
-NUMBER = Parser(flags.FloatParser().parse, 'a number')
-# For the fields of a config.
-for _type, _parser in ((int, INTEGER), (float, NUMBER), (bool, SWITCH)):
-  config_flags.register_flag_parser_for_type(_type, _parser)
+TEXT, SWITCH = flags.ArgumentParser(), flags.BooleanParser()
+INTEGER, COUNT = flags.IntegerParser(), flags.IntegerParser(1)
 
 
 class Flag(NamedTuple):
@@ -68,42 +41,30 @@ class Flag(NamedTuple):
   name: str
   help: str
   default: Any = None
-  parser: Parser = TEXT
+  parser: flags.ArgumentParser = TEXT
 
 
-CONFIG = Flag(
-  'config',
-  'A name, as cifar10:f4, or the path of a config file; --config.FIELD=VALUE '
-  'sets a field of it.',
-)
-MODEL = Flag('workdir', 'Run, export or hf:OWNER/NAME.')
+CONFIG = Flag('config', 'NAME[:VARIANT] or PATH.py, and --config.FIELD=VALUE.')
+STEP = Flag('step', 'Saved step or best; default: newest.', None, _StepParser())
+MODEL = (Flag('workdir', 'Run, export or hf:OWNER/NAME.'), STEP)
 DATA_DIR = Flag('data_dir', 'Folder of prepared tfds data.')
-STEP = Flag(
-  'step',
-  'Saved step or best; default: the newest.',
-  parser=Parser(_step, 'a number or best'),
-)
 PROCESSES = (
   Flag('multihost', 'Several processes make one run.', False, SWITCH),
   Flag('coordinator', 'HOST:PORT of process 0, without a scheduler.'),
-  Flag('num_processes', 'With --coordinator.', parser=INTEGER),
-  Flag('process_id', 'With --coordinator: this one, from 0.', parser=INTEGER),
+  Flag('num_processes', 'With --coordinator.', None, INTEGER),
+  Flag('process_id', 'With --coordinator: this one, from 0.', None, INTEGER),
   Flag('lost_after', 'Seconds of silence until one is lost.', 100, INTEGER),
 )
 
 
-def command(*options, paths: int = 0):
+def command(*options, paths: bool = False):
   """Makes main(arguments=None, program='') of a function main(flags, *paths).
 
-  The docstring of its module is the help. Bad flags and errors that rvq_jax
-  raises on purpose end in one line and exit code 2; the loss of another process
-  or of a data worker in one line and exit code 75. A traceback means a fault in
-  the program.
-
-  Args:
-    *options: its flags. `flags` holds their values, the `command` as it was
-      typed, and with CONFIG the `run_name`, such as cifar10_f4.
-    paths: largest number of arguments that are not flags.
+  The docstring of its module is the help. `flags` holds the values of
+  `options`, and with CONFIG the `command` as typed and the `run_name`, such as
+  cifar10_f4. A bad flag or an error that rvq_jax raises ends in one line and
+  exit code 2; the loss of another process or of a data worker in one line and
+  code 75. A traceback means a fault in the program.
   """
   return lambda function: functools.partial(_main, function, options, paths)
 
@@ -113,14 +74,12 @@ def _main(function, options, paths, arguments=None, program=''):
   program = program or f'python {sys.argv[0]}'
   values = flags.FlagValues()  # absl's own would be shared by all commands
   for name, text, default, parser in options:
-    switch, serializer = parser is SWITCH, flags.ArgumentSerializer()
     values[name] = flags.Flag(
-      parser, serializer, name, default, text, boolean=switch
+      parser, None, name, default, text, boolean=parser is SWITCH
     )
   if _HELP.isdisjoint(arguments):
-    given, rest = _read(values, arguments, paths)
-    given.command = f'{program} {shlex.join(arguments)}'
-    _run(function, given, rest)
+    typed = f'{program} {shlex.join(arguments)}'
+    _run(function, *_read(values, arguments, paths, typed))
   else:
     module = sys.modules[function.__module__]
     usual = f'rvq {module.__name__.rpartition(".")[2]} '
@@ -128,26 +87,37 @@ def _main(function, options, paths, arguments=None, program=''):
     print(values.get_help(include_special_flags=False))
 
 
-def _read(values, arguments, paths):
+def _read(values, arguments, paths, typed):
   """Returns the values of the flags and the other arguments, or fails."""
   has_config, more = 'config' in values, {}
   try:
-    _, *rest = values(['', *arguments], known_only=has_config)
+    _, *rest = values(['', *map(_expand, arguments)], known_only=has_config)
     if has_config:
-      config, more['run_name'] = config_file.load(values.config)
-      del values.config  # the text makes room for the config and its fields
-      config_file.check_fields(config, rest)
-      config_flags.DEFINE_config_dict(
-        'config', config, flag_values=values, sys_argv=rest
-      )
+      config, name = config_file.load(values.config)
+      more = {'command': typed, 'run_name': name}
+      config.unlock()  # takes any field: training/config.py refuses
+      del values.config  # the text makes room for the config
+      options = {'flag_values': values, 'sys_argv': rest, 'lock_config': False}
+      options['accept_new_attributes'] = True
+      config_flags.DEFINE_config_dict('config', config, **options)
       _, *rest = values(['', *rest])
-    rest = [TEXT.parse(path) for path in rest]
   except (flags.Error, ValueError) as error:
     fail(error)
-  if len(rest) > paths:
-    most = f'at most {paths} paths and ' if paths else 'only '
-    fail(f'expected {most}flags (--name=value), got {" ".join(rest)!r}')
+  except KeyError as error:
+    fail(f'--config: no such field: {error.args[0]}')
+  if rest and not paths:
+    fail(f'expected only flags (--name=value), got {" ".join(rest)!r}')
   return SimpleNamespace(**values.flag_values_dict() | more), rest
+
+
+def _expand(argument):
+  """Replaces a leading ~, which shells leave in --name=~/value."""
+  start = argument.find('=') + 1 if argument.startswith('-') else 0
+  value = os.path.expanduser(argument[start:])
+  if value == '~' or value.startswith('~/'):
+    reason = 'expected a whole path, for there is no home directory'
+    raise ValueError(f'{argument}: {reason}')
+  return argument[:start] + value
 
 
 def _prepare_logs():
@@ -177,7 +147,7 @@ def _run(function, values, paths):
   except Exception as error:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     ours = _PACKAGE in Path(frame.filename).resolve().parents
-    if isinstance(error, BrokenPipeError) and _output_is_closed():
+    if ours and isinstance(error, BrokenPipeError):  # its reader has ended
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is buffered
       sys.exit(1)
     if ours and isinstance(error, _EXPECTED):
@@ -195,13 +165,6 @@ def _run(function, values, paths):
       )
     traceback.print_exc()
     fail(error, 1)
-
-
-def _output_is_closed():
-  """Whether the reader, such as `head`, has ended."""
-  poll = select.poll()
-  poll.register(1, 0)
-  return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def prepare_backend(flags, *, share_gpus: bool = False) -> None:
@@ -244,17 +207,14 @@ def fail(message, code: int = 2) -> None:
 
 
 def check_usage(flags, paths, usage: str) -> None:
-  """Ends the program unless two paths or --input and --output are given."""
-  if not flags.workdir or bool(flags.input and flags.output) == bool(paths):
-    fail(
-      f'expected --workdir=DIR and either {usage}, or --input=FOLDER and '
-      '--output=FOLDER'
-    )
+  """Ends the program unless it has two folders, or two paths as in `usage`.
 
-
-def check_new_file(path: str, suffix: str) -> None:
-  """Ends the program unless `path` is a new file that ends in `suffix`."""
-  if not path.endswith(suffix):
-    fail(f'expected an output FILE{suffix}, got {path!r}')
-  if os.path.lexists(path):
-    fail(f'{path} exists and is not overwritten; name another output')
+  The second path is of a new file, with the suffix that `usage` ends in.
+  """
+  expected_paths = 0 if flags.input and flags.output else 2
+  if not flags.workdir or len(paths) != expected_paths:
+    fail(f'expected --workdir=DIR, and {usage} or --input=DIR --output=DIR')
+  if paths and not paths[1].endswith(Path(usage).suffix):
+    fail(f'expected an output FILE{Path(usage).suffix}, got {paths[1]!r}')
+  if paths and os.path.lexists(paths[1]):
+    fail(f'{paths[1]} exists and is not overwritten; name another output')

@@ -2,10 +2,9 @@
 
 rvq reproduce --config=cifar10 [--table=4] [--seeds=3] [--num_steps=N]
 
-Each method and seed is an ordinary run in DIR/CELL/seed_S; the report is
-DIR/report/report.md. The same command resumes a grid that was interrupted.
---table=objectives, which is not in the paper and not in `all`, compares MSE, L1
-with LPIPS, and these with a discriminator; it needs the extra `perceptual`.
+Each method and seed is a run; the same command resumes an interrupted grid.
+--table=objectives, not in the paper or in `all`, compares MSE, L1 with LPIPS,
+and these with a discriminator (extra `perceptual`).
 """
 
 from pathlib import Path
@@ -13,34 +12,27 @@ from pathlib import Path
 from absl.flags import EnumParser
 
 from rvq_jax.commands import program
-from rvq_jax.commands.program import COUNT, Flag, Parser
+from rvq_jax.commands.program import COUNT, Flag
 
-_TABLES = ('all', 'objectives', *'34567')
+_TABLES = EnumParser(('all', 'objectives', *'34567'))
 
 
 @program.command(
   program.CONFIG,
   Flag('workdir', 'Directory of the grid; default: runs/reproduce_NAME.'),
-  Flag(
-    'table',
-    'One table, all, or objectives.',
-    'all',
-    Parser(EnumParser(_TABLES).parse, '3 to 7, all or objectives'),
-  ),
+  Flag('table', 'One table, all or objectives.', 'all', _TABLES),
   Flag('seeds', 'Runs of each method.', 1, COUNT),
   Flag('num_steps', 'Steps of each run; default: of the config.', None, COUNT),
 )
 def main(flags):
   """Runs the grid, evaluates, writes the report."""
-  # Imported when the flags are known to be good: this takes seconds.
   from rvq_jax.paper import ablation, report
 
   program.prepare_backend(flags)
   if flags.num_steps:
     flags.config.num_steps = flags.num_steps
-  tables = (int(flags.table),) if flags.table.isdigit() else (flags.table,)
-  if flags.table == 'all':
-    tables = ablation.PAPER_TABLES
+  table = int(flags.table) if flags.table.isdigit() else flags.table
+  tables = ablation.PAPER_TABLES if table == 'all' else (table,)
   workdir = Path(flags.workdir or Path('runs') / f'reproduce_{flags.run_name}')
   records = ablation.run_grid(
     flags.config,

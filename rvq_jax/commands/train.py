@@ -2,11 +2,8 @@
 
 rvq train --config=photos [--config.model.codebook_size=8192 ...]
 
-A config is a name, as cifar10 or cifar10:f4, or the path of a file of yours.
-The same command resumes a run that was interrupted. --init starts a new run
-from the parameters and codes of a trained model (docs/guide.md). --multihost
-makes one run of all processes that were started with this command
-(docs/scale.md); all must see the workdir.
+The same command resumes an interrupted run. docs/guide.md has fine-tuning
+(--init), docs/scale.md several processes (--multihost).
 """
 
 from pathlib import Path
@@ -42,15 +39,14 @@ def main(flags):
 
 
 def _summary(result, workdir):
-  """Three lines: what was made, where the picture is, what to type next."""
+  """Three lines: the tokenizer, its picture, the next command."""
   tokens, images = result['tokens'], result['images']
   bits = result['bits_per_image'] * images / tokens
-  pictures = workdir / 'evaluation' / 'test' / 'reconstructions.png'
   here = Path('launch/explore.py').exists()  # else: installed
   explore = 'python launch/explore.py' if here else 'rvq explore'
   return (
     f'made: a tokenizer, {tokens / images:,.0f} tokens of {bits:g} bits per '
     f'image, PSNR {result["psnr"]:.2f} dB on {images:,} test images\n'
-    f'look: {pictures}\n'
+    f'look: {workdir}/evaluation/test/reconstructions.png\n'
     f'next: {explore} --workdir={workdir} --output={workdir.name}.html'
   )

@@ -1,8 +1,7 @@
 """Commands as a person runs them: in a process of their own."""
 
+import functools
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,29 +11,23 @@ RVQ = 'from rvq_jax.cli import main; main()'
 
 
 @pytest.fixture(scope='session')
-def run():
+def one_device_python(run_python):
+  flags = os.environ['XLA_FLAGS'].split()
+  flags = ' '.join(f for f in flags if 'device_count' not in f)
+  return functools.partial(run_python, XLA_FLAGS=flags)
+
+
+@pytest.fixture(scope='session')
+def run(one_device_python):
   """Returns a function that runs `python launch/NAME.py ARGUMENTS`."""
-  return lambda name, *arguments, **options: _run(
+  return lambda name, *arguments, **options: one_device_python(
     ROOT / f'launch/{name}.py', *arguments, **options
   )
 
 
 @pytest.fixture(scope='session')
-def rvq():
+def rvq(one_device_python):
   """Returns a function that runs `rvq ARGUMENTS`."""
-  return lambda *arguments, program=RVQ, **options: _run(
-    '-c', program, *arguments, PYTHONPATH=str(ROOT), **options
-  )
-
-
-def _run(*arguments, cwd=ROOT, **variables):
-  flags = os.environ['XLA_FLAGS'].split()
-  flags = ' '.join(f for f in flags if 'device_count' not in f)
-  return subprocess.run(
-    [sys.executable, *map(str, arguments)],
-    cwd=cwd,
-    env=os.environ | {'XLA_FLAGS': flags} | variables,
-    capture_output=True,
-    text=True,
-    timeout=280,
+  return lambda *arguments, program=RVQ, **options: one_device_python(
+    program, *arguments, PYTHONPATH=str(ROOT), **options
   )

@@ -4,7 +4,6 @@ import ast
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,26 +11,18 @@ import pytest
 from rvq_jax import __version__
 from rvq_jax.cli import COMMANDS
 from rvq_jax.commands import config_file, program
-from rvq_jax.training import backend, loop
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = sorted((ROOT / 'launch').glob('*.py'))
 
 
-def test_pip_installs_the_command():
-  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-  assert project['scripts'] == {'rvq': 'rvq_jax.cli:main'}
-
-
 def test_each_launcher_is_a_command_and_defines_nothing():
-  assert {path.stem for path in LAUNCHERS} == {
-    *(COMMANDS.keys() - {'train'}),
-    *('main', 'checkout'),
-  }
+  names = COMMANDS.keys() - {'train'} | {'main', 'checkout'}
+  assert {path.stem for path in LAUNCHERS} == names
+  assert not names & sys.stdlib_module_names  # they would hide those
   for path in LAUNCHERS:
-    text = path.read_text()
-    assert len(text.splitlines()) <= 8, path
-    kinds = {type(node) for node in ast.walk(ast.parse(text))}
+    assert len(path.read_text().splitlines()) <= 8, path
+    kinds = {type(node) for node in ast.walk(ast.parse(path.read_text()))}
     assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.Assign}, path
 
 
@@ -43,22 +34,32 @@ assert not {'jax', 'numpy'} & set(sys.modules)
 """
 
 
-@pytest.mark.parametrize('arguments', [(), ('--help',)])
-def test_help_lists_commands_and_configs_without_jax(arguments, rvq, tmp_path):
-  done = rvq(*arguments, program=WITHOUT_JAX, cwd=tmp_path)
-  assert (done.returncode, done.stderr) == (0, '')
+@pytest.fixture
+def show(rvq, tmp_path):
+  """Returns a function: arguments -> what `rvq` prints, without JAX."""
+
+  def call(*arguments):
+    done = rvq(*arguments, program=WITHOUT_JAX, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, '')
+    return done.stdout
+
+  return call
+
+
+def test_help_lists_commands_and_configs(show):
+  out = show('--help')
+  assert show() == out
   for name, module in COMMANDS.items():
-    assert f'{name:<10} {module.__doc__.splitlines()[0]}\n' in done.stdout
+    assert f'{name:<10} {module.__doc__.splitlines()[0]}\n' in out
   shipped = sorted(path.stem for path in (ROOT / 'configs').glob('[!_]*.py'))
-  assert ', '.join(shipped) in done.stdout
+  assert ', '.join(shipped) in out
 
 
-@pytest.mark.parametrize('flag', ['-h', '--help'])
-def test_a_commands_help_has_its_flags_without_jax(flag, rvq, tmp_path):
-  done = rvq('train', flag, program=WITHOUT_JAX, cwd=tmp_path)
-  assert (done.returncode, done.stderr) == (0, '')
-  assert '\nrvq train --config=photos' in done.stdout
-  assert '--workdir: ' in done.stdout and 'pdb' not in done.stdout
+def test_the_help_of_a_command_has_its_flags(show):
+  out = show('train', '--help')
+  assert show('train', '-h') == out
+  assert '\nrvq train --config=photos' in out
+  assert '--workdir: ' in out and 'pdb' not in out
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -69,27 +70,19 @@ def test_help_shows_the_program_as_it_was_typed(command, capsys):
   assert f'\n{typed} --' in out and f'\nrvq {command}' not in out
 
 
-def test_it_tells_its_version(rvq, tmp_path):
-  done = rvq('--version', cwd=tmp_path)
-  assert (done.returncode, done.stdout) == (0, f'rvq_jax {__version__}\n')
+def test_it_tells_its_version(show):
+  assert show('--version') == f'rvq_jax {__version__}\n'
 
 
 @pytest.fixture
-def trained(monkeypatch, tmp_path):
-  """Returns a function: arguments -> what `rvq train` hands to the loop."""
-  monkeypatch.chdir(tmp_path)
+def read(monkeypatch):
+  """Returns a function: arguments -> the flags that a command is given."""
   monkeypatch.setattr(program, '_prepare_logs', lambda: None)
-  monkeypatch.setattr(backend, 'prepare_backend', lambda **_: None)
-
-  def hand(config, workdir, init):
-    raise InterruptedError(config, workdir)
-
-  monkeypatch.setattr(loop, 'train', hand)
 
   def call(*arguments):
-    with pytest.raises(InterruptedError) as ended:
-      COMMANDS['train'].main(list(arguments))
-    return ended.value.args
+    given = []
+    program.command(program.CONFIG)(given.append)(arguments)
+    return given[0]
 
   return call
 
@@ -97,77 +90,68 @@ def trained(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
   'given', ['cifar10:f4,best', str(ROOT / 'configs/cifar10.py:f4,best')]
 )
-def test_the_config_and_its_fields_reach_the_loop(given, trained):
-  config, workdir = trained(
+def test_a_command_is_given_the_config_and_its_fields(given, read):
+  flags = read(
     *('--config.batch_size=8', f'--config={given}', '--noconfig.data.flip'),
     *('--config.model.widths=(4,8)', '--config.num_steps', '3'),
   )
-  assert workdir == Path('runs/cifar10_f4_best')
-  assert (config.model.factor, config.model.estimator) == (4, 'ste')
-  assert (config.batch_size, config.num_steps, config.data.flip) == (
-    8,
-    3,
-    False,
-  )
-  assert config.model.widths == (4, 8)
+  config, model = flags.config, flags.config.model
+  assert flags.run_name == 'cifar10_f4_best'
+  assert (model.factor, model.estimator, model.widths) == (4, 'ste', (4, 8))
+  assert (config.batch_size, config.num_steps) == (8, 3)
+  assert not config.data.flip
 
 
 def test_a_shipped_config_given_by_its_path_is_not_a_second_module(monkeypatch):
   from rvq_jax.configs import photos
 
   monkeypatch.setattr(photos, 'get_config', lambda: {'seed': 7})
-  for given in ('photos', ROOT / 'configs/photos.py'):
-    config, _ = config_file.load(str(given))
-    assert config.to_dict() == {'seed': 7}
-  assert config_file.load(str(ROOT / 'rvq_jax/configs/photos.py'))[0].seed == 7
+  paths = ROOT / 'configs/photos.py', ROOT / 'rvq_jax/configs/photos.py'
+  for given in ('photos', *map(str, paths)):
+    assert config_file.load(given)[0].to_dict() == {'seed': 7}
 
 
-def test_a_config_of_the_user_builds_on_a_shipped_one(trained, tmp_path):
-  (tmp_path / 'photos.py').write_text(
+def test_a_config_of_the_user_builds_on_a_shipped_one(read, tmp_path):
+  path = tmp_path / 'photos.py'
+  path.write_text(
     'from rvq_jax.configs import photos\n'
     'def get_config(size):\n'
     '  config = photos.get_config()\n'
     '  config.data.image_size = int(size)\n'
     '  return config\n'
   )
-  config, workdir = trained('--config=photos.py:32')
-  assert workdir == Path('runs/photos_32')
-  assert (config.data.image_size, config.num_steps) == (32, 1000)
+  flags = read(f'--config={path}:32')
+  assert flags.run_name == 'photos_32'
+  assert (flags.config.data.image_size, flags.config.num_steps) == (32, 1000)
 
 
-def test_logs_of_libraries_about_their_files_are_left_out(rvq, tmp_path):
-  code = """
-import logging
-from rvq_jax.commands.program import command
-@command()
+MAIN = """
+import logging, sys
+from rvq_jax.commands import program
+@program.command()
 def main(flags):
   logging.getLogger('matplotlib.font_manager').info('generated new fontManager')
   logging.info('ours')
+  print('made')
+sys.stdin.read()
 main()
 """
-  done = rvq(program=code, cwd=tmp_path)
-  assert done.returncode == 0 and done.stderr.endswith(' ours\n')
-  assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 def test_output_that_nobody_reads_on_ends_without_a_traceback(unbuffered):
-  code = """
-import sys
-from rvq_jax.commands.program import command
-@command()
-def main(flags):
-  sys.stdin.read()
-  print('made')
-main()
-"""
+  # A print of the package.
+  code = f'exec(compile({MAIN!r}, {program.__file__!r}, "exec"))'
   with subprocess.Popen(
     [sys.executable, '-c', code],
     env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': unbuffered},
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
+    text=True,
   ) as process:
     process.stdout.close()
     _, err = process.communicate(timeout=60)
-  assert (process.returncode, err) == (1, b'')
+  assert process.returncode == 1
+  [line] = err.splitlines()  # logs of libraries are left out
+  assert line.endswith(' ours')

@@ -1,13 +1,12 @@
 """Freed memory stays, programs are kept on disk, XLA has its fast kernels."""
 
 import os
-import subprocess
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 PREPARED = """
 import resource
 import jax
@@ -35,54 +34,46 @@ print('ynn_fusion' in jax.jit(same).lower(*arrays).compile().as_text())
 """
 
 
-def run(code, first='', **variables):
-  inherited = {
-    name: value
-    for name, value in os.environ.items()
-    if not name.startswith(('MALLOC_', 'JAX_COMPILATION', 'XLA_FLAGS'))
-  }
-  return subprocess.run(
-    [sys.executable, '-c', first + PREPARED + code],
-    env=inherited | {'JAX_PLATFORMS': 'cpu'} | variables,
-    cwd=ROOT,
-    check=True,
-    capture_output=True,
-    text=True,
-  ).stdout.split()
+@pytest.fixture
+def run(run_python, monkeypatch):
+  """Returns a function: code -> what it prints in a prepared process."""
+
+  for name in [x for x in os.environ if re.match('MALLOC_|JAX_COMP|XLA_F', x)]:
+    monkeypatch.delenv(name)
+
+  def call(code, first='', **variables):
+    done = run_python(first + PREPARED + code, **variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+  return call
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='glibc is of Linux')
-def test_kept_memory_is_not_faulted_in_again():
-  [few] = run(FAULTS)
-  [many] = run(FAULTS, MALLOC_ARENA_MAX='8')  # what users set wins
-  assert int(many) > 10_000  # 64 MiB of 4 KiB pages in each call
-  assert int(few) < int(many) / 2
+def test_kept_memory_is_not_faulted_in_again(run):
+  few = int(run(FAULTS))
+  many = int(run(FAULTS, MALLOC_ARENA_MAX='8'))  # what users set wins
+  assert many > 10_000  # 64 MiB of 4 KiB pages in each call
+  assert few < many / 2
 
 
-def test_programs_are_kept_per_cpu_unless_the_user_says_where(tmp_path):
-  [folder] = run(CACHE, XDG_CACHE_HOME=str(tmp_path))
+def test_programs_are_kept_per_cpu_unless_the_user_says_where(run, tmp_path):
+  folder = run(CACHE, XDG_CACHE_HOME=str(tmp_path))
   assert Path(folder).parent == tmp_path / 'rvq_jax' / 'compiled'
-  [folder] = run(CACHE, JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'mine'))
-  assert folder == str(tmp_path / 'mine')
+  mine = str(tmp_path / 'mine')
+  assert run(CACHE, JAX_COMPILATION_CACHE_DIR=mine) == mine
 
 
 @pytest.mark.slow
-def test_convolutions_leave_ynnpack_unless_the_user_says_otherwise():
-  assert run(CONVOLUTION) == ['False']
+def test_convolutions_leave_ynnpack_unless_the_user_says_otherwise(run):
+  assert run(CONVOLUTION) == 'False'
   option = '--xla_cpu_experimental_ynn_fusion_type=individual_convolution'
-  assert run(CONVOLUTION, XLA_FLAGS=option) == ['True']
+  assert run(CONVOLUTION, XLA_FLAGS=option) == 'True'
 
 
-UNKNOWN_USER = """
-import os, pwd
-def unknown(uid):
-  raise KeyError(uid)
-pwd.getpwuid = unknown
-for name in ('HOME', 'XDG_CACHE_HOME'):
-  os.environ.pop(name, None)
-"""
-
-
-def test_an_unknown_user_without_a_home_keeps_no_programs():
-  assert run(CACHE, first=UNKNOWN_USER) == ['None']
+def test_an_unknown_user_without_a_home_keeps_no_programs(run, monkeypatch):
+  monkeypatch.delenv('HOME')
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  unknown = 'import pwd\npwd.getpwuid = {}.__getitem__\n'  # KeyError
+  assert run(CACHE, first=unknown) == 'None'

@@ -12,6 +12,8 @@ from rvq_jax import load
 from rvq_jax.tokenizer import tiling
 from rvq_jax.tokenizer.dataset import TokenDataset
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def succeed(run):
@@ -25,10 +27,7 @@ def succeed(run):
   return call
 
 
-@pytest.mark.slow
-def test_an_image_goes_to_tokens_and_back(
-  tiny_run, image_folder, tmp_path, run, succeed
-):
+def test_an_image_there_and_back(tiny_run, image_folder, tmp_path, succeed):
   source = next((image_folder / 'test').rglob('*.png'))
   npz, png = tmp_path / 'x.npz', tmp_path / 'x.png'
   out = succeed('encode', f'--workdir={tiny_run}', source, npz)
@@ -41,14 +40,10 @@ def test_an_image_goes_to_tokens_and_back(
   expected = tiling.load_image(tokenizer, npz)
   # Another process may compile, and so round, in another way.
   np.testing.assert_allclose(made, expected, atol=1)
-  npz.write_bytes(npz.read_bytes()[:-1])
-  done = run('decode', f'--workdir={tiny_run}', npz, tmp_path / 'y.png')
-  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_a_data_set_goes_to_tokens_and_back(
-  tiny_run, image_folder, tmp_path, run, succeed
+  tiny_run, image_folder, tmp_path, succeed
 ):
   tokens, images = tmp_path / 'tokens', tmp_path / 'images'
   flags = (f'--workdir={tiny_run}', f'--input={image_folder}')
@@ -60,12 +55,8 @@ def test_a_data_set_goes_to_tokens_and_back(
   flags = (f'--workdir={tiny_run}', f'--input={tokens}', f'--output={images}')
   succeed('decode', *flags)
   assert len(list((images / 'train').glob('*.png'))) == 40
-  done = run('decode', *flags)
-  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-  assert 'expected a new or empty folder' in done.stderr
 
 
-@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(
   tiny_run, image_folder, tmp_path, succeed
 ):
@@ -78,9 +69,8 @@ def test_two_processes_write_the_files_of_one(
   flags += (f'--output={tmp_path}/two', '--multihost', '--num_processes=2')
   flags += (f'--coordinator=localhost:{port}',)
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    outs = list(
-      pool.map(lambda i: succeed('encode', *flags, f'--process_id={i}'), [0, 1])
-    )
+    ids = '--process_id=0', '--process_id=1'
+    outs = pool.map(lambda i: succeed('encode', *flags, i), ids)
   assert ['tokens of 40 images' in out for out in outs] == [True, False]
   one, two = (
     {x.name: x.read_bytes() for x in (tmp_path / name / 'train').iterdir()}
@@ -89,7 +79,6 @@ def test_two_processes_write_the_files_of_one(
   assert one == two and len(one) == 4
 
 
-@pytest.mark.slow
 def test_a_page_replaces_only_a_page(tiny_run, image_folder, tmp_path, succeed):
   page = tmp_path / 'page.html'
   flags = ('--workdir=.', f'--output={page}')
@@ -102,7 +91,6 @@ def test_a_page_replaces_only_a_page(tiny_run, image_folder, tmp_path, succeed):
   assert source.name in page.read_text()
 
 
-@pytest.mark.slow
 def test_an_export_is_the_model_of_the_run(tiny_run, tmp_path, succeed):
   folder = tmp_path / 'export'
   out = succeed(
