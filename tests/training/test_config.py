@@ -193,11 +193,12 @@ print(backends_are_initialized())
 
 
 def test_devices_must_divide_the_batch():
-  config_lib.check_devices(128, 8)
+  flat = {'batch_size': 128, 'accumulate_steps': 1}
+  config_lib.check_devices(flat, 8)
   with pytest.raises(ValueError, match='multiple of the 3 devices, got 128'):
-    config_lib.check_devices(128, 3)
-  with pytest.raises(ValueError, match='8 devices x 3 accumulate_steps'):
-    config_lib.check_devices(128, 8, accumulate_steps=3)
+    config_lib.check_devices(flat, 3)
+  with pytest.raises(ValueError, match='8 devices x 3 accumulate_steps, got'):
+    config_lib.check_devices(flat | {'accumulate_steps': 3}, 8)
 
 
 def test_resume_allows_length_and_logging_and_nothing_else(load_config):

@@ -20,7 +20,7 @@ from rvq_jax.quantize.registry import (
   quantizer_class,
 )
 from rvq_jax.training.build import build_model
-from rvq_jax.training.config import fields, flatten
+from rvq_jax.training.config import FIELDS, flatten
 
 # Fields that act only together with another one.
 NEEDS = {
@@ -35,7 +35,7 @@ NEEDS = {
 CANNOT = {('residual', 'cosine'), ('multiscale', 'cosine')}
 OF_MODEL = [
   name.removeprefix('model.')
-  for name in fields()
+  for name in FIELDS
   if name.startswith('model.') and name != 'model.quantize_after'
 ]
 
@@ -70,7 +70,7 @@ def other(make_step_config):
   config = make_step_config({}).model.to_dict() | SMALL
 
   def choose(field):
-    value, choices = config[field], fields()[f'model.{field}'].choices
+    value, choices = config[field], FIELDS[f'model.{field}'].choices
     if choices or isinstance(value, bool):
       return next(x for x in choices or (False, True) if x != value)
     if field == 'sides':
@@ -232,7 +232,7 @@ def test_a_field_changes_the_train_step_of_a_run(field, value, run_program):
 
 def test_every_field_of_optimizer_and_objective_has_a_case():
   groups = 'optimizer.', 'objective.'
-  assert {f for f in fields() if f.startswith(groups)} <= dict(CHANGES).keys()
+  assert {f for f in FIELDS if f.startswith(groups)} <= dict(CHANGES).keys()
 
 
 def test_the_seed_chooses_parameters_and_order(make_step_config):

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from tiny_step import Run
 
 import rvq_jax
-from rvq_jax.training.config import check_config, fields, flatten
+from rvq_jax.training.config import FIELDS, check_config, flatten
 
 PACKAGE = Path(rvq_jax.__file__).parent
 EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -39,7 +39,7 @@ TEXTS = st.one_of(
   st.integers(1, 70).map(lambda n: f'({n},{n})'),
 )
 TYPED = st.one_of(NUMBERS.map(str), TEXTS)
-NAMES = st.sampled_from(sorted(fields()))
+NAMES = st.sampled_from(sorted(FIELDS))
 
 
 SHARED = types.SimpleNamespace()  # fixtures and `given` do not mix
@@ -111,7 +111,7 @@ def test_a_typed_value_is_used_as_it_stands_or_refused(use, name, text):
   flat = one_line_or(use, typed(name, text))
   if flat is None:
     return
-  value, field = flat[name], fields()[name]
+  value, field = flat[name], FIELDS[name]
   if value is None:
     assert field.optional
   elif field.kind is tuple:
@@ -126,4 +126,4 @@ def test_a_typed_value_is_used_as_it_stands_or_refused(use, name, text):
 def test_all_fields_are_tried_and_typed():
   config = typed('model.codebook_size', '77')
   assert config.model.codebook_size == 77
-  assert set(flatten(config)) == set(fields())
+  assert set(flatten(config)) == set(FIELDS)
