@@ -22,17 +22,11 @@ _EPS = 1e-10
 
 
 class Network(NamedTuple):
-  """A stack of convolutions, each with ReLU.
+  """A stack of convolutions, each with ReLU, up to the last compared one."""
 
-  Attributes:
-    pools: convolutions after a max pooling of stride 2.
-    window: side of the pooling.
-    compared: convolutions whose output is compared; the last one is the end.
-  """
-
-  pools: tuple[int, ...]
-  window: int
-  compared: tuple[int, ...]
+  pools: tuple[int, ...]  # convolutions after a max pooling of stride 2
+  window: int  # side of the pooling
+  compared: tuple[int, ...]  # convolutions whose output is compared
 
 
 _VGG16 = Network((2, 4, 7, 10), window=2, compared=(1, 3, 6, 9, 12))
@@ -65,11 +59,9 @@ def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
       f'least {MIN_SIDE} pixels, got {x.shape} and {y.shape}'
     )
   # Two passes: an image without a gradient then needs no backward pass.
-  pairs = zip(
-    _features(weights, x, dtype), _features(weights, y, dtype), strict=True
-  )
+  of_x, of_y = (_features(weights, image, dtype) for image in (x, y))
   total = jnp.zeros(len(x))
-  for layer, (a, b) in enumerate(pairs):
+  for layer, (a, b) in enumerate(zip(of_x, of_y, strict=True)):
     squares = (_unit_length(a) - _unit_length(b)) ** 2
     head = weights[f'head_{layer}'].reshape(1, 1, 1, -1)
     total += (squares * head).sum(-1).mean((1, 2))
@@ -82,7 +74,8 @@ def _features(weights, image, dtype) -> Iterator[jax.Array]:
   x = ((image - _SHIFT) / _SCALE).astype(dtype)
   for i in range(network.compared[-1] + 1):
     if i in network.pools:
-      x = _max_pool(x, network.window)
+      window = (1, network.window, network.window, 1)
+      x = lax.reduce_window(x, -jnp.inf, lax.max, window, (1, 2, 2, 1), 'VALID')
     kernel = weights[f'kernel_{i:02d}']
     stride, padding = (4, 2) if len(kernel) == 11 else (1, len(kernel) // 2)
     x = lax.conv_general_dilated(
@@ -97,11 +90,6 @@ def _features(weights, image, dtype) -> Iterator[jax.Array]:
     x = jax.nn.relu(x + bias.astype(dtype))
     if i in network.compared:
       yield x
-
-
-def _max_pool(x, window):
-  shape, strides = (1, window, window, 1), (1, 2, 2, 1)
-  return lax.reduce_window(x, -jnp.inf, lax.max, shape, strides, 'VALID')
 
 
 def _unit_length(x):

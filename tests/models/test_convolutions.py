@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from rvq_jax.models.convolutions import upsample
-from rvq_jax.models.layers import Upsample
+from rvq_jax.models.layers import Upsample, upsample
 
 
 def draw(seed, *shape):
