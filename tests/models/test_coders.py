@@ -19,16 +19,11 @@ PARTS = pytest.mark.parametrize(
 IMAGES = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
 
 
-@pytest.mark.parametrize(
-  ('factor', 'plan'),
-  [
-    (4, ((64, 2), (128, 2), (256, 1))),
-    (8, ((64, 2), (128, 2), (256, 2))),
-    (16, ((64, 2), (128, 2), (256, 2), (256, 2))),
-  ],
-)
-def test_stage_plan_halves_log2_factor_times(factor, plan):
-  assert stage_plan((64, 128, 256), factor) == plan
+def test_stage_plan_halves_log2_factor_times():
+  halved = (64, 2), (128, 2), (256, 2)
+  plans = (*halved[:2], (256, 1)), halved, (*halved, (256, 2))
+  for factor, plan in zip((4, 8, 16), plans, strict=True):
+    assert stage_plan((64, 128, 256), factor) == plan
 
 
 @PARTS

@@ -156,18 +156,15 @@ def test_groups_are_32_or_a_quarter_of_few_channels():
   assert [num_groups(c) for c in channels] == [1, 2, 16, 32, 32]
 
 
-def test_group_norm_equals_its_formula_and_has_no_statistics():
+def test_group_norm_equals_its_formula():
   x = draw(0, 2, 3, 5, 8)
-  layer = Norm(kind='group')
-  variables = layer.init(jax.random.key(0), x, train=True)
-  assert list(variables) == ['params']
   scale = np.linspace(0.5, 2, 8, dtype=np.float32)
   bias = np.linspace(-1, 1, 8, dtype=np.float32)
   variables = {'params': {'gn': {'scale': scale, 'bias': bias}}}
   y = np.float64(x).reshape(2, 15, 2, 4)
   y -= y.mean((1, 3), keepdims=True)
   y /= np.sqrt((y**2).mean((1, 3), keepdims=True) + 1e-6)
-  got = layer.apply(variables, x, train=True)
+  got = Norm(kind='group').apply(variables, x, train=True)
   want = y.reshape(x.shape) * scale + bias
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 

@@ -27,8 +27,7 @@ def make_weights(layers, seed=0):
     weights[f'kernel_{i:02d}'] = kernel.astype(np.float32)
     weights[f'bias_{i:02d}'] = rng.normal(0, 0.3, width).astype(np.float32)
     if compared:
-      head = rng.random(width).astype(np.float32)
-      weights[f'head_{next(heads)}'] = head
+      weights[f'head_{next(heads)}'] = rng.random(width).astype(np.float32)
     inputs = width
   return weights
 

