@@ -17,7 +17,6 @@ import rvq_jax
 from rvq_jax.training.config import FIELDS, check_config, flatten
 
 PACKAGE = Path(rvq_jax.__file__).parent
-EXPECTED = (ValueError, OSError, FloatingPointError)
 
 # A slip of the finger, another type, the ends of every range, no text at all.
 NUMBERS = st.one_of(
@@ -41,10 +40,7 @@ NAMES = st.sampled_from(sorted(FIELDS))
 
 
 def typed(config, name, text):
-  """The config as the launchers read it with --config.NAME=TEXT.
-
-  None where the launchers make one line of the text themselves.
-  """
+  """The config with --config.NAME=TEXT; None where the launchers refuse it."""
   values, words = flags.FlagValues(), ['program', f'--config.{name}={text}']
   config_flags.DEFINE_config_dict(
     'config', config, flag_values=values, sys_argv=words
@@ -56,23 +52,11 @@ def typed(config, name, text):
   return values['config'].value
 
 
-def one_line_or(function, config):
-  """The function's result; None if it ends in one line of our own."""
-  try:
-    return config and function(config)
-  except EXPECTED as error:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    assert PACKAGE in Path(frame.filename).parents, repr(error)
-    assert str(error) and '\n' not in str(error)
-    return None
-
-
 def trace_step(config):
   run = Run(config)
   rows, size = run.config['batch_size'], run.config['data.image_size']
   batch = {'image': jax.ShapeDtypeStruct((rows, size, size, 3), 'uint8')}
-  step = functools.partial(run.train_step, 1)
-  jax.eval_shape(step, run.template, batch)
+  jax.eval_shape(functools.partial(run.train_step, 1), run.template, batch)
   run.loader.close()
   return run.config
 
@@ -98,8 +82,15 @@ def trace_step(config):
 def test_a_typed_value_is_used_as_it_stands_or_refused(
   use, name, text, make_tiny_config
 ):
-  flat = one_line_or(use, typed(make_tiny_config(), name, text))
-  if flat is None:
+  config = typed(make_tiny_config(), name, text)
+  if config is None:
+    return
+  try:
+    flat = use(config)
+  except (ValueError, OSError, FloatingPointError) as error:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    assert PACKAGE in Path(frame.filename).parents, repr(error)
+    assert str(error) and '\n' not in str(error)
     return
   value, field = flat[name], FIELDS[name]
   if value is None:
