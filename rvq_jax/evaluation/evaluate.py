@@ -23,7 +23,7 @@ from rvq_jax.io import check_new, write_atomic
 from rvq_jax.tokenizer.load import HUB, is_export, load
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training import validation
-from rvq_jax.training.build import run_data
+from rvq_jax.training.build import RunData
 from rvq_jax.training.writers import read_jsonl
 
 SHOWN_IMAGES = 8
@@ -82,7 +82,7 @@ def evaluate_run(
   functions = perceptual_lib.load_metrics() if perceptual else {}
   tokenizer = load(workdir, step)
   _make_folder(folder)
-  data, mesh = run_data(tokenizer.config), sharding.data_mesh()
+  data, mesh = RunData(tokenizer.config), sharding.data_mesh()
   source, about = _open_source(workdir, data, split, step, images, data_dir)
   batches = loaders.eval_batches(
     source,

@@ -15,7 +15,7 @@ from rvq_jax.data.transforms import decode_image, resize_and_center_crop
 from rvq_jax.explorer import content
 from rvq_jax.io import write_atomic
 from rvq_jax.tokenizer.tokenizer import Tokenizer
-from rvq_jax.training.build import run_data
+from rvq_jax.training.build import RunData
 
 # How the page begins; only such a file is replaced.
 MARKER = '<!doctype html><!-- rvq_jax explorer -->'
@@ -46,7 +46,7 @@ def example_images(
   Raises:
     ValueError: there is no such data set, or no image that can be decoded.
   """
-  data = run_data(tokenizer.config)
+  data = RunData(tokenizer.config)
   crop = functools.partial(resize_and_center_crop, size=data.image_size)
   transform = np.asarray if source and tokenizer.any_size else crop
   if source and Path(source).is_file():

@@ -34,11 +34,10 @@ class Discriminator(nn.Module):
     for i, width in enumerate(self.widths[:stages]):
       x = blur(x) if i else x
       bias = i == 0  # else GroupNorm has one
-      x = nn.Conv(
-        width, (4, 4), 2, use_bias=bias, dtype=self.dtype, name=f'conv{i}'
-      )(x)
+      options = {'use_bias': bias, 'dtype': self.dtype}
+      x = nn.Conv(width, (4, 4), 2, name=f'conv{i}', **options)(x)
       if i:
-        norm = Norm(kind='group', dtype=self.dtype, name=f'norm{i}')
+        norm = Norm(self.dtype, kind='group', name=f'norm{i}')
         x = norm(x, train=False)
       x = nn.leaky_relu(x, 0.2)
     x = nn.Conv(1, (3, 3), dtype=self.dtype, name='out')(x)

@@ -15,10 +15,6 @@ def stage_plan(widths, factor: int) -> tuple[tuple[int, int], ...]:
 
   One convolution per width; the first log2(factor) of them have stride 2, the
   rest stride 1. A factor above 2^len(widths) repeats the last width.
-
-  Args:
-    widths: channels of the convolutions, in the paper (64, 128, 256).
-    factor: image side over latent side, a power of two.
   """
   halvings, widths = factor.bit_length() - 1, tuple(widths)
   widths += widths[-1:] * (halvings - len(widths))
@@ -29,8 +25,8 @@ class Coder(nn.Module):
   """The fields and layers that `Encoder` and `Decoder` share.
 
   Attributes:
-    widths: channels of the convolutions.
-    factor: image side over latent side.
+    widths: channels of the convolutions, see `stage_plan`.
+    factor: image side over latent side, a power of two.
     num_res_blocks: residual blocks at the last width.
     dtype: compute dtype; parameters and statistics are float32.
     axis_name: see `Norm`.
@@ -56,9 +52,7 @@ class Coder(nn.Module):
 
   def norm_and_act(self, x: jax.Array, name: str, train: bool) -> jax.Array:
     """The activation of the layer `Norm`, called `name`, of x."""
-    norm = Norm(
-      kind=self.norm, dtype=self.dtype, axis_name=self.axis_name, name=name
-    )
+    norm = Norm(self.dtype, self.axis_name, self.norm, name=name)
     return ACTIVATIONS[self.activation](norm(x, train=train))
 
   def residual_blocks(self, x: jax.Array, train: bool) -> jax.Array:
@@ -66,14 +60,9 @@ class Coder(nn.Module):
     block = ResidualBlock
     if self.remat:
       block = nn.remat(ResidualBlock, static_argnums=(2,))  # train
+    fields = self.dtype, self.axis_name, self.norm, self.activation
     for i in range(self.num_res_blocks):
-      x = block(
-        norm=self.norm,
-        activation=self.activation,
-        dtype=self.dtype,
-        axis_name=self.axis_name,
-        name=f'block{i}',
-      )(x, train)
+      x = block(*fields, name=f'block{i}')(x, train)
     return x
 
 
@@ -89,11 +78,7 @@ class Encoder(Coder):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """Encodes images x [B, h, w, 3] in [-1, 1].
-
-    Raises:
-      ValueError: a field is out of its range.
-    """
+    """Encodes images x in [-1, 1]; ValueError if a field is out of range."""
     x = x.astype(self.dtype)
     for i, (width, stride) in enumerate(self.stages()):
       x = nn.Conv(

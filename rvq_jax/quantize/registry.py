@@ -38,8 +38,3 @@ def make_quantizer(name: str = 'vq', **arguments) -> nn.Module:
     TypeError: its class has no such argument.
   """
   return quantizer_class(name)(**arguments)
-
-
-def takes(name: str, argument: str) -> bool:
-  """Whether the quantizer called `name` has an argument of that name."""
-  return argument in quantizer_class(name).__dataclass_fields__

@@ -19,7 +19,7 @@ from rvq_jax.quantize.fsq import fsq_levels
 from rvq_jax.tokenizer.load import CONFIG, FORMAT, WEIGHTS, load
 from rvq_jax.tokenizer.stablehlo import write_stablehlo
 from rvq_jax.tokenizer.tokenizer import Tokenizer
-from rvq_jax.training.build import run_data, shared_config
+from rvq_jax.training.build import RunData, shared_config
 from rvq_jax.training.validation import UNITS
 
 _FIGURES = {
@@ -170,7 +170,7 @@ def _torch(tokenizer) -> dict[str, Any]:
 
 def _card(tokenizer, name, license) -> str:
   """README.md without results; the Hub reads its first lines."""
-  data, size = run_data(tokenizer.config), tokenizer.image_size
+  data, size = RunData(tokenizer.config), tokenizer.image_size
   sizes = 'Only images of that size can be encoded.'
   if tokenizer.any_size:
     sizes = (

@@ -17,12 +17,7 @@ import jax.numpy as jnp
 from rvq_jax.io import read_json
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.tokenizer.tokenizer import Tokenizer
-from rvq_jax.training.build import (
-  build_model,
-  image_size,
-  keeps_averages,
-  quantize_after,
-)
+from rvq_jax.training.build import RunData, build_model
 
 HUB = 'hf:'
 FORMAT = {'format': 'rvq_jax', 'format_version': 1}
@@ -80,13 +75,14 @@ def _load_run(workdir, step) -> Tokenizer:
   with _quiet(), Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve(step)
     config = checkpoints.meta(step)['config']
-    if step <= quantize_after(config):
+    run = RunData(config)
+    if step <= run.quantize_after:
       raise ValueError(
         f'step {step} of {workdir} has no codebook: it is filled after step '
-        f'{quantize_after(config)}, config.model.quantize_after; train longer'
+        f'{run.quantize_after}, config.model.quantize_after; train longer'
       )
     model, shapes = _model(config, workdir)
-    if keeps_averages(config):
+    if run.keeps_averages:
       names = ('params', 'batch_stats')
       shapes['averages'] = {name: shapes[name] for name in names}
     variables = checkpoints.restore_model(shapes, step)
@@ -128,7 +124,7 @@ def _load_export(folder: Path, step) -> Tokenizer:
 def _model(config: Mapping[str, Any], source) -> tuple[VQVAE, dict[str, Any]]:
   """The model of a flat config; shapes and placement of its collections."""
   try:
-    model, size = build_model(config), image_size(config)
+    model, size = build_model(config), RunData(config).image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
   except ValueError as error:

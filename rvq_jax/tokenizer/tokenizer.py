@@ -14,7 +14,7 @@ from rvq_jax.data.images import prepare_images
 from rvq_jax.io import tree_digest
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize.codebook import COUNTS
-from rvq_jax.training.build import architecture, image_size
+from rvq_jax.training.build import RunData, architecture
 
 
 class Tokenizer:
@@ -57,7 +57,7 @@ class Tokenizer:
     self.model, self.variables = model, variables
     self.config, self.step = config, step
     self.codebook_size, self.factor = model.vq.codebook_size, model.factor
-    self.image_size = image_size(config)
+    self.image_size = RunData(config).image_size
     self.quantizer = json.loads(architecture(config))['quantizer']
     self.ids_dtype = np.min_scalar_type(self.codebook_size - 1)
     self.sides = getattr(model.vq, 'sides', None)

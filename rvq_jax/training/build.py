@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,7 @@ from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize.fields import Field, fault, fields_of
-from rvq_jax.quantize.registry import QUANTIZERS, quantizer_class, takes
+from rvq_jax.quantize.registry import QUANTIZERS, quantizer_class
 
 MODEL_FIELDS = {
   'freeze': Field(str, choices=('', 'codes', 'encoder,codes')),
@@ -33,10 +33,9 @@ LAYERS_ONLY = {
 }
 """Arguments of layers without a field in a config.
 
-Earlier versions had fields for the first three. Their runs and exports still
-open: the three change only training.
+Earlier versions had fields for the first three, which change only training:
+their runs and exports still open.
 """
-
 _HASHED = (
   'widths factor num_res_blocks num_heads code_dim quantizer codebook_size '
   'activation cosine depth heads dtype'
@@ -44,35 +43,33 @@ _HASHED = (
 
 
 def architecture(flat: Mapping[str, Any], sides=None) -> str:
-  """The fields that decide, with the arrays, which function a model computes.
+  """JSON of the fields that decide, with the arrays, what a model computes.
 
-  The hashes of a model begin with this text: it must not change.
-
-  Args:
-    flat: checked config.
-    sides: of the scales of a multi-scale tokenizer, or None.
-
-  Returns:
-    A JSON object.
+  The hashes of a model begin with this text: it must not change. A multi-scale
+  tokenizer gives the `sides` of its scales.
   """
   fields = {name: flat[f'model.{name}'] for name in _HASHED}
   fields |= {'sides': sides} if sides else {}
   return json.dumps(fields, sort_keys=True)
 
 
-def image_size(flat: Mapping[str, Any]) -> int:
-  """Side of the training images, in pixels."""
-  return flat['data.image_size']
+class RunData:
+  """What programs other than training read of a flat config.
 
+  Attributes:
+    name: of the data, which split and data_dir open with `open_dataset`.
+    image_size: side of the training images, in pixels.
+    quantize_after: the last step without a codebook.
+    keeps_averages: checkpoints hold averages of variables.
+  """
 
-def quantize_after(flat: Mapping[str, Any]) -> int:
-  """The last step without a codebook."""
-  return flat['model.quantize_after']
-
-
-def keeps_averages(flat: Mapping[str, Any]) -> bool:
-  """Whether checkpoints hold averages of parameters and batch statistics."""
-  return bool(flat['optimizer.params_ema'])
+  def __init__(self, flat: Mapping[str, Any]):
+    self.name, self.split = flat.get('data.name'), flat.get('data.split')
+    self.data_dir = flat.get('data.data_dir')
+    self.image_size = flat.get('data.image_size')
+    self.batch_size = flat.get('batch_size')
+    self.quantize_after = flat.get('model.quantize_after', 0)
+    self.keeps_averages = bool(flat.get('optimizer.params_ema'))
 
 
 def shared_config(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,10 +81,7 @@ def shared_config(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_fields(*layers: type[nn.Module]) -> dict[str, Field]:
-  """'model.NAME' -> range of each argument of layers that a config sets.
-
-  If layers share a name, the first layer's range counts.
-  """
+  """'model.NAME' -> range in the first layer that has the argument NAME."""
   result = {}
   for cls in layers:
     for name, field in fields_of(cls).items():
@@ -108,14 +102,9 @@ def check_fields(flat: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
 
 
 def build_model(flat: Mapping[str, Any]) -> VQVAE:
-  """The model of a flat config.
-
-  Raises:
-    ValueError: a field of the model is missing or out of its range.
-  """
+  """The model of a flat config; ValueError for a missing or a wrong field."""
   check_fields(flat, MODEL_FIELDS)
-  kind = flat['model.quantizer']
-  quantizer = quantizer_class(kind)
+  quantizer = quantizer_class(flat['model.quantizer'])
   check_fields(flat, layer_fields(Encoder, Decoder, quantizer))
   flat = {n: tuple(x) if isinstance(x, list) else x for n, x in flat.items()}
 
@@ -127,35 +116,15 @@ def build_model(flat: Mapping[str, Any]) -> VQVAE:
   dtype = jnp.dtype(flat['model.dtype']).type
   encoder, decoder = (make(cls, dtype=dtype) for cls in (Encoder, Decoder))
   flat['model.code_dim'] = None  # the quantizer's: the encoder's channels
-  if takes(kind, 'sides') and not flat['model.sides']:
+  takes = fields_of(quantizer)
+  if 'sides' in takes and not flat['model.sides']:
     from rvq_jax.quantize.scales import default_sides
 
     grid = flat['data.image_size'] // encoder.factor
     flat['model.sides'] = default_sides(grid)
-  freeze = {'freeze': 'codes' in flat['freeze']}
-  return VQVAE(
-    encoder=encoder,
-    vq=make(quantizer, **(freeze if takes(kind, 'freeze') else {})),
-    decoder=decoder,
-    freeze_encoder='encoder' in flat['freeze'],
-  )
-
-
-class RunData(NamedTuple):
-  """The data of a run, as arguments of `open_dataset` and `eval_batches`."""
-
-  name: str
-  split: str
-  data_dir: str | None
-  image_size: int
-  batch_size: int
-
-
-def run_data(flat: Mapping[str, Any]) -> RunData:
-  """The data of a checked flat config."""
-  names = 'name', 'split', 'data_dir', 'image_size'
-  fields = {name: flat[f'data.{name}'] for name in names}
-  return RunData(**fields, batch_size=flat['batch_size'])
+  freeze = {'freeze': 'codes' in flat['freeze']} if 'freeze' in takes else {}
+  vq = make(quantizer, **freeze)
+  return VQVAE(encoder, vq, decoder, 'encoder' in flat['freeze'])
 
 
 def build_data(flat: Mapping[str, Any], workdir=None):
@@ -188,49 +157,24 @@ def build_schedule(flat: Mapping[str, Any], num_steps: int):
   """Step -> learning rate."""
   from rvq_jax.training.optimizer import make_schedule
 
-  return make_schedule(
-    flat['optimizer.learning_rate'],
-    num_steps=num_steps,
-    warmup_steps=flat['optimizer.warmup_steps'],
-    schedule=flat['optimizer.schedule'],
-  )
+  names = 'learning_rate', 'warmup_steps', 'schedule'
+  fields = {name: flat[f'optimizer.{name}'] for name in names}
+  return make_schedule(num_steps=num_steps, **fields)
 
 
-def build_optimizer(flat: Mapping[str, Any], num_steps: int):
-  """AdamW as an optax transformation."""
-  from rvq_jax.training.optimizer import make_optimizer
-
-  return make_optimizer(
-    build_schedule(flat, num_steps),
-    weight_decay=flat['optimizer.weight_decay'],
-    clip_norm=flat['optimizer.clip_norm'],
-    b2=flat['optimizer.b2'],
-    freeze=flat['freeze'],
-  )
-
-
-def build_objective(flat: Mapping[str, Any], num_steps: int):
-  """The `Objective`."""
+def build_step(flat: Mapping[str, Any], num_steps: int):
+  """The `TrainStep` of the last phase; ValueError if the phases do not fit."""
   from rvq_jax.training.objective import Objective
+  from rvq_jax.training.optimizer import make_optimizer
+  from rvq_jax.training.step import TrainStep
 
-  fields = {
+  weights = {
     name.removeprefix('objective.'): value
     for name, value in flat.items()
     if name.startswith('objective.')
   }
   dtype = jnp.dtype(flat['model.dtype']).type
-  return Objective(num_steps=num_steps, dtype=dtype, **fields)
-
-
-def build_step(flat: Mapping[str, Any], num_steps: int):
-  """The `TrainStep` of a run of num_steps, in its last phase.
-
-  Raises:
-    ValueError: the phases do not fit into the run.
-  """
-  from rvq_jax.training.step import TrainStep
-
-  objective = build_objective(flat, num_steps)
+  objective = Objective(num_steps=num_steps, dtype=dtype, **weights)
   late, start = flat['model.quantize_after'], objective.discriminator_start
   if late >= num_steps:
     raise ValueError(
@@ -243,9 +187,16 @@ def build_step(flat: Mapping[str, Any], num_steps: int):
       'before the discriminator learns to tell quantized images from real '
       f'ones, got {late}'
     )
+  optimizer = make_optimizer(
+    build_schedule(flat, num_steps),
+    weight_decay=flat['optimizer.weight_decay'],
+    clip_norm=flat['optimizer.clip_norm'],
+    b2=flat['optimizer.b2'],
+    freeze=flat['freeze'],
+  )
   return TrainStep(
     build_model(flat),
-    build_optimizer(flat, num_steps),
+    optimizer,
     objective,
     seed=flat['seed'],
     flip=flat['data.flip'],
@@ -262,8 +213,8 @@ def build_start(flat: Mapping[str, Any], init, template):
   `init` gives a trained model, or is None; template has the state's shapes.
 
   Raises:
-    ValueError: the model does not fit; with `quantize_after` the encoder would
-      drift away from its codes; or a new encoder would be frozen.
+    ValueError: the model does not fit, the encoder would drift away from its
+      codes (`quantize_after`), or a new encoder would be frozen.
   """
   from rvq_jax.training import initial
 
@@ -281,11 +232,11 @@ def build_start(flat: Mapping[str, Any], init, template):
       f'there from the start, got {late}'
     )
   model = init()
-  scale = _vectors(flat) / _vectors(model.config)
-  return initial.collections(model, template, flat, scale=scale)
-
-
-def _vectors(flat):
-  """Vectors per codebook update: microbatch size times positions."""
-  side = flat['data.image_size'] // flat['model.factor']
-  return flat['batch_size'] / flat['accumulate_steps'] * side**2
+  # Vectors per codebook update: microbatch size times positions.
+  ours, theirs = (
+    config['batch_size']
+    / config['accumulate_steps']
+    * (config['data.image_size'] // config['model.factor']) ** 2
+    for config in (flat, model.config)
+  )
+  return initial.collections(model, template, flat, scale=ours / theirs)

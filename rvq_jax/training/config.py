@@ -1,13 +1,11 @@
-"""The one door of a config: the names and ranges of its fields.
+"""The one door of a config, which `ml_collections` does not check.
 
-`ml_collections` takes `codebook_size=-5` or `widths=32`, so every value is
-checked here, before anything is built. Ranges of a layer's arguments stand on
-the layer, and a trace of the model lets the layers refuse values that do not
-fit together. The door adds the name of the config's field.
+Ranges of a layer's arguments stand on the layer, and a trace of the model lets
+the layers refuse values that do not fit together. The door adds the name of the
+config's field.
 """
 
 import difflib
-import functools
 import json
 import os
 from collections.abc import Mapping
@@ -18,26 +16,21 @@ import jax.numpy as jnp
 
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
-from rvq_jax.quantize.fields import Field
-from rvq_jax.quantize.registry import QUANTIZERS, quantizer_class, takes
-from rvq_jax.training.build import (
-  MODEL_FIELDS,
-  build_model,
-  check_fields,
-  layer_fields,
-)
+from rvq_jax.models.lpips import MIN_SIDE
+from rvq_jax.quantize.fields import MAX_INT32, Field, fields_of
+from rvq_jax.quantize.registry import QUANTIZERS, quantizer_class
+from rvq_jax.training import build
 
-_INT32 = 2**31 - 1
-FIELDS = MODEL_FIELDS | {
-  'seed': Field(int, 0, _INT32),
-  'batch_size': Field(int, 1, _INT32),
-  'accumulate_steps': Field(int, 1, _INT32),
+FIELDS = build.MODEL_FIELDS | {
+  'seed': Field(int, 0, MAX_INT32),
+  'batch_size': Field(int, 1, MAX_INT32),
+  'accumulate_steps': Field(int, 1, MAX_INT32),
   'num_epochs': Field(int, 1, 10**7),
-  'num_steps': Field(int, 1, _INT32, optional=True),
+  'num_steps': Field(int, 1, MAX_INT32, optional=True),
   'deterministic': Field(bool),
-  'log_every': Field(int, 1, _INT32),
-  'eval_every': Field(int, 0, _INT32),
-  'checkpoint_every': Field(int, 0, _INT32),
+  'log_every': Field(int, 1, MAX_INT32),
+  'eval_every': Field(int, 0, MAX_INT32),
+  'checkpoint_every': Field(int, 0, MAX_INT32),
   'keep_checkpoints': Field(int, 1, 10**6),
   'data.name': Field(str),
   'data.data_dir': Field(str, optional=True),
@@ -47,7 +40,7 @@ FIELDS = MODEL_FIELDS | {
   'data.flip': Field(bool),
   'data.colors': Field(bool),
   'data.num_workers': Field(int, 0, 1024),
-  'model.quantize_after': Field(int, 0, _INT32),
+  'model.quantize_after': Field(int, 0, MAX_INT32),
   'objective.pixel': Field(str, choices=('mse', 'l1')),
   'objective.perceptual_weight': Field(float, 0),
   'objective.adversarial_weight': Field(float, 0),
@@ -56,25 +49,20 @@ FIELDS = MODEL_FIELDS | {
   'optimizer.learning_rate': Field(float, 0),
   'optimizer.weight_decay': Field(float, 0),
   'optimizer.schedule': Field(str, choices=('cosine', 'constant')),
-  'optimizer.warmup_steps': Field(int, 0, _INT32),
+  'optimizer.warmup_steps': Field(int, 0, MAX_INT32),
   'optimizer.clip_norm': Field(float, 0),
   'optimizer.b2': Field(float, 0, 0.9999999),
   'optimizer.params_ema': Field(float, 0, 0.9999999),
 }
-"""The fields that no layer has; `fields` gives all."""
+_CLASSES = {name: quantizer_class(name) for name in QUANTIZERS}
+FIELDS |= build.layer_fields(Encoder, Decoder, *_CLASSES.values())
+"""Name -> range of every field of a config."""
 RESUMABLE = {
   *('num_epochs', 'num_steps', 'log_every', 'eval_every', 'checkpoint_every'),
   *('keep_checkpoints', 'data.data_dir', 'data.num_workers', 'model.remat'),
   *('freeze', 'deterministic'),
 }
 """Fields that may differ from the config that a run was started with."""
-
-
-@functools.cache
-def fields() -> dict[str, Field]:
-  """Name -> `Field` of every field of a config."""
-  quantizers = map(quantizer_class, QUANTIZERS)
-  return FIELDS | layer_fields(Encoder, Decoder, *quantizers)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -89,21 +77,20 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Checks a nested config, and gives it as flat JSON values.
+  """Checks a nested config in 0.1 to 0.5 s, and gives it as flat JSON values.
 
-  The path of a folder of images becomes absolute. The trace of the model takes
-  0.1 to 0.5 s.
+  The path of a folder of images becomes absolute.
 
   Raises:
     ValueError: one line: the field, the expected value and the given one.
   """
   flat = flatten(config)
   for name in flat:
-    if name not in fields():
-      near = difflib.get_close_matches(name, fields(), n=1)
+    if name not in FIELDS:
+      near = difflib.get_close_matches(name, FIELDS, n=1)
       hint = f'; did you mean config.{near[0]}?' if near else ''
       raise ValueError(f'config.{name}: no such field{hint}')
-  check_fields(flat, fields())
+  build.check_fields(flat, FIELDS)
   _check_run(flat)
   _check_model(flat)
   kind, _, path = flat['data.name'].partition(':')
@@ -116,55 +103,48 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_run(flat):
   """The rules between fields that no layer knows."""
   quantizer, init = flat['model.quantizer'], flat['model.init_from']
-  filled = takes(quantizer, 'init_from') and init == 'data'
+  fills = [n for n, cls in _CLASSES.items() if 'init_from' in fields_of(cls)]
+  filled = quantizer in fills and init == 'data'
   if flat['model.quantize_after'] and not filled:
-    names = ', '.join(name for name in QUANTIZERS if takes(name, 'init_from'))
     raise ValueError(
       'config.model.quantize_after: expected 0, or a quantizer whose codes are '
-      f"filled from data ({names}, with init_from = 'data'), got {quantizer} "
-      f'with init_from = {init!r}'
+      f"filled from data ({', '.join(fills)}, with init_from = 'data'), got "
+      f'{quantizer} with init_from = {init!r}'
     )
-  if flat['objective.perceptual_weight']:
-    from rvq_jax.models.lpips import MIN_SIDE
-
-    if flat['data.image_size'] < MIN_SIDE:
-      raise ValueError(
-        f'config.data.image_size: expected at least {MIN_SIDE} with '
-        'objective.perceptual_weight above 0, got '
-        f'{flat["data.image_size"]}'
-      )
+  side = flat['data.image_size']
+  if flat['objective.perceptual_weight'] and side < MIN_SIDE:
+    raise ValueError(
+      f'config.data.image_size: expected at least {MIN_SIDE} with '
+      f'objective.perceptual_weight above 0, got {side}'
+    )
 
 
 def _check_model(flat):
   """Traces the model's `init`; names the field that a layer refuses."""
   # One block stands for all. In bfloat16, attention would ask for the devices:
   # JAX would start its backend before `deterministic` is set.
-  blocks = min(flat['model.num_res_blocks'], 1)
+  blocks, side = min(flat['model.num_res_blocks'], 1), flat['data.image_size']
   flat = flat | {'model.num_res_blocks': blocks, 'model.dtype': 'float32'}
-  side = flat['data.image_size']
   images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
   try:
-    init = build_model(flat).init
+    init = build.build_model(flat).init
     jax.eval_shape(lambda x: init(jax.random.key(0), x), images)
   except ValueError as error:
     name, _, rest = str(error).partition(': ')
     if name == 'images':
-      message = f'data.image_size: {rest}'
-    else:
-      known = f'model.{name}' in flat
-      message = f'model.{error}' if known else f'model: {error}'
-    raise ValueError(f'config.{message}') from error
+      raise ValueError(f'config.data.image_size: {rest}') from error
+    mark = '.' if f'model.{name}' in flat else ': '
+    raise ValueError(f'config.model{mark}{error}') from error
 
 
-def check_devices(
-  batch_size: int, devices: int, *, accumulate_steps: int = 1
-) -> None:
+def check_devices(flat: Mapping[str, Any], devices: int) -> None:
   """Raises ValueError unless microbatches divide evenly over the devices."""
-  if batch_size % (devices * accumulate_steps):
-    times = f' x {accumulate_steps} accumulate_steps'
+  size, steps = flat['batch_size'], flat['accumulate_steps']
+  if size % (devices * steps):
+    times = f' x {steps} accumulate_steps' if steps > 1 else ''
     raise ValueError(
-      f'config.batch_size: expected a multiple of the {devices} devices'
-      f'{times if accumulate_steps > 1 else ""}, got {batch_size}'
+      'config.batch_size: expected a multiple of the '
+      f'{devices} devices{times}, got {size}'
     )
 
 
@@ -172,8 +152,8 @@ def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
   """Refuses to resume `old` with another model, optimizer or data.
 
   Raises:
-    ValueError: a version of rvq_jax with other fields made the checkpoint, or
-      fields differ that must not; lists them.
+    ValueError: another version made the checkpoint, or fields that must not
+      differ do; lists them.
   """
   if new.keys() != old.keys():
     raise ValueError(

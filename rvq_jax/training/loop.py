@@ -55,11 +55,7 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
   if config['deterministic']:
     make_deterministic()
   check_apart(config['data.name'], workdir)
-  config_lib.check_devices(
-    config['batch_size'],
-    jax.device_count(),
-    accumulate_steps=config['accumulate_steps'],
-  )
+  config_lib.check_devices(config, jax.device_count())
   advice = 'start the same command again: it resumes from the last checkpoint'
   # The lock comes before the images, which may take minutes to decode.
   with io.explain_full_disk(workdir, advice), lock(workdir):

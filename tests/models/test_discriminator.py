@@ -24,11 +24,9 @@ def build():
   [(8, 1, 4), (32, 3, 4), (64, 4, 4), (72, 4, 5), (256, 4, 16)],
 )
 def test_stages_leave_a_map_of_logits(side, stages, grid):
+  run = Discriminator(dtype=jnp.bfloat16).init_with_output
   image = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
-  module = Discriminator(dtype=jnp.bfloat16)
-  logits, variables = jax.eval_shape(
-    module.init_with_output, jax.random.key(0), image
-  )
+  logits, variables = jax.eval_shape(run, jax.random.key(0), image)
   assert logits.shape == (2, grid, grid) and logits.dtype == jnp.float32
   assert set(variables) == {'params'}  # no statistics
   params = variables['params']
@@ -56,7 +54,7 @@ def test_the_blur_equals_a_loop():
   x = np.random.default_rng(1).normal(size=(2, 5, 4, 3)).astype('f')
   padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), 'edge')
   want = np.zeros(x.shape)
-  for i, a in enumerate((0.25, 0.5, 0.25)):
-    for j, b in enumerate((0.25, 0.5, 0.25)):
-      want += a * b * padded[:, i : i + 5, j : j + 4]
+  weights = 0.25, 0.5, 0.25
+  for i, j in np.ndindex(3, 3):
+    want += weights[i] * weights[j] * padded[:, i : i + 5, j : j + 4]
   np.testing.assert_allclose(blur(jnp.asarray(x)), want, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,7 @@
 """LPIPS beside NumPy in float64, on narrow networks of random weights."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,32 +9,26 @@ import pytest
 
 from rvq_jax.models.lpips import distance
 
-# Layers of torchvision's `features`: (kernel, stride, padding), or the window
-# of a pooling of stride 2; True where LPIPS compares the output.
-_CONV = (3, 1, 1)
-VGG = [(_CONV, False), (_CONV, True)]
-VGG += [2, (_CONV, False), (_CONV, True)]
-VGG += 3 * [2, (_CONV, False), (_CONV, False), (_CONV, True)]
-ALEX = [((11, 4, 2), True), 3, ((5, 1, 2), True), 3, *3 * [(_CONV, True)]]
+# Convolutions of torchvision's `features`: kernel, stride, padding, the window
+# of a pooling of stride 2 in front, and whether LPIPS compares the output.
+_CONV, _COMPARED, _POOLED = (3, 1, 1, 0, 0), (3, 1, 1, 0, 1), (3, 1, 1, 2, 0)
+VGG = [_CONV, _COMPARED, _POOLED, _COMPARED, *3 * [_POOLED, _CONV, _COMPARED]]
+ALEX = [(11, 4, 2, 0, 1), (5, 1, 2, 3, 1), (3, 1, 1, 3, 1), *2 * [_COMPARED]]
 NETS = pytest.mark.parametrize('layers', [VGG, ALEX], ids=['vgg', 'alex'])
 
 
 def make_weights(layers, seed=0):
-  rng = np.random.default_rng(seed)
-  weights, inputs, i, head = {}, 3, 0, 0
-  for layer in layers:
-    if isinstance(layer, int):
-      continue
-    (size, _, _), compared = layer
+  rng, heads = np.random.default_rng(seed), itertools.count()
+  weights, inputs = {}, 3
+  for i, (size, *_, compared) in enumerate(layers):
     width = 4 + i % 3
     scale = (2 / size**2 / inputs) ** 0.5
     kernel = rng.normal(0, scale, (size, size, inputs, width))
     weights[f'kernel_{i:02d}'] = kernel.astype(np.float32)
     weights[f'bias_{i:02d}'] = rng.normal(0, 0.3, width).astype(np.float32)
     if compared:
-      weights[f'head_{head}'] = rng.random(width).astype(np.float32)
-      head += 1
-    inputs, i = width, i + 1
+      weights[f'head_{next(heads)}'] = rng.random(width).astype(np.float32)
+    inputs = width
   return weights
 
 
@@ -44,39 +40,42 @@ def windows(x, size, stride):
 def oracle(layers, weights, x, y):
   shift, scale = [-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]
   both = (np.concatenate([x, y]).astype(np.float64) - shift) / scale
-  total, i, head = 0.0, 0, 0
-  for layer in layers:
-    if isinstance(layer, int):
-      both = windows(both, layer, 2).max((-1, -2))
-      continue
-    (size, stride, pad), compared = layer
+  total, heads = 0.0, itertools.count()
+  for i, (size, stride, pad, pool, compared) in enumerate(layers):
+    if pool:
+      both = windows(both, pool, 2).max((-1, -2))
     padded = np.pad(both, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
     kernel = weights[f'kernel_{i:02d}'].astype(np.float64)
     both = np.einsum('bhwcij,ijcf->bhwf', windows(padded, size, stride), kernel)
     both = np.maximum(both + weights[f'bias_{i:02d}'], 0)
-    i += 1
     if compared:
       norm = np.sqrt((both**2).sum(-1, keepdims=True)) + 1e-10
       a, b = np.split(both / norm, 2)
-      total += ((a - b) ** 2 @ weights[f'head_{head}']).mean((1, 2))
-      head += 1
+      total += ((a - b) ** 2 @ weights[f'head_{next(heads)}']).mean((1, 2))
   return total
 
 
-def make_images(count=2, height=37, width=46, seed=1):
+def make_images(count=2, seed=1):
   rng = np.random.default_rng(seed)
-  shape = 2, count, height, width, 3
-  return rng.uniform(-1, 1, shape).astype(np.float32)
+  return rng.uniform(-1, 1, (2, count, 37, 46, 3)).astype(np.float32)
 
 
 @NETS
-def test_distance_equals_the_definition(layers):
+@pytest.mark.parametrize(
+  ('dtype', 'name', 'tolerance'),
+  [(jnp.float32, 'f32', 1e-5), (jnp.bfloat16, 'bf16', 0.03)],
+)
+def test_distance_equals_the_definition(layers, dtype, name, tolerance):
   weights, (x, y) = make_weights(layers), make_images()
   expected = oracle(layers, weights, x, y)
   assert expected.min() > 0.05
-  got = jax.jit(distance)(weights, x, y)
+  measure = jax.jit(lambda *a: distance(*a, dtype=dtype))
+  text = str(jax.make_jaxpr(measure)(weights, x, y))
+  results = [t for t in text.splitlines() if '= conv_general_dilated' in t]
+  assert results and all(f':{name}[' in line for line in results)
+  got = measure(weights, x, y)
   assert got.dtype == jnp.float32
-  np.testing.assert_allclose(got, expected, rtol=1e-5)
+  np.testing.assert_allclose(got, expected, rtol=tolerance)
 
 
 @NETS
@@ -102,23 +101,12 @@ def test_features_whose_squares_underflow_have_a_finite_gradient():
   assert value == 0 and not np.any(gradient)
 
 
-@NETS
-def test_convolutions_run_in_the_dtype_asked_for(layers):
-  weights, (x, y) = make_weights(layers), make_images()
-  measure = jax.jit(lambda *a: distance(*a, dtype=jnp.bfloat16))
-  text = str(jax.make_jaxpr(measure)(weights, x, y))
-  results = [t for t in text.splitlines() if '= conv_general_dilated' in t]
-  assert results and all(':bf16[' in line for line in results)
-  got = measure(weights, x, y)
-  assert got.dtype == jnp.float32
-  np.testing.assert_allclose(got, oracle(layers, weights, x, y), rtol=0.03)
-
-
-SMALL = [(2, 31, 64, 3), (2, 64, 31, 3), (64, 64, 3)]
-
-
 @pytest.mark.parametrize(
-  ('x', 'y'), [((1, 32, 32, 3), (1, 33, 32, 3)), *((x, x) for x in SMALL)]
+  ('x', 'y'),
+  [
+    ((1, 32, 32, 3), (1, 33, 32, 3)),
+    *(2 * (x,) for x in [(2, 31, 64, 3), (2, 64, 31, 3), (64, 64, 3)]),
+  ],
 )
 def test_other_pairs_than_images_of_one_size_are_refused(x, y):
   with pytest.raises(ValueError, match='two batches .* least 32 pixels, got'):

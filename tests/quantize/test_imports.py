@@ -12,7 +12,6 @@ from rvq_jax.quantize.registry import (
   QUANTIZERS,
   make_quantizer,
   quantizer_class,
-  takes,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +46,6 @@ def test_a_name_gives_its_class(name):
   layer = make_quantizer(name, codebook_size=16)
   assert isinstance(layer, nn.Module)
   assert type(layer) is quantizer_class(name)
-  assert takes(name, 'codebook_size') and not takes(name, 'levels_of')
 
 
 def test_an_unknown_name_is_refused():

@@ -3,7 +3,6 @@
 import functools
 import math
 import traceback
-import types
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -15,13 +14,11 @@ from ml_collections import config_flags
 from tiny_step import Run
 
 import rvq_jax
-from rvq_jax.training.config import check_config, fields, flatten
+from rvq_jax.training.config import FIELDS, check_config, flatten
 
 PACKAGE = Path(rvq_jax.__file__).parent
-EXPECTED = (ValueError, OSError, FloatingPointError)
 
-# Likely and unlikely texts: a slip of the finger, another type,
-# the ends of every range, a script that left a variable empty.
+# A slip of the finger, another type, the ends of every range, no text at all.
 NUMBERS = st.one_of(
   st.integers(-3, 70),
   st.sampled_from([2**n + d for n in (10, 31, 32, 63, 64) for d in (-1, 0, 1)]),
@@ -39,24 +36,11 @@ TEXTS = st.one_of(
   st.integers(1, 70).map(lambda n: f'({n},{n})'),
 )
 TYPED = st.one_of(NUMBERS.map(str), TEXTS)
-NAMES = st.sampled_from(sorted(fields()))
+NAMES = st.sampled_from(sorted(FIELDS))
 
 
-SHARED = types.SimpleNamespace()  # fixtures and `given` do not mix
-
-
-@pytest.fixture(autouse=True)
-def remember(make_tiny_config):
-  SHARED.make_config = make_tiny_config
-
-
-def typed(name, text):
-  """The tiny config as the launchers read it with --config.NAME=TEXT.
-
-  None where the launchers make one line of the text themselves.
-  """
-  config = SHARED.make_config()
-  config.num_steps = 2
+def typed(config, name, text):
+  """The config with --config.NAME=TEXT; None where the launchers refuse it."""
   values, words = flags.FlagValues(), ['program', f'--config.{name}={text}']
   config_flags.DEFINE_config_dict(
     'config', config, flag_values=values, sys_argv=words
@@ -68,23 +52,11 @@ def typed(name, text):
   return values['config'].value
 
 
-def one_line_or(function, config):
-  """The function's result; None if it ends in one line of our own."""
-  try:
-    return config and function(config)
-  except EXPECTED as error:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    assert PACKAGE in Path(frame.filename).parents, repr(error)
-    assert str(error) and '\n' not in str(error)
-    return None
-
-
 def trace_step(config):
   run = Run(config)
   rows, size = run.config['batch_size'], run.config['data.image_size']
   batch = {'image': jax.ShapeDtypeStruct((rows, size, size, 3), 'uint8')}
-  step = functools.partial(run.train_step, 1)
-  jax.eval_shape(step, run.template, batch)
+  jax.eval_shape(functools.partial(run.train_step, 1), run.template, batch)
   run.loader.close()
   return run.config
 
@@ -107,11 +79,20 @@ def trace_step(config):
 @example(name='optimizer.learning_rate', text='1e300')
 @example(name='optimizer.weight_decay', text='1e308')
 @example(name='optimizer.warmup_steps', text='2147483647')
-def test_a_typed_value_is_used_as_it_stands_or_refused(use, name, text):
-  flat = one_line_or(use, typed(name, text))
-  if flat is None:
+def test_a_typed_value_is_used_as_it_stands_or_refused(
+  use, name, text, make_tiny_config
+):
+  config = typed(make_tiny_config(), name, text)
+  if config is None:
     return
-  value, field = flat[name], fields()[name]
+  try:
+    flat = use(config)
+  except (ValueError, OSError, FloatingPointError) as error:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    assert PACKAGE in Path(frame.filename).parents, repr(error)
+    assert str(error) and '\n' not in str(error)
+    return
+  value, field = flat[name], FIELDS[name]
   if value is None:
     assert field.optional
   elif field.kind is tuple:
@@ -123,7 +104,7 @@ def test_a_typed_value_is_used_as_it_stands_or_refused(use, name, text):
     assert value in field.choices
 
 
-def test_all_fields_are_tried_and_typed():
-  config = typed('model.codebook_size', '77')
+def test_all_fields_are_tried_and_typed(tiny_config):
+  config = typed(tiny_config, 'model.codebook_size', '77')
   assert config.model.codebook_size == 77
-  assert set(flatten(config)) == set(fields())
+  assert set(flatten(config)) == set(FIELDS)
