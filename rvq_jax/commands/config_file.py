@@ -40,7 +40,9 @@ def load(given: str | None) -> tuple[ConfigDict, str]:
       spec = importlib.util.spec_from_file_location('config_file', path)
       module = importlib.util.module_from_spec(spec)
       spec.loader.exec_module(module)
-    get_config = module.get_config
+    get_config = getattr(module, 'get_config', None)
+    if get_config is None:
+      raise ValueError(f'{path}: expected a function get_config in it')
     try:
       inspect.signature(get_config).bind(*variant)
     except TypeError:

@@ -31,8 +31,29 @@ class _StepParser(flags.ArgumentParser):
     return argument if argument == 'best' else int(argument)
 
 
-TEXT, SWITCH = flags.ArgumentParser(), flags.BooleanParser()
-INTEGER, COUNT = flags.IntegerParser(), flags.IntegerParser(1)
+class _Parser(flags.ArgumentParser):
+  """Parses as one of absl's parsers; an error says what is expected."""
+
+  def __init__(self, parser, expected: str):
+    self._parser, self._expected = parser, expected
+
+  def parse(self, argument):
+    try:
+      return self._parser.parse(argument)
+    except (TypeError, ValueError) as error:
+      reason = f'expected {self._expected}, got {argument!r}'
+      raise ValueError(reason) from error
+
+
+TEXT, SWITCH = (
+  flags.ArgumentParser(),
+  _Parser(flags.BooleanParser(), 'true or false'),
+)
+INTEGER = _Parser(flags.IntegerParser(), 'an integer')
+COUNT = _Parser(flags.IntegerParser(1), 'an integer from 1 up')
+NUMBER = _Parser(flags.FloatParser(), 'a number')
+for _type, _parser in ((int, INTEGER), (float, NUMBER), (bool, SWITCH)):
+  config_flags.register_flag_parser_for_type(_type, _parser)  # of a config
 
 
 class Flag(NamedTuple):
