@@ -20,11 +20,11 @@ def images():
 
 @pytest.fixture(scope='session')
 def make_data(make_tokenizer, images):
-  """Returns a function of model fields: the tokenizer and the page's data."""
+  """Returns a function of a quantizer: the tokenizer and the page's data."""
 
   @functools.cache
-  def make(**fields):
-    tokenizer = make_tokenizer(**fields)
+  def make(quantizer='vq'):
+    tokenizer = make_tokenizer(quantizer=quantizer, depth=2)
     shown = images
     if not tokenizer.any_size:
       shown = [(name, np.resize(x, (16, 16, 3))) for name, x in images]

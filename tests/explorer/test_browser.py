@@ -33,13 +33,13 @@ def browser():
 
 @pytest.fixture
 def open_file(browser, make_data, tmp_path):
-  """Returns a function of model fields that opens their page."""
+  """Returns a function of a quantizer that opens its page."""
   tab, errors = browser.new_page(viewport={'width': 1280, 'height': 1000}), []
   tab.on('pageerror', lambda error: errors.append(str(error)))
   tab.on('console', lambda m: m.type == 'error' and errors.append(m.text))
 
-  def open_it(**fields):
-    _, data = make_data(**fields)
+  def open_it(quantizer='vq'):
+    _, data = make_data(quantizer)
     path = tmp_path / 'explore.html'
     page.write_page(path, data)
     tab.goto(path.as_uri())
@@ -106,7 +106,7 @@ def test_pictures_are_drawn_pixel_by_pixel(open_file):
 
 
 def test_the_slider_goes_through_the_depth_of_a_residual(open_file):
-  tab, images = open_file(quantizer='residual', depth=2)
+  tab, images = open_file('residual')
   psnr = images[0]['psnr']
   assert f'{psnr[1]:.2f} dB' in tab.inner_text('#quality')
   tab.locator('#depth').fill('1')
@@ -120,7 +120,7 @@ def test_the_slider_goes_through_the_depth_of_a_residual(open_file):
 
 
 def test_the_slider_goes_through_the_scales(open_file):
-  tab, images = open_file(quantizer='multiscale')
+  tab, images = open_file('multiscale')
   assert '4 x 4 tokens' in tab.inner_text('#quality')
   tab.locator('#depth').fill('2')
   assert tab.inner_text('#depth-value') == '2 of 3'

@@ -20,22 +20,22 @@ def picture(url):
   return np.asarray(Image.open(io.BytesIO(data)))
 
 
-SCALES = [[1, 1, 16], [3, 3, 16 / 3], [4, 4, 4]]
+GRID, SCALES = [4, 6, 4], [[1, 1, 16], [3, 3, 16 / 3], [4, 4, 4]]
 
 
 @pytest.mark.parametrize(
   ('quantizer', 'grids', 'prefixes'),
   [
-    ('vq', [[4, 6, 4]], [None]),
-    ('residual', [[4, 6, 4]] * 4, [1, 2, 3, 4]),
+    ('vq', [GRID], [None]),
+    ('residual', [GRID, GRID], [1, 2]),
     ('multiscale', SCALES, [1, 10, 26]),
-    pytest.param('product', [[4, 6, 4]] * 2, [None], marks=pytest.mark.slow),
+    pytest.param('product', [GRID, GRID], [None], marks=pytest.mark.slow),
   ],
 )
 def test_the_page_shows_the_ids_of_each_level_and_reconstructions(
   make_data, images, quantizer, grids, prefixes
 ):
-  tokenizer, data = make_data(quantizer=quantizer)
+  tokenizer, data = make_data(quantizer)
   shown = data['images'][0]
   image = picture(shown['original'])
   if tokenizer.any_size:
@@ -51,7 +51,7 @@ def test_the_page_shows_the_ids_of_each_level_and_reconstructions(
 
 
 def test_all_scales_share_a_sheet_of_whole_images(make_data):
-  tokenizer, data = make_data(quantizer='multiscale')
+  tokenizer, data = make_data('multiscale')
   about = {'sides': (1, 3, 4), 'nested': True, 'levels': 3}
   assert data['model'] | about == data['model']
   (codes,) = data['codes']
@@ -63,11 +63,12 @@ def test_all_scales_share_a_sheet_of_whole_images(make_data):
   np.testing.assert_array_equal(swatch, alone)
 
 
-def test_neighbors_are_the_nearest_codes(make_data):
-  tokenizer, data = make_data(quantizer='residual')
+@pytest.mark.parametrize('quantizer', ['vq', 'residual', 'multiscale'])
+def test_neighbors_are_the_nearest_codes(make_data, quantizer):
+  tokenizer, data = make_data(quantizer)
+  stored = tokenizer.variables['codebook']['vq']
   for level, codes in enumerate(data['codes']):
-    stored = tokenizer.variables['codebook']['vq'][f'level_{level}']
-    book = np.asarray(stored['embedding'])
+    book = np.asarray(stored.get(f'level_{level}', stored)['embedding'])
     for code, pairs in codes['neighbors'].items():
       distances = np.linalg.norm(book - book[int(code)], axis=1)
       order = [i for i in np.argsort(distances) if i != int(code)][:8]
@@ -77,7 +78,7 @@ def test_neighbors_are_the_nearest_codes(make_data):
 
 
 def test_a_swatch_is_the_middle_of_a_grid_of_its_code(make_data):
-  tokenizer, data = make_data(quantizer='vq')
+  tokenizer, data = make_data('vq')
   codes = data['codes'][0]
   code, (x, y) = list(codes['swatches'].items())[-1]
   made = to_uint8(tokenizer.decode(np.full((128, 3, 3), int(code))))
@@ -163,7 +164,7 @@ def test_where_there_is_nothing_to_show_there_is_one_line(
 
 
 def test_the_page_loads_nothing_and_escapes_names(make_data):
-  text = page.page_html(make_data(quantizer='vq')[1])
+  text = page.page_html(make_data('vq')[1])
   parser, tags, named = html.parser.HTMLParser(), [], set()
   parser.handle_starttag = lambda tag, attributes: (
     tags.append(tag),
@@ -177,7 +178,7 @@ def test_the_page_loads_nothing_and_escapes_names(make_data):
 
 
 def test_only_a_page_of_the_explorer_is_replaced(make_data, tmp_path):
-  data = make_data(quantizer='vq')[1]
+  data = make_data('vq')[1]
   path = tmp_path / 'page.html'
   for name in ('first', 'second'):
     page.write_page(path, data | {'model': data['model'] | {'name': name}})

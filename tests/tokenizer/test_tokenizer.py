@@ -36,15 +36,15 @@ def check_variables(tokenizer):
   The sum of a code that was replaced in the last step is of its unsmoothed
   size: it may differ by the factor (n + eps) / n.
   """
-  for leaf in jax.tree.leaves(tokenizer.variables):
-    assert np.isfinite(leaf).all()
-  arrays = flatten_dict(tokenizer.variables['codebook'])
-  books = [path[:-1] for path in arrays if path[-1] == 'embedding_sum']
-  for path in books:
-    embedding, size, sums = (
-      np.asarray(arrays[*path, name], np.float64)
-      for name in ('embedding', 'cluster_size', 'embedding_sum')
-    )
+  arrays = {
+    name: np.asarray(array, np.float64)
+    for name, array in flatten_dict(tokenizer.variables, sep='.').items()
+  }
+  assert all(np.isfinite(array).all() for array in arrays.values())
+  books = [x[:-4] for x in arrays if x.endswith('embedding_sum')]
+  for name in books:
+    embedding, sums = arrays[name], arrays[f'{name}_sum']
+    size = arrays[name.replace('embedding', 'cluster_size')]
     eps, total = tokenizer.model.vq.eps, size.sum()
     smooth = (size + eps) / (total + len(size) * eps) * total
     want = sums / smooth[:, None]
@@ -123,16 +123,12 @@ def test_other_images_and_ids_are_refused(make_tokenizer, call, given, message):
     getattr(make_tokenizer(), call)(given)
 
 
-def test_only_some_tokenizers_decode_their_first_codes(make_tokenizer):
-  ids = np.arange(32).reshape(1, 4, 4, 2) % 16
-  residual = make_tokenizer(quantizer='residual', depth=2)
-  coarse = residual.decode(ids[..., :1])
-  assert coarse.shape == (1, 16, 16, 3)
-  assert np.any(coarse != residual.decode(ids))
+def test_a_product_does_not_decode_its_first_codes(make_tokenizer):
+  tokenizer = make_tokenizer(quantizer='product')
   with one_line('expected ids'):
-    make_tokenizer(quantizer='product').decode(ids[..., :1])
+    tokenizer.decode(ONE[..., None])
   with one_line(r'\[B, H, W, L\]'):
-    residual.decode(ids[..., 0])
+    tokenizer.decode(ONE)
 
 
 @pytest.mark.parametrize(
@@ -172,36 +168,6 @@ def test_ids_are_split_into_the_grids_of_their_levels(
 
 
 @pytest.mark.parametrize(
-  ('quantizer', 'names'),
-  [
-    ('vq', ['vq']),
-    ('multiscale', ['vq']),
-    ('residual', [f'vq.level_{i}' for i in range(4)]),
-  ],
-)
-def test_codebooks_are_as_far_apart_as_the_stored_codes(
-  make_tokenizer, quantizer, names
-):
-  tokenizer = make_tokenizer(quantizer=quantizer)
-  arrays = flatten_dict(tokenizer.variables['codebook'], sep='.')
-  books = tokenizer.codebooks()
-  for book, name in zip(books, names, strict=True):
-    stored = np.asarray(arrays[f'{name}.embedding'])
-    np.testing.assert_allclose(book - book[:1], stored - stored[:1], atol=1e-6)
-
-
-@pytest.mark.parametrize(
-  ('size', 'dtype'), [(256, 'uint8'), (257, 'uint16'), (65537, 'uint32')]
-)
-def test_files_hold_ids_as_the_smallest_unsigned_integers(
-  make_tokenizer, size, dtype
-):
-  tokenizer = make_tokenizer(codebook_size=size)
-  assert tokenizer.ids_dtype == dtype
-  assert tokenizer.ids_shape(13, 16) == (4, 4)
-
-
-@pytest.mark.parametrize(
   ('quantizer', 'more', 'digest'),
   [
     ('vq', '', '196d48443917d1ba44b122b0bc29cdc1f29a1e39a207a461ab1d57f2'),
@@ -224,17 +190,13 @@ def test_exports_and_tokens_of_before_have_the_same_hashes(
   assert tokenizer.encoder_hash.startswith(digest)
 
 
-def test_another_step_weight_or_function_has_another_hash(run, make_tokenizer):
-  hashes = {load(run, step).model_hash for step in (4, 6)}
-  for name, value in (('num_heads', 1), ('activation', 'swish')):
-    tokenizer = load(run)
-    tokenizer.config[f'model.{name}'] = value
-    hashes.add(tokenizer.model_hash)
-  tokenizer = load(run)
-  book = tokenizer.variables['codebook']['vq']
-  book['embedding'] = book['embedding'].at[3, 2].add(1e-6)
-  hashes.add(tokenizer.model_hash)
-  assert len(hashes) == 5
+def test_another_function_has_another_hash(make_tokenizer):
+  made, hashes = make_tokenizer(), set()
+  for changed in ({}, {'model.num_heads': 1}, {'model.activation': 'swish'}):
+    config = made.config | changed
+    other = Tokenizer(made.model, made.variables, config=config, step=1)
+    hashes.add(other.model_hash)
+  assert len(hashes) == 3
   sides = [{'quantizer': 'multiscale', 'sides': x} for x in ((1, 4), (2, 4))]
   coarse, fine = (make_tokenizer(**fields).model_hash for fields in sides)
   assert coarse != fine
