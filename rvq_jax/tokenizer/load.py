@@ -31,7 +31,7 @@ _FIELDS = {'config': dict, 'model_hash': str, 'step': int}
 
 
 def load(workdir, step: int | str | None = None) -> Tokenizer:
-  """Loads a trained `Tokenizer`, averaged if the run kept averages.
+  """Loads a trained tokenizer, its averages if any, onto the first device.
 
   >>> import numpy as np
   >>> from rvq_jax import load

@@ -80,9 +80,7 @@ def features(example, monkeypatch):
 @pytest.mark.parametrize(
   'kind', [pytest.param('vq', marks=pytest.mark.slow), 'multiscale']
 )
-def test_a_folder_of_tokens_becomes_a_sheet_and_numbers(
-  arrange, features, tmp_path, kind
-):
+def test_tokens_become_a_sheet_and_numbers(arrange, features, tmp_path, kind):
   run = arrange(kind)
   result = run()
   with Image.open(tmp_path / 'run' / 'samples.png') as sheet:
@@ -217,9 +215,7 @@ def test_masked_steps_keep_the_ids_of_a_cosine(example):
   assert len(np.unique(ids, axis=0)) > 1  # the noise chooses which
 
 
-def test_scales_are_drawn_as_often_as_their_likelihood_says(
-  example, make_tokenizer
-):
+def test_scales_are_drawn_as_often_as_likelihoods_say(example, make_tokenizer):
   """All 32 ids of 2 codes on the sides 1 and 2."""
   tokenizer = make_tokenizer(
     quantizer='multiscale', codebook_size=2, sides=(1, 2), factor=8

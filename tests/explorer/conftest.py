@@ -11,10 +11,9 @@ from rvq_jax.explorer import page
 @pytest.fixture(scope='session')
 def images():
   """Two images of other sizes, the first of which holds two colors."""
-  rng = np.random.default_rng(0)
   one = np.zeros((16, 24, 3), np.uint8)
   one[:, 12:] = (200, 120, 40)
-  other = rng.integers(0, 256, (20, 12, 3), np.uint8)
+  other = np.random.default_rng(0).integers(0, 256, (20, 12, 3), np.uint8)
   return [('one.png', one), ('</script><b>other', other)]
 
 

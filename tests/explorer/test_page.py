@@ -116,16 +116,15 @@ def test_images_that_cannot_be_decoded_are_replaced(
   assert all(x.startswith('skipped ') for x in caplog.messages)
 
 
-def test_an_image_of_ones_own_is_shown_at_its_size(make_tokenizer, numbered):
-  source = str(numbered / '7.png')
-  ((name, image),) = page.example_images(make_tokenizer(), 5, source=source)
+def test_only_images_for_multi_scale_tokens_are_cropped(
+  make_tokenizer, numbered
+):
+  one = str(numbered / '7.png')
+  ((name, image),) = page.example_images(make_tokenizer(), 5, source=one)
   assert (name, image.shape) == ('7.png', (12, 8, 3))
-
-
-def test_images_for_multi_scale_tokens_are_cropped(make_tokenizer, numbered):
-  tokenizer = make_tokenizer(quantizer='multiscale')
-  for source in (numbered, numbered / '7.png'):
-    images = page.example_images(tokenizer, 5, source=str(source))
+  scales = make_tokenizer(quantizer='multiscale')
+  for source in (str(numbered), one):
+    images = page.example_images(scales, 5, source=source)
     assert {image.shape for _, image in images} == {(16, 16, 3)}
 
 
@@ -148,9 +147,7 @@ def test_an_undecodable_test_image_of_the_run_is_left_out(
   assert all(image.shape == (16, 16, 3) for _, image in images)
 
 
-def test_where_there_is_nothing_to_show_there_is_one_line(
-  make_tokenizer, numbered
-):
+def test_where_nothing_can_be_shown_there_is_one_line(make_tokenizer, numbered):
   for path in numbered.iterdir():
     path.write_bytes(b'no image')
   tokenizer = trained_on(make_tokenizer(), 'folder:/no/such/folder')

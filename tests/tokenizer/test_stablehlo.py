@@ -59,9 +59,7 @@ def test_without_flatbuffers_the_extra_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('platform', PLATFORMS)
-def test_a_file_is_of_one_platform_and_of_any_number_of_images(
-  platform, folder
-):
+def test_a_file_is_of_one_platform_and_any_number_of_images(platform, folder):
   for name, shape, dtype in (
     ('encode', '(b, 16, 16, 3)', 'uint8'),
     ('decode', '(b, 4, 4)', 'int32'),

@@ -91,14 +91,11 @@ def test_every_quantizer_decodes_its_ids_to_the_forward_pass(
   assert evaluate_run(tmp_path)['bits_per_image'] == tokens * 4  # log2 K
 
 
-def test_floats_and_other_sizes_are_encoded_too(run, test_images):
+def test_floats_are_encoded_too(run, test_images):
   tokenizer = load(run)
   floats = (test_images / 127.5 - 1).astype(np.float32)
-  np.testing.assert_array_equal(
-    tokenizer.encode(test_images), tokenizer.encode(floats)
-  )
-  wide = tokenizer.encode(np.zeros((1, 8, 24, 3), np.uint8))
-  assert wide.shape == (1, 2, 6)
+  ids = tokenizer.encode(test_images)
+  np.testing.assert_array_equal(ids, tokenizer.encode(floats))
 
 
 ZERO, ONE = np.zeros, np.zeros((1, 4, 4), int)
@@ -213,9 +210,7 @@ def test_another_function_has_another_hash(make_tokenizer):
     ('batch_stats.encoder.norm0.bn.mean', False),
   ],
 )
-def test_the_encoder_hash_is_of_all_that_gives_ids_a_meaning(
-  make_tokenizer, name, same
-):
+def test_the_encoder_hash_is_of_all_that_makes_ids(make_tokenizer, name, same):
   before = make_tokenizer()
   arrays = flatten_dict(before.variables, sep='.')
   arrays[name] = arrays[name] + np.float32(1e-3)
