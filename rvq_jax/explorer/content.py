@@ -12,9 +12,7 @@ from rvq_jax.metrics import to_uint8
 from rvq_jax.tokenizer.tiling import decode_ids, encode_images
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
-MAX_SIDE = 512
-"""Images are shrunk to this many pixels per side: the page holds them all."""
-
+MAX_SIDE = 512  # images are shrunk to it: the page holds them all
 _NEIGHBORS = 8
 _SWATCH, _SHEET_COLUMNS = 16, 32  # pixels per side, swatches per row
 _GRID = 3  # positions per side of the grid that shows a single code
@@ -36,8 +34,7 @@ def shrink(image: np.ndarray) -> np.ndarray:
 
 def model_content(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
   """What the page says about the model."""
-  size = tokenizer.image_size
-  ids = np.zeros((1, *tokenizer.ids_shape(size, size)), int)
+  ids = np.zeros((1, *tokenizer.ids_shape(1, 1)), int)
   return {
     'name': name,
     'step': tokenizer.step,
@@ -54,12 +51,11 @@ def model_content(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
 def image_content(
   tokenizer: Tokenizer, image: np.ndarray, name: str
 ) -> dict[str, Any]:
-  """An image, uint8 [h, w, 3], with its tokens and reconstructions.
+  """An image, uint8 [h, w, 3], with its tokens and reconstructions, as JSON.
 
-  Returns:
-    JSON values. For each level (code of a position, or scale) `ids` has the
-    flattened grid and `grids` its rows, columns and pixels per token.
-    `reconstructions` has one picture per prefix that decodes, or only one.
+  For each level (code of a position, or scale) `ids` has the flattened grid and
+  `grids` its rows, columns and pixels per token. `reconstructions` has one
+  picture per prefix that decodes, or only one.
   """
   image = shrink(image)
   height, width = image.shape[:2]
@@ -86,20 +82,17 @@ def codes_content(
 ) -> list[dict[str, Any]]:
   """The codes that images of `image_content` use.
 
-  Returns:
-    For each codebook `neighbors`, id -> [[id, distance], ...]. For the first,
-    if its codes decode without others, also `sheet`, a picture of swatches of
-    `side` pixels, and `swatches`, id -> [x, y] of its pixels there.
+  For each codebook `neighbors`, id -> [[id, distance], ...]. For the first, if
+  its codes decode without others, also `sheet`, a picture of swatches of `side`
+  pixels, and `swatches`, id -> [x, y] of its pixels there.
   """
-  levels = [
-    np.concatenate(x) for x in zip(*(x['ids'] for x in images), strict=True)
-  ]
   books = tokenizer.codebooks()
+  levels = zip(*(x['ids'] for x in images), strict=True)
+  used = [set().union(*ids) for ids in levels]
   if len(books) == 1:
-    levels = [np.concatenate(levels)]
-  used = [np.unique(ids).tolist() for ids in levels]
+    used = [set().union(*used)]
   result = [
-    {'neighbors': _nearest(np.asarray(book), codes)}
+    {'neighbors': _nearest(np.asarray(book), sorted(codes))}
     for book, codes in zip(books, used, strict=True)
   ]
   if tokenizer.prefixes or len(books) == 1:

@@ -29,10 +29,9 @@ def example_images(
   data_dir: str | None = None,
   split_file=None,
 ) -> list[tuple[str, np.ndarray]]:
-  """Draws images for the page with a fixed seed.
+  """Draws images (name, uint8 [h, w, 3]) for the page, with a fixed seed.
 
   Args:
-    tokenizer: the model.
     count: at most so many.
     source: an image, a folder or a data set, shown at its own size (cropped
       for multi-scale tokens); None: the test images of the run, cropped as in
@@ -40,19 +39,15 @@ def example_images(
     data_dir: where tfds keeps prepared data; None: as in training.
     split_file: of the run; see `open_dataset`.
 
-  Returns:
-    (name, uint8 [h, w, 3]) of each.
-
   Raises:
     ValueError: there is no such data set, or no image that can be decoded.
   """
   data = RunData(tokenizer.config)
   crop = functools.partial(resize_and_center_crop, size=data.image_size)
   transform = np.asarray if source and tokenizer.any_size else crop
-  if source and Path(source).is_file():
-    name = Path(source).name
-    image = decode_image(Path(source).read_bytes(), name=name)
-    return [(name, transform(image))]
+  if source and (path := Path(source)).is_file():
+    image = decode_image(path.read_bytes(), name=path.name)
+    return [(path.name, transform(image))]
   if source:
     splits = open_images(source, data_dir=data_dir)
     images = splits.get('test') or next(iter(splits.values()))
@@ -84,13 +79,7 @@ def example_images(
 def page_data(
   tokenizer: Tokenizer, name: str, images: list[tuple[str, np.ndarray]]
 ) -> dict[str, Any]:
-  """Everything that the page shows, as JSON values.
-
-  Args:
-    tokenizer: the model.
-    name: of the model.
-    images: from `example_images`.
-  """
+  """All that the page shows of a model and of `example_images`: JSON values."""
   shown = [content.image_content(tokenizer, x, label) for label, x in images]
   return {
     'model': content.model_content(tokenizer, name),
@@ -114,10 +103,9 @@ def page_html(data: dict[str, Any]) -> str:
 
 def check_output(path) -> None:
   """Raises ValueError if the path is taken, but not by such a page."""
-  path, marker = Path(path), MARKER.encode()
-  if path.exists() and not (
-    path.is_file() and path.read_bytes().startswith(marker)
-  ):
+  path = Path(path)
+  begin = path.read_bytes() if path.is_file() else b''
+  if path.exists() and not begin.startswith(MARKER.encode()):
     raise ValueError(
       f'{path} is not a page of the explorer and is not overwritten; name '
       'another output'

@@ -63,10 +63,8 @@ class TokenDataset:
   (11, (4, 4), 'test/class0/000.png')
 
   Args:
-    folder: from `encoding.encode_dataset`.
-
-  Attributes:
-    meta, ids, labels, names: the four files; ids is memory-mapped.
+    folder: from `encoding.encode_dataset`. Its four files are the attributes
+      meta, ids (memory-mapped), labels and names.
 
   Raises:
     ValueError: the folder is incomplete, damaged, or holds something else.
@@ -102,16 +100,8 @@ class TokenDataset:
 def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
   """Writes the images of a folder of tokens as PNG files, numbered by row.
 
-  Args:
-    tokenizer: of the tokens, or with the same encoder and codes.
-    folder: of the tokens.
-    output: new or empty folder.
-
-  Returns:
-    The number of images; skipped rows have none.
-
-  Raises:
-    ValueError: the tokens are of another encoder, or the output has files.
+  Returns their number; skipped rows have none. Raises ValueError if the tokens
+  are of another encoder, or the output is not new or empty.
   """
   dataset, output = TokenDataset(folder), Path(output)
   tokenizer.check_encoder(dataset.meta['encoder_hash'], folder)

@@ -1,5 +1,6 @@
 """Encoding a data set: decoding, the model and the files overlap."""
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -15,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from rvq_jax import sharding
 from rvq_jax.data.decoding import DecodeErrors, decode_ahead, map_ahead
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import resize_and_center_crop
@@ -39,16 +41,10 @@ def encode_dataset(
   of which at most 1 % may be skipped; the files are those of a single process.
 
   Args:
-    tokenizer: the model.
-    source: N images.
-    folder: new, empty, or of an earlier call with the same arguments. All
-      processes must see it.
-    image_size: side to which images are scaled and center-cropped; None: as in
-      training.
-    about: `source` in meta.json; JSON values.
-
-  Returns:
-    The content of meta.json.
+    folder: new, empty, or of an earlier call with the same arguments; the same
+      for all processes.
+    image_size: of the scaled and center-cropped images; None: as in training.
+    about: `source` in meta.json, which is returned; JSON values.
 
   Raises:
     ValueError: the folder holds something else or is in use, or more than 1 %
@@ -58,7 +54,7 @@ def encode_dataset(
   folder = Path(folder).resolve()
   size = image_size or tokenizer.image_size
   names = '\0'.join(source.identity() or ()).encode('utf-8', 'replace')
-  labels = _labels(source)
+  labels = np.asarray(source.labels, np.int32)
   meta = {
     'format': FORMAT,
     **tokenizer.about_ids(),
@@ -76,26 +72,28 @@ def encode_dataset(
 
 
 def _encode_folder(tokenizer, source, folder, meta, shares=()) -> dict:
-  """Encodes the rows of a source that a folder lacks.
-
-  A new folder begins with the rows of `shares`, if any.
-  """
-  new = not (folder / META).exists()
-  place = _make_partial(folder) if new else folder
+  """Encodes the rows that a folder lacks; a new one begins with `shares`."""
+  place = folder
+  if not (folder / META).exists():
+    check_new(folder)
+    place = folder.with_name(f'.{folder.name}.partial')
+    try:
+      place.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+      raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
   # The lock stays with the folder when it is renamed.
   with lock(place, folder, 'name another output folder'):
-    if new:
-      _create(place, folder, source, *_join(meta, shares))
+    if place != folder:
+      _create(place, folder, source, meta, shares)
     meta = _resume(folder, meta)
     _encode_rows(tokenizer, source, folder, meta)
   return meta
 
 
 def _encode_shares(tokenizer, source, folder, meta) -> dict[str, Any]:
-  """Encodes a source with all processes.
+  """Each process encodes neighbouring batches into a folder beside the output.
 
-  Each encodes neighbouring batches into a folder beside the output; the first
-  process joins these, and completes a folder that a single process began.
+  The first joins them, and completes a folder that a single process began.
   """
   process, count = jax.process_index(), jax.process_count()
   batch = batch_size(meta['image_size'])
@@ -121,45 +119,24 @@ def _encode_shares(tokenizer, source, folder, meta) -> dict[str, Any]:
   return open_folder(folder)[0]
 
 
-def _join(meta, shares):
-  """meta, ids and names of the folders of the processes, one after another."""
-  ids, names, skipped = [], [], []
-  for folder in shares:
-    share, share_ids, _, share_names = open_folder(folder)
-    for entry in share['skipped']:
-      skipped.append(entry | {'row': entry['row'] + len(names)})
-    ids.append(share_ids)
-    names += share_names
-  return meta | {'rows_done': len(names), 'skipped': skipped}, ids, names
-
-
-def _labels(source) -> np.ndarray:
-  return np.asarray(source.labels, np.int32)
-
-
-def _make_partial(folder: Path) -> Path:
-  """Makes the folder that gets its name once it is complete."""
-  check_new(folder)
-  partial = folder.with_name(f'.{folder.name}.partial')
-  try:
-    partial.mkdir(parents=True, exist_ok=True)
-  except (FileExistsError, NotADirectoryError, PermissionError) as error:
-    raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
-  return partial
-
-
-def _create(partial, folder, source, meta, ids, names) -> None:
-  """Fills a new folder, whose ids are 0 or given; a failure leaves nothing."""
+def _create(partial, folder, source, meta, shares) -> None:
+  """Fills a new folder: ids are 0, or of `shares`; a failure leaves nothing."""
+  names, skipped = [], []
   try:
     shape = (meta['num_images'], *meta['grid'])
     dtype = np.min_scalar_type(meta['codebook_size'] - 1)
-    np.lib.format.open_memmap(partial / 'ids.npy', 'w+', dtype, shape)
+    ids = np.lib.format.open_memmap(partial / 'ids.npy', 'w+', dtype, shape)
     with open(partial / 'ids.npy', 'r+b') as file:
-      file.seek(-sum(x.nbytes for x in ids), os.SEEK_END)
-      for part in ids:
-        file.write(part)
-    np.save(partial / 'labels.npy', _labels(source), allow_pickle=False)
+      file.seek(-ids.nbytes, os.SEEK_END)
+      for share in shares:
+        about, share_ids, _, share_names = open_folder(share)
+        file.write(share_ids)
+        for entry in about['skipped']:
+          skipped.append(entry | {'row': entry['row'] + len(names)})
+        names += share_names
+    np.save(partial / 'labels.npy', np.asarray(source.labels, np.int32))
     write_atomic(partial / 'names.txt', ''.join(f'{x}\n' for x in names))
+    meta = meta | {'rows_done': len(names), 'skipped': skipped}
     write_atomic(partial / META, json.dumps(meta))
     os.rename(partial, folder)
   except OSError:
@@ -201,12 +178,17 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
   """Encodes the rows from rows_done on.
 
   While a batch is written, the model works on the next one and threads decode
-  two more. Ids are written to the file, not through a memory map: on a full
-  disk a write raises, a memory map ends the process by SIGBUS.
+  two more. Ids are written, not mapped: on a full disk a write raises, a memory
+  map ends the process by SIGBUS.
   """
   count, done, size = len(source), meta['rows_done'], meta['image_size']
   batch = batch_size(size)
-  tokenizer, by_rows = tiling.over_devices(tokenizer, batch)
+  devices = jax.local_devices()
+  used = max(n for n in range(1, len(devices) + 1) if batch % n == 0)
+  mesh = sharding.data_mesh(devices[:used])
+  everywhere, by_rows = sharding.replicated(mesh), sharding.by_rows(mesh)
+  tokenizer = copy.copy(tokenizer)
+  tokenizer.variables = jax.device_put(tokenizer.variables, everywhere)
   crop = functools.partial(resize_and_center_crop, size=size)
   rows = decode_ahead(
     source, range(done, count), crop, _Skipped(meta), 2 * batch
@@ -228,8 +210,7 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
     open(folder / 'ids.npy', 'r+b') as ids_file,
     open(folder / 'names.txt', 'a', encoding='utf-8') as names_file,
   ):
-    row_bytes = open_folder(folder)[1][0].nbytes
-    ids_file.seek((done - count) * row_bytes, os.SEEK_END)
+    ids_file.seek(-open_folder(folder)[1][done:].nbytes, os.SEEK_END)
     for ids, names in map_ahead(encode, parts, ahead=2, threads=1):
       ids_file.write(ids.tobytes())
       names_file.writelines(f'{repr(name)[1:-1]}\n' for name in names)

@@ -30,42 +30,6 @@ _FIGURES = {
 }
 _TORCH = 'tokenizer_torch.py'  # the file beside this one, which needs no JAX
 _LICENSE = re.compile(r'[a-z0-9][a-z0-9.+-]*')
-_CARD = """---
-license: {license}
-library_name: rvq_jax
-tags: [image-tokenizer, vq-vae, jax, pytorch]
----
-
-# {name}
-
-An image tokenizer: a VQ-VAE with Rotated Vector Quantization, trained with
-rvq_jax for {step:,} steps of batch {batch_size} on {data} ({split} split).
-Images of {side} x {side} pixels become {grid} tokens, each one of {codes:,}
-codes ({quantizer}, gradient estimator {estimator}); {parameters:,} parameters.
-
-```python
-from rvq_jax import load
-
-tokenizer = load('.')  # this folder, or 'hf:OWNER/NAME'
-ids = tokenizer.encode(images)  # uint8 [B, h, w, 3] -> int32 {ids}
-images = tokenizer.decode(ids)  # float32 in [-1, 1]
-```
-
-{sizes} In PyTorch, with `pip install torch safetensors`:
-
-```python
-from tokenizer_torch import Tokenizer  # the file in this folder
-
-tokenizer = Tokenizer.from_pretrained('.')
-ids = tokenizer.encode(images)  # uint8 [B, h, w, 3] or [B, 3, h, w] -> int64
-images = tokenizer.decode(ids)  # float32 [B, h, w, 3] in [-1, 1]
-```
-
-Every field is in config.json. SHA-256 of the model: `{model_hash}`.
-
-## Results
-
-"""
 
 
 def export_run(
@@ -77,22 +41,19 @@ def export_run(
   license: str = 'unknown',
   stablehlo: bool = False,
 ) -> Path:
-  """Writes a run as a folder for others; it appears when it is whole.
+  """Writes a run as the folder `output` for others, once it is whole.
 
-  The folder holds model.safetensors, config.json, tokenizer_torch.py, which
-  opens it in PyTorch, and README.md with metrics and figures from
-  WORKDIR/evaluation, for each split that was evaluated at the step.
+  It holds model.safetensors, config.json, tokenizer_torch.py, which opens it in
+  PyTorch, and README.md with metrics and figures from WORKDIR/evaluation, for
+  each split that was evaluated at the step.
 
   Args:
-    workdir: directory of the run.
-    output: folder to write; it must not exist, or be empty.
+    workdir: of the run, or an export.
+    output: new or empty folder; it is returned.
     step: a saved step, 'best', or None for the newest.
     name: of the model on its card; None for the name of the workdir.
     license: of the weights, as the Hugging Face Hub writes it: 'apache-2.0'.
     stablehlo: also write the files of `write_stablehlo`.
-
-  Returns:
-    The folder.
 
   Raises:
     ValueError: the folder holds files or cannot be written; no such license.
@@ -116,8 +77,8 @@ def export_run(
       write_export(folder, tokenizer)
       if stablehlo:
         write_stablehlo(folder, tokenizer)
-      card = _card(tokenizer, name or workdir.resolve().name, license)
-      card += _results(workdir, folder, tokenizer.step)
+      results = _results(workdir, folder, tokenizer.step)
+      card = _card(tokenizer, name or workdir.resolve().name, license, results)
       (folder / 'README.md').write_text(card)
       folder.rename(output)
   except OSError as error:
@@ -142,8 +103,7 @@ def write_export(folder, tokenizer: Tokenizer) -> None:
   weights = safetensors.numpy.save(arrays, metadata={'format': 'flax'})
   (Path(folder) / WEIGHTS).write_bytes(weights)
   (Path(folder) / CONFIG).write_text(json.dumps(about, indent=2) + '\n')
-  source = Path(__file__).with_name(_TORCH).read_bytes()
-  (Path(folder) / _TORCH).write_bytes(source)
+  shutil.copyfile(Path(__file__).with_name(_TORCH), Path(folder) / _TORCH)
 
 
 def _torch(tokenizer) -> dict[str, Any]:
@@ -168,31 +128,23 @@ def _torch(tokenizer) -> dict[str, Any]:
   return section
 
 
-def _card(tokenizer, name, license) -> str:
-  """README.md without results; the Hub reads its first lines."""
+def _card(tokenizer, name, license, results) -> str:
+  """card.md filled in; the Hub reads its first lines."""
   data, size = RunData(tokenizer.config), tokenizer.image_size
-  sizes = 'Only images of that size can be encoded.'
-  if tokenizer.any_size:
-    sizes = (
-      f'Sides that are multiples of {tokenizer.factor} can be encoded; '
-      '`python launch/encode.py`\ntakes any.'
-    )
-  return _CARD.format(
+  folder = data.name.startswith('folder:')
+  sides = f'multiples of {tokenizer.factor} (with `rvq encode` any)'
+  text = Path(__file__).with_name('card.md').read_text('utf-8')
+  return text.format(
+    t=tokenizer,
     name=name,
     license=license,
-    step=tokenizer.step,
-    batch_size=data.batch_size,
-    data='a folder of images' if data.name.startswith('folder:') else data.name,
-    split=data.split,
-    side=size,
+    data=data,
+    images='a folder of images' if folder else data.name,
     grid=' x '.join(map(str, tokenizer.ids_shape(size, size))),
-    codes=tokenizer.codebook_size,
-    quantizer=tokenizer.quantizer,
     estimator=getattr(tokenizer.model.vq, 'estimator', 'none'),
     parameters=sum(x.size for x in jax.tree.leaves(tokenizer.variables)),
-    ids=tokenizer.axes,
-    sizes=sizes,
-    model_hash=tokenizer.model_hash,
+    sides=sides if tokenizer.any_size else size,
+    results=results.rstrip(),
   )
 
 

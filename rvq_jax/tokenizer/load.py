@@ -1,7 +1,7 @@
 """`load`: a run, an exported folder or a model of the Hub as a tokenizer.
 
-An export is model.safetensors, whose tensors bear the names of the linen
-variables joined by dots (`params.encoder.conv0.kernel`), and config.json.
+An export is config.json and model.safetensors, whose tensors bear the names of
+the linen variables joined by dots (`params.encoder.conv0.kernel`).
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _FIELDS = {'config': dict, 'model_hash': str, 'step': int}
 
 
 def load(workdir, step: int | str | None = None) -> Tokenizer:
-  """Loads a trained tokenizer.
+  """Loads a trained tokenizer, its averages if any, onto the first device.
 
   >>> import numpy as np
   >>> from rvq_jax import load
@@ -39,11 +39,7 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
     workdir: directory of a run, a folder of launch/export.py, or such a folder
       on the Hugging Face Hub as 'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION'.
     step: a saved step of a run, 'best' (lowest validation mse), or None for the
-      newest. An export holds one step and takes no other.
-
-  Returns:
-    A `Tokenizer` on the first device. If the run kept averages of parameters
-    and batch statistics, it has these.
+      newest. An export holds one step.
 
   Raises:
     FileNotFoundError: there is no such run or step.
@@ -72,7 +68,12 @@ def _load_run(workdir, step) -> Tokenizer:
     )
   from rvq_jax.training.checkpoints import Checkpoints  # Orbax takes seconds
 
-  with _quiet(), Checkpoints(workdir, read_only=True) as checkpoints:
+  with contextlib.ExitStack() as stack:
+    # Orbax warns that a run is opened for reading.
+    logger = logging.getLogger('absl')
+    stack.callback(logger.setLevel, logger.level)
+    logger.setLevel(logging.ERROR)
+    checkpoints = stack.enter_context(Checkpoints(workdir, read_only=True))
     step = checkpoints.resolve(step)
     config = checkpoints.meta(step)['config']
     run = RunData(config)
@@ -90,20 +91,16 @@ def _load_run(workdir, step) -> Tokenizer:
   return Tokenizer(model, variables, config=config, step=step)
 
 
-@contextlib.contextmanager
-def _quiet():
-  """Keeps Orbax from warning that a run is opened for reading."""
-  logger = logging.getLogger('absl')
-  level = logger.level
-  logger.setLevel(logging.ERROR)
-  try:
-    yield
-  finally:
-    logger.setLevel(level)
-
-
 def _load_export(folder: Path, step) -> Tokenizer:
-  about = _read_config(folder / CONFIG)
+  path = folder / CONFIG
+  about = (read_json(path) if path.is_file() else None) or {}
+  kinds = {name: type(about.get(name)) for name in _FIELDS}
+  if kinds != _FIELDS or about | FORMAT != about:
+    wanted = ', '.join(f'{name} {value}' for name, value in FORMAT.items())
+    raise ValueError(
+      f'{path}: expected JSON as launch/export.py writes it, with {wanted} and '
+      f'{", ".join(_FIELDS)}'
+    )
   config, saved = about['config'], about['step']
   if step not in (None, saved):
     raise ValueError(
@@ -132,22 +129,8 @@ def _model(config: Mapping[str, Any], source) -> tuple[VQVAE, dict[str, Any]]:
       f'{source} was made by another version of rvq_jax: {error}'
     ) from error
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
-  )
+  shapes = jax.tree.map(lambda x: x.update(sharding=device), shapes)
   return model, {'batch_stats': {}, 'codebook': {}} | dict(shapes)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-  about = (read_json(path) if path.is_file() else None) or {}
-  same = all(about.get(name) == value for name, value in FORMAT.items())
-  if not same or any(type(about.get(n)) is not k for n, k in _FIELDS.items()):
-    wanted = ', '.join(f'{name} {value}' for name, value in FORMAT.items())
-    raise ValueError(
-      f'{path}: expected JSON as launch/export.py writes it, with {wanted} and '
-      f'{", ".join(_FIELDS)}'
-    )
-  return about
 
 
 def _read_weights(path: Path, shapes: dict[str, Any]) -> dict[str, Any]:
@@ -173,19 +156,19 @@ def _read_weights(path: Path, shapes: dict[str, Any]) -> dict[str, Any]:
 
 def _download(name: str) -> Path:
   """Fetches OWNER/NAME or OWNER/NAME@REVISION; returns its cached folder."""
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise ImportError(
-      f'hf:{name} needs the extra hub: pip install huggingface_hub'
-    ) from error
   repo, _, revision = name.partition('@')
   try:
+    import huggingface_hub
+
     folder = huggingface_hub.snapshot_download(
       repo, revision=revision or None, allow_patterns=[WEIGHTS, CONFIG]
     )
     if not is_export(folder):
       raise FileNotFoundError(f'it holds no {WEIGHTS}')
+  except ImportError as error:
+    raise ImportError(
+      f'hf:{name} needs the extra hub: pip install huggingface_hub'
+    ) from error
   except Exception as error:  # also from its HTTP library
     reason = str(error).strip().partition('\n')[0] or type(error).__name__
     raise OSError(

@@ -1,4 +1,4 @@
-"""encode and decode as StableHLO: files that only need JAX."""
+"""encode and decode as StableHLO; to write it needs the extra `stablehlo`."""
 
 import functools
 import importlib.util
@@ -21,18 +21,11 @@ def write_stablehlo(folder, tokenizer: Tokenizer) -> None:
   """Writes encode_PLATFORM.stablehlo and decode_PLATFORM.stablehlo.
 
   Each holds the arrays that it needs, and what the model chooses for its
-  platform, which need not be there. The function maps over the images one by
-  one: their number B is free, their side S is `image_size`.
+  platform, which need not be there. It maps over the images one by one: their
+  number B is free, their side S is `image_size`.
 
   encode: uint8 [B, S, S, 3] -> ids int32 [B, H, W], or [B, H, W, L].
   decode: such ids -> float32 [B, S, S, 3] in [-1, 1].
-
-  Args:
-    folder: to write into.
-    tokenizer: the model.
-
-  Raises:
-    ImportError: it needs the package flatbuffers, the extra `stablehlo`.
   """
   if not importlib.util.find_spec('flatbuffers'):
     raise ImportError(

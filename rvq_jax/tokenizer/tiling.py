@@ -1,22 +1,18 @@
 """Images of any size to ids and back, in bounded memory.
 
-The decoder attends to all positions at once, which costs the square of their
-number. A grid of at most WINDOW x WINDOW positions is coded in one piece and
-equals `Tokenizer.reconstruct` bit-exactly. A larger grid is coded in windows
-that overlap: each keeps only positions at least HALO from its inner borders,
-so every position has one id and no seams show. The windows depend only on the
-grid, so encoder and decoder agree on them. Multi-scale tokens have no windows:
-their images are of one size.
+Attention costs the square of the number of positions. A grid of at most
+WINDOW x WINDOW is coded in one piece and equals `Tokenizer.reconstruct`
+bit-exactly. A larger grid is coded in windows that overlap: each keeps only
+positions at least HALO from its inner borders: no seams show. Encoder and
+decoder use the same windows. Multi-scale tokens have none.
 """
 
-import functools
 import io
 import itertools
 
 import jax
 import numpy as np
 
-from rvq_jax import sharding
 from rvq_jax.data.transforms import MAX_PIXELS
 from rvq_jax.io import write_atomic
 from rvq_jax.metrics import to_uint8
@@ -27,11 +23,9 @@ _MAX_BYTES = 2**28
 
 
 def spans(size: int) -> list[tuple[int, int, int]]:
-  """The windows along a side of `size` positions.
+  """The windows (start, first, last) along a side of `size` positions.
 
-  Returns:
-    (start, first, last) per window: it begins at `start`, is
-    min(size, WINDOW) long, and keeps the positions first ... last - 1.
+  One is min(size, WINDOW) long and keeps the positions first ... last - 1.
   """
   if size <= WINDOW:
     return [(0, 0, size)]
@@ -44,81 +38,58 @@ def spans(size: int) -> list[tuple[int, int, int]]:
   return windows
 
 
-def over_devices(tokenizer: Tokenizer, batch: int):
-  """The tokenizer on all devices of this host, and the sharding of batches.
-
-  It uses the largest number of devices that divides `batch`.
-  """
-  devices = jax.local_devices()
-  count = max(n for n in range(1, len(devices) + 1) if batch % n == 0)
-  mesh = sharding.data_mesh(devices[:count])
-  variables = jax.device_put(tokenizer.variables, sharding.replicated(mesh))
-  spread = Tokenizer(
-    tokenizer.model, variables, config=tokenizer.config, step=tokenizer.step
-  )
-  return spread, sharding.by_rows(mesh)
+def _by_windows(function, x, f, result, g):
+  """Fills `result`, g pixels per position, by windows of x, f per position."""
+  windows = itertools.product(*(spans(side // f) for side in x.shape[1:3]))
+  for (y, top, bottom), (z, left, right) in windows:
+    part = function(x[:, y * f : (y + WINDOW) * f, z * f : (z + WINDOW) * f])
+    rows = slice((top - y) * g, (bottom - y) * g)
+    columns = slice((left - z) * g, (right - z) * g)
+    kept = result[:, top * g : bottom * g, left * g : right * g]
+    kept[:] = np.asarray(part)[:, rows, columns]
+  return result
 
 
 def encode_images(
   tokenizer: Tokenizer, images: np.ndarray, *, placement=None
 ) -> np.ndarray:
-  """Ids of images of any size.
+  """Ids of images of any size: `axes`, `ids_dtype`, H = ceil(h / factor).
 
   Args:
-    tokenizer: the model.
     images: uint8 [B, h, w, 3]; their last row and column are repeated until
       the factor divides both sides.
     placement: sharding of the images; None: one device.
-
-  Returns:
-    ids of the axes of `encode`, H = ceil(h / factor), of `ids_dtype`.
   """
-  f = tokenizer.factor
-  height, width = images.shape[1:3]
-  padding = (0, -height % f), (0, -width % f)
-  images = np.pad(images, ((0, 0), *padding, (0, 0)), 'edge')
-  place = functools.partial(jax.device_put, device=placement)
+  f, (height, width) = tokenizer.factor, images.shape[1:3]
+  padding = (0, 0), (0, -height % f), (0, -width % f), (0, 0)
+  images = np.pad(images, padding, 'edge')
+
+  def encode(x):
+    return tokenizer.encode(jax.device_put(x, placement))
+
   if not tokenizer.any_size:
-    return np.asarray(tokenizer.encode(place(images)), tokenizer.ids_dtype)
-  shape = tokenizer.ids_shape(height, width)
-  ids = np.empty((len(images), *shape), tokenizer.ids_dtype)
-  windows = itertools.product(spans(shape[0]), spans(shape[1]))
-  for (y, top, bottom), (x, left, right) in windows:
-    window = images[:, y * f : (y + WINDOW) * f, x * f : (x + WINDOW) * f]
-    result = np.asarray(tokenizer.encode(place(window)))
-    ids[:, top:bottom, left:right] = result[
-      :, top - y : bottom - y, left - x : right - x
-    ]
-  return ids
+    return np.asarray(encode(images), tokenizer.ids_dtype)
+  shape = len(images), *tokenizer.ids_shape(height, width)
+  ids = np.empty(shape, tokenizer.ids_dtype)
+  return _by_windows(encode, images, f, ids, 1)
 
 
 def decode_ids(
   tokenizer: Tokenizer, ids: np.ndarray, height: int, width: int
 ) -> np.ndarray:
-  """Images of ids, cropped to their size.
+  """Images uint8 [B, height, width, 3] of ids, as of `encode_images`.
 
-  Args:
-    tokenizer: the model.
-    ids: as of `encode_images`.
-    height: of the images in pixels, at most H factor.
-    width: at most W factor.
-
-  Returns:
-    uint8 [B, height, width, 3].
+  height is at most H factor, width at most W factor: more pixels are cropped.
   """
+
+  def decode(x):
+    return np.asarray(to_uint8(tokenizer.decode(x)))
+
   if not tokenizer.any_size:
-    return np.asarray(to_uint8(tokenizer.decode(ids)))[:, :height, :width]
-  f = tokenizer.factor
-  rows, columns = ids.shape[1:3]
+    return decode(ids)[:, :height, :width]
+  f, (rows, columns) = tokenizer.factor, ids.shape[1:3]
   images = np.empty((len(ids), rows * f, columns * f, 3), np.uint8)
-  windows = itertools.product(spans(rows), spans(columns))
-  for (y, top, bottom), (x, left, right) in windows:
-    window = ids[:, y : y + WINDOW, x : x + WINDOW]
-    result = np.asarray(to_uint8(tokenizer.decode(window)))
-    images[:, top * f : bottom * f, left * f : right * f] = result[
-      :, (top - y) * f : (bottom - y) * f, (left - x) * f : (right - x) * f
-    ]
-  return images[:, :height, :width]
+  return _by_windows(decode, ids, 1, images, f)[:, :height, :width]
 
 
 def save_image(tokenizer: Tokenizer, image: np.ndarray, path) -> np.ndarray:
@@ -131,11 +102,7 @@ def save_image(tokenizer: Tokenizer, image: np.ndarray, path) -> np.ndarray:
 
 
 def load_image(tokenizer: Tokenizer, path) -> np.ndarray:
-  """Decodes the .npz file of an image: uint8 [h, w, 3].
-
-  Raises:
-    ValueError: the file is missing, damaged, foreign, or of another model.
-  """
+  """Decodes the .npz file of an image: uint8 [h, w, 3]; refuses others."""
   try:
     with open(path, 'rb') as file, np.load(file, allow_pickle=False) as arrays:
       if sum(entry.file_size for entry in arrays.zip.infolist()) > _MAX_BYTES:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,7 +32,6 @@ class Tokenizer:
   (2, 64, 48, 3)
 
   Args:
-    model: the `VQVAE`.
     variables: its collections params, batch_stats and codebook.
     config: the flat config that it was trained with.
     step: the training step of the variables.
@@ -44,12 +42,11 @@ class Tokenizer:
     quantizer: its name in a config.
     image_size: side of the training images, in pixels.
     any_size: whether images of other sizes have ids.
-    axes: of ids: '[B, H, W]', '[B, H, W, L]' or '[B, T]'.
+    axes: of ids: '[B, H, W]', '[B, H, W, L]' or '[B, T]' (multi-scale).
     codes_per_position: L; None without that axis.
-    sides: of the scales of a multi-scale tokenizer, whose ids are [B, T]; None
-      for others.
-    prefixes: lengths of the last axis of ids that decode, coarse to fine, for a
-      residual or multi-scale tokenizer; else [].
+    sides: of the scales; None unless multi-scale.
+    prefixes: lengths of the last axis that decode, coarse to fine, of residual
+      or multi-scale ids; else [].
     ids_dtype: the smallest unsigned integer for K, in which files hold ids.
   """
 
@@ -72,9 +69,7 @@ class Tokenizer:
 
       self.axes, self.prefixes = '[B, T]', token_offsets(self.sides)[1:]
     self._encode = jax.jit(
-      lambda variables, images: model.apply(
-        variables, prepare_images(images), method='encode'
-      )
+      lambda v, x: model.apply(v, prepare_images(x), method='encode')
     )
     self._decode = jax.jit(functools.partial(model.apply, method='decode'))
 
@@ -87,10 +82,9 @@ class Tokenizer:
     return grid + ((codes,) if codes else ())
 
   def levels(self, ids) -> list:
-    """The ids as one grid [B, h, w] per level, coarse to fine.
+    """The ids, or their first few levels, as one grid [B, h, w] per level.
 
-    A level is one code of each position, or a scale, whose h and w grow. ids
-    may be the first few levels; see `prefixes`.
+    A level is one code of each position, or a scale; coarse to fine.
     """
     if self.codes_per_position:
       return [ids[..., i] for i in range(ids.shape[-1])]
@@ -103,17 +97,14 @@ class Tokenizer:
       if end <= ids.shape[1]
     ]
 
-  def join(self, levels: Sequence[np.ndarray]) -> np.ndarray:
+  def join(self, levels: list[np.ndarray]) -> np.ndarray:
     """The ids whose `levels` are given, all or the first few."""
     if self.sides:
       return np.concatenate([x.reshape(len(x), -1) for x in levels], axis=1)
     return np.stack(levels, -1) if self.codes_per_position else levels[0]
 
   def grid(self, ids) -> jax.Array:
-    """The latents [B, H, W, C] of ids, for the decoder.
-
-    It can be traced, and does not check the range of the ids.
-    """
+    """The latents [B, H, W, C] of ids, unchecked; it can be traced."""
     return self.model.apply(
       self.variables, ids, method=lambda model, x: model.vq.codes_from_ids(x)
     )
@@ -121,7 +112,6 @@ class Tokenizer:
   def codebooks(self) -> list[jax.Array]:
     """The vectors [K, C] of all codes, per level; all scales share theirs."""
     codes, ids = self.codes_per_position, jnp.arange(self.codebook_size)
-
     if self.sides:  # the codes themselves, not the grids that they add to
       return [self.model.apply(self.variables, method=lambda m: m.vq.codes())]
     if not codes:
@@ -136,10 +126,7 @@ class Tokenizer:
 
   @functools.cached_property
   def encoder_hash(self) -> str:
-    """SHA-256 of architecture, encoder and codes, which give ids their meaning.
-
-    It stays when only the decoder is fine-tuned.
-    """
+    """SHA-256 of all that gives ids their meaning: not of the decoder."""
     arrays = {
       name: array
       for name, array in flatten_dict(dict(self.variables), sep='.').items()
@@ -173,33 +160,34 @@ class Tokenizer:
       )
 
   def encode(self, images) -> jax.Array:
-    """Token ids of images.
+    """Token ids of images: int32 of `axes`, H = h / factor, W = w / factor.
 
     Args:
       images: [B, h, w, 3], uint8 or float in [-1, 1]; `factor` divides h, w.
-        A multi-scale tokenizer takes the size that it was trained with.
-
-    Returns:
-      ids [B, h/factor, w/factor], int32; [..., L] with several codes per
-      position; [B, T] for a multi-scale tokenizer, the coarsest scale first.
+        A multi-scale tokenizer takes only `image_size`.
 
     Raises:
       ValueError: another shape, dtype or range.
     """
     images = jnp.asarray(images)
-    if images.dtype != jnp.uint8:
-      images = _checked_floats(images)
-    return self._encode(self.variables, images)
+    if images.dtype == jnp.uint8:
+      return self._encode(self.variables, images)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+      raise ValueError(
+        f'expected images as uint8 or float in [-1, 1], got {images.dtype}'
+      )
+    if images.size and not jnp.max(jnp.abs(images)) <= 1.001:
+      raise ValueError(
+        f'expected float images in [-1, 1], got values from {images.min():.4g} '
+        f'to {images.max():.4g}; pass uint8, or x / 127.5 - 1'
+      )
+    return self._encode(self.variables, images.astype(jnp.float32))
 
   def decode(self, ids) -> jax.Array:
-    """Images of token ids.
+    """Images of token ids: float32 [B, H factor, W factor, 3] in [-1, 1].
 
     Args:
-      ids: integers in [0, K), of the axes that `encode` gives. A residual or
-        multi-scale tokenizer also takes the first few levels; see `prefixes`.
-
-    Returns:
-      images [B, H factor, W factor, 3], float32 in [-1, 1].
+      ids: integers in [0, K) of `axes`; also the first few: see `prefixes`.
 
     Raises:
       ValueError: another shape or dtype, or an id out of range.
@@ -223,17 +211,3 @@ class Tokenizer:
   def reconstruct(self, images) -> jax.Array:
     """decode(encode(images)); see there."""
     return self.decode(self.encode(images))
-
-
-def _checked_floats(images: jax.Array) -> jax.Array:
-  """Images as float32; refuses other dtypes, and values outside [-1, 1]."""
-  if not jnp.issubdtype(images.dtype, jnp.floating):
-    raise ValueError(
-      f'expected images as uint8 or float in [-1, 1], got {images.dtype}'
-    )
-  if images.size and not jnp.max(jnp.abs(images)) <= 1.001:
-    raise ValueError(
-      f'expected float images in [-1, 1], got values from {images.min():.4g} '
-      f'to {images.max():.4g}; pass uint8, or x / 127.5 - 1'
-    )
-  return images.astype(jnp.float32)

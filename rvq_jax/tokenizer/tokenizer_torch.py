@@ -41,7 +41,7 @@ class Tokenizer:
   def from_pretrained(cls, name):
     """Opens a folder of launch/export.py, or OWNER/NAME@REVISION of the Hub."""
     try:
-      return cls(*_read(_find(name)))
+      return cls(*_read(name))
     except Exception as why:  # of the many that files and the Hub can cause
       reason = ' '.join(f'{type(why).__name__}: {why}'.split())
       raise ValueError(
@@ -61,8 +61,8 @@ class Tokenizer:
     images: [B, h, w, 3] or [B, 3, h, w], uint8 or float in [-1, 1]; `factor`
     divides h and w, so that neither is 3.
     """
-    x, size = self._tensor(images), self.config['image_size']
-    shape, f = list(x.shape), self.factor
+    x = torch.as_tensor(images).to(self.arrays['encoder.out.bias'].device)
+    shape, size, f = list(x.shape), self.config['image_size'], self.factor
     x = x.movedim(-1, 1) if x.ndim == 4 and shape[3] == 3 else x
     fits = x.ndim == 4 and x.shape[1] == 3 and 0 not in shape
     if not fits or any(n != size if size else n % f for n in x.shape[2:]):
@@ -73,10 +73,8 @@ class Tokenizer:
       )
     x = x / 127.5 - 1 if x.dtype == torch.uint8 else x
     if not x.is_floating_point() or not x.abs().max() <= 1.001:
-      raise ValueError(
-        f'expected images as uint8 or float in [-1, 1], got {x.dtype} from '
-        f'{x.min().item():.4g} to {x.max().item():.4g}'
-      )
+      got = f'{x.dtype} from {x.min().item():.4g} to {x.max().item():.4g}'
+      raise ValueError(f'expected uint8 or float images in [-1, 1], got {got}')
     z = self._encoder(x.float()).movedim(1, -1)
     return self._quantizer.ids(_dense(self.arrays, 'vq.project_in', z))
 
@@ -87,7 +85,7 @@ class Tokenizer:
     Residual and multi-scale tokenizers take any first codes or scales. As
     pixels: ((images + 1) * 127.5).round().clamp(0, 255).byte().
     """
-    ids, last = self._tensor(ids), self.codebook_size - 1
+    ids = torch.as_tensor(ids).to(self.arrays['encoder.out.bias'].device)
     axes, lengths = self.config['axes'], self.config['lengths']
     fits = ids.ndim == axes.count(',') + 1 and 0 not in ids.shape
     fits = fits and (not lengths or ids.shape[-1] in lengths)
@@ -95,12 +93,10 @@ class Tokenizer:
       axes += f' with {axes[-2]} in {lengths}' if lengths else ''
       got = f'{ids.dtype} {list(ids.shape)}'
       raise ValueError(f'expected ids {axes}, integers, got {got}')
-    ids = ids.long()
+    ids, last = ids.long(), self.codebook_size - 1
     if not 0 <= ids.min() <= ids.max() <= last:
-      raise ValueError(
-        f'expected ids from 0 to {last}, got {ids.min()} to {ids.max()}; are '
-        'they of another model?'
-      )
+      got = f'{ids.min()} to {ids.max()}; are they of another model?'
+      raise ValueError(f'expected ids from 0 to {last}, got {got}')
     z = _dense(self.arrays, 'vq.project_out', self._quantizer.codes(ids))
     images = self._decoder(z.movedim(-1, 1))
     return images if channels_first else images.movedim(1, -1)
@@ -124,9 +120,6 @@ class Tokenizer:
 
   def _get(self, name, parts='kernel bias'):
     return [self.arrays[f'{name}.{part}'] for part in parts.split()]
-
-  def _tensor(self, x):
-    return torch.as_tensor(x).to(self.arrays['encoder.out.bias'].device)
 
   def _norm(self, name, x):
     if f'{name}.bn.mean' in self.arrays:  # the stored statistics
@@ -159,8 +152,9 @@ class _VQ:  # `ids` of vectors [..., D], here of the nearest codes; and back
   def __init__(self, config, arrays, name='vq'):
     self.config, self.arrays, self.name = config, arrays, name
 
-  def part(self, name):
-    return _VQ(self.config, self.arrays, f'vq.{name}')
+  def parts(self, kind):  # of each code of a position
+    names = [f'vq.{kind}_{i}' for i in range(self.config['codes_per_position'])]
+    return [_VQ(self.config, self.arrays, name) for name in names]
 
   def codebook(self):
     codes = self.arrays[f'{self.name}.embedding']
@@ -170,6 +164,8 @@ class _VQ:  # `ids` of vectors [..., D], here of the nearest codes; and back
     return _dense(self.arrays, 'vq.map', codes)  # if it is SimVQ
 
   def ids(self, e):
+    if 'vq.logits.kernel' in self.arrays:  # of Gumbel-softmax
+      return _dense(self.arrays, 'vq.logits', e).argmax(-1)
     e = F.normalize(e, dim=-1) if self.config['cosine'] else e
     return nearest(e, self.codebook())
 
@@ -177,33 +173,26 @@ class _VQ:  # `ids` of vectors [..., D], here of the nearest codes; and back
     return self.codebook()[ids]
 
 
-class _Gumbel(_VQ):  # the code of the largest logit
-  def ids(self, e):
-    return _dense(self.arrays, 'vq.logits', e).argmax(-1)
-
-
 class _Residual(_VQ):  # each code is of what the codes before it leave over
   def ids(self, e):
     total, ids = torch.zeros_like(e), []
-    for i in range(self.config['depth']):
-      level = self.part(f'level_{i}')
+    for level in self.parts('level'):
       ids.append(level.ids(e - total))
       total = total + level.codes(ids[-1])
     return torch.stack(ids, -1)
 
   def codes(self, ids):
-    levels = enumerate(ids.unbind(-1))
-    return sum(self.part(f'level_{i}').codes(x) for i, x in levels)
+    return sum(map(_VQ.codes, self.parts('level'), ids.unbind(-1)))
 
 
 class _Product(_VQ):  # each code is of one piece of a vector
   def ids(self, e):
-    pieces = enumerate(e.chunk(self.config['heads'], -1))
-    return torch.stack([self.part(f'head_{i}').ids(x) for i, x in pieces], -1)
+    pieces = e.chunk(self.config['heads'], -1)
+    return torch.stack([*map(_VQ.ids, self.parts('head'), pieces)], -1)
 
   def codes(self, ids):
-    heads = enumerate(ids.unbind(-1))
-    return torch.cat([self.part(f'head_{i}').codes(x) for i, x in heads], -1)
+    codes = map(_VQ.codes, self.parts('head'), ids.unbind(-1))
+    return torch.cat([*codes], -1)
 
 
 class _Multiscale(_VQ):  # the codes of grids [B, n, n] of growing side
@@ -226,9 +215,8 @@ class _Multiscale(_VQ):  # the codes of grids [B, n, n] of growing side
     return ((x + y) / 2).movedim(1, -1)
 
   def codes(self, ids):
-    parts = self.config['lengths'].index(ids.shape[1]) + 1
-    parts = ids.split([side**2 for side in self.config['sides'][:parts]], 1)
-    return sum(self.addend(part, scale) for scale, part in enumerate(parts))
+    parts = enumerate(ids.tensor_split(self.config['lengths'][:-1], 1))
+    return sum(self.addend(x, scale) for scale, x in parts if x.numel())
 
 
 class _FSQ(_VQ):  # rounded dimensions, whose levels are the digits of an id
@@ -243,9 +231,8 @@ class _FSQ(_VQ):  # rounded dimensions, whose levels are the digits of an id
     return (ids[..., None] // weights % levels) / (levels // 2) - 1.0
 
 
-QUANTIZERS = {'vq': _VQ, 'simvq': _VQ, 'gumbel': _Gumbel, 'fsq': _FSQ}
-QUANTIZERS |= {'residual': _Residual, 'product': _Product}
-QUANTIZERS |= {'multiscale': _Multiscale}
+QUANTIZERS = {'vq': _VQ, 'simvq': _VQ, 'gumbel': _VQ, 'residual': _Residual}
+QUANTIZERS |= {'product': _Product, 'multiscale': _Multiscale, 'fsq': _FSQ}
 
 
 def _conv(arrays, name, x, stride=1):  # padded as by JAX, an odd pixel last
@@ -270,31 +257,24 @@ def nearest(e, codes):
   return torch.cat(ids).view(e.shape[:-1])
 
 
-def _find(name):  # the folder, or that of the Hub, downloaded
+def _read(name):  # config, arrays and hash of an export
   folder = Path(name).expanduser()
   hub = re.fullmatch(r'(?:hf:)?([\w.-]+/[\w.-]+)(?:@(.+))?', str(name))
-  if folder.is_dir() or not hub:
-    return folder
-  from huggingface_hub import snapshot_download
+  if hub and not folder.is_dir():
+    from huggingface_hub import snapshot_download as download
 
-  return Path(snapshot_download(hub[1], revision=hub[2], allow_patterns=FILES))
-
-
-def _read(folder):  # config, arrays and hash of an export
+    folder = Path(download(hub[1], revision=hub[2], allow_patterns=FILES))
   about = json.loads((folder / CONFIG).read_text())
   if about['format_version'] != 1:
     raise ValueError(f'format_version {about["format_version"]}')
-  header, arrays = about['torch']['architecture'], load_file(folder / WEIGHTS)
+  header, arrays = about['torch']['architecture'], {}
   digest = hashlib.sha256(header.encode())
-  for name, x in sorted(arrays.items()):
-    dtype, shape = str(x.dtype).removeprefix('torch.'), tuple(x.shape)
-    digest.update(f'{name} {dtype} {shape}'.encode())
+  for name, x in sorted(load_file(folder / WEIGHTS).items()):
+    digest.update(f'{name} {str(x.dtype)[6:]} {tuple(x.shape)}'.encode())
     digest.update(ctypes.string_at(x.data_ptr(), x.nbytes))
-    if x.ndim == 4 and len(x) == 4:  # of a transposed convolution [4, 4, C, F]
-      arrays[name] = x.flip(0, 1).permute(2, 3, 0, 1).contiguous()
-    elif x.ndim == 4:  # [k, k, C, F]
-      arrays[name] = x.permute(3, 2, 0, 1).contiguous()
+    if x.ndim == 4:  # [k, k, C, F]; k is 4 in transposed convolutions
+      x = (x.flip(0, 1).mT if len(x) == 4 else x).permute(3, 2, 0, 1)
+    arrays[name.partition('.')[2]] = x.contiguous()
   if digest.hexdigest() != about['model_hash']:
     raise ValueError(f'{WEIGHTS} of another hash than {CONFIG} says')
-  arrays = {name.partition('.')[2]: x for name, x in arrays.items()}
   return json.loads(header) | about['torch'], arrays, about['model_hash']

@@ -10,10 +10,8 @@ from rvq_jax.explorer import page
 sync_api = pytest.importorskip(
   'playwright.sync_api', reason='no playwright: pip install playwright'
 )
-CHROMIUM = next(
-  filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'chrome'))),
-  None,
-)
+NAMES = 'chromium', 'chromium-browser', 'chrome'
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = [
   pytest.mark.slow,
   pytest.mark.skipif(CHROMIUM is None, reason='no chromium on this machine'),
@@ -33,13 +31,13 @@ def browser():
 
 @pytest.fixture
 def open_file(browser, make_data, tmp_path):
-  """Returns a function of model fields that opens their page."""
+  """Returns a function of a quantizer that opens its page."""
   tab, errors = browser.new_page(viewport={'width': 1280, 'height': 1000}), []
   tab.on('pageerror', lambda error: errors.append(str(error)))
   tab.on('console', lambda m: m.type == 'error' and errors.append(m.text))
 
-  def open_it(**fields):
-    _, data = make_data(**fields)
+  def open_it(quantizer='vq'):
+    _, data = make_data(quantizer)
     path = tmp_path / 'explore.html'
     page.write_page(path, data)
     tab.goto(path.as_uri())
@@ -53,9 +51,8 @@ def open_file(browser, make_data, tmp_path):
 
 def click_cell(tab, image, row, column, canvas='#tokens'):
   box = tab.locator(canvas).bounding_box()
-  factor = 4
-  x = box['x'] + box['width'] * (column + 0.5) * factor / image['width']
-  y = box['y'] + box['height'] * (row + 0.5) * factor / image['height']
+  x = box['x'] + box['width'] * (column + 0.5) * 4 / image['width']
+  y = box['y'] + box['height'] * (row + 0.5) * 4 / image['height']
   tab.mouse.click(x, y)
 
 
@@ -94,7 +91,7 @@ def test_a_click_shows_the_code_its_neighbors_and_its_uses(open_file):
   assert tab.inner_text('#name') == f'code {code}'
 
 
-def test_pictures_are_drawn_pixel_by_pixel(open_file):
+def test_pictures_are_drawn_by_pixels_and_others_are_a_click_away(open_file):
   tab, _ = open_file()
   # Twelve black columns, then twelve of (200, 120, 40), 19 times as large.
   assert pixel(tab, 'original', 19 * 11 + 9, 100) == [0, 0, 0]
@@ -103,10 +100,12 @@ def test_pictures_are_drawn_pixel_by_pixel(open_file):
   tab.locator('#gain').fill('16')
   assert sum(pixel(tab, 'error', 19 * 12 + 9, 100)) >= sum(error)
   assert tab.inner_text('#gain-value') == '16'
+  tab.locator('#thumbnails button').nth(1).click()
+  assert '12 x 20, 3 x 5 tokens' in tab.inner_text('#quality')
 
 
 def test_the_slider_goes_through_the_depth_of_a_residual(open_file):
-  tab, images = open_file(quantizer='residual', depth=2)
+  tab, images = open_file('residual')
   psnr = images[0]['psnr']
   assert f'{psnr[1]:.2f} dB' in tab.inner_text('#quality')
   tab.locator('#depth').fill('1')
@@ -120,7 +119,7 @@ def test_the_slider_goes_through_the_depth_of_a_residual(open_file):
 
 
 def test_the_slider_goes_through_the_scales(open_file):
-  tab, images = open_file(quantizer='multiscale')
+  tab, images = open_file('multiscale')
   assert '4 x 4 tokens' in tab.inner_text('#quality')
   tab.locator('#depth').fill('2')
   assert tab.inner_text('#depth-value') == '2 of 3'
@@ -130,12 +129,6 @@ def test_the_slider_goes_through_the_scales(open_file):
   tab.mouse.click(box['x'] + 0.9 * box['width'], box['y'] + 5)
   assert tab.inner_text('#name') == f'code {images[0]["ids"][1][2]}'
   assert tab.locator('#levels button').count() == 0
-
-
-def test_another_image_is_a_click_away(open_file):
-  tab, images = open_file()
-  tab.locator('#thumbnails button').nth(1).click()
-  assert '12 x 20, 3 x 5 tokens' in tab.inner_text('#quality')
 
 
 def test_colors_by_use_run_from_rare_to_frequent(open_file):

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from errors import one_line
 from PIL import Image
 
 from rvq_jax.explorer import content, page
@@ -19,28 +20,22 @@ def picture(url):
   return np.asarray(Image.open(io.BytesIO(data)))
 
 
+GRID, SCALES = [4, 6, 4], [[1, 1, 16], [3, 3, 16 / 3], [4, 4, 4]]
+
+
 @pytest.mark.parametrize(
-  ('fields', 'grids', 'prefixes'),
+  ('quantizer', 'grids', 'prefixes'),
   [
-    ({}, [[4, 6, 4]], [None]),
-    ({'quantizer': 'residual', 'depth': 2}, [[4, 6, 4]] * 2, [1, 2]),
-    (
-      {'quantizer': 'multiscale'},
-      [[1, 1, 16], [3, 3, 16 / 3], [4, 4, 4]],
-      [1, 10, 26],
-    ),
-    pytest.param(
-      {'quantizer': 'product'},
-      [[4, 6, 4]] * 2,
-      [None],
-      marks=pytest.mark.slow,
-    ),
+    ('vq', [GRID], [None]),
+    ('residual', [GRID, GRID], [1, 2]),
+    ('multiscale', SCALES, [1, 10, 26]),
+    pytest.param('product', [GRID, GRID], [None], marks=pytest.mark.slow),
   ],
 )
 def test_the_page_shows_the_ids_of_each_level_and_reconstructions(
-  make_data, images, fields, grids, prefixes
+  make_data, images, quantizer, grids, prefixes
 ):
-  tokenizer, data = make_data(**fields)
+  tokenizer, data = make_data(quantizer)
   shown = data['images'][0]
   image = picture(shown['original'])
   if tokenizer.any_size:
@@ -56,9 +51,9 @@ def test_the_page_shows_the_ids_of_each_level_and_reconstructions(
 
 
 def test_all_scales_share_a_sheet_of_whole_images(make_data):
-  tokenizer, data = make_data(quantizer='multiscale')
-  assert data['model']['sides'] == (1, 3, 4) and data['model']['nested']
-  assert data['model']['levels'] == 3
+  tokenizer, data = make_data('multiscale')
+  about = {'sides': (1, 3, 4), 'nested': True, 'levels': 3}
+  assert data['model'] | about == data['model']
   (codes,) = data['codes']
   used = {str(i) for x in data['images'] for level in x['ids'] for i in level}
   assert set(codes['neighbors']) == used <= set(codes['swatches'])
@@ -68,23 +63,22 @@ def test_all_scales_share_a_sheet_of_whole_images(make_data):
   np.testing.assert_array_equal(swatch, alone)
 
 
-def test_neighbors_are_the_nearest_codes(make_data):
-  tokenizer, data = make_data(quantizer='residual', depth=2)
+@pytest.mark.parametrize('quantizer', ['vq', 'residual', 'multiscale'])
+def test_neighbors_are_the_nearest_codes(make_data, quantizer):
+  tokenizer, data = make_data(quantizer)
+  stored = tokenizer.variables['codebook']['vq']
   for level, codes in enumerate(data['codes']):
-    book = np.asarray(
-      tokenizer.variables['codebook']['vq'][f'level_{level}']['embedding']
-    )
+    book = np.asarray(stored.get(f'level_{level}', stored)['embedding'])
     for code, pairs in codes['neighbors'].items():
       distances = np.linalg.norm(book - book[int(code)], axis=1)
       order = [i for i in np.argsort(distances) if i != int(code)][:8]
-      assert [i for i, _ in pairs] == order
-      np.testing.assert_allclose(
-        [d for _, d in pairs], distances[order], atol=2e-3
-      )
+      near, got = zip(*pairs, strict=True)
+      assert list(near) == order
+      np.testing.assert_allclose(got, distances[order], atol=2e-3)
 
 
 def test_a_swatch_is_the_middle_of_a_grid_of_its_code(make_data):
-  tokenizer, data = make_data()
+  tokenizer, data = make_data('vq')
   codes = data['codes'][0]
   code, (x, y) = list(codes['swatches'].items())[-1]
   made = to_uint8(tokenizer.decode(np.full((128, 3, 3), int(code))))
@@ -122,16 +116,15 @@ def test_images_that_cannot_be_decoded_are_replaced(
   assert all(x.startswith('skipped ') for x in caplog.messages)
 
 
-def test_an_image_of_ones_own_is_shown_at_its_size(make_tokenizer, numbered):
-  source = str(numbered / '7.png')
-  ((name, image),) = page.example_images(make_tokenizer(), 5, source=source)
+def test_only_images_for_multi_scale_tokens_are_cropped(
+  make_tokenizer, numbered
+):
+  one = str(numbered / '7.png')
+  ((name, image),) = page.example_images(make_tokenizer(), 5, source=one)
   assert (name, image.shape) == ('7.png', (12, 8, 3))
-
-
-def test_images_for_multi_scale_tokens_are_cropped(make_tokenizer, numbered):
-  tokenizer = make_tokenizer(quantizer='multiscale')
-  for source in (numbered, numbered / '7.png'):
-    images = page.example_images(tokenizer, 5, source=str(source))
+  scales = make_tokenizer(quantizer='multiscale')
+  for source in (str(numbered), one):
+    images = page.example_images(scales, 5, source=source)
     assert {image.shape for _, image in images} == {(16, 16, 3)}
 
 
@@ -154,9 +147,7 @@ def test_an_undecodable_test_image_of_the_run_is_left_out(
   assert all(image.shape == (16, 16, 3) for _, image in images)
 
 
-def test_where_there_is_nothing_to_show_there_is_one_line(
-  make_tokenizer, numbered
-):
+def test_where_nothing_can_be_shown_there_is_one_line(make_tokenizer, numbered):
   for path in numbered.iterdir():
     path.write_bytes(b'no image')
   tokenizer = trained_on(make_tokenizer(), 'folder:/no/such/folder')
@@ -165,41 +156,32 @@ def test_where_there_is_nothing_to_show_there_is_one_line(
     (str(numbered / '3.png'), '3.png'),
     (None, 'or name images by --input'),
   ):
-    with pytest.raises(ValueError, match=message) as error:
+    with one_line(message):
       page.example_images(tokenizer, 5, source=source)
-    assert '\n' not in str(error.value)
-
-
-class _Elements(html.parser.HTMLParser):
-  """Collects tags and the addresses that they load."""
-
-  def __init__(self):
-    super().__init__()
-    self.tags, self.loaded = [], []
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append(tag)
-    self.loaded += [v for k, v in attrs if k in ('src', 'href')]
 
 
 def test_the_page_loads_nothing_and_escapes_names(make_data):
-  text = page.page_html(make_data()[1])
-  elements = _Elements()
-  elements.feed(text)
-  assert elements.loaded == [] and 'b' not in elements.tags
-  assert elements.tags.count('script') == 2
+  text = page.page_html(make_data('vq')[1])
+  parser, tags, named = html.parser.HTMLParser(), [], set()
+  parser.handle_starttag = lambda tag, attributes: (
+    tags.append(tag),
+    named.update(name for name, _ in attributes),
+  )
+  parser.feed(text)
+  assert not named & {'src', 'href'} and 'b' not in tags
+  assert tags.count('script') == 2
   assert 'http://' not in text and 'https://' not in text
   assert '/*data*/' not in text and '/*script*/' not in text
 
 
 def test_only_a_page_of_the_explorer_is_replaced(make_data, tmp_path):
-  data = make_data()[1]
+  data = make_data('vq')[1]
   path = tmp_path / 'page.html'
   for name in ('first', 'second'):
     page.write_page(path, data | {'model': data['model'] | {'name': name}})
     assert f'"name": "{name}"' in path.read_text()
   path.write_text('<!doctype html><p>mine')
   for output in (path, tmp_path):
-    with pytest.raises(ValueError, match='not a page of the explorer'):
+    with one_line('not a page of the explorer'):
       page.write_page(output, data)
   assert path.read_text() == '<!doctype html><p>mine'

@@ -1,22 +1,20 @@
 """encode and decode as StableHLO, run where rvq_jax cannot be imported."""
 
-import subprocess
-import sys
-
 import jax.export
 import numpy as np
 import pytest
 
-from rvq_jax import load
 from rvq_jax.tokenizer.stablehlo import PLATFORMS, write_stablehlo
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
 pytest.importorskip('flatbuffers', reason='pip install "rvq_jax[stablehlo]"')
 PROGRAM = """
+import os
 import sys
 for name in ('rvq_jax', 'flax', 'safetensors'):
   sys.modules[name] = None
+os.chdir(FOLDER)
 import numpy as np
 from jax import export
 
@@ -32,24 +30,18 @@ np.savez('out.npz', ids=ids, one=encode(images[:1]), decoded=decode(ids))
 
 
 @pytest.fixture(scope='module')
-def tokenizer(shared_export):
-  return load(shared_export)
-
-
-@pytest.fixture(scope='module')
-def folder(tokenizer, tmp_path_factory):
+def folder(make_tokenizer, tmp_path_factory):
   path = tmp_path_factory.mktemp('stablehlo')
-  write_stablehlo(path, tokenizer)
+  write_stablehlo(path, make_tokenizer())
   return path
 
 
 def test_ids_and_pictures_are_ours_without_our_package(
-  folder, tokenizer, test_images
+  folder, make_tokenizer, test_images, run_python
 ):
+  tokenizer = make_tokenizer()
   np.save(folder / 'images.npy', test_images)
-  done = subprocess.run(
-    [sys.executable, '-c', PROGRAM], cwd=folder, capture_output=True, text=True
-  )
+  done = run_python(PROGRAM.replace('FOLDER', repr(str(folder))))
   assert done.returncode == 0, done.stderr
   ids = np.asarray(tokenizer.encode(test_images))
   with np.load(folder / 'out.npz') as out:
@@ -67,9 +59,7 @@ def test_without_flatbuffers_the_extra_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('platform', PLATFORMS)
-def test_a_file_is_of_one_platform_and_of_any_number_of_images(
-  platform, folder
-):
+def test_a_file_is_of_one_platform_and_any_number_of_images(platform, folder):
   for name, shape, dtype in (
     ('encode', '(b, 16, 16, 3)', 'uint8'),
     ('decode', '(b, 4, 4)', 'int32'),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from errors import one_line
 
 from rvq_jax.metrics import to_uint8
 from rvq_jax.tokenizer import tiling
@@ -25,34 +26,33 @@ def test_windows_keep_each_position_once_and_from_well_inside(size):
   assert kept == list(range(size))
 
 
-@pytest.mark.parametrize('fields', [{}, {'quantizer': 'residual', 'depth': 3}])
+@pytest.mark.parametrize(
+  ('quantizer', 'height', 'width', 'shape'),
+  [
+    ('vq', 21, 34, (6, 9)),
+    ('residual', 21, 34, (6, 9, 4)),
+    ('multiscale', 15, 14, (26,)),
+  ],
+)
 def test_an_image_is_padded_by_its_last_pixels_and_equals_the_tokenizer(
-  make_tokenizer, photograph, fields
+  make_tokenizer, photograph, quantizer, height, width, shape
 ):
-  tokenizer, image = make_tokenizer(**fields), photograph(21, 34)
-  padded = image[np.minimum(np.arange(24), 20)]
-  padded = padded[:, np.minimum(np.arange(36), 33)]
+  tokenizer = make_tokenizer(quantizer=quantizer)
+  image = photograph(height, width)
+  rows, columns = np.arange(-(-height // 4) * 4), np.arange(-(-width // 4) * 4)
+  padded = image[rows.clip(max=height - 1)][:, columns.clip(max=width - 1)]
+  ids = tiling.encode_images(tokenizer, image[None])
+  assert ids.shape == (1, *shape) and ids.dtype == np.uint8
+  np.testing.assert_array_equal(ids, tokenizer.encode(padded[None]))
+  whole = to_uint8(tokenizer.reconstruct(padded[None]))[0]
   np.testing.assert_array_equal(
-    tiling.encode_images(tokenizer, image[None]), tokenizer.encode(padded[None])
-  )
-  np.testing.assert_array_equal(
-    reconstruct(tokenizer, image),
-    to_uint8(tokenizer.reconstruct(padded[None]))[0, :21, :34],
+    reconstruct(tokenizer, image), whole[:height, :width]
   )
 
 
 def test_multi_scale_tokens_are_those_of_one_size(make_tokenizer, photograph):
-  tokenizer, image = make_tokenizer(quantizer='multiscale'), photograph(15, 16)
-  padded = image[np.minimum(np.arange(16), 14)]
-  ids = tiling.encode_images(tokenizer, image[None])
-  assert ids.shape == (1, 26) and ids.dtype == np.uint8
-  np.testing.assert_array_equal(ids, tokenizer.encode(padded[None]))
-  np.testing.assert_array_equal(
-    reconstruct(tokenizer, image),
-    to_uint8(tokenizer.reconstruct(padded[None]))[0, :15],
-  )
-  with pytest.raises(ValueError, match='images of one size: resize or crop'):
-    tiling.encode_images(tokenizer, photograph(21, 21)[None])
+  with one_line('images of one size: resize or crop'):
+    reconstruct(make_tokenizer(quantizer='multiscale'), photograph(21, 21))
 
 
 def test_a_large_image_is_coded_in_windows(
@@ -76,29 +76,20 @@ def test_a_large_image_is_coded_in_windows(
 
 
 @pytest.mark.parametrize(
-  ('fields', 'dtype', 'shape'),
-  [
-    ({}, np.uint8, (6, 8)),
-    (
-      {'quantizer': 'product', 'heads': 2, 'codebook_size': 300},
-      np.uint16,
-      (6, 8, 2),
-    ),
-  ],
+  ('quantizer', 'size', 'dtype', 'shape'),
+  [('vq', 256, np.uint8, (6, 8)), ('product', 257, np.uint16, (6, 8, 2))],
 )
 def test_a_file_holds_the_reconstruction(
-  make_tokenizer, photograph, fields, dtype, shape, tmp_path
+  make_tokenizer, photograph, quantizer, size, dtype, shape, tmp_path
 ):
-  tokenizer, path = make_tokenizer(**fields), tmp_path / 'x.npz'
-  image = photograph(21, 30)
+  tokenizer = make_tokenizer(quantizer=quantizer, codebook_size=size)
+  image, path = photograph(21, 30), tmp_path / 'x.npz'
   tiling.save_image(tokenizer, image, path)
+  about = {'size': [21, 30], 'codebook_size': size, 'factor': 4}
+  about |= {n: getattr(tokenizer, n) for n in ('model_hash', 'encoder_hash')}
   with np.load(path, allow_pickle=False) as arrays:
     assert (arrays['ids'].dtype, arrays['ids'].shape) == (dtype, shape)
-    assert arrays['size'].tolist() == [21, 30]
-    for name in ('model_hash', 'encoder_hash'):
-      assert str(arrays[name]) == getattr(tokenizer, name)
-    assert arrays['codebook_size'] == tokenizer.codebook_size
-    assert arrays['factor'] == 4
+    assert {name: arrays[name].tolist() for name in about} == about
   np.testing.assert_array_equal(
     tiling.load_image(tokenizer, path), reconstruct(tokenizer, image)
   )
@@ -112,44 +103,32 @@ def saved(make_tokenizer, photograph, tmp_path):
   return tokenizer, tmp_path / 'x.npz'
 
 
-def test_the_file_of_another_model_is_refused(saved, make_tokenizer):
-  with pytest.raises(ValueError, match='is of the encoder .*, got the encoder'):
-    tiling.load_image(make_tokenizer(seed=2), saved[1])
+LIES = [np.full((4, 4), 16, np.uint8), np.zeros((4, 4)), np.zeros((4, 3), 'u1')]
+LIES = [('ids', ids) for ids in (*LIES, np.zeros((4, 4), int), np.array([{}]))]
+LIES += [('size', [2**30, 2**30]), ('size', [-1, -1]), ('size', [16])]
 
 
-@pytest.mark.parametrize(
-  'changed',
-  [
-    {'ids': np.full((4, 4), 16, np.uint8)},
-    {'ids': np.zeros((4, 4), np.int64)},
-    {'ids': np.zeros((4, 4), np.float32)},
-    {'ids': np.zeros((4, 3), np.uint8)},
-    {'ids': np.array([{}])},
-    {'size': [2**30, 2**30]},
-    {'size': [-1, -1]},
-    {'size': [16]},
-    {'encoder_hash': None},
-  ],
-)
-def test_a_file_that_lies_is_refused(saved, changed):
+@pytest.mark.parametrize(('name', 'value'), [*LIES, ('encoder_hash', None)])
+def test_a_file_that_lies_is_refused(saved, name, value):
   tokenizer, path = saved
   with np.load(path) as arrays:
-    content = dict(arrays) | changed
+    content = dict(arrays) | {name: value}
   np.savez(path, **{k: v for k, v in content.items() if v is not None})
-  with pytest.raises(ValueError) as error:
+  with one_line('x.npz: expected|x.npz is damaged|expected ids from 0 to 15'):
     tiling.load_image(tokenizer, path)
-  assert '\n' not in str(error.value)
 
 
-def test_a_damaged_file_is_refused(saved, tmp_path):
+def test_a_damaged_or_foreign_file_is_refused(saved, make_tokenizer, tmp_path):
   tokenizer, path = saved
+  with one_line('is of the encoder .*, got the encoder'):
+    tiling.load_image(make_tokenizer(seed=2), path)
   whole = path.read_bytes()
   ids = whole.index(b'ids.npy') + 160  # behind the headers, among the ids
   flipped = bytearray(whole)
   flipped[ids] ^= 4
   for content in (bytes(flipped), whole[:-30], whole[:90], b'', b'no zip'):
     path.write_bytes(content)
-    with pytest.raises(ValueError, match='x.npz: expected an .npz file'):
+    with one_line('x.npz: expected an .npz file'):
       tiling.load_image(tokenizer, path)
-  with pytest.raises(ValueError, match='y.npz: expected an .npz file'):
+  with one_line('y.npz: expected an .npz file'):
     tiling.load_image(tokenizer, tmp_path / 'y.npz')
