@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from rvq_jax.data.images import to_float
 from rvq_jax.metrics import psnr
 
-_GAIN = 4  # error maps show this multiple of |difference|
 _PANELS = {
   'mse': 'MSE on [-1, 1]',
   'psnr': 'PSNR, dB',
@@ -33,13 +32,11 @@ def reconstructions(
 ) -> Figure:
   """Originals, then per method reconstructions, PSNR and error maps.
 
-  An error map is a multiple of the absolute difference; black is none.
-
   Args:
     originals: uint8 [n, h, w, 3].
     by_method: reconstructions, uint8 [n, h, w, 3].
     notes: by method, lines beneath its name.
-    errors: whether to show error maps.
+    errors: whether to show 4 |difference| too; black is none.
   """
   n, _, width, _ = originals.shape
   rows = [('original', originals, [])]
@@ -48,9 +45,8 @@ def reconstructions(
     label = '\n'.join([name, *(notes or {}).get(name, ())])
     rows.append((label, images, [f'{value:.1f} dB' for value in decibels]))
     error = np.abs(images.astype(np.float32) - originals).mean(-1)
-    error = np.minimum(_GAIN * error, 255)
-    rows += [(f'error x {_GAIN}', error, [])] * errors
-  size = (1.2 * n + 1.6, 1.35 * len(rows))
+    rows += [('error x 4', np.minimum(4 * error, 255), [])] * errors
+  size = 1.2 * n + 1.6, 1.35 * len(rows)
   figure = Figure(figsize=size, layout='compressed')
   axes = figure.subplots(len(rows), 1)
   for ax, (label, images, ticks) in zip(axes, rows, strict=True):
@@ -65,13 +61,11 @@ def reconstructions(
 
 
 def code_usage(by_method) -> Figure:
-  """How often each code is chosen, a multiple of 1/K, against its rank/K.
+  """How often each code is chosen, as a multiple of 1/K, against its rank/K.
 
-  Args:
-    by_method: counts, [K] or [L, K].
+  The data are counts, [K] or [L, K].
   """
-  figure = Figure(figsize=(8, 4.2), layout='constrained')
-  ax = figure.subplots()
+  ax = _axes(8, 4.2)
   for name, counts in by_method.items():
     counts = np.sort(np.asarray(counts, np.float64), axis=None)[::-1]
     used = int((counts > 0).sum())
@@ -81,24 +75,21 @@ def code_usage(by_method) -> Figure:
   ax.axhline(1, color='0.5', linewidth=1, linestyle='--')
   ax.set(xlabel='codes, most used first, as a share of K', xlim=(0, 1))
   ax.set(ylabel='times chosen, 1 = the mean', yscale='log')
-  return _finish(figure, ax)
+  return _finish(ax)
 
 
 def curves(by_method) -> Figure:
   """Metrics over the steps: mean over the seeds, band from least to greatest.
 
-  Metrics of the objective are drawn where a run logged them.
-
-  Args:
-    by_method: the records of metrics.jsonl of each seed.
+  The data are the records of metrics.jsonl of each seed. Metrics of the
+  objective are drawn where a run logged them.
   """
   runs = [run for seeds in by_method.values() for run in seeds]
   logged = {name for run in runs for record in run for name in record}
   more = {n: x for n, x in _OBJECTIVE_PANELS.items() if f'train/{n}' in logged}
   panels = _PANELS | more
   rows = -(-len(panels) // 2)
-  figure = Figure(figsize=(10.5, 3 * rows), layout='constrained')
-  axes = figure.subplots(rows, 2).flat
+  axes = _axes(10.5, 3 * rows, rows, 2).flat
   for ax in axes[len(panels) :]:
     ax.remove()
   for ax, (metric, title) in zip(axes, panels.items(), strict=False):
@@ -119,7 +110,7 @@ def curves(by_method) -> Figure:
     ax.plot([], [], color=f'C{i}', label=name)
   for split, style in _SPLITS.items():
     ax.plot([], [], style, color='0.5', label=split)
-  return _finish(figure, ax)
+  return _finish(ax)
 
 
 def _series(records, name: str) -> np.ndarray:
@@ -131,11 +122,9 @@ def _series(records, name: str) -> np.ndarray:
 def prefixes(by_method) -> Figure:
   """MSE of only the first codes against their bits, both logarithmic.
 
-  Args:
-    by_method: 'prefixes' of metrics.json.
+  The data are 'prefixes' of metrics.json.
   """
-  figure = Figure(figsize=(8, 4.2), layout='constrained')
-  ax = figure.subplots()
+  ax = _axes(8, 4.2)
   for name, entries in by_method.items():
     points = [(entry['bits_per_image'], entry['mse']) for entry in entries]
     ax.plot(*zip(*points, strict=True), 'o-', label=name)
@@ -143,7 +132,7 @@ def prefixes(by_method) -> Figure:
       ax.annotate(n, point, (4, 4), textcoords='offset points', fontsize=8)
   ax.set(xscale='log', xlabel='bits per image; beside the points: tokens')
   ax.set(yscale='log', ylabel='MSE on [-1, 1]')
-  return _finish(figure, ax)
+  return _finish(ax)
 
 
 def rate_figure(curve, codecs, methods) -> Figure:
@@ -151,13 +140,11 @@ def rate_figure(curve, codecs, methods) -> Figure:
 
   Args:
     curve: bits and MSE on [-1, 1] of the Gaussian curve, each [n].
-    codecs: records of `rate_distortion.codec_points`; dotted: without the
-      headers of the files.
-    methods: rows of `ablation.summarise`; filled: at fixed length, hollow:
-      entropy-coded.
+    codecs: from `codec_points`; dotted: without the headers of the files.
+    methods: rows of `summarise`; filled: at fixed length, hollow: at the
+      entropy.
   """
-  figure = Figure(figsize=(9, 4.8), layout='constrained')
-  ax = figure.subplots()
+  ax = _axes(9, 4.8)
   ax.plot(*curve, color='0.7', label='Gaussian source,\nthe same covariance')
   for i, codec in enumerate(dict.fromkeys(r['codec'] for r in codecs)):
     points = [r for r in codecs if r['codec'] == codec]
@@ -180,10 +167,15 @@ def rate_figure(curve, codecs, methods) -> Figure:
   right = ax.twinx()
   right.set_ylim(*(10 * math.log10(4 / mse) for mse in ax.get_ylim()))
   right.set_ylabel('PSNR at that MSE, dB')
-  return _finish(figure, ax)
+  return _finish(ax)
 
 
-def _finish(figure, ax):
+def _axes(width, height, rows=1, columns=1):
+  figure = Figure(figsize=(width, height), layout='constrained')
+  return figure.subplots(rows, columns)
+
+
+def _finish(ax):
   ax.grid(alpha=0.25)
-  figure.legend(loc='outside right upper', frameon=False, fontsize=8)
-  return figure
+  ax.figure.legend(loc='outside right upper', frameon=False, fontsize=8)
+  return ax.figure

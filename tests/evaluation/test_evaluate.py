@@ -3,10 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from errors import one_line
 from PIL import Image
 
 from rvq_jax import VectorQuantizer, load, metrics, sharding
@@ -112,17 +114,6 @@ def test_files_are_written_and_say_what_they_are(run):
   assert samples.shape == (32, 8 * 16, 3)
 
 
-def test_measuring_writes_nothing(run, measured, test_images, monkeypatch):
-  monkeypatch.chdir(run)
-  before = sorted(run.rglob('*'))
-  images = np.concatenate([test_images, test_images[:1]])
-  batch = {'image': images, 'mask': np.arange(12) < 11}
-  got = evaluate.measure(load(run), [batch], mesh=sharding.data_mesh())
-  np.testing.assert_allclose(got.metrics['mse'], measured['mse'], rtol=1e-5)
-  np.testing.assert_array_equal(got.originals, test_images[:8])
-  assert sorted(run.rglob('*')) == before
-
-
 def test_saved_images_are_those_of_the_tokenizer(
   run, test_images, no_figures, tmp_path
 ):
@@ -143,16 +134,11 @@ def test_saved_images_are_those_of_the_tokenizer(
 def test_definitions_stand_beside_the_metrics_of_a_split_read_once(
   run, test_images, no_figures, monkeypatch
 ):
-  calls = []
-
-  def counted(*arguments, real=loaders.eval_batches, **named):
-    calls.append(arguments)
-    return real(*arguments, **named)
-
-  monkeypatch.setattr(loaders, 'eval_batches', counted)
+  read = mock.Mock(side_effect=loaders.eval_batches)
+  monkeypatch.setattr(loaders, 'eval_batches', read)
   result = evaluate_run(run, definitions=True)
   definitions = result['definitions']
-  assert len(calls) == 1
+  assert read.call_count == 1
   assert stored(run / 'evaluation/test')['definitions'] == definitions
   for name in ('usage', 'perplexity'):
     assert definitions['whole_split'][name] == result[name]
@@ -198,24 +184,22 @@ def test_wrong_requests_end_before_the_work(
   monkeypatch.setattr(evaluate, 'load', None)
   monkeypatch.setattr(evaluate.jax, 'process_count', lambda: processes)
   named = {n: str(x).format(full=tmp_path) for n, x in arguments.items()}
-  with pytest.raises(ValueError, match=message):
+  with one_line(message):
     evaluate_run(**named)
   assert [x.name for x in tmp_path.rglob('*')] == ['test', 'mine.txt']
 
 
 def test_a_folder_that_cannot_be_written_ends_before_the_work(run, monkeypatch):
-  monkeypatch.setattr(evaluate, 'measure', None)
+  monkeypatch.setattr(evaluate, '_measure', None)
   monkeypatch.setattr(evaluate.os, 'access', lambda *_: False)
-  with pytest.raises(ValueError, match='evaluation/test: Permission denied'):
+  with one_line('evaluation/test: Permission denied'):
     evaluate_run(run)
 
 
 def test_an_export_measures_the_images_it_is_given(
   measured, exported, image_folder, no_figures, tmp_path
 ):
-  with pytest.raises(
-    ValueError, match='images: expected .* an export does not'
-  ):
+  with one_line('images: expected .* an export does not'):
     evaluate_run(exported)
   images = image_folder / 'test'
   result = evaluate_run(exported, images=str(images), output=tmp_path)
@@ -254,13 +238,12 @@ def test_a_divided_folder_stays_divided_in_resume_and_evaluation(
 
 
 def test_a_workdir_among_the_images_is_refused(tiny_config, image_folder):
-  with pytest.raises(ValueError, match='a --workdir outside of the images'):
+  with one_line('a --workdir outside of the images'):
     train(tiny_config, image_folder / 'runs/x')
   assert not (image_folder / 'runs').exists()
 
 
 def test_the_table_names_every_metric():
   text = format_table(dict.fromkeys(UNITS, 0.5) | {'images': 10000}, 'title')
-  assert text.splitlines()[0] == 'title'
+  assert text.startswith('title\n') and '10,000' in text
   assert all(name in text for name in UNITS)
-  assert '10,000' in text

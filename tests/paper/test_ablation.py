@@ -100,11 +100,11 @@ def test_a_summary_has_mean_and_sample_deviation():
     {'cell': 'fsq', 'seed': i, 'metrics': METRICS | {'mse': value}}
     for i, value in enumerate(values)
   ]
-  row = ablation.summarise(records)['fsq']
+  row = report.summarise(records)['fsq']
   assert row['mse']['mean'] == pytest.approx(np.mean(values))
   assert row['mse']['std'] == pytest.approx(np.std(values, ddof=1))
   assert row['entropy_bits'] == pytest.approx(12.0)
-  assert ablation.summarise(records[:1])['fsq']['mse']['std'] is None
+  assert report.summarise(records[:1])['fsq']['mse']['std'] is None
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def objectives(tmp_path):
 
 
 def test_perceptual_metrics_stand_beside_pictures_and_in_the_table(objectives):
-  summary = ablation.summarise(objectives)
+  summary = report.summarise(objectives)
   header, *rows = report.table_rows('objectives', summary, 'photos')
   assert header[-3] == 'LPIPS, AlexNet'
   assert [row[-3] for row in rows] == ['0.1000', '0.2000', '0.3000']
@@ -219,9 +219,8 @@ def test_perceptual_metrics_stand_beside_pictures_and_in_the_table(objectives):
 
 
 def test_the_lines_above_the_tables_say_what_was_run(objectives):
-  options = {'tables': (3, 6), 'command': 'cmd'}
-  about = report._about(ConfigDict(CONFIG), objectives, **options)
-  assert about['command'] == 'cmd' and ' cores of ' in about['measured']
+  about = report._about(ConfigDict(CONFIG), objectives, (3, 6))
+  assert ' cores of ' in about['measured']
   assert about['each run'] == '2 steps of batch 1, K = 4, 16 bits each'
   assert about['tables of the paper not run'] == '4, 5, 7'
   assert about['discriminator, seed 0'].endswith(
