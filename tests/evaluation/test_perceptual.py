@@ -29,18 +29,12 @@ def images(count, side=32):
   return rng.integers(0, 256, (count, side, side, 3), np.uint8)
 
 
-class Inverter:
-  """A tokenizer that gives back negatives."""
-
-  def reconstruct(self, images):
-    return 1 - images / np.float32(127.5)
-
-
-def save(folder, images, mask, size=4):
-  """Saves images in batches, which come through as they are."""
-  parts = [slice(i, i + size) for i in range(0, len(images), size)]
+def save(folder, images, mask):
+  """Saves images and negatives; the batches come through as they are."""
+  tokenizer = mock.Mock(reconstruct=lambda x: 1 - x / np.float32(127.5))
+  parts = [slice(i, i + 4) for i in range(0, len(images), 4)]
   batches = [{'image': images[x], 'mask': mask[x]} for x in parts]
-  assert [*save_pairs(folder, batches, Inverter())] == batches
+  assert [*save_pairs(folder, batches, tokenizer)] == batches
 
 
 @pytest.fixture
@@ -85,15 +79,6 @@ def packages(monkeypatch):
   monkeypatch.setattr(perceptual.efficientnet, 'features', colors)
   monkeypatch.setattr(perceptual.lpips_weights, 'load', NETS.__getitem__)
   return calls
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-  def load(*_):
-    raise ImportError('pip install "rvq_jax[perceptual]"')
-
-  monkeypatch.setattr(perceptual.lpips_weights, 'load', load)
-  monkeypatch.setattr(perceptual.efficientnet, 'load', load)
 
 
 def values(result):
@@ -209,15 +194,15 @@ def test_lpips_needs_no_torch(name, packages, monkeypatch, measure, caplog):
   assert name in line and '\n' not in line
 
 
-def test_rfid_needs_no_weights_of_lpips(packages, no_weights, measure, caplog):
-  assert 'rfid' in measure()
-  hint = 'left out: pip install "rvq_jax[perceptual]"'
-  assert caplog.messages == [f'{name} {hint}' for name in (LPIPS, EFFICIENTNET)]
-
-
-def test_nothing_to_measure_with_ends_in_one_line(
-  packages, no_weights, monkeypatch
+def test_rfid_needs_no_weights_of_lpips_and_something_is_needed(
+  packages, measure, monkeypatch, caplog
 ):
+  error = ImportError('pip install "rvq_jax[perceptual]"')
+  for module in (perceptual.lpips_weights, perceptual.efficientnet):
+    monkeypatch.setattr(module, 'load', mock.Mock(side_effect=error))
+  assert 'rfid' in measure()
+  names = LPIPS, EFFICIENTNET
+  assert caplog.messages == [f'{name} left out: {error}' for name in names]
   monkeypatch.setitem(sys.modules, 'torch', None)
   with one_line(r'rvq_jax\[eval\].*rvq_jax\[perceptual\]', ImportError):
     load_metrics()
