@@ -39,9 +39,8 @@ def evaluate_run(
 ) -> dict:
   """Evaluates a checkpoint and writes the results to WORKDIR/evaluation/SPLIT.
 
-  metrics.json, code_counts.npy ([K] or [L, K]), samples.png (images above their
-  reconstructions), reconstructions.png, code_usage.png, prefixes.png of several
-  levels, and ../curves.png of a run.
+  Files are metrics.json, code_counts.npy ([K] or [L, K]), and as PNG samples,
+  reconstructions, code_usage, prefixes (several levels) and ../curves (a run).
 
   Args:
     workdir: directory of a run, an export or a name of the Hub; see `load`.
@@ -62,15 +61,22 @@ def evaluate_run(
     (`PREFIX_UNITS` of each); roundtrip_error, on process 0; those asked for.
 
   Raises:
-    ValueError: no such split, no data, a folder that holds files or cannot be
-      written to.
+    ValueError: no such split, no data, a folder that is not empty or writable.
     FileNotFoundError: there is no such run or step.
     ImportError: `perceptual` finds no package to measure with.
   """
   folder = _checked(workdir, split, images, output, save_images, perceptual)
   functions = perceptual_lib.load_metrics() if perceptual else {}
   tokenizer = load(workdir, step)
-  _make_folder(folder)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    reason = '' if os.access(folder, os.W_OK) else 'Permission denied'
+  except OSError as error:
+    reason = error.strerror
+  if reason:
+    raise ValueError(
+      f'output: cannot write to {folder}: {reason}; name another folder'
+    )
   data, mesh = run_data(tokenizer.config), sharding.data_mesh()
   source, about = _open_source(workdir, data, split, step, images, data_dir)
   batches = loaders.eval_batches(
@@ -82,8 +88,7 @@ def evaluate_run(
     process_count=jax.process_count(),
   )
   with tempfile.TemporaryDirectory() as scratch:
-    pairs = save_images or (scratch if perceptual else None)
-    if pairs:
+    if pairs := save_images or (scratch if perceptual else None):
       batches = perceptual_lib.save_pairs(pairs, batches, tokenizer)
     result, counts, *pictures = _measure(tokenizer, batches, mesh, definitions)
     if perceptual:
@@ -101,8 +106,8 @@ def evaluate_run(
 def _measure(tokenizer: Tokenizer, batches: Iterable, mesh, definitions: bool):
   """Metrics, counts [K] or [L, K], the first images and reconstructions.
 
-  The metrics are those of `evaluate_split`; process 0 adds roundtrip_error, the
-  largest difference between decode(encode(x)) and the model's forward pass.
+  Process 0 adds roundtrip_error to the metrics of `evaluate_split`: the largest
+  difference between decode(encode(x)) and the model's forward pass.
   """
   codes, shown = metrics.CodeDefinitions(), []
 
@@ -111,10 +116,9 @@ def _measure(tokenizer: Tokenizer, batches: Iterable, mesh, definitions: bool):
     if not shown:
       shown.extend(batch['image'][batch['mask']][: validation.GRID_IMAGES])
 
+  options = {'prefixes': tuple(tokenizer.prefixes)}
   result, counts = validation.evaluate_split(
-    validation.compile_eval_step(
-      tokenizer.model, mesh, prefixes=tuple(tokenizer.prefixes)
-    ),
+    validation.compile_eval_step(tokenizer.model, mesh, **options),
     sharding.replicate(tokenizer.variables, mesh),
     batches,
     mesh=mesh,
@@ -140,10 +144,9 @@ def _measure(tokenizer: Tokenizer, batches: Iterable, mesh, definitions: bool):
 def _draw(folder, log, name, result, counts, originals, images):
   strip = metrics.reconstruction_grid(originals, images)
   Image.fromarray(strip).save(folder / 'samples.png')
-  drawings = {
-    'reconstructions': figures.reconstructions(originals, {name: images}),
-    'code_usage': figures.code_usage({name: counts}),
-  }
+  pictures = figures.reconstructions(originals, {name: images})
+  usage = figures.code_usage({name: counts})
+  drawings = {'reconstructions': pictures, 'code_usage': usage}
   if 'prefixes' in result:
     drawings['prefixes'] = figures.prefixes({name: result['prefixes']})
   if log.exists():
@@ -172,9 +175,8 @@ def format_table(result: dict, title: str) -> str:
 def _checked(workdir, split, images, output, save_images, perceptual) -> Path:
   """The folder to write to, once nothing speaks against the request."""
   if split not in SPLITS:
-    raise ValueError(
-      f'split: expected one of {", ".join(SPLITS)}, got {split!r}'
-    )
+    names = ', '.join(SPLITS)
+    raise ValueError(f'split: expected one of {names}, got {split!r}')
   if (save_images or perceptual) and jax.process_count() > 1:
     raise ValueError(
       'save_images, perceptual: expected a single process, got '
@@ -191,43 +193,27 @@ def _checked(workdir, split, images, output, save_images, perceptual) -> Path:
   return folder
 
 
-def _make_folder(folder: Path) -> None:
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    reason = '' if os.access(folder, os.W_OK) else 'Permission denied'
-  except OSError as error:
-    reason = error.strerror
-  if reason:
-    raise ValueError(
-      f'output: cannot write to {folder}: {reason}; name another folder'
-    )
-
-
 def _open_source(workdir, data, split, step, images, data_dir):
   """The images to measure, and the lines of metrics.json about them."""
   about = {'data': data.name, 'data_split': data.split}
   about |= {'chosen_on_these_images': False}
   about |= {'ssim_variant': metrics.SSIM_VARIANT}
+  data_dir = data_dir or data.data_dir
   if images:
-    splits = datasets.open_images(images, data_dir=data_dir or data.data_dir)
-    about |= {'data': images, 'data_split': None}
-    source = splits.get('all', splits.get(split))
-    if source is None:
-      raise ValueError(
-        f'split: expected one of {", ".join(splits)} of {images}, got {split}'
-      )
-    return source, about
+    splits = datasets.open_images(images, data_dir=data_dir)
+    if (source := splits.get('all', splits.get(split))) is None:
+      names = f'{", ".join(splits)} of {images}'
+      raise ValueError(f'split: expected one of {names}, got {split}')
+    return source, about | {'data': images, 'data_split': None}
   shared = str(workdir).startswith(HUB) or is_export(workdir)
   if shared and data.name.startswith('folder:'):
     raise ValueError(
       'images: expected a folder or a data set (--input): an export does not '
       'tell where the images of its run lie, nor which it was trained on'
     )
+  file = Path(workdir) / datasets.SPLIT_FILE
   dataset = datasets.open_dataset(
-    data.name,
-    split=data.split,
-    data_dir=data_dir or data.data_dir,
-    split_file=Path(workdir) / datasets.SPLIT_FILE,
+    data.name, split=data.split, data_dir=data_dir, split_file=file
   )
   if dataset.note:
     logging.info('%s', dataset.note)

@@ -11,12 +11,8 @@ from matplotlib.figure import Figure
 from rvq_jax.data.images import to_float
 from rvq_jax.metrics import psnr
 
-_PANELS = {
-  'mse': 'MSE on [-1, 1]',
-  'psnr': 'PSNR, dB',
-  'usage': 'share of codes used',
-  'perplexity': 'perplexity',
-}
+_PANELS = {'mse': 'MSE on [-1, 1]', 'psnr': 'PSNR, dB'}
+_PANELS |= {'usage': 'share of codes used', 'perplexity': 'perplexity'}
 _OBJECTIVE_PANELS = {
   'lpips': 'LPIPS, VGG16',
   'logits_real': "discriminator's mean logit, real",
@@ -30,13 +26,9 @@ _SPLITS = {'train': '-', 'validation': '.:'}
 def reconstructions(
   originals, by_method, notes=None, *, errors: bool = True
 ) -> Figure:
-  """Originals, then per method reconstructions, PSNR and error maps.
+  """Originals, then per method reconstructions, PSNR and 4 |difference|.
 
-  Args:
-    originals: uint8 [n, h, w, 3].
-    by_method: reconstructions, uint8 [n, h, w, 3].
-    notes: by method, lines beneath its name.
-    errors: whether to show 4 |difference| too; black is none.
+  Images and the data are uint8 [n, h, w, 3]; `notes` are lines by method.
   """
   n, _, width, _ = originals.shape
   rows = [('original', originals, [])]
@@ -46,9 +38,8 @@ def reconstructions(
     rows.append((label, images, [f'{value:.1f} dB' for value in decibels]))
     error = np.abs(images.astype(np.float32) - originals).mean(-1)
     rows += [('error x 4', np.minimum(4 * error, 255), [])] * errors
-  size = 1.2 * n + 1.6, 1.35 * len(rows)
-  figure = Figure(figsize=size, layout='compressed')
-  axes = figure.subplots(len(rows), 1)
+  height = 1.35 * len(rows)
+  axes = _axes(1.2 * n + 1.6, height, len(rows), layout='compressed')
   for ax, (label, images, ticks) in zip(axes, rows, strict=True):
     ax.imshow(np.concatenate([*images], 1), cmap='inferno', vmin=0, vmax=255)
     middles = (np.arange(len(ticks)) + 0.5) * width - 0.5
@@ -57,21 +48,18 @@ def reconstructions(
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_ylabel(label, rotation=0, ha='right', va='center', wrap=True)
-  return figure
+  return ax.figure
 
 
 def code_usage(by_method) -> Figure:
-  """How often each code is chosen, as a multiple of 1/K, against its rank/K.
-
-  The data are counts, [K] or [L, K].
-  """
+  """How often each code is chosen (counts [K] or [L, K]) against its rank/K."""
   ax = _axes(8, 4.2)
   for name, counts in by_method.items():
     counts = np.sort(np.asarray(counts, np.float64), axis=None)[::-1]
     used = int((counts > 0).sum())
     rank = np.arange(1, used + 1) / counts.size
-    label = f'{name}\n{used:,} of {counts.size:,} codes used'
-    ax.plot(rank, counts[:used] / counts.mean(), label=label)
+    name += f'\n{used:,} of {counts.size:,} codes used'
+    ax.plot(rank, counts[:used] / counts.mean(), label=name)
   ax.axhline(1, color='0.5', linewidth=1, linestyle='--')
   ax.set(xlabel='codes, most used first, as a share of K', xlim=(0, 1))
   ax.set(ylabel='times chosen, 1 = the mean', yscale='log')
@@ -100,9 +88,9 @@ def curves(by_method) -> Figure:
         if lines:
           steps = lines[0][0]
           values = np.stack([np.interp(steps, *line) for line in lines])
-          band = values.min(0), values.max(0)
           ax.plot(steps, values.mean(0), style, color=f'C{i}')
-          ax.fill_between(steps, *band, color=f'C{i}', alpha=0.2, linewidth=0)
+          band = {'color': f'C{i}', 'alpha': 0.2, 'linewidth': 0}
+          ax.fill_between(steps, values.min(0), values.max(0), **band)
     ax.set(xlabel='step', ylabel=title)
     ax.set_yscale('log' if metric == 'mse' else 'linear')
     ax.grid(alpha=0.25)
@@ -120,10 +108,7 @@ def _series(records, name: str) -> np.ndarray:
 
 
 def prefixes(by_method) -> Figure:
-  """MSE of only the first codes against their bits, both logarithmic.
-
-  The data are 'prefixes' of metrics.json.
-  """
+  """MSE of the first codes ('prefixes' of metrics.json) against their bits."""
   ax = _axes(8, 4.2)
   for name, entries in by_method.items():
     points = [(entry['bits_per_image'], entry['mse']) for entry in entries]
@@ -136,13 +121,12 @@ def prefixes(by_method) -> Figure:
 
 
 def rate_figure(curve, codecs, methods) -> Figure:
-  """MSE against bits per image, both logarithmic.
+  """MSE on [-1, 1] against bits per image, both logarithmic.
 
   Args:
-    curve: bits and MSE on [-1, 1] of the Gaussian curve, each [n].
+    curve: bits and MSE of the Gaussian curve, each [n].
     codecs: from `codec_points`; dotted: without the headers of the files.
-    methods: rows of `summarise`; filled: at fixed length, hollow: at the
-      entropy.
+    methods: of `summarise`; filled: at fixed length, hollow: at the entropy.
   """
   ax = _axes(9, 4.8)
   ax.plot(*curve, color='0.7', label='Gaussian source,\nthe same covariance')
@@ -170,9 +154,8 @@ def rate_figure(curve, codecs, methods) -> Figure:
   return _finish(ax)
 
 
-def _axes(width, height, rows=1, columns=1):
-  figure = Figure(figsize=(width, height), layout='constrained')
-  return figure.subplots(rows, columns)
+def _axes(width, height, *grid, layout='constrained'):
+  return Figure(figsize=(width, height), layout=layout).subplots(*grid)
 
 
 def _finish(ax):

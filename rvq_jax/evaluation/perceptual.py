@@ -20,15 +20,14 @@ from rvq_jax.metrics import to_uint8
 from rvq_jax.models import lpips, lpips_weights
 
 KINDS = ('originals', 'reconstructions')
-_BATCH = 32
-_IS_SPLITS = 10
+_BATCH, _IS_SPLITS = 32, 10
 
 
 def save_pairs(folder, batches: Iterable[dict], tokenizer) -> Iterator[dict]:
   """Yields batches and writes their valid images as FOLDER/KIND/NNNNNN.png.
 
-  Batches are {'image': uint8 [B, h, w, 3], 'mask': bool [B]}. KIND is originals
-  or reconstructions; NNNNNN counts rows, valid or not.
+  Batches are {'image': uint8 [B, h, w, 3], 'mask': bool [B]}; NNNNNN counts
+  their rows, valid or not.
   """
   position = 0
   for batch in batches:
@@ -111,18 +110,16 @@ def _inception(packages, originals, reconstructions):
   options |= {'batch_size': _BATCH, 'samples_find_ext': 'png', 'verbose': False}
   # Loads images in this process: JAX's threads do not survive a fork.
   options |= {'save_cpu_ram': True, 'cuda': torch.cuda.is_available()}
+  options |= {'input1': str(reconstructions), 'input2': str(originals)}
   try:
-    values = torch_fidelity.calculate_metrics(
-      input1=str(reconstructions), input2=str(originals), **options
-    )
+    values = torch_fidelity.calculate_metrics(**options)
   except Exception as error:
     cache = Path(torch.hub.get_dir()) / 'checkpoints'
     raise RuntimeError(f'{error} (its weights belong in {cache})') from error
-  return {
-    'rfid': values['frechet_inception_distance'],  # lower is better
-    'inception_score': values['inception_score_mean'],  # higher is better
-    'inception_score_std': values['inception_score_std'],
-  }, (
+  result = {'rfid': values['frechet_inception_distance']}  # lower is better
+  result['inception_score'] = values['inception_score_mean']  # higher is better
+  result['inception_score_std'] = values['inception_score_std']
+  return result, (
     f'torch-fidelity {importlib.metadata.version("torch-fidelity")}, '
     f'InceptionV3 (TensorFlow weights of 2015-12-05), PNG uint8, {count:,} '
     f'reconstructions (IS: {_IS_SPLITS} splits), reference: the originals, '
@@ -161,14 +158,11 @@ def _efficientnet(weights, *folders):
 
 
 def frechet_distance(a, b) -> float:
-  """The distance of two samples, [N, F] and [M, F], taken as normal.
+  """The distance of samples [N, F] and [M, F], two or more, taken as normal.
 
   With means m and covariances C (Dowson and Landau 1982):
 
       d = |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)
-
-  Raises:
-    ValueError: fewer than two rows.
   """
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   if (count := min(len(a), len(b))) < 2:

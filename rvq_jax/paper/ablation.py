@@ -53,15 +53,14 @@ CELLS = {
   'adversarial': ('L1 + LPIPS + discriminator', _LPIPS),
 }
 
-# Data set: the paper's MSE, usage and perplexity.
+# Data set: the paper's MSE, usage and perplexity. Tables 4 and 6 print the same
+# numbers, and so do 5 and 7. Here they differ in the other factor, so that the
+# four make up the whole grid.
 _BOTH = {'cifar10': (0.0098, 0.968, 7950.4)}
 _BOTH |= {'imagenet': (0.0275, 0.903, 12345.6)}
 _NEITHER = {'cifar10': (0.0189, 0.783, 802.1)}
-# Tables 4 and 6 print the same numbers, and so do 5 and 7. Here they differ in
-# the other factor, so that the four make up the whole grid.
-_ON = {'cifar10': (0.0123, 0.925)}
+_ON, _NO_EMA = {'cifar10': (0.0123, 0.925)}, {'cifar10': (0.0145, 0.852)}
 _NO_ROTATION = {'cifar10': (0.0189, 0.783)}
-_NO_EMA = {'cifar10': (0.0145, 0.852)}
 TITLES = {
   3: 'Methods (the paper names one conventional VQ-VAE; the others are ours)',
   4: 'Rotation on and off, with EMA',
@@ -107,9 +106,8 @@ def run_grid(
 ) -> list[dict]:
   """Runs every cell of a ConfigDict with seeds 0 ... seeds - 1 in workdir.
 
-  Returns:
-    One record per run: cell, seed, workdir and metrics of the test split, with
-    perceptual ones if asked for.
+  Returns one record per run: cell, seed, workdir and metrics of the test split,
+  with perceptual ones if asked for.
 
   Raises:
     ValueError: workdir holds a run of another config, or the config has no
@@ -129,9 +127,9 @@ def run_grid(
     folder = Path(workdir) / cell / f'seed_{seed}'
     _check_same(folder, config_lib.check_config(changed))
     runs.append({'cell': cell, 'seed': seed, 'workdir': str(folder)})
-  for i, run in enumerate(runs):
+  for i, run in enumerate(runs, 1):
     cell, seed, folder = run['cell'], run['seed'], Path(run['workdir'])
-    logging.info('run %d of %d: %s, seed %d', i + 1, len(runs), cell, seed)
+    logging.info('run %d of %d: %s, seed %d', i, len(runs), cell, seed)
     result = folder / 'cell.json'
     if not result.exists():
       train(cell_config(config, cell, seed), folder)
@@ -145,13 +143,12 @@ def _check_same(folder, config):
   """Refuses a run of another config or length."""
   path = folder / 'config.json'
   saved = json.loads(path.read_text()) if path.exists() else config
-  differ = [
+  differ = '; '.join(
     f'config.{name}: {saved.get(name)} there, {value} wanted'
     for name, value in config.items()
     if saved.get(name) != value and name != 'data.data_dir'
-  ]
+  )
   if differ:
     raise ValueError(
-      f'{folder} holds a run of another config; use another --workdir: '
-      + '; '.join(differ)
+      f'{folder} holds a run of another config; use another --workdir: {differ}'
     )

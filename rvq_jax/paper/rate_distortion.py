@@ -6,7 +6,7 @@ the covariance of the data. MSE is on [-1, 1].
 
 import io
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -58,22 +58,16 @@ class GaussianBound(NamedTuple):
 
 
 def gaussian_bound(
-  batches: Iterable[Mapping[str, np.ndarray]],
-  *,
-  image_size: int,
-  max_side: int = 32,
-  max_images: int = 20000,
+  batches: Iterable, *, image_size: int, max_side=32, max_images=20000
 ) -> GaussianBound:
   """Measures the covariance (divided by n) of the pixels of square tiles.
 
   Args:
-    batches: {'image': uint8 [B, h, h, 3], 'mask': bool [B], False: left out}.
+    batches: {'image': uint8 [B, h, h, 3], 'mask': bool [B], False: left out};
+      ValueError without any image.
     image_size: h.
     max_side: a tile's side is the largest divisor of h up to this.
     max_images: reads no more.
-
-  Raises:
-    ValueError: there is no image.
   """
   sides = range(min(image_size, max_side), 0, -1)
   patch = next(side for side in sides if image_size % side == 0)
@@ -106,13 +100,9 @@ def codec_points(
 ) -> list[dict[str, float | str]]:
   """Measures image codecs at several qualities, else with Pillow's defaults.
 
-  Images that were JPEG files before favour JPEG near their quality.
-
-  Args:
-    images: uint8 [n, h, w, 3].
-    formats: Pillow's names; formats that it cannot write are left out, as WebP
-      is with a side above 16,383.
-    qualities: 0 to 100.
+  Images, uint8 [n, h, w, 3], that were JPEG files before favour JPEG near their
+  quality. Formats are Pillow's names; those that it cannot write are left out,
+  as WebP is with a side above 16,383. Qualities are 0 to 100.
 
   Returns:
     For each format and quality codec, quality, bits_per_image (of the file),

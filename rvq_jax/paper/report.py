@@ -25,20 +25,16 @@ from rvq_jax.training.writers import read_jsonl
 
 CODEC_IMAGES = 256
 CURVE_PIXELS = 20_000 * 32**2  # of the training split, for the covariance
-_COLUMNS = {  # title, format, factor
-  'mse': ('MSE', ',.4f', 1),
-  'usage': ('usage, %', ',.1f', 100),
-  'perplexity': ('perplexity', ',.1f', 1),
-  'psnr': ('PSNR, dB', ',.2f', 1),
-  'lpips': ('LPIPS, AlexNet', ',.4f', 1),
-  'lpips_vgg': ('LPIPS, VGG16', ',.4f', 1),
-  'fd_efficientnet_lite0': ('Frechet distance, EfficientNet', ',.1f', 1),
+_COLUMNS = {  # title, format, factor, text beside pictures
+  'mse': ('MSE', ',.4f', 1, ''),
+  'usage': ('usage, %', ',.1f', 100, ''),
+  'perplexity': ('perplexity', ',.1f', 1, ''),
+  'psnr': ('PSNR, dB', ',.2f', 1, '{:.2f} dB'),
+  'lpips': ('LPIPS, AlexNet', ',.4f', 1, 'LPIPS {:.3f}'),
+  'lpips_vgg': ('LPIPS, VGG16', ',.4f', 1, ''),
 }
-_NOTES = {  # beside pictures
-  'psnr': '{:.2f} dB',
-  'lpips': 'LPIPS {:.3f}',
-  'fd_efficientnet_lite0': 'Frechet {:.0f}',
-}
+_FRECHET = ('Frechet distance, EfficientNet', ',.1f', 1, 'Frechet {:.0f}')
+_COLUMNS['fd_efficientnet_lite0'] = _FRECHET
 _PAPER_DATA = {'tfds:cifar10': 'cifar10', 'tfds:imagenet2012': 'imagenet'}
 _LEGEND = (
   'MSE on [-1, 1]; usage and perplexity (higher is more even) over the whole '
@@ -63,10 +59,10 @@ def versions(*packages: str) -> str:
 
 
 def write_report(config, workdir, records, *, tables, command: str) -> str:
-  """Writes report.md, its figures and tables.json to WORKDIR/report.
+  """Writes report.md (returned), figures and tables.json to WORKDIR/report.
 
-  The arguments are those of `ablation.run_grid` and its result, keys of
-  `TABLES` and how the program was called. Returns the text of report.md.
+  Config and workdir are those of `run_grid`, which gave the records; tables are
+  keys of `TABLES`, command how the program was called.
   """
   folder = Path(workdir) / 'report'
   folder.mkdir(parents=True, exist_ok=True)
@@ -117,11 +113,9 @@ def _rate_distortion(config, summary, records):
   """The Gaussian curve in words; a figure with the codecs and the methods."""
   logging.info('rate-distortion curve of the training split')
   data, size = config.data, config.data.image_size
+  file = Path(records[0]['workdir']) / datasets.SPLIT_FILE
   dataset = datasets.open_dataset(
-    data.name,
-    split=data.split,
-    data_dir=data.data_dir,
-    split_file=Path(records[0]['workdir']) / datasets.SPLIT_FILE,
+    data.name, split=data.split, data_dir=data.data_dir, split_file=file
   )
   limit = max(1000, CURVE_PIXELS // size**2)  # minutes, not hours
 
@@ -141,11 +135,10 @@ def _rate_distortion(config, summary, records):
   codecs = codec_points(batch['image'][batch['mask']])
   low = max(1, min(row['entropy_bits'] for row in methods) / 4)
   bits = np.geomspace(low, max(c['bits_per_image'] for c in codecs), 60)
-  rate = methods[0]['bits']
-  words = (
-    f'MSE {float(bound.mse([rate])[0]):.4f} at {rate:g} bits, from the '
-    f'covariance of {bound.images:,} images in tiles of {bound.patch} x '
-    f'{bound.patch}'
+  rate, patch = methods[0]['bits'], bound.patch
+  words = f'MSE {float(bound.mse([rate])[0]):.4f} at {rate:g} bits, from the '
+  words += (
+    f'covariance of {bound.images:,} images in tiles of {patch} x {patch}'
   )
   return words, figures.rate_figure((bits, bound.mse(bits)), codecs, methods)
 
@@ -164,24 +157,22 @@ def _figures(records):
       strip = strip.reshape(2, side, -1, side, 3).swapaxes(1, 2)
       originals, samples[label] = strip
       notes[label] = [
-        text.format(measured[n]) for n, text in _NOTES.items() if n in measured
+        text.format(measured[name])
+        for name, (*_, text) in _COLUMNS.items()
+        if text and name in measured
       ]
   # Error maps mislead for perceptual training: leave them out.
   errors = 'lpips' not in records[0]['metrics']
   pictures = figures.reconstructions(originals, samples, notes, errors=errors)
-  return {
-    'reconstructions': pictures,
-    'code_usage': figures.code_usage(counts),
-    'curves': figures.curves(logs),
-  }
+  result = {'reconstructions': pictures}
+  result['code_usage'] = figures.code_usage(counts)
+  return result | {'curves': figures.curves(logs)}
 
 
 def summarise(records) -> dict[str, dict]:
-  """Mean and sample standard deviation over the seeds of each cell.
+  """Cell -> {'label', 'bits', 'entropy_bits' (both per image), and metrics}.
 
-  Returns:
-    cell -> {'label', 'bits', 'entropy_bits' (both per image), and for each
-    metric of a table {'mean', 'std' (None for one seed)}}.
+  A metric of a table is {'mean', 'std' (of the sample; None for one seed)}.
   """
   summary, by_cell = {}, {}
   for record in records:
@@ -199,12 +190,9 @@ def summarise(records) -> dict[str, dict]:
 
 
 def table_rows(table, summary, data: str) -> list[list[str]]:
-  """A table as text, its header first; `_LEGEND` says what is in it.
+  """A table of `TABLES` as text, its header first, for data of this name.
 
-  Args:
-    table: a key of `TABLES`.
-    summary: from `summarise`; metrics that some method lacks are left out.
-    data: config.data.name.
+  `_LEGEND` says what is in it; metrics that some method lacks are left out.
   """
   methods = TABLES[table]
   shown = [m for m in _COLUMNS if all(m in summary[cell] for cell in methods)]
@@ -214,7 +202,7 @@ def table_rows(table, summary, data: str) -> list[list[str]]:
     paper = dict(zip(_COLUMNS, numbers, strict=False))
     row = [summary[cell]['label']]
     for metric in shown:
-      _, style, factor = _COLUMNS[metric]
+      _, style, factor, _ = _COLUMNS[metric]
       mean, std = (summary[cell][metric][name] for name in ('mean', 'std'))
       text = f'{factor * mean:{style}}'
       if std is not None:
