@@ -19,8 +19,6 @@ pytestmark = pytest.mark.usefixtures('one_device')
 METRICS = {'mse': 0.1, 'psnr': 20.0, 'usage': 0.5, 'perplexity': 8.0}
 METRICS |= {'entropy_bits': 3.0, 'tokens': 40, 'images': 10}
 METRICS['bits_per_image'] = 16.0
-CONFIG = {'data': {'name': 'x', 'split': 'y', 'image_size': 8}, 'num_steps': 2}
-CONFIG |= {'batch_size': 1, 'model': {'codebook_size': 4}}
 
 
 @pytest.fixture
@@ -58,12 +56,9 @@ def test_a_cell_changes_what_it_says_and_its_config_is_valid(tiny_config, cell):
 
 
 def test_cells_of_tables_come_once():
-  cells = ablation.cells_of([4, 6])
-  assert cells == [
-    *('rotation_ema', 'reflection_ema', 'ste_ema'),
-    *('rotation_learned', 'reflection_learned', 'ste_learned'),
-    *('rotation_eq5', 'rotation_eq8'),
-  ]
+  cells = ablation.cells_of([5, 7])
+  assert cells == ['rotation_ema', 'rotation_learned', 'ste_ema', 'ste_learned']
+  assert ablation.cells_of([4, 5])[3:] == ['rotation_learned']
   assert set(ablation.cells_of(ablation.TABLES)) == set(ablation.CELLS)
 
 
@@ -97,8 +92,8 @@ def test_a_summary_has_mean_and_sample_deviation():
   metrics = [METRICS | {'mse': value} for value in values]
   records = [{'cell': 'fsq', 'metrics': x} for x in metrics]
   row = report.summarise(records)['fsq']
-  assert row['mse']['mean'] == pytest.approx(np.mean(values))
-  assert row['mse']['std'] == pytest.approx(np.std(values, ddof=1))
+  want = {'mean': np.mean(values), 'std': np.std(values, ddof=1)}
+  assert row['mse'] == pytest.approx(want)
   assert row['entropy_bits'] == pytest.approx(12.0)
   assert report.summarise(records[:1])['fsq']['mse']['std'] is None
 
@@ -202,7 +197,9 @@ def test_perceptual_metrics_stand_beside_pictures_and_in_the_table(objectives):
 
 
 def test_the_lines_above_the_tables_say_what_was_run(objectives):
-  about = report._about(ConfigDict(CONFIG), objectives, (3, 6))
+  config = {'data': {'name': 'x', 'split': 'y', 'image_size': 8}}
+  config |= {'num_steps': 2, 'batch_size': 1, 'model': {'codebook_size': 4}}
+  about = report._about(ConfigDict(config), objectives, (3, 6))
   assert ' cores of ' in about['measured']
   assert about['each run'] == '2 steps of batch 1, K = 4, 16 bits each'
   assert about['tables of the paper not run'] == '4, 5, 7'
@@ -223,7 +220,7 @@ def test_the_report_comes_out_of_runs(tiny_config, tmp_path):
   saved = json.loads((folder / 'tables.json').read_text())
   assert set(saved['summary']) == set(cells) and len(saved['runs']) == 4
   for run in saved['runs']:
-    assert np.isfinite(run['metrics']['mse'])
+    assert run['metrics']['mse'] > 0
     assert run['metrics']['bits_per_image'] == 16 * 4
   assert (folder / 'report.md').read_text() == text
   pictures = sorted(path.name for path in folder.glob('*.png'))

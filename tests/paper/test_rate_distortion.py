@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+from errors import one_line
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,9 +34,9 @@ def batches(images, mask=None, size=16):
     yield {'image': images[i : i + size], 'mask': mask[i : i + size]}
 
 
-def bound(images, mask=None, **options):
+def bound(images, **options):
   side = images.shape[1]
-  return gaussian_bound(batches(images, mask), image_size=side, **options)
+  return gaussian_bound(batches(images), image_size=side, **options)
 
 
 def oracle(images, side):
@@ -70,25 +71,19 @@ def test_eigenvalues_are_those_of_numpys_covariance(images, limit, side):
   np.testing.assert_allclose(got.eigenvalues, want, atol=1e-5 * want.max())
 
 
-def test_masked_rows_are_left_out():
+def test_valid_rows_are_read_up_to_a_maximum_and_no_further():
   images, mask = noise(), np.arange(50) % 3 > 0
   mask[:16] = False  # a first batch without any image
-  got, want = bound(images, mask), oracle(images[mask], 4)
-  assert got.images == mask.sum()
+  stream = batches(images, mask)
+  got = gaussian_bound(stream, image_size=4, max_images=12)
+  assert got.images == 12
+  want = oracle(images[mask][:12], 4)
   np.testing.assert_allclose(got.eigenvalues, want, atol=1e-6)
-
-
-def test_max_images_takes_the_first_and_reads_no_further():
-  images = noise()
-  stream = batches(images)
-  got = gaussian_bound(stream, image_size=4, max_images=20)
-  assert got.images == 20
-  np.testing.assert_allclose(got.eigenvalues, oracle(images[:20], 4), atol=1e-6)
-  np.testing.assert_array_equal(next(stream)['image'], images[32:48])
+  np.testing.assert_array_equal(next(stream)['image'], images[48:])
 
 
 def test_a_set_without_images_is_refused():
-  with pytest.raises(ValueError, match='at least one valid image'):
+  with one_line('at least one valid image'):
     bound(noise(0))
 
 
@@ -148,11 +143,8 @@ def test_codec_points_equal_a_plain_loop():
   assert 0 < got['overhead_bits'] < min(bits)
 
 
-@pytest.mark.parametrize(
-  ('side', 'formats'),
-  [(24, ('NO_SUCH', 'JPEG')), (2**14, ('JPEG', 'WEBP'))],
-)
-def test_formats_that_pillow_cannot_write_are_left_out(side, formats):
-  images = np.zeros((1, 8, side, 3), np.uint8)  # WebP takes under 2^14 pixels
+def test_formats_that_pillow_cannot_write_are_left_out():
+  images = np.zeros((1, 8, 2**14, 3), np.uint8)  # WebP takes fewer pixels
+  formats = 'NO_SUCH', 'JPEG', 'WEBP'
   points = codec_points(images, formats=formats, qualities=(50,))
   assert [record['codec'] for record in points] == ['JPEG']
