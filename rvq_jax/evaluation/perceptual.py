@@ -43,9 +43,7 @@ def save_pairs(folder, batches: Iterable[dict], tokenizer) -> Iterator[dict]:
 
 
 def load_metrics() -> dict[str, Callable]:
-  """Names of the installed metrics -> function, for `perceptual_metrics`.
-
-  Logs one line per missing one.
+  """Names of the installed metrics -> function; logs a line per missing one.
 
   Raises:
     ImportError: none is installed; says how to install them.
@@ -164,15 +162,15 @@ def frechet_distance(a, b) -> float:
 
       d = |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)
   """
-  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  a, b = (np.asarray(x, np.float64) for x in (a, b))
   if (count := min(len(a), len(b))) < 2:
     raise ValueError(f'expected at least 2 images, got {count}')
   of_a, of_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
   values, vectors = np.linalg.eigh(of_a)
   root = vectors * np.sqrt(values.clip(0)) @ vectors.T
   values = np.linalg.eigvalsh(root @ of_b @ root)
-  means = ((a.mean(0) - b.mean(0)) ** 2).sum()
   traces = np.trace(of_a) + np.trace(of_b)
+  means = ((a.mean(0) - b.mean(0)) ** 2).sum()
   return float(means + traces - 2 * np.sqrt(values.clip(0)).sum())
 
 

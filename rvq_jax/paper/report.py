@@ -85,14 +85,14 @@ def _about(config, records, tables) -> dict[str, str]:
   first, data, steps = records[0]['metrics'], config.data, config.num_steps
   length = f'{steps} steps' if steps else f'{config.num_epochs} epochs'
   missing = [str(n) for n in PAPER_TABLES if n not in tables]
+  packages = versions('jax', 'flax', 'optax')
   about = {
     'data': f'{data.name}, split {data.split}; measured on '
     f'{first["images"]:,} test images of {data.image_size} x {data.image_size}',
     'each run': f'{length} of batch {config.batch_size}, K = '
     f'{config.model.codebook_size:,}, {first["bits_per_image"]:g} bits each',
     'seeds': str(1 + max(record['seed'] for record in records)),
-    'measured': f'{datetime.date.today()}, {hardware()}, '
-    f'{versions("jax", "flax", "optax")}',
+    'measured': f'{datetime.date.today()}, {hardware()}, {packages}',
     'tables of the paper not run': ', '.join(missing) or 'none',
   }
   for record in records:
@@ -101,11 +101,10 @@ def _about(config, records, tables) -> dict[str, str]:
     if lines:
       gap = [r['train/logits_real'] - r['train/logits_fake'] for r in lines]
       loss = [r['train/discriminator_loss'] for r in lines]
-      about[f'discriminator, seed {record["seed"]}'] = (
-        'in the logged steps in which its loss counts: loss '
-        f'{min(loss):.2f} to {max(loss):.2f}, logits of real minus generated '
-        f'{min(gap):.2f} to {max(gap):.2f}'
-      )
+      gap, loss = (f'{min(x):.2f} to {max(x):.2f}' for x in (gap, loss))
+      text = f'loss {loss}, logits of real minus generated {gap}'
+      text = f'in the logged steps in which its loss counts: {text}'
+      about[f'discriminator, seed {record["seed"]}'] = text
   return about
 
 
@@ -164,9 +163,8 @@ def _figures(records):
   # Error maps mislead for perceptual training: leave them out.
   errors = 'lpips' not in records[0]['metrics']
   pictures = figures.reconstructions(originals, samples, notes, errors=errors)
-  result = {'reconstructions': pictures}
-  result['code_usage'] = figures.code_usage(counts)
-  return result | {'curves': figures.curves(logs)}
+  usage, curves = figures.code_usage(counts), figures.curves(logs)
+  return {'reconstructions': pictures, 'code_usage': usage, 'curves': curves}
 
 
 def summarise(records) -> dict[str, dict]:
