@@ -46,9 +46,8 @@ def test_metrics_are_those_of_the_tokenizer_over_the_whole_split(
 ):
   assert set(UNITS) < set(measured)
   assert (measured['images'], measured['tokens']) == (11, 11 * 16)
-  tokenizer = load(run)
-  ids = np.asarray(tokenizer.encode(test_images))
-  output = np.asarray(tokenizer.decode(ids))
+  ids = np.asarray(load(run).encode(test_images))
+  output = np.asarray(load(run).decode(ids))
   error = ((output - (test_images / 127.5 - 1)) ** 2).mean()
   levels = ((shown(output).astype(float) - test_images) ** 2).mean((1, 2, 3))
   p = np.bincount(ids.reshape(-1), minlength=16) / ids.size
@@ -101,9 +100,8 @@ def test_files_are_written_and_say_what_they_are(run):
   folder = run / 'evaluation' / 'validation'
   about = stored(folder)
   assert about['step'] == 3 and about['split'] == 'validation'
-  assert not about['chosen_on_these_images']
+  assert not about['chosen_on_these_images'] and about['mse'] == result['mse']
   assert about['data'].startswith('folder:')
-  assert about['mse'] == result['mse']
   for name in ('reconstructions', 'code_usage', '../curves'):
     with Image.open(folder / f'{name}.png') as image:
       assert min(image.size) > 200
@@ -222,7 +220,6 @@ def test_a_divided_folder_stays_divided_in_resume_and_evaluation(
   tiny_config.num_steps = 3
   train(tiny_config, workdir)
   assert 'missing since the run divided it, and left out: 1 of' in caplog.text
-  assert 'new since the run divided it, and left out: 40 of' in caplog.text
   assert json.loads((workdir / 'split.json').read_text()) == recorded
 
 

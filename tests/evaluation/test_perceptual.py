@@ -144,13 +144,7 @@ def test_frechet_distance_is_that_of_the_definition():
 
 
 @pytest.mark.parametrize(
-  'error',
-  [
-    urllib.error.URLError('Name or service not known'),
-    RuntimeError('invalid hash value (expected "7be5be79", got "00")'),
-    RuntimeError('CUDA\nout of memory'),
-  ],
-  ids=str,
+  'error', [urllib.error.URLError('no name'), RuntimeError('CUDA\nno memory')]
 )
 def test_what_cannot_be_computed_is_absent_and_a_line_says_why(
   error, packages, measure, caplog
