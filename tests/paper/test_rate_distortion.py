@@ -23,9 +23,8 @@ def noise(count=50, side=4):
 
 
 def smooth(count=4, side=24):
-  size = side, side
-  pictures = [Image.fromarray(coarse) for coarse in noise(count)]
-  return np.stack([np.asarray(x.resize(size, Image.BICUBIC)) for x in pictures])
+  pictures = map(Image.fromarray, noise(count))
+  return np.stack([x.resize((side, side), Image.BICUBIC) for x in pictures])
 
 
 def batches(images, mask=None, size=16):
