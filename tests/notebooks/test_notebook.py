@@ -124,8 +124,7 @@ def test_colab_asks_for_an_image(uploaded, shape, tmp_path, monkeypatch):
   path = tmp_path / 'mine.png'
   Image.new('RGB', (7, 9)).save(path)
   chosen = {str(path): b''} if uploaded else {}
-  files = mock.Mock()
-  files.files.upload.return_value = chosen
+  files = mock.Mock(**{'files.upload.return_value': chosen})
   monkeypatch.setitem(sys.modules, 'google.colab', files)
   assert own_image('', **{'google.colab': files}).shape == shape
 
