@@ -5,7 +5,6 @@ rvq_jax, so that it measures this checkout, whether it is installed or not.
 """
 
 import argparse
-import functools
 import importlib
 import json
 import os
@@ -15,20 +14,18 @@ import time
 from collections.abc import Callable
 from math import nan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Used by the benchmarks from here, as the functions below.
 from rvq_jax.paper.report import hardware, versions  # noqa: E402, F401
-from rvq_jax.tokenizer.tokenizer import Tokenizer  # noqa: E402
-from rvq_jax.training import config as config_lib  # noqa: E402
 from rvq_jax.training.backend import prepare_backend  # noqa: E402, F401
-from rvq_jax.training.build import build_model  # noqa: E402
+from rvq_jax.training.build import build_step  # noqa: E402
+from rvq_jax.training.config import check_config  # noqa: E402
 
 PEERS = ('torch', 'vector-quantize-pytorch')
 # Assumed speeds of an H200 in operations per second.
@@ -36,13 +33,11 @@ TENSOR_CORES, FLOAT32 = 790e12, 67e12
 
 
 def parser(doc: str, **flags: Any) -> argparse.ArgumentParser:
-  """The command line of a benchmark.
+  """The command line of a benchmark with this docstring.
 
-  Args:
-    doc: its docstring, printed by --help.
-    **flags: name -> default value. False is a switch, None an optional text,
-      `str` a required text; a tuple holds the choices, the default first; a
-      list is one value or more.
+  A flag's value is its default: False is a switch, None an optional text, `str`
+  a required text; a tuple holds the choices, the default first; a list is one
+  value or more.
   """
   result = argparse.ArgumentParser(
     description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,10 +58,10 @@ def parser(doc: str, **flags: Any) -> argparse.ArgumentParser:
   return result
 
 
-def use_cores(count: int = 2) -> None:
-  """Keeps the process on some cores; to be called before others count them."""
+def use_cores() -> None:
+  """Keeps the process on two cores; to be called before others count them."""
   if hasattr(os, 'sched_setaffinity'):
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 
 
 def cores() -> int:
@@ -95,10 +90,7 @@ def measure(
 ) -> dict[str, list[float]]:
   """Name -> milliseconds per turn; each call compiles first, untimed.
 
-  Args:
-    calls: functions without arguments, which take turns.
-    repeats: turns.
-    pause: seconds before each call, while threads of the one before may spin.
+  Before each call are `pause` seconds, as threads of the one before may spin.
   """
 
   def timed(call):
@@ -107,7 +99,7 @@ def measure(
 
   for call in calls.values():
     seconds(call)
-  timed_calls = {n: functools.partial(timed, c) for n, c in calls.items()}
+  timed_calls = {n: lambda c=c: timed(c) for n, c in calls.items()}
   return in_turn(timed_calls, repeats)
 
 
@@ -138,6 +130,11 @@ def read_records(path) -> list[dict]:
   return [json.loads(line) for line in lines]
 
 
+def is_finished(path, key: dict) -> bool:
+  """Whether a JSONL file has a record with these values."""
+  return any(key.items() <= record.items() for record in read_records(path))
+
+
 def append_record(path, record: dict) -> None:
   """Adds a line to a JSONL file, if one is given, and prints it."""
   line = json.dumps(record)
@@ -150,11 +147,7 @@ def append_record(path, record: dict) -> None:
 def make_peer(dim: int, codebook_size: int, *, seed: int = 0, **options):
   """torch, on our cores, and the VectorQuantize of vector-quantize-pytorch.
 
-  Args:
-    dim: D.
-    codebook_size: K.
-    seed: of torch.
-    **options: its arguments, where they are not as in our layer.
+  Its arguments are those of our layer, where `options` has no others.
   """
   try:
     import torch
@@ -174,69 +167,14 @@ def make_peer(dim: int, codebook_size: int, *, seed: int = 0, **options):
 
 def load_config(name: str, *arguments):
   """The ConfigDict of configs/NAME.py."""
-  return importlib.import_module(f'rvq_jax.configs.{name}').get_config(
-    *arguments
-  )
+  module = importlib.import_module(f'rvq_jax.configs.{name}')
+  return module.get_config(*arguments)
 
 
-def untrained(config) -> Tokenizer:
-  """A tokenizer with the initial parameters of a config."""
-  flat = config_lib.check_config(config)
-  model, size = build_model(flat), flat['data.image_size']
-  images = jnp.zeros((1, size, size, 3))
-  variables = jax.jit(model.init)(jax.random.key(0), images)
-  return Tokenizer(model, dict(variables), config=flat, step=0)
-
-
-class Training(NamedTuple):
-  """A config's training, in its last phase.
-
-  Attributes:
-    flat: the checked flat config.
-    model: `VQVAE`.
-    optimizer: as of `make_optimizer`.
-    init: key -> `TrainState`.
-    step: (state, {'image': ...}, lpips_weights) -> (state, metrics).
-    lpips_weights: None without a perceptual loss.
-  """
-
-  flat: dict[str, Any]
-  model: Any
-  optimizer: Any
-  init: Callable
-  step: Callable
-  lpips_weights: Any
-
-
-def make_training(config, num_steps: int = 0) -> Training:
-  """Model, optimizer and train step of a config, as a run has them.
-
-  Args:
-    config: ConfigDict or nested mapping.
-    num_steps: of the schedule; 0: those of the config, or 100,000.
-  """
-  from rvq_jax.models import lpips_weights
-  from rvq_jax.training.build import build_step
-  from rvq_jax.training.state import create_state
-
-  flat = config_lib.check_config(config)
-  step = build_step(flat, num_steps or flat['num_steps'] or 100_000)
-  model, optimizer, objective = step.model, step.optimizer, step.objective
-  size = flat['data.image_size']
-
-  def init(key):
-    return create_state(
-      *(model, optimizer, key),
-      image_size=size,
-      batch_size=flat['batch_size'] // flat['accumulate_steps'],
-      params_ema=flat['optimizer.params_ema'] > 0,
-      discriminator=objective.init_discriminator(
-        jax.random.fold_in(key, 1), size
-      ),
-    )
-
-  weights = lpips_weights.load() if objective.perceptual_weight else None
-  return Training(flat, model, optimizer, init, step, weights)
+def make_step(config):
+  """The checked flat config and its `TrainStep`, in the last phase."""
+  flat = check_config(config)
+  return flat, build_step(flat, flat['num_steps'] or 10**6)
 
 
 def flops(side: int, batch: int) -> int:

@@ -123,18 +123,15 @@ class Campaign:
         f'--config.checkpoint_every={max(steps // 20, 1)}',
       ]
       if best:  # the config's value exceeds a short run
-        flags.append(
-          f'--config.model.quantize_after={min(10_000, steps // 10)}'
-        )
+        late = min(10_000, steps // 10)
+        flags.append(f'--config.model.quantize_after={late}')
     start = time.monotonic()
     if self.run(part, ['launch/main.py', *flags], seconds):
       path = workdir / 'evaluation' / 'test' / 'metrics.json'
       metrics = json.loads(path.read_text())
-      self.keep(
-        part,
-        {name: metrics[name] for name in METRICS}
-        | {'seconds_of_the_last_call': round(time.monotonic() - start)},
-      )
+      value = {name: metrics[name] for name in METRICS}
+      value['seconds_of_the_last_call'] = round(time.monotonic() - start)
+      self.keep(part, value)
 
   def measure(self, stage: str, seconds: float):
     """Runs a stage of gpu_stages.py."""
@@ -192,14 +189,9 @@ def table(done: dict) -> str:
 
 def main():
   """Runs the stages and writes the table."""
-  parser = common.parser(
-    __doc__,
-    data_dir=None,
-    output=str,
-    minutes=28.0,
-    stages=','.join(STAGES),
-    rehearse=False,
-  )
+  stages = ','.join(STAGES)
+  flags = {'minutes': 28.0, 'stages': stages, 'rehearse': False}
+  parser = common.parser(__doc__, data_dir=None, output=str, **flags)
   args = parser.parse_args()
   if not (args.data_dir or args.rehearse):
     parser.error('expected --data_dir, the tfds directory that holds cifar10')

@@ -10,6 +10,7 @@ arguments. Nothing is run, so this is no measurement of time. The packages
 jax-cuda12-plugin and jax-cuda12-pjrt are enough for the rows without cuDNN.
 """
 
+import itertools
 import math
 import re
 
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 from absent_gpu import absent_gpu
 
 from rvq_jax import sharding
-from rvq_jax.models import layers
+from rvq_jax.models import layers, lpips_weights
+from rvq_jax.training.step import compile_init
 
 CONFIGS = ('imagenet', 'imagenet_vqgan')
 BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'f16': 2, 'u8': 1, 'pred': 1}
@@ -35,18 +37,19 @@ def make_config(name, dtype, batch_size, image_size):
 
 def compile_step(mesh, config):
   """The compiled train step of a config, its last phase."""
-  training = common.make_training(config)
-  state = jax.eval_shape(training.init, jax.random.key(0))
-  size = config.data.image_size
+  step, size = common.make_step(config)[1], config.data.image_size
+  state = compile_init(step, mesh, size, config.batch_size)
+  state = state.eval_shape(jax.random.key(0))
   images = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8)
+  weights = lpips_weights.load() if step.objective.perceptual_weight else None
   everywhere = sharding.replicated(mesh)
   step = jax.jit(
-    training.step,
+    step,
     in_shardings=(everywhere, sharding.by_rows(mesh), everywhere),
     out_shardings=everywhere,
     donate_argnums=0,
   )
-  lowered = step.lower(state, {'image': images}, training.lpips_weights)
+  lowered = step.lower(state, {'image': images}, weights)
   return lowered.compile(compiler_options={'xla_gpu_autotune_level': 0})
 
 
@@ -59,25 +62,13 @@ def array_sizes(text):
 
 def main():
   """Compiles each case and prints a line for it."""
-  parser = common.parser(
-    __doc__,
-    batch_size=128,
-    image_size=256,
-    accumulate_steps=1,
-    config=CONFIGS,
-  )
-  args = parser.parse_args()
+  sizes = {'batch_size': 128, 'image_size': 256, 'accumulate_steps': 1}
+  args = common.parser(__doc__, config=CONFIGS, **sizes).parse_args()
   mesh = sharding.data_mesh([absent_gpu()])
   columns = 'dtype', 'remat', 'attention', 'temporaries, GB', 'state, GB'
   print(common.header(*columns, 'largest'))
-  for dtype, remat, fused in (
-    ('float32', False, False),
-    ('float32', True, False),
-    ('bfloat16', False, False),
-    ('bfloat16', True, False),
-    ('bfloat16', False, True),
-    ('bfloat16', True, True),
-  ):
+  kinds = ('float32', False), ('bfloat16', False), ('bfloat16', True)
+  for (dtype, fused), remat in itertools.product(kinds, (False, True)):
     layers._has_fused_attention = lambda fused=fused: fused
     jax.clear_caches()
     config = make_config(args.config, dtype, args.batch_size, args.image_size)

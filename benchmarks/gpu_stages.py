@@ -24,6 +24,7 @@ from quantizer import our_step
 from rvq_jax.quantize.codebook import Codebook
 from rvq_jax.quantize.estimators import ESTIMATORS
 from rvq_jax.quantize.search import nearest_codes
+from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.loop import train
 
@@ -195,8 +196,10 @@ def encode(args) -> list[dict]:
   size, batch = (32, 4) if args.rehearse else (256, 128)
   config = common.load_config('imagenet')
   config.data.image_size = size
-  tokenizer = common.untrained(config)
-  images = np.zeros((batch, size, size, 3), np.uint8)
+  flat, train_step = common.make_step(config)
+  images, model = np.zeros((batch, size, size, 3), np.uint8), train_step.model
+  variables = jax.jit(model.init)(jax.random.key(0), images / 127.5 - 1)
+  tokenizer = Tokenizer(model, dict(variables), config=flat, step=0)
   ms = median_ms(lambda: tokenizer.encode(images))
   return [{'encode': f'{size} pixels', 'images/s': 1e3 * batch / ms}]
 

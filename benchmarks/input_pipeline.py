@@ -81,11 +81,9 @@ def decoders_rate(source, size: int, count: int, processes: int) -> float:
   """Images/s of that many processes that only decode and crop."""
   spawn = multiprocessing.get_context('spawn')
   ready, rates = spawn.Barrier(processes), spawn.Queue()
+  share = source, size, count // processes
   running = [
-    spawn.Process(
-      target=_decode,
-      args=(source, size, count // processes, seed, ready, rates),
-    )
+    spawn.Process(target=_decode, args=(*share, seed, ready, rates))
     for seed in range(processes)
   ]
   for process in running:
@@ -128,9 +126,8 @@ def main() -> None:
   size, batch, batches = options.size, options.batch, options.batches
   with tempfile.TemporaryDirectory() as folder:
     if options.data:
-      source = datasets.open_dataset(
-        options.data, data_dir=options.data_dir
-      ).train
+      data = datasets.open_dataset(options.data, data_dir=options.data_dir)
+      source = data.train
     else:
       source = jpegs(folder)
     random = {'crop': _CROP, 'crop_scale': _SCALE, 'in_memory': False}

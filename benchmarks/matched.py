@@ -53,7 +53,6 @@ CELLS = (
   ),
 )
 SETTING = ('data', 'K', 'rows', 'batch', 'steps', 'learning_rate')
-KEY = (*SETTING, 'cell', 'seed')
 FORMS = {
   'mse': '.4f',
   'db': 'z.3f',
@@ -218,11 +217,10 @@ def draw(results, path):
 
 def parse_arguments():
   """The command line."""
+  paths = dict.fromkeys(('data', 'data_dir', 'figure'))
   parser = common.parser(
     __doc__,
-    data=None,
-    data_dir=None,
-    figure=None,
+    **paths,
     table=False,
     full=False,
     output=str,
@@ -262,8 +260,7 @@ def main():
           key = {'data': args.data, 'cell': cell, 'K': k, 'seed': seed}
           key |= {'rows': rows, 'batch': args.batch, 'steps': args.steps}
           key['learning_rate'] = args.learning_rate
-          records = common.read_records(args.output)
-          if key not in [{n: r[n] for n in KEY} for r in records]:
+          if not common.is_finished(args.output, key):
             record = measure(key, z[:rows], held_out, args)
             common.append_record(args.output, record)
   results = summaries(common.read_records(args.output))

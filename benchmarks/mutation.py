@@ -2,7 +2,7 @@
 
 Draws faults from all possible ones in the modules below, makes each in a
 copy of the repository and runs the tests of its folder, then tests/training.
-A fault counts as noticed when a test fails within the limit.
+A fault counts as noticed when a test fails within --limit seconds.
 
 Command: python benchmarks/mutation.py --count=60 --seed=0 --output=faults.jsonl
 Hardware: CPU; about half a minute per fault. Run again to resume.
@@ -28,23 +28,16 @@ import common
 
 ROOT = common.ROOT
 # Modules (or folders of them) -> tests, the fastest and nearest first.
-WIRING = [
-  'tests/training/test_config_wiring.py',
-  'tests/training/test_optimizer_wiring.py',
-  'tests/training/test_step_wiring.py',
-]
-TRAINING = [*WIRING, 'tests/training']
+WIRING = ('config', 'optimizer', 'step')
+TRAINING = [f'tests/training/test_{name}_wiring.py' for name in WIRING]
+TRAINING.append('tests/training')
 TARGETS = {
   'rvq_jax/quantize': ['tests/quantize', *TRAINING],
   'rvq_jax/models': ['tests/models', *TRAINING],
   'rvq_jax/training/step.py': ['tests/training/test_step.py', *TRAINING],
-  'rvq_jax/training/config.py': [
-    'tests/training/test_config.py',
-    *TRAINING,
-  ],
+  'rvq_jax/training/config.py': ['tests/training/test_config.py', *TRAINING],
   'rvq_jax/metrics.py': [
-    'tests/test_metrics.py',
-    'tests/evaluation/test_evaluate.py',
+    *('tests/test_metrics.py', 'tests/evaluation/test_evaluate.py'),
     *TRAINING,
   ],
 }
@@ -195,12 +188,7 @@ def notice(fault: Fault, tests: list[str], limit: float) -> str | None:
 def main():
   """Draws, runs and counts."""
   args = common.parser(
-    __doc__,
-    count=60,
-    seed=0,
-    jobs=1,
-    limit=60.0,  # seconds
-    output='faults.jsonl',
+    __doc__, count=60, seed=0, jobs=1, limit=60.0, output='faults.jsonl'
   ).parse_args()
   records = common.read_records(args.output)
   done = {tuple(r['fault']): r['noticed'] for r in records}

@@ -56,10 +56,7 @@ def predict(side, batch):
       return jax.nn.softplus(-discriminator.apply(params, y)).sum()
 
     def of_params(params):
-      real, fake = (
-        discriminator.apply(params, x),
-        discriminator.apply(params, y),
-      )
+      real, fake = (discriminator.apply(params, z) for z in (x, y))
       return (jax.nn.softplus(-real) + jax.nn.softplus(fake)).sum()
 
     return jax.grad(of_y)(y), jax.grad(of_params)(params)

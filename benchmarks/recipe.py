@@ -30,16 +30,8 @@ PARTS = {
   'unscaled': {'model.estimator': 'rotation_unscaled'},
   'reflection': {'model.estimator': 'reflection'},
   'dynamic': {'model.estimator': 'dynamic_ste'},
-  'diveq': {
-    'model.estimator': 'diveq',
-    'model.ema': False,
-    'model.commitment_weight': 0.0,
-    'model.codebook_weight': 0.0,
-  },
   'distortion': {'model.split_by': 'distortion'},
   'group': {'model.norm': 'group'},
-  'swish': {'model.activation': 'swish'},
-  'cosine': {'model.cosine': True},
   'f4': {'model.factor': 4},
   'f8': {'model.factor': 8},
 } | {name: {'model.estimator': name} for name in TRIED}
@@ -141,11 +133,6 @@ def commit() -> str:
   return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def finished(path) -> set[tuple]:
-  """Cell, seed and steps of the finished cells."""
-  return {(r['cell'], r['seed'], r['steps']) for r in common.read_records(path)}
-
-
 def table(records) -> str:
   """Markdown: mean and sample standard deviation over the seeds of a cell."""
   lines = [common.header('cell', 'steps', 'seeds', *METRICS)]
@@ -216,12 +203,12 @@ def main():
     common.prepare_backend()
     for seed in range(args.seeds):
       for cell in args.cells.split(','):
-        key = (cell, seed, args.steps)
-        if key in finished(args.output):
+        key = {'cell': cell, 'seed': seed, 'steps': args.steps}
+        if common.is_finished(args.output, key):
           continue
         record = measure(cell, seed, args)
         # Another process may have ended the run since, and written it.
-        if record and key not in finished(args.output):
+        if record and not common.is_finished(args.output, key):
           common.append_record(args.output, record)
   records = common.read_records(args.output)
   print(table(records))

@@ -30,15 +30,16 @@ import common
 import jax
 
 from rvq_jax import sharding
+from rvq_jax.training.build import build_step
 from rvq_jax.training.checkpoints import Checkpoints
+from rvq_jax.training.step import compile_init
 
 
 def run(command, log: Path, limit: float = math.inf) -> dict:
   """Trains, until the end or a kill after `limit` seconds.
 
-  Returns:
-    'failed' (the end of its log, or ''), 'start' and 'end' (steps; start is
-    None before the first one) and 'megabytes' (resident, over time).
+  Returns 'failed' (the end of its log, or ''), 'start' and 'end' (steps; start
+  is None before the first one) and 'megabytes' (resident, over time).
   """
   megabytes, end = [], time.monotonic() + limit
   with log.open('w') as stream:
@@ -80,18 +81,13 @@ def resident(pid: int) -> float:
 
 def digest(workdir: Path) -> dict[str, str]:
   """The digests of the newest checkpoint, which is read to check them."""
-  nested = {}
-  for name, value in json.loads((workdir / 'config.json').read_text()).items():
-    group, _, leaf = name.rpartition('.')
-    (nested.setdefault(group, {}) if group else nested)[leaf] = value
-  place = sharding.replicated(sharding.data_mesh())
-  template = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    jax.eval_shape(common.make_training(nested).init, jax.random.key(0)),
-  )
+  flat = json.loads((workdir / 'config.json').read_text())
+  sizes = flat['data.image_size'], flat['batch_size']
+  train_step = build_step(flat, flat['num_steps'])
+  init = compile_init(train_step, sharding.data_mesh(), *sizes)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = checkpoints.resolve()
-    checkpoints.restore(template, step)
+    checkpoints.restore(init.eval_shape(jax.random.key(0)), step)
     return {'step': str(step)} | checkpoints.meta(step)['digests']
 
 

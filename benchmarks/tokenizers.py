@@ -2,9 +2,8 @@
 
 python benchmarks/tokenizers.py RUN ... [--images=64] [--repeats=9]
 
-Each is given as many random images of the side that it was trained on. The
-models take turns, in one process; medians, and the ratio to the first RUN in
-the same turn.
+Each is given as many random images of the side that it was trained on. Models
+take turns in one process; medians, and the ratio to the first in the same turn.
 """
 
 import functools
@@ -16,27 +15,21 @@ import numpy as np
 from rvq_jax import load
 
 
-def measure(tokenizers, images, repeats):
-  """Milliseconds: {'encode' or 'decode': {index of a tokenizer: [turns]}}."""
-  calls = {'encode': {}, 'decode': {}}
-  for i, tokenizer in enumerate(tokenizers):
-    side = tokenizer.config['data.image_size']
-    pixels = np.random.default_rng(0).integers(
-      0, 256, (images, side, side, 3), np.uint8
-    )
-    ids = tokenizer.encode(pixels)
-    calls['encode'][i] = functools.partial(tokenizer.encode, pixels)
-    calls['decode'][i] = functools.partial(tokenizer.decode, ids)
-  return {name: common.measure(x, repeats) for name, x in calls.items()}
-
-
 def main():
   """Prints a table."""
   parser = common.parser(__doc__, images=64, repeats=9)
   parser.add_argument('runs', nargs='+', metavar='RUN')
   args = parser.parse_args()
   tokenizers = [load(run) for run in args.runs]
-  times = measure(tokenizers, args.images, args.repeats)
+  calls = {'encode': {}, 'decode': {}}
+  for i, tokenizer in enumerate(tokenizers):
+    side = tokenizer.config['data.image_size']
+    shape = args.images, side, side, 3
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    ids = tokenizer.encode(pixels)
+    calls['encode'][i] = functools.partial(tokenizer.encode, pixels)
+    calls['decode'][i] = functools.partial(tokenizer.decode, ids)
+  times = {name: common.measure(x, args.repeats) for name, x in calls.items()}
   print(common.hardware())
   columns = 'encode, images/s', 'ratio', 'decode, images/s', 'ratio'
   print(common.header('run', 'tokens', *columns))

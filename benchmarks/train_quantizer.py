@@ -31,6 +31,7 @@ from rvq_jax.data import datasets, loaders
 from rvq_jax.data.images import prepare_images, random_flip
 from rvq_jax.evaluation.evaluate import evaluate_run
 from rvq_jax.training.loop import train
+from rvq_jax.training.step import compile_init
 from rvq_jax.training.validation import evaluate_split, make_eval_step
 
 PEER = 'vector-quantize-pytorch'
@@ -113,8 +114,8 @@ def halves(model):
 
 def train_peer(config, **options):
   """Trains with the peer's quantizer; returns the metrics of the test split."""
-  training = common.make_training(config)
-  config, model = training.flat, training.model
+  config, train_step = common.make_step(config)
+  model, optimizer = train_step.model, train_step.optimizer
   quantizer = PeerQuantizer(config, **options)
   data = datasets.open_dataset(
     config['data.name'],
@@ -124,7 +125,9 @@ def train_peer(config, **options):
   batch, size = config['batch_size'], config['data.image_size']
   sizes = {'batch_size': batch, 'image_size': size}
   loader = loaders.make_train_loader(data.train, seed=config['seed'], **sizes)
-  state = jax.jit(training.init)(jax.random.key(config['seed']))
+  mesh = sharding.data_mesh()
+  first = compile_init(train_step, mesh, size, batch)
+  state = first(jax.random.key(config['seed']))
   params, stats, opt_state = state.params, state.batch_stats, state.opt_state
   encode, decode = halves(model)
 
@@ -134,10 +137,10 @@ def train_peer(config, **options):
     return random_flip(jax.random.split(key)[0], prepare_images(images))
 
   @jax.jit
-  def update(params, opt_state, pullback, dz, from_decoder):
+  def update(step, params, opt_state, pullback, dz, from_decoder):
     grads = jax.tree.map(jnp.add, pullback(dz)[0], from_decoder)
-    steps, opt_state = training.optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, steps), opt_state
+    change, opt_state = optimizer.update(grads, opt_state, params, step=step)
+    return optax.apply_updates(params, change), opt_state
 
   start = time.time()
   for step in range(config['num_steps']):
@@ -152,7 +155,9 @@ def train_peer(config, **options):
       'encoder': encoded['batch_stats']['encoder'],
       'decoder': decoded['batch_stats']['decoder'],
     }
-    params, opt_state = update(params, opt_state, pullback, backward(dq), grads)
+    params, opt_state = update(
+      step, params, opt_state, pullback, backward(dq), grads
+    )
     if (step + 1) % 25 == 0:
       print(
         f'step {step + 1}  mse {float(error):.4f}  codes in the batch '
@@ -166,7 +171,7 @@ def train_peer(config, **options):
     jax.jit(make_eval_step(model)),
     {'params': params, 'batch_stats': stats, 'codebook': {'vq': book}},
     loaders.eval_batches(data.test, **sizes),
-    mesh=sharding.data_mesh(),
+    mesh=mesh,
   )[0]
 
 

@@ -20,6 +20,9 @@ import common
 import jax
 import numpy as np
 
+from rvq_jax.sharding import data_mesh
+from rvq_jax.training.step import compile_init
+
 OURS, PEER, TUNED = (
   'rvq_jax',
   'torch, vector-quantize-pytorch',
@@ -30,14 +33,15 @@ OURS, PEER, TUNED = (
 def our_step(config, steps=1):
   """A call that trains `steps` steps, compile time and XLA's own counts."""
   side, batch = config.data.image_size, config.batch_size
-  training = common.make_training(config)
-  state = jax.jit(training.init)(jax.random.key(0))
+  train_step, mesh = common.make_step(config)[1], data_mesh(jax.devices()[:1])
+  state = compile_init(train_step, mesh, side, batch)(jax.random.key(0))
   images = np.random.default_rng(0).integers(
     0, 256, (batch, side, side, 3), np.uint8
   )
-  images, weights = {'image': jax.device_put(images)}, training.lpips_weights
+  images = {'image': jax.device_put(images)}
+  weights = train_step.objective.load_lpips(mesh)
   start = time.perf_counter()
-  step = jax.jit(training.step, donate_argnums=0)
+  step = jax.jit(train_step, donate_argnums=0)
   step = step.lower(state, images, weights).compile()
   seconds = time.perf_counter() - start
 

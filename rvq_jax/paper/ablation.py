@@ -1,24 +1,19 @@
 """The paper's tables as grids of runs (paper 4.2 and 4.3), and objectives.
 
 A cell is a method, written as changes to a config. Each cell and seed is an
-ordinary run in its own directory: a grid resumes, finished runs are only read.
+ordinary run in CELL/seed_S: a grid resumes, finished runs are only read.
 """
 
+import itertools
 import json
 import logging
-import statistics
 from pathlib import Path
-from typing import Any
 
 from rvq_jax.evaluation.evaluate import evaluate_run
 from rvq_jax.evaluation.perceptual import load_metrics
 from rvq_jax.io import write_atomic
 from rvq_jax.training import config as config_lib
 from rvq_jax.training.loop import train
-
-LOG_LINES = 20  # points in the curves of a short run
-METRICS = ('mse', 'usage', 'perplexity', 'psnr')
-PERCEPTUAL = ('lpips', 'lpips_vgg', 'fd_efficientnet_lite0')
 
 # The paper's method, whatever the config has.
 _PAPER = {
@@ -58,15 +53,14 @@ CELLS = {
   'adversarial': ('L1 + LPIPS + discriminator', _LPIPS),
 }
 
-# Data set: the paper's numbers, in the order of METRICS.
+# Data set: the paper's MSE, usage and perplexity. Tables 4 and 6 print the same
+# numbers, and so do 5 and 7. Here they differ in the other factor, so that the
+# four make up the whole grid.
 _BOTH = {'cifar10': (0.0098, 0.968, 7950.4)}
-_BOTH['imagenet'] = (0.0275, 0.903, 12345.6)
+_BOTH |= {'imagenet': (0.0275, 0.903, 12345.6)}
 _NEITHER = {'cifar10': (0.0189, 0.783, 802.1)}
-# Tables 4 and 6 print the same numbers, and so do 5 and 7. Here they differ in
-# the other factor, so that the four make up the whole grid.
-_ON = {'cifar10': (0.0123, 0.925)}
+_ON, _NO_EMA = {'cifar10': (0.0123, 0.925)}, {'cifar10': (0.0145, 0.852)}
 _NO_ROTATION = {'cifar10': (0.0189, 0.783)}
-_NO_EMA = {'cifar10': (0.0145, 0.852)}
 TITLES = {
   3: 'Methods (the paper names one conventional VQ-VAE; the others are ours)',
   4: 'Rotation on and off, with EMA',
@@ -89,7 +83,7 @@ PAPER_TABLES = (3, 4, 5, 6, 7)
 
 
 def cells_of(tables) -> list[str]:
-  """The cells of some tables, each once, in their order."""
+  """The cells of tables, each once, in their order."""
   return list(dict.fromkeys(cell for table in tables for cell in TABLES[table]))
 
 
@@ -99,30 +93,21 @@ def cell_config(config, cell: str, seed: int):
   With num_steps, the temperature of 'gumbel' falls over the whole run.
   """
   config = config.copy_and_resolve_references()
-  for name, value in CELLS[cell][1].items():
-    section, _, field = name.rpartition('.')
-    config[section][field] = value
+  config.update_from_flattened_dict(CELLS[cell][1])
   config.seed = seed
   if config.num_steps is not None:
     config.model.temperature_steps = config.num_steps
-    config.log_every = max(1, config.num_steps // LOG_LINES)
+    config.log_every = max(1, config.num_steps // 20)  # points of a curve
   return config
 
 
 def run_grid(
   config, workdir, *, cells, seeds: int, perceptual: bool = False
-) -> list[dict[str, Any]]:
-  """Runs every cell with seeds 0 ... seeds - 1; finished runs are only read.
+) -> list[dict]:
+  """Runs every cell of a ConfigDict with seeds 0 ... seeds - 1 in workdir.
 
-  Args:
-    config: ConfigDict that all cells share.
-    workdir: directory of the grid; a run is in CELL/seed_S.
-    cells: names in `CELLS`.
-    seeds: number of seeds.
-    perceptual: adds perceptual metrics; see `evaluate_run`.
-
-  Returns:
-    One record per run: cell, seed, workdir and metrics, on the test split.
+  Returns one record per run: cell, seed, workdir and metrics of the test split,
+  with perceptual ones if asked for.
 
   Raises:
     ValueError: workdir holds a run of another config, or the config has no
@@ -137,57 +122,33 @@ def run_grid(
   if perceptual:
     load_metrics()  # before hours of training
   runs = []
-  for seed in range(seeds):
-    for cell in cells:
-      changed = cell_config(config, cell, seed)
-      folder = Path(workdir) / cell / f'seed_{seed}'
-      _check_same(folder, config_lib.check_config(changed))
-      runs.append((cell, seed, changed, folder))
-  records = []
-  for i, (cell, seed, changed, folder) in enumerate(runs):
-    logging.info('run %d of %d: %s, seed %d', i + 1, len(runs), cell, seed)
+  for seed, cell in itertools.product(range(seeds), cells):
+    changed = cell_config(config, cell, seed)
+    folder = Path(workdir) / cell / f'seed_{seed}'
+    _check_same(folder, config_lib.check_config(changed))
+    runs.append({'cell': cell, 'seed': seed, 'workdir': str(folder)})
+  for i, run in enumerate(runs, 1):
+    cell, seed, folder = run['cell'], run['seed'], Path(run['workdir'])
+    logging.info('run %d of %d: %s, seed %d', i, len(runs), cell, seed)
     result = folder / 'cell.json'
     if not result.exists():
-      train(changed, folder)
+      train(cell_config(config, cell, seed), folder)
       metrics = evaluate_run(folder, perceptual=perceptual)
       write_atomic(result, json.dumps(metrics, indent=2) + '\n')
-    record = {'cell': cell, 'seed': seed, 'workdir': str(folder)}
-    records.append(record | {'metrics': json.loads(result.read_text())})
-  return records
+    run['metrics'] = json.loads(result.read_text())
+  return runs
 
 
 def _check_same(folder, config):
-  """Refuses a directory that holds a run of another config or length."""
+  """Refuses a run of another config or length."""
   path = folder / 'config.json'
   saved = json.loads(path.read_text()) if path.exists() else config
-  differ = [
+  differ = '; '.join(
     f'config.{name}: {saved.get(name)} there, {value} wanted'
     for name, value in config.items()
     if saved.get(name) != value and name != 'data.data_dir'
-  ]
+  )
   if differ:
     raise ValueError(
-      f'{folder} holds a run of another config; use another --workdir: '
-      + '; '.join(differ)
+      f'{folder} holds a run of another config; use another --workdir: {differ}'
     )
-
-
-def summarise(records) -> dict[str, dict[str, Any]]:
-  """Mean and sample standard deviation over the seeds of each cell.
-
-  Returns:
-    cell -> {'label', 'bits', 'entropy_bits' (both per image), and for each of
-    `METRICS` and measured `PERCEPTUAL` {'mean', 'std' (None for one seed)}}.
-  """
-  summary = {}
-  for cell in dict.fromkeys(record['cell'] for record in records):
-    runs = [record['metrics'] for record in records if record['cell'] == cell]
-    entropy = [m['tokens'] / m['images'] * m['entropy_bits'] for m in runs]
-    row = {'label': CELLS[cell][0], 'bits': runs[0]['bits_per_image']}
-    row['entropy_bits'] = statistics.mean(entropy)
-    for name in (*METRICS, *(n for n in PERCEPTUAL if n in runs[0])):
-      values = [m[name] for m in runs]
-      std = statistics.stdev(values) if len(values) > 1 else None
-      row[name] = {'mean': statistics.mean(values), 'std': std}
-    summary[cell] = row
-  return summary

@@ -5,7 +5,8 @@ the covariance of the data. MSE is on [-1, 1].
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,25 +18,19 @@ QUALITIES = (1, 5, 10, 20, 35, 50, 65, 80, 90, 95)
 class GaussianBound(NamedTuple):
   """Rate-distortion function of a Gaussian source with the data's covariance.
 
-  Among all sources with that covariance the Gaussian is the hardest to code:
-  its R(D) bounds the rate of the best code for the data from above, not from
-  below. Tiles ignore the correlations between them, which raises the curve; too
-  few images lower it.
-
-  Attributes:
-    eigenvalues: of the covariance of a tile, [P]; negative ones count as 0.
-    patch: side of a tile in pixels.
-    tiles: independent tiles per image.
-    images: images behind the covariance.
+  The Gaussian is the hardest source with that covariance: its R(D) bounds the
+  rate of the best code for the data from above, not from below. Tiles ignore
+  the correlations between them, which raises the curve; too few images lower
+  it.
   """
 
-  eigenvalues: np.ndarray
-  patch: int = 1
-  tiles: int = 1
-  images: int = 0
+  eigenvalues: np.ndarray  # of the covariance of a tile, [P]; negative: 0
+  patch: int = 1  # side of a tile in pixels
+  tiles: int = 1  # independent tiles per image
+  images: int = 0  # images behind the covariance
 
   def mse(self, bits_per_image) -> np.ndarray:
-    """Least MSE at these rates: reverse water-filling.
+    """Least MSE at rates [n], float64: reverse water-filling.
 
     Components with a variance above the water level theta are coded with error
     theta, the others not at all (Cover and Thomas, theorem 10.3.3):
@@ -43,11 +38,7 @@ class GaussianBound(NamedTuple):
       D(theta) = mean_i min(theta, lambda_i)
       R(theta) = sum_i max(0, 1/2 log2(lambda_i / theta))
 
-    Args:
-      bits_per_image: [n], none negative; each tile gets an equal share.
-
-    Returns:
-      float64 [n]; at 0 bits the mean of the eigenvalues.
+    Each tile gets an equal share of the bits.
     """
     values = np.clip(np.asarray(self.eigenvalues, np.float64), 0, None)
     positive = np.sort(values[values > 0])[::-1]
@@ -67,31 +58,23 @@ class GaussianBound(NamedTuple):
 
 
 def gaussian_bound(
-  batches: Iterable[Mapping[str, np.ndarray]],
-  *,
-  image_size: int,
-  max_side: int = 32,
-  max_images: int = 20000,
+  batches: Iterable, *, image_size: int, max_side=32, max_images=20000
 ) -> GaussianBound:
   """Measures the covariance (divided by n) of the pixels of square tiles.
 
   Args:
-    batches: {'image': uint8 [B, h, h, 3], 'mask': bool [B]}; rows with mask
-      False are left out.
+    batches: {'image': uint8 [B, h, h, 3], 'mask': bool [B], False: left out};
+      ValueError without any image.
     image_size: h.
     max_side: a tile's side is the largest divisor of h up to this.
-    max_images: reads this many images at most.
-
-  Raises:
-    ValueError: there is no image.
+    max_images: reads no more.
   """
   sides = range(min(image_size, max_side), 0, -1)
   patch = next(side for side in sides if image_size % side == 0)
   side = image_size // patch
   images = 0
   for batch in batches:
-    image = np.asarray(batch['image'])[np.asarray(batch['mask'], bool)]
-    image = image[: max_images - images]
+    image = batch['image'][batch['mask']][: max_images - images]
     if len(image):
       x = image.reshape(-1, side, patch, side, patch, 3).swapaxes(2, 3)
       x = x.reshape(-1, 3 * patch**2).astype(np.float32) / 127.5 - 1
@@ -107,46 +90,36 @@ def gaussian_bound(
       break
   if not images:
     raise ValueError('expected at least one valid image, got none')
-  first, second = first / images / side**2, second / images / side**2
-  eigenvalues = np.linalg.eigvalsh(second - np.outer(first, first))
+  mean, moment = (x / images / side**2 for x in (first, second))
+  eigenvalues = np.linalg.eigvalsh(moment - np.outer(mean, mean))
   return GaussianBound(eigenvalues, patch, side**2, images)
 
 
 def codec_points(
-  images: np.ndarray,
-  *,
-  formats: Sequence[str] = ('JPEG', 'WEBP'),
-  qualities: Sequence[int] = QUALITIES,
+  images: np.ndarray, *, formats=('JPEG', 'WEBP'), qualities=QUALITIES
 ) -> list[dict[str, float | str]]:
   """Measures image codecs at several qualities, else with Pillow's defaults.
 
-  Images that were JPEG files before favour JPEG near their quality.
-
-  Args:
-    images: uint8 [n, h, w, 3].
-    formats: Pillow's names; formats that it cannot write are left out, as WebP
-      is with a side above 16,383.
-    qualities: 0 to 100.
+  Images, uint8 [n, h, w, 3], that were JPEG files before favour JPEG near their
+  quality. Formats are Pillow's names; those that it cannot write are left out,
+  as WebP is with a side above 16,383. Qualities are 0 to 100.
 
   Returns:
     For each format and quality codec, quality, bits_per_image (of the file),
     overhead_bits (a grey image of that shape, nearly all header) and mse.
   """
-  records = []
-  for codec in formats:
+  records, grey = [], np.full_like(images[0], 128)
+  for codec, quality in itertools.product(formats, qualities):
     try:
-      _encode(images[0], codec, qualities[0])
+      header, *files = (_encode(x, codec, quality) for x in (grey, *images))
     except (KeyError, OSError, ValueError):  # Pillow lacks it; too large
       continue
-    for quality in qualities:
-      files = [_encode(image, codec, quality) for image in images]
-      grey = _encode(np.full_like(images[0], 128), codec, quality)
-      decoded = [Image.open(io.BytesIO(file)).convert('RGB') for file in files]
-      error = (np.stack(decoded) / 127.5 - images / 127.5) ** 2
-      bits = float(np.mean([8 * len(file) for file in files]))
-      record = {'codec': codec, 'quality': quality, 'bits_per_image': bits}
-      record |= {'overhead_bits': 8 * len(grey), 'mse': float(error.mean())}
-      records.append(record)
+    decoded = [Image.open(io.BytesIO(file)).convert('RGB') for file in files]
+    error = (np.stack(decoded) / 127.5 - images / 127.5) ** 2
+    bits = float(np.mean([8 * len(file) for file in files]))
+    record = {'codec': codec, 'quality': quality, 'bits_per_image': bits}
+    record |= {'overhead_bits': 8 * len(header), 'mse': float(error.mean())}
+    records.append(record)
   return records
 
 

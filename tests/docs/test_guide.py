@@ -11,17 +11,14 @@ from PIL import Image
 
 GUIDE = ROOT / 'docs' / 'guide.md'
 TEXT = GUIDE.read_text()
-SHORT = (
-  '--config.num_steps=4',
-  '--config.batch_size=8',
-  '--config.log_every=2',
-  '--config.optimizer.warmup_steps=0',
-  '--config.model.quantize_after=0',
-  '--config.model.widths=(4,8)',
-  '--config.model.num_res_blocks=0',
-  '--config.model.num_heads=2',
-  '--config.model.code_dim=4',
-)
+SHORT = [
+  f'--config.{field}'
+  for field in (
+    *('num_steps=4', 'batch_size=8', 'log_every=2', 'optimizer.warmup_steps=0'),
+    *('model.quantize_after=0', 'model.widths=(4,8)', 'model.num_heads=2'),
+    *('model.num_res_blocks=0', 'model.code_dim=4'),
+  )
+]
 SHORT_EXAMPLE = ('--num_steps=4', '--width=8', '--depth=1', '--fd_images=0')
 
 
