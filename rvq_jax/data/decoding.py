@@ -1,7 +1,4 @@
-"""Decoding images in threads.
-
-Images that cannot be decoded are named, and their share is limited.
-"""
+"""Decoding images in threads; those that cannot be decoded are named."""
 
 import collections
 import concurrent.futures
@@ -23,10 +20,7 @@ _ATTEMPTS = 4
 
 
 class DecodeErrors:
-  """Names the images of a source that cannot be decoded, and limits them.
-
-  `rows` are their indices in the source, which has `total` images.
-  """
+  """Names and limits the images (`rows`) of `total` that cannot be decoded."""
 
   def __init__(self, total: int):
     self.rows: set[int] = set()
@@ -48,11 +42,7 @@ class DecodeErrors:
 def decode_record(
   source: Source, row: int, transform, shorter_side: int | None = None
 ) -> tuple[np.ndarray | None, str, str]:
-  """Reads, decodes and transforms the image at index `row`, if it can.
-
-  Returns:
-    (image, name, ''), or (None, name, reason) if it cannot be decoded.
-  """
+  """Reads an image; (image, name, '') or (None, name, why it is unreadable)."""
   name = f'record {row}'
   try:
     record = source[row]
@@ -86,10 +76,7 @@ def map_ahead(function, items: Iterable, ahead: int, threads: int) -> Iterator:
 def decode_ahead(
   source: Source, rows: Iterable[int], transform, errors, ahead: int
 ) -> Iterator[tuple[int, np.ndarray | None, str]]:
-  """Decodes images in threads, in order, at most `ahead` before the caller.
-
-  Yields (row, image, name); the image is None if it cannot be decoded.
-  """
+  """Yields (row, image or None, name) in order, decoded by `map_ahead`."""
 
   def decode(row):
     return row, *decode_record(source, row, transform)
@@ -115,11 +102,8 @@ class LoadImage:
   crop_scale: tuple[float, float]
 
   def __call__(self, row: int, rng: np.random.Generator):
-    """Returns {'image': uint8 [size, size, 3], 'failures': object []}.
-
-    'failures' is one list of (row, name, reason), boxed since Grain stacks
-    arrays.
-    """
+    """Returns {'image': uint8 [size, size, 3], 'failures': object []}."""
+    # One list of (row, name, reason), boxed since Grain stacks arrays.
     failures, box = [], np.empty((), object)
     box[()] = failures
     cut = functools.partial(self._cut, rng=rng)

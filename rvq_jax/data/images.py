@@ -16,9 +16,7 @@ def prepare_images(images: jax.Array) -> jax.Array:
   return to_float(images) if images.dtype == jnp.uint8 else images
 
 
-def random_flip(
-  key: jax.Array, images: jax.Array, *, axis_name=None
-) -> jax.Array:
+def random_flip(key, images: jax.Array, *, axis_name=None) -> jax.Array:
   """Mirrors each image left to right with probability one half.
 
   The draw depends only on the key and the index in the global batch; under
@@ -29,9 +27,7 @@ def random_flip(
   return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
-def random_colors(
-  key: jax.Array, images: jax.Array, *, axis_name=None
-) -> jax.Array:
+def random_colors(key, images: jax.Array, *, axis_name=None) -> jax.Array:
   """Draws hue, order of channels, saturation and contrast for each image.
 
   With G the mean of a pixel's channels and m the mean of G over the image,
@@ -40,13 +36,7 @@ def random_colors(
 
   R turns colours about the grey axis by any angle; half of the images swap two
   channels first, so every order of the channels can occur. s = 2^U(-1.5, 0.5),
-  a = 2^U(-0.5, 0.5). The draw depends only on the key and the index in the
-  global batch.
-
-  Args:
-    key: random key.
-    images: [B, h, w, 3] in [-1, 1]; under `axis_name` the share of one device.
-    axis_name: mapped axis of the batch.
+  a = 2^U(-0.5, 0.5). Images are [B, h, w, 3] in [-1, 1]; see `random_flip`.
   """
   draw = functools.partial(jax.random.uniform, key)
   u = _per_image(draw, (images.shape[0], 4), axis_name)[:, :, None, None]

@@ -1,9 +1,8 @@
 """The embedded data set: crops of photographs that ship with our dependencies.
 
-All but one come with scikit-image (public domain or CC0); the portrait of Grace
-Hopper, for skin and dark cloth, with matplotlib (US Navy, public domain).
-Training and test images come from different photographs: crops of one overlap,
-so a split by crop would test on training pixels.
+All but one come with scikit-image (public domain or CC0), Grace Hopper with
+matplotlib (US Navy, public domain). Crops of one photograph overlap, so that
+training and test images come from different ones.
 """
 
 import functools
@@ -60,10 +59,9 @@ class PhotoSource(Source):
     if rng.random() < 0.5:
       crop = crop[:, ::-1]
     data = io.BytesIO()
-    image = Image.fromarray(np.ascontiguousarray(crop))
-    image.save(data, 'BMP')
-    label = int(self.labels[index])
-    return Record(data.getvalue(), label, f'{self._split}_{number:05d}')
+    Image.fromarray(np.ascontiguousarray(crop)).save(data, 'BMP')
+    name = f'{self._split}_{number:05d}'
+    return Record(data.getvalue(), int(self.labels[index]), name)
 
   def identity(self):
     """See `Source`."""

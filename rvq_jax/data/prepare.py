@@ -1,19 +1,17 @@
 """Prepares CIFAR-10 and ImageNet as tfds directories, without TensorFlow.
 
-tfds's own builders, and its shuffle of more than 1 GB, need TensorFlow. Here
-the records are written in the order of that shuffle, so an index means the same
-image however a set was prepared. Shards go one by one into a hidden folder,
-where an interrupted preparation resumes; complete, the folder is renamed.
+tfds's own builders and its shuffle need TensorFlow. Records are written in the
+order of that shuffle, so an index means the same image however a set was
+prepared. Shards go one by one into a hidden folder, where an interrupted
+preparation resumes; complete, the folder is renamed.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import io
 import logging
 import os
 import re
-import shutil
 import tarfile
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +22,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from rvq_jax.data.splits import hashed_order
-from rvq_jax.io import explain_full_disk
+from rvq_jax.io import explain_full_disk, write_atomic
 
 CIFAR_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR_SHA = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
+_MAX_CIFAR_BYTES = 2**28
 KNOWN = {'cifar10': '3.0.2', 'imagenet2012': '5.1.0'}
 """Sets that can be prepared without TensorFlow, and their versions."""
 IMAGENET_ARCHIVES = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
@@ -39,10 +38,9 @@ Examples = tuple[Sequence[str | int], Callable[[int], Example]]
 
 
 def prepare(name: str, data_dir: str, folder: str = '') -> str:
-  """Prepares one of `KNOWN` in `folder` of `data_dir`, unless it is there.
+  """Prepares one of `KNOWN` in `folder` of `data_dir`; returns its directory.
 
   Archives that a user downloaded are expected in `data_dir`/downloads/manual.
-  Returns the directory of the data set.
   """
   if name not in KNOWN:
     base = name.partition(':')[0]
@@ -124,11 +122,12 @@ def _cifar10(manual: str):
   path = os.path.join(manual, os.path.basename(CIFAR_URL))
   if not os.path.exists(path):
     _download(path)
-  if _sha256(path) != CIFAR_SHA:
-    raise ValueError(
-      f'{path} is not the archive with sha256 {CIFAR_SHA}; remove it and give '
-      'the same command again'
-    )
+  with open(path, 'rb') as stream:
+    if hashlib.file_digest(stream, 'sha256').hexdigest() != CIFAR_SHA:
+      raise ValueError(
+        f'{path} is not the archive with sha256 {CIFAR_SHA}; remove it and '
+        'give the same command again'
+      )
   features = {
     'id': tfds.features.Text(),
     'image': tfds.features.Image(shape=(32, 32, 3)),
@@ -142,27 +141,17 @@ def _cifar10(manual: str):
 def _download(path: str) -> None:
   """Downloads the archive; only a complete one gets its name."""
   logging.info('downloading %s', CIFAR_URL)
-  partial = f'{path}.partial'
   try:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with urllib.request.urlopen(CIFAR_URL, timeout=30) as remote:
-      with open(partial, 'wb') as local:
-        shutil.copyfileobj(remote, local)
-    if _sha256(partial) != CIFAR_SHA:
+      data = remote.read(_MAX_CIFAR_BYTES)
+    if hashlib.sha256(data).hexdigest() != CIFAR_SHA:
       raise OSError('it ended early, or is another file')
-    os.replace(partial, path)
+    write_atomic(path, data)
   except OSError as error:
     raise ValueError(
       f'cannot download {CIFAR_URL} ({error}); put it at {path}'
     ) from error
-  finally:
-    with contextlib.suppress(OSError):
-      os.remove(partial)
-
-
-def _sha256(path: str) -> str:
-  with open(path, 'rb') as stream:
-    return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 
 def _cifar10_split(path: str, split: str, files: list[str]) -> Examples:

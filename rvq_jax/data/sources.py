@@ -18,10 +18,9 @@ class Record(NamedTuple):
 
 
 class Source:
-  """Random access to encoded images; picklable, for worker processes.
+  """Random access to `len(source)` encoded images; picklable, for workers.
 
-  A source has `len(source)` records; `source[i]` reads one as a `Record`, and
-  raises an OSError if it cannot. `labels`, int32 [n], decodes no images.
+  `source[i]` reads a `Record` or raises an OSError. `labels` are int32 [n].
   """
 
   labels: np.ndarray

@@ -108,14 +108,11 @@ class TfdsSource(Source):
 
 
 def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
-  """Opens the splits that a tfds data set has of train, validation and test.
+  """Opens train, validation and test, as far as a tfds data set has them.
 
-  Prepares CIFAR-10 and ImageNet first if need be.
-
-  Args:
-    name: as tfds writes it: NAME, NAME/CONFIG or NAME:VERSION.
-    data_dir: folder of prepared data sets; None for tfds's default, which is
-      $TFDS_DATA_DIR or ~/tensorflow_datasets.
+  Prepares CIFAR-10 and ImageNet first if need be. `name` is NAME, NAME/CONFIG
+  or NAME:VERSION; `data_dir` holds prepared data sets, None for tfds's default,
+  $TFDS_DATA_DIR or ~/tensorflow_datasets.
   """
   default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
   data_dir = os.path.expanduser(data_dir or default)

@@ -1,8 +1,7 @@
 """Image transforms on the host: decoding, cropping, resampling.
 
-An image is uint8 [h, w, 3], RGB; a crop of it is uint8 [size, size, 3]. Every
-crop is a box of the source image, resampled once, bicubic with antialiasing; a
-box of the right size is copied.
+An image is uint8 [h, w, 3], RGB; a crop uint8 [size, size, 3]: a box of the
+image, resampled once, bicubic with antialiasing, or copied if it has the size.
 """
 
 import functools
@@ -51,9 +50,8 @@ def decode_image(
   Args:
     data: a file in one of `formats()`.
     name: name of the image in an error.
-    shorter_side: pixels to which the caller will shrink the shorter side. A
-      JPEG more than twice as large is decoded several times faster at 1/2, 1/4
-      or 1/8.
+    shorter_side: pixels to which the caller will shrink the shorter side; lets
+      a JPEG more than twice as large be decoded quickly at 1/2, 1/4 or 1/8.
 
   Raises:
     ImageError: it is corrupt, of another format, has float pixels, or more than
@@ -148,9 +146,8 @@ def random_resized_crop(
 ) -> np.ndarray:
   """Cuts out a box of random area and shape and resizes it (Inception crop).
 
-  Its share of the image's area is drawn from `scale`, its width / height
-  log-uniformly from 3 / 4 to 4 / 3. If ten draws do not fit into the image, the
-  central square is taken.
+  Its share of the area is drawn from `scale`, its width / height log-uniformly
+  from 3 / 4 to 4 / 3. After ten draws that do not fit: the central square.
   """
   height, width = image.shape[:2]
   for _ in range(10):
