@@ -46,19 +46,14 @@ class Dataset:
 def open_dataset(
   name: str, *, split: str = 'official', data_dir=None, split_file=None
 ) -> Dataset:
-  """Opens a data set by name and divides it.
+  """Opens the data set `tfds:NAME`, `folder:PATH` or `photos` and divides it.
 
   Args:
-    name: `tfds:NAME`, `folder:PATH` or `photos`.
     split: 'official' for the data set's own splits; 'paper' for 70-20-10 of
       all its labelled images, stratified by class.
     data_dir: where tfds keeps prepared data; None: ~/tensorflow_datasets.
     split_file: from `Dataset.write_split`. If it exists, it gives the splits,
-      without images missing or new now.
-
-  Raises:
-    ValueError: no such data set or split, or over 1 % of the images in
-      `split_file` are missing.
+      without images missing or new now; over 1 % missing is a ValueError.
   """
   if split not in ('official', 'paper'):
     raise ValueError(f'split: expected official or paper, got {split!r}')
@@ -92,11 +87,8 @@ def open_images(
 ) -> dict[str, Source]:
   """Opens all images, or one split; returns Source by split ('all' without).
 
-  Args:
-    name: an image, a folder, or a name for `open_dataset`. 'photos' means a
-      folder of this name if there is one; 'tfds:photos' is the embedded set.
-    data_dir: where tfds keeps prepared data.
-    split: the only one to open; None for all.
+  `name` is an image, a folder, or a name for `open_dataset`. 'photos' means a
+  folder of this name if there is one; 'tfds:photos' is the embedded set.
   """
   full = name
   if name == 'photos' and Path(name).exists():
@@ -171,11 +163,8 @@ def _paper(name: str, sources: list[Source], split_file) -> Dataset:
 def _divide(name: str, sources: list[Source], by_name: bool):
   """Indices of train, validation and test in all sources together."""
   labels = np.concatenate([source.labels for source in sources])
-  kept = np.flatnonzero(labels >= 0)
-  if kept.size == 0:
-    kept = np.arange(labels.size)
-  if kept.size < labels.size:
-    count = labels.size - kept.size
+  kept = np.flatnonzero((labels >= 0) | (labels.max(initial=-1) < 0))
+  if count := labels.size - kept.size:
     logging.info('%s: left out %d images that have no class', name, count)
   if by_name:
     keys = [key for source in sources for key in source.keys]

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import dataclasses
-import functools
 import itertools
 import logging
 import os
@@ -11,9 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from rvq_jax.data import transforms
 from rvq_jax.data.sources import Source
-from rvq_jax.data.transforms import ImageError, decode_image
+from rvq_jax.data.transforms import CROPS, ImageError, decode_image
 
 MAX_SHARE = 0.01  # a larger share of images that cannot be decoded ends the run
 _ATTEMPTS = 4
@@ -92,7 +90,7 @@ def decode_ahead(
 class LoadImage:
   """Decodes and crops one record; a random one replaces a corrupt one.
 
-  The record's own generator draws it, so a batch is the same whenever it is
+  The record's own generator draws both: a batch is the same whenever it is
   made. Four corrupt records in a row raise an OSError.
   """
 
@@ -106,11 +104,13 @@ class LoadImage:
     # One list of (row, name, reason), boxed since Grain stacks arrays.
     failures, box = [], np.empty((), object)
     box[()] = failures
-    cut = functools.partial(self._cut, rng=rng)
+    rest = self.size, rng, self.crop_scale
     # A small box may need every pixel of a photograph, a square does not.
     side = None if self.crop == 'random_resized' else self.size
     for _ in range(_ATTEMPTS):
-      image, name, reason = decode_record(self.source, row, cut, side)
+      image, name, reason = decode_record(
+        self.source, row, lambda x: CROPS[self.crop](x, *rest), side
+      )
       if image is not None:
         return {'image': image, 'failures': box}
       failures.append((row, name, reason))
@@ -120,13 +120,4 @@ class LoadImage:
       f'{_ATTEMPTS} records in a row cannot be read ({reasons}); check the '
       'disk that holds them, or repair or remove them; the same command '
       'resumes from the last checkpoint'
-    )
-
-  def _cut(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    if self.crop == 'none':
-      return transforms.resize_and_center_crop(image, self.size)
-    if self.crop == 'random':
-      return transforms.random_crop(image, self.size, rng)
-    return transforms.random_resized_crop(
-      image, self.size, rng, scale=self.crop_scale
     )

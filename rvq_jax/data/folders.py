@@ -49,10 +49,7 @@ def open_folder(path: str) -> dict[str, Source]:
     return {'all': FolderSource(root, [file], [-1], [file])}
   left_out: list[str] = []
   folders = _split_folders(path)
-  listed = {
-    split: _list_images(path, folder, left_out)
-    for split, folder in folders.items()
-  }
+  listed = {s: _list_images(path, folders[s], left_out) for s in folders}
   # Images outside class folders have class '', which is no class.
   names = {name for files in listed.values() for name, _ in files} - {''}
   label = {name: i for i, name in enumerate(sorted(names))}
@@ -80,10 +77,8 @@ def _split_folders(path: str) -> dict[str, str]:
       )
     by_split[split] = folder
   if by_split and 'train' not in by_split:
-    raise ValueError(
-      f'{printable(path)} has no folder train, only '
-      f'{", ".join(by_split.values())}'
-    )
+    only = ', '.join(by_split.values())
+    raise ValueError(f'{printable(path)} has no folder train, only {only}')
   if len(by_split) == 1 and not _scan(os.path.join(path, by_split['train']))[0]:
     return whole
   return {s: by_split[s] for s in SPLITS if s in by_split} or whole

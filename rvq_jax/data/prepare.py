@@ -14,8 +14,7 @@ import os
 import re
 import tarfile
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -31,10 +30,6 @@ KNOWN = {'cifar10': '3.0.2', 'imagenet2012': '5.1.0'}
 """Sets that can be prepared without TensorFlow, and their versions."""
 IMAGENET_ARCHIVES = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 _CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'
-
-Example = dict[str, Any]
-Examples = tuple[Sequence[str | int], Callable[[int], Example]]
-"""Stable keys, which decide the order, and a function that reads example i."""
 
 
 def prepare(name: str, data_dir: str, folder: str = '') -> str:
@@ -61,7 +56,8 @@ def write_tfds(
   """Writes a tfds directory of ArrayRecord files, unless it is there already.
 
   One of several processes works, the others wait. `open_set` returns the tfds
-  features and the `Examples` of each split.
+  features and, by split, (stable keys, which decide the order; a function that
+  reads example i).
   """
   final = os.path.join(data_dir, name, version)
   work = os.path.join(data_dir, f'.{name}-{version}-incomplete')
@@ -154,14 +150,14 @@ def _download(path: str) -> None:
     ) from error
 
 
-def _cifar10_split(path: str, split: str, files: list[str]) -> Examples:
+def _cifar10_split(path: str, split: str, files: list[str]):
   """Reads a split; a record is the label, then pixels channel by channel."""
   with tarfile.open(path, 'r:gz') as archive:
     members = [f'cifar-10-batches-bin/{file}.bin' for file in files]
     data = b''.join(archive.extractfile(name).read() for name in members)
   records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
 
-  def read(i: int) -> Example:
+  def read(i: int):
     pixels = records[i, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
     png = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(png, 'PNG')
@@ -199,7 +195,7 @@ def _imagenet(manual: str):
   }
 
 
-def _tar_examples(path: str, labels: dict[str, int]) -> Examples:
+def _tar_examples(path: str, labels: dict[str, int]):
   """Opens an archive of the members `labels`: images, or a tar per class."""
   try:
     entries = list(_index(path, labels))
@@ -208,7 +204,7 @@ def _tar_examples(path: str, labels: dict[str, int]) -> Examples:
       f'{path} is not a complete tar archive ({error}); download it again'
     ) from error
 
-  def read(i: int) -> Example:
+  def read(i: int):
     name, offset, size, label = entries[i]
     with open(path, 'rb') as stream:
       stream.seek(offset)

@@ -45,17 +45,12 @@ def decode_image(
 
   EXIF orientation is applied, a colour profile is converted to sRGB,
   transparency is composited over white, CMYK is converted, 16 bits are scaled
-  to 8, and an animation gives its first frame.
-
-  Args:
-    data: a file in one of `formats()`.
-    name: name of the image in an error.
-    shorter_side: pixels to which the caller will shrink the shorter side; lets
-      a JPEG more than twice as large be decoded quickly at 1/2, 1/4 or 1/8.
+  to 8, and an animation gives its first frame. A JPEG more than twice as large
+  as the `shorter_side` that the caller wants is decoded at 1/2, 1/4 or 1/8.
 
   Raises:
-    ImageError: it is corrupt, of another format, has float pixels, or more than
-      `MAX_PIXELS` pixels, a quarter of that with 16 bits.
+    ImageError: it is corrupt, in none of `formats()`, has float pixels, or more
+      than `MAX_PIXELS` pixels, a quarter of that with 16 bits; names `name`.
   """
   label = f'image {name!r}' if name else 'image'
   if not data:
@@ -141,9 +136,7 @@ def random_crop(image: np.ndarray, size: int, rng) -> np.ndarray:
   return _resample(image, left, top, side, side, size)
 
 
-def random_resized_crop(
-  image: np.ndarray, size: int, rng: np.random.Generator, *, scale=(0.08, 1.0)
-) -> np.ndarray:
+def random_resized_crop(image, size: int, rng, scale=(0.08, 1.0)) -> np.ndarray:
   """Cuts out a box of random area and shape and resizes it (Inception crop).
 
   Its share of the area is drawn from `scale`, its width / height log-uniformly
@@ -160,6 +153,14 @@ def random_resized_crop(
       top = int(rng.integers(height - box_h + 1))
       return _resample(image, left, top, box_w, box_h, size)
   return resize_and_center_crop(image, size)
+
+
+CROPS = {
+  'none': lambda image, size, *_: resize_and_center_crop(image, size),
+  'random': lambda image, size, rng, _: random_crop(image, size, rng),
+  'random_resized': random_resized_crop,
+}
+"""Name of a crop -> function (image, size, rng, scale) -> image."""
 
 
 def _resample(image, left, top, width, height, size: int) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Metric files, TensorBoard events and progress of a run.
 
-The writers have the method names of `clu.metric_writers`, whose own writers
-import TensorFlow.
+The methods have the names of `clu.metric_writers`, which import TensorFlow.
 """
 
 import contextlib
@@ -23,10 +22,7 @@ from rvq_jax.io import write_atomic
 class JsonlWriter:
   """Appends one JSON object per call to WORKDIR/metrics.jsonl.
 
-  Args:
-    workdir: directory of the run.
-    start_step: drops lines of later steps, which a run wrote after its last
-      checkpoint.
+  Lines of steps after `start_step`, the last checkpoint's, are dropped.
   """
 
   def __init__(self, workdir, *, start_step: int = 0):
@@ -47,12 +43,8 @@ class JsonlWriter:
 class TensorBoardWriter:
   """Writes TensorBoard events to WORKDIR/tensorboard.
 
-  It takes the formats of tensorboardX but not its SummaryWriter, which writes
-  in a thread, where a full disk goes unnoticed.
-
-  Args:
-    workdir: directory of the run.
-    start_step: TensorBoard hides older events of later steps.
+  TensorBoard hides older events of steps after `start_step`. The SummaryWriter
+  of tensorboardX writes in a thread, where a full disk goes unnoticed.
   """
 
   def __init__(self, workdir, *, start_step: int = 0):
@@ -114,10 +106,9 @@ class MultiWriter:
 
 
 def read_jsonl(path) -> list[dict]:
-  """The lines of a metrics file.
+  """The lines of a metrics file, whose last one may be cut off.
 
-  Lines that are no JSON object with an integer 'step' are left out, with one
-  warning for all; the last line may be cut off.
+  One warning counts the lines that are no JSON object with an integer 'step'.
   """
   *lines, last = Path(path).read_text('utf-8', 'replace').split('\n')
   records = [_parsed(line) for line in lines]
@@ -140,10 +131,7 @@ def _parsed(line: str) -> dict | None:
 
 
 class Progress:
-  """Reports the steps of a run by a bar (terminal, notebook) or by lines.
-
-  Use it as a context manager. Log lines go above the bar, not into it.
-  """
+  """Reports steps by a bar, with the log above it, or by lines in the log."""
 
   def __init__(self, start: int, num_steps: int, batch_size: int):
     self._num_steps, self._batch_size = num_steps, batch_size
@@ -194,13 +182,9 @@ class Progress:
   ) -> dict[str, float]:
     """Shows the means of scalars over the steps since the last report.
 
-    Args:
-      step: steps taken.
-      scalars: name -> mean.
-      waited: seconds in which the devices had no data.
-
     Returns:
-      images_per_second, and data_wait: `waited` as a share of the time.
+      images_per_second, and data_wait: the share of the time that the devices
+      had no data, for `waited` seconds.
     """
     now = time.monotonic()
     seconds = max(now - self._since, 1e-9)
