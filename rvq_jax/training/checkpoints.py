@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -123,7 +122,7 @@ class Checkpoints:
     """
     fields = {'averages': None}
     for name, item in _items(state).items():
-      fields |= self._read_arrays(step, name, jax.tree.map(_abstract, item))
+      fields |= self._read_arrays(step, name, item)
     return TrainState(**fields)
 
   def restore_model(self, abstract: dict[str, Any], step: int):
@@ -241,8 +240,7 @@ class Checkpoints:
 
 def has_checkpoints(workdir) -> bool:
   """Whether a run has any checkpoint, sound or not."""
-  paths = (Path(workdir) / 'checkpoints').glob('*')
-  return any(path.name.isdecimal() for path in paths)
+  return any(p.name.isdecimal() for p in Path(workdir).glob('checkpoints/*'))
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -251,8 +249,7 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
   if state.averages is not None:
     model['averages'] = state.averages
   names = ('step', 'nonfinite_streak', 'opt_state', 'discriminator')
-  rest = {name: getattr(state, name) for name in names}
-  rest = {name: item for name, item in rest.items() if item is not None}
+  rest = {n: getattr(state, n) for n in names if getattr(state, n) is not None}
   return {'model': model, 'optimizer': rest}
 
 
@@ -260,8 +257,3 @@ def _digest(meta: dict[str, Any]) -> str:
   """SHA-256 of the JSON of `meta` without its own digest."""
   rest = {name: x for name, x in meta.items() if name != 'digest'}
   return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _abstract(x):
-  sharding = getattr(x, 'sharding', None)
-  return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=sharding)

@@ -7,22 +7,16 @@ import jax
 _CAUSES = 'gloo|nccl|unavailable|deadline.exceeded|heartbeat|connection|barrier'
 
 
-def initialize(
-  coordinator: str | None = None,
-  num_processes: int | None = None,
-  process_id: int | None = None,
-  *,
-  lost_after: int = 100,
-) -> None:
+def initialize(coordinator, num_processes, process_id, *, lost_after) -> None:
   """Joins the other processes of the run; call before any device is used.
 
   Args:
-    coordinator: HOST:PORT of process 0. Without it and the next two, JAX asks
-      the scheduler, such as SLURM.
+    coordinator: HOST:PORT of process 0. If it and the next two are None, JAX
+      asks the scheduler, such as SLURM.
     num_processes: of the run.
     process_id: of this process, from 0.
     lost_after: seconds of silence after which a process counts as lost, which
-      ends the run.
+      ends the run, at least 10.
   """
   given = (coordinator, num_processes, process_id)
   explicit = coordinator is not None

@@ -113,21 +113,19 @@ def read_jsonl(path) -> list[dict]:
   *lines, last = Path(path).read_text('utf-8', 'replace').split('\n')
   records = [_parsed(line) for line in lines]
   if damaged := records.count(None):
-    first = records.index(None) + 1
     logging.warning(
       '%s: left out %d damaged lines, the first is line %d',
-      *(path, damaged, first),
+      *(path, damaged, records.index(None) + 1),
     )
   return [record for record in [*records, _parsed(last)] if record is not None]
 
 
 def _parsed(line: str) -> dict | None:
-  try:
+  with contextlib.suppress(ValueError, RecursionError):
     record = json.loads(line)
-  except (ValueError, RecursionError):
-    return None
-  step = record.get('step') if isinstance(record, dict) else None
-  return record if type(step) is int else None
+    if isinstance(record, dict) and type(record.get('step')) is int:
+      return record
+  return None
 
 
 class Progress:
@@ -141,7 +139,6 @@ class Progress:
     self._bar = tqdm.tqdm(
       total=num_steps,
       initial=start,
-      unit='step',
       dynamic_ncols=True,
       disable=lines,
       bar_format='{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} '
@@ -182,9 +179,8 @@ class Progress:
   ) -> dict[str, float]:
     """Shows the means of scalars over the steps since the last report.
 
-    Returns:
-      images_per_second, and data_wait: the share of the time that the devices
-      had no data, for `waited` seconds.
+    Returns images_per_second, and data_wait: the share of the time, `waited`
+    seconds, in which the devices had no data.
     """
     now = time.monotonic()
     seconds = max(now - self._since, 1e-9)
