@@ -1,6 +1,5 @@
 """decode_image against a zoo of formats and of damage."""
 
-import io
 import struct
 import zlib
 
@@ -8,19 +7,9 @@ import numpy as np
 import pytest
 from errors import one_line
 from PIL import Image, ImageCms
+from tiny_data import encoded, noise
 
 from rvq_jax.data.transforms import ImageError, decode_image
-
-
-def _encode(image, fmt, **options):
-  buffer = io.BytesIO()
-  image.save(buffer, fmt, **options)
-  return buffer.getvalue()
-
-
-def _rgb(height=6, width=9):
-  rng = np.random.default_rng(1)
-  return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def _png(width, height, bits, kind, rows):
@@ -39,15 +28,15 @@ def _png(width, height, bits, kind, rows):
   'fmt, options', [('PNG', {}), ('BMP', {}), ('WEBP', {'lossless': True})]
 )
 def test_lossless_rgb_is_exact(fmt, options):
-  decoded = decode_image(_encode(Image.fromarray(_rgb()), fmt, **options))
+  decoded = decode_image(encoded(noise(), fmt, **options))
   assert decoded.dtype == np.uint8
-  np.testing.assert_array_equal(decoded, _rgb())
+  np.testing.assert_array_equal(decoded, noise())
 
 
 @pytest.mark.parametrize('mode', ['L', '1'])
 def test_grey_is_repeated_in_three_channels(mode):
-  image = Image.fromarray(_rgb()[..., 0]).convert(mode)
-  decoded = decode_image(_encode(image, 'PNG'))
+  image = Image.fromarray(noise()[..., 0]).convert(mode)
+  decoded = decode_image(encoded(image))
   expected = np.asarray(image.convert('L'))
   for channel in range(3):
     np.testing.assert_array_equal(decoded[..., channel], expected)
@@ -56,26 +45,25 @@ def test_grey_is_repeated_in_three_channels(mode):
 @pytest.mark.parametrize('mode', ['RGBA', 'LA'])
 def test_transparency_is_composited_over_white(mode):
   alpha = np.arange(54, dtype=np.uint8).reshape(6, 9, 1) * 4
-  colour = _rgb() if mode == 'RGBA' else _rgb()[..., :1]
+  colour = noise() if mode == 'RGBA' else noise()[..., :1]
   image = Image.fromarray(np.concatenate([colour, alpha], -1))
   assert image.mode == mode
   expected = colour * (alpha / 255) + 255 * (1 - alpha / 255)
-  assert np.abs(decode_image(_encode(image, 'PNG')) - expected).max() <= 1
+  assert np.abs(decode_image(encoded(image)) - expected).max() <= 1
 
 
-@pytest.mark.parametrize('alpha, first', [(b'\0\xff', 255), (None, 10)])
-def test_a_transparent_palette_entry_becomes_white(alpha, first):
+@pytest.mark.parametrize(
+  'mode, transparent, first',
+  [('P', b'\0\xff', 255), ('P', None, 9), ('RGB', (9, 9, 9), 255)],
+)
+def test_a_transparent_palette_entry_or_colour_is_white(
+  mode, transparent, first
+):
   image = Image.new('P', (2, 1))
-  image.putpalette([10, 10, 10, 40, 50, 60])
+  image.putpalette([9, 9, 9, 40, 50, 60])
   image.putpixel((1, 0), 1)
-  decoded = decode_image(_encode(image, 'PNG', transparency=alpha))
-  assert decoded.tolist() == [[[first] * 3, [40, 50, 60]]]
-
-
-def test_a_colour_key_becomes_white():
-  image = Image.fromarray(np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8))
-  decoded = decode_image(_encode(image, 'PNG', transparency=(1, 2, 3)))
-  assert decoded.tolist() == [[[255, 255, 255], [9, 9, 9]]]
+  data = encoded(image.convert(mode), transparency=transparent)
+  assert decode_image(data).tolist() == [[[first] * 3, [40, 50, 60]]]
 
 
 @pytest.mark.parametrize('kind, channels', [(0, 1), (2, 3), (4, 2)])
@@ -96,7 +84,7 @@ def test_16_bits_are_scaled_and_not_clipped(kind, channels):
 def test_cmyk_jpeg_shows_its_colours():
   """Pillow writes CMYK the way Adobe does, inverted and marked."""
   image = Image.new('CMYK', (16, 16), (0, 255, 255, 0))
-  data = _encode(image, 'JPEG', quality=95)
+  data = encoded(image, 'JPEG', quality=95)
   assert b'Adobe' in data
   decoded = decode_image(data).astype(int)
   assert decoded.shape == (16, 16, 3)
@@ -119,8 +107,8 @@ VIEWS = {
 def test_exif_orientation_is_applied(orientation):
   exif = Image.Exif()
   exif[0x0112] = orientation
-  data = _encode(Image.fromarray(_rgb()), 'PNG', exif=exif)
-  np.testing.assert_array_equal(decode_image(data), VIEWS[orientation](_rgb()))
+  data = encoded(noise(), exif=exif)
+  np.testing.assert_array_equal(decode_image(data), VIEWS[orientation](noise()))
 
 
 @pytest.mark.parametrize('shorter_side, step', [(None, 1), (16, 2)])
@@ -129,7 +117,7 @@ def test_a_turned_jpeg_is_turned_back(shorter_side, step):
   image = np.stack([4 * rows, 2 * columns, rows + columns], -1).astype(np.uint8)
   exif = Image.Exif()
   exif[0x0112] = 6  # as of a camera held upright
-  data = _encode(Image.fromarray(image), 'JPEG', quality=98, exif=exif)
+  data = encoded(image, 'JPEG', quality=98, exif=exif)
   decoded = decode_image(data, shorter_side=shorter_side)
   shrunk = image.reshape(64 // step, step, 96 // step, step, 3).mean((1, 3))
   assert decoded.shape == (96 // step, 64 // step, 3)
@@ -140,7 +128,7 @@ def test_a_turned_jpeg_is_turned_back(shorter_side, step):
 def test_animation_gives_its_first_frame(fmt):
   red, blue = (Image.new('RGB', (8, 8), c) for c in ('#ff0000', '#0000ff'))
   options = {'lossless': True} if fmt == 'WEBP' else {}
-  data = _encode(red, fmt, save_all=True, append_images=[blue], **options)
+  data = encoded(red, fmt, save_all=True, append_images=[blue], **options)
   assert (decode_image(data) == [255, 0, 0]).all()
 
 
@@ -164,11 +152,11 @@ def _swapped_profile():
 )
 def test_a_colour_profile_is_converted_to_srgb(mode, profile, expected):
   image = Image.new('RGB', (2, 2), '#ff0000').convert(mode)
-  decoded = decode_image(_encode(image, 'PNG', icc_profile=profile))
+  decoded = decode_image(encoded(image, icc_profile=profile))
   assert np.abs(decoded.astype(int) - expected).max() <= 1
 
 
-FLOAT = _encode(Image.fromarray(np.ones((4, 4), np.float32)), 'TIFF')
+FLOAT = encoded(np.ones((4, 4), np.float32), 'TIFF')
 REFUSED = {
   'empty': (b'', 'is empty'),
   'text': (b'this is not an image\n' * 10, 'no format that Pillow reads'),
@@ -180,7 +168,10 @@ REFUSED = {
   'large': (_png(2**13 + 1, 2**13, 8, 2, b''), 'expected at most 67108864'),
   'wide': (_png(2**12 + 1, 2**12, 16, 0, b''), 'expected at most 16777216'),
 } | {
-  fmt: (_encode(Image.fromarray(_rgb(64, 64)), fmt)[:-400], 'cannot be decoded')
+  fmt: (
+    encoded(noise(64, 64), fmt)[:-400],
+    'cannot be decoded',
+  )
   for fmt in ('JPEG', 'PNG', 'WEBP', 'GIF')
 }
 
@@ -195,21 +186,21 @@ def test_damage_is_an_image_error_that_names_the_image(kind):
 # Pillow warns about the block; here that is the expected outcome.
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF data')
 def test_damaged_exif_does_not_cost_the_image():
-  data = bytearray(_encode(Image.fromarray(_rgb(16, 16)), 'JPEG'))
+  data = bytearray(encoded(noise(16, 16), 'JPEG'))
   block = b'Exif\x00\x00II*\x00\xff\xff\xff\x7f'
   app1 = b'\xff\xe1' + struct.pack('>H', len(block) + 2) + block
   assert decode_image(bytes(data[:2] + app1 + data[2:])).shape == (16, 16, 3)
 
 
 def test_shorter_side_keeps_at_least_twice_the_pixels_asked_for():
-  data = _encode(Image.fromarray(_rgb(512, 640)), 'JPEG')
+  data = encoded(noise(512, 640), 'JPEG')
   assert decode_image(data, shorter_side=64).shape == (128, 160, 3)
   assert decode_image(data, shorter_side=300).shape == (512, 640, 3)
 
 
 @pytest.mark.parametrize('function', ['open', 'fromarray'])
 def test_want_of_memory_is_not_damage(function, monkeypatch):
-  data = _encode(Image.fromarray(np.zeros((4, 4), np.uint16)), 'PNG')
+  data = encoded(np.zeros((4, 4), np.uint16), 'PNG')
 
   def full(*arguments, **options):
     raise MemoryError

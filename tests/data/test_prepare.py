@@ -14,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from errors import one_line
 from PIL import Image
+from tiny_data import as_tfrecord, encoded
 
 from rvq_jax.data import prepare
 from rvq_jax.data.datasets import open_dataset
@@ -86,10 +87,7 @@ def test_cifar_is_its_archive_in_the_layout_of_tfds(tmp_path, manual, cifar):
 def test_cifar_of_tensorflow_is_prepared_beside_it(tmp_path, manual, cifar):
   (manual / CIFAR).write_bytes(cifar)
   theirs = Path(prepare.prepare('cifar10', str(tmp_path)))
-  info = theirs / 'dataset_info.json'
-  info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-  for file in theirs.glob('*array_record*'):
-    file.rename(str(file).replace('array_record', 'tfrecord'))
+  as_tfrecord(theirs)
   before = sorted(path.name for path in theirs.iterdir())
   for _ in range(2):  # prepares, and finds
     dataset = open_dataset('tfds:cifar10', data_dir=str(tmp_path))
@@ -132,9 +130,7 @@ def test_a_set_that_cannot_be_prepared_says_how_it_can(tmp_path, name):
 
 
 def _jpeg(i):
-  buffer = io.BytesIO()
-  Image.new('RGB', (8, 8), (i * 5, 0, 0)).save(buffer, 'JPEG')
-  return buffer.getvalue()
+  return encoded(Image.new('RGB', (8, 8), (i * 5, 0, 0)), 'JPEG')
 
 
 TRAIN = {

@@ -1,6 +1,5 @@
 """Prepared tfds directories: read without TensorFlow, faults in one line."""
 
-import io
 import os
 import pickle
 import re
@@ -13,6 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from errors import one_line
 from PIL import Image
+from tiny_data import as_tfrecord, encoded
 
 from rvq_jax.data import tfds_sources
 from rvq_jax.data.datasets import open_dataset
@@ -24,9 +24,7 @@ ID = {'id': tfds.features.Text()}
 
 
 def _image(i):
-  buffer = io.BytesIO()
-  Image.new('RGB', (4, 4), (i, 0, 0)).save(buffer, 'PNG')
-  return buffer.getvalue()
+  return encoded(Image.new('RGB', (4, 4), (i, 0, 0)))
 
 
 NAMES = ('train', 'test', 'validation')
@@ -141,13 +139,6 @@ def _lose_a_file(folder):
   sorted(folder.glob('*-train.*'))[1].unlink()
 
 
-def _change_the_format(folder):
-  info = folder / 'dataset_info.json'
-  info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-  for file in folder.glob('*array_record*'):
-    file.rename(str(file).replace('array_record', 'tfrecord'))
-
-
 def _cut_the_description(folder):
   (folder / 'dataset_info.json').write_text('{"name": ')
 
@@ -158,7 +149,7 @@ def _cut_the_description(folder):
     (None, 'a b:c', NAMES, 'NAME:VERSION'),
     (None, 'toy', ('a', 'b'), 'validation, test, got a, b'),
     (_lose_a_file, 'toy', NAMES, 'toy-train.array_record-00001.* is missing'),
-    (_change_the_format, 'toy', NAMES, '--file_format=array_record'),
+    (as_tfrecord, 'toy', NAMES, '--file_format=array_record'),
     (_cut_the_description, 'toy', NAMES, 'cannot open tfds:toy'),
   ],
 )

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from tiny_data import noise
 
 from rvq_jax.data.images import random_colors, random_flip, to_float
 from rvq_jax.data.transforms import (
@@ -11,11 +12,6 @@ from rvq_jax.data.transforms import (
   resize_and_center_crop,
 )
 from rvq_jax.metrics import to_uint8
-
-
-def _noise(height, width):
-  rng = np.random.default_rng(0)
-  return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def _ramp(height, width):
@@ -34,7 +30,7 @@ def test_the_scale_of_the_model_is_that_of_bytes():
 
 
 def test_flip_mirrors_some_images_and_leaves_the_others():
-  images = np.stack([_noise(4, 6) + np.uint8(i) for i in range(64)])
+  images = np.stack([noise(4, 6) + np.uint8(i) for i in range(64)])
   flipped = np.asarray(random_flip(jax.random.key(0), images))
   mirrored = 0
   for before, after in zip(images, flipped, strict=True):
@@ -90,7 +86,7 @@ def test_other_colors_stay_on_the_scale_of_the_model():
 
 
 def test_an_image_that_has_the_size_is_only_cut():
-  image, wide = _noise(32, 32), _noise(20, 33)
+  image, wide = noise(32, 32), noise(20, 33)
   rng = np.random.default_rng(0)
   np.testing.assert_array_equal(resize_and_center_crop(image, 32), image)
   np.testing.assert_array_equal(random_crop(image, 32, rng), image)
@@ -108,7 +104,7 @@ def test_center_crop_shrinks_with_antialiasing():
 
 @pytest.mark.parametrize('shape', [(1, 1), (1, 50), (50, 1), (7, 200)])
 def test_every_crop_gives_the_size_asked_for(shape):
-  image, rng = _noise(*shape), np.random.default_rng(0)
+  image, rng = noise(*shape), np.random.default_rng(0)
   assert resize_and_center_crop(image, 8).shape == (8, 8, 3)
   assert random_crop(image, 8, rng).shape == (8, 8, 3)
   assert random_resized_crop(image, 8, rng).shape == (8, 8, 3)
