@@ -24,15 +24,6 @@ def _png(width, height, bits, kind, rows):
   return b'\x89PNG\r\n\x1a\n' + data + chunk(b'IEND', b'')
 
 
-@pytest.mark.parametrize(
-  'fmt, options', [('PNG', {}), ('BMP', {}), ('WEBP', {'lossless': True})]
-)
-def test_lossless_rgb_is_exact(fmt, options):
-  decoded = decode_image(encoded(noise(), fmt, **options))
-  assert decoded.dtype == np.uint8
-  np.testing.assert_array_equal(decoded, noise())
-
-
 @pytest.mark.parametrize('mode', ['L', '1'])
 def test_grey_is_repeated_in_three_channels(mode):
   image = Image.fromarray(noise()[..., 0]).convert(mode)
@@ -91,28 +82,23 @@ def test_cmyk_jpeg_shows_its_colours():
   assert np.abs(decoded - [255, 0, 0]).max() < 8
 
 
-VIEWS = {
-  1: lambda x: x,
-  2: lambda x: x[:, ::-1],
-  3: lambda x: x[::-1, ::-1],
-  4: lambda x: x[::-1],
-  5: lambda x: x.transpose(1, 0, 2),
-  6: lambda x: np.rot90(x, -1),
-  7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
-  8: np.rot90,
-}
+# By orientation: transposed, then turned upside down, then mirrored.
+VIEWS = ['', 'm', 'um', 'u', 't', 'tm', 'tum', 'tu']
 
 
-@pytest.mark.parametrize('orientation', VIEWS)
+@pytest.mark.parametrize('orientation', range(1, 9))
 def test_exif_orientation_is_applied(orientation):
-  exif = Image.Exif()
+  exif, view = Image.Exif(), VIEWS[orientation - 1]
   exif[0x0112] = orientation
-  data = encoded(noise(), exif=exif)
-  np.testing.assert_array_equal(decode_image(data), VIEWS[orientation](noise()))
+  up, left = (-1 if x in view else 1 for x in 'um')
+  expected = noise().transpose((1, 0, 2) if 't' in view else (0, 1, 2))
+  decoded = decode_image(encoded(noise(), exif=exif))
+  assert decoded.dtype == np.uint8
+  np.testing.assert_array_equal(decoded, expected[::up, ::left])
 
 
-@pytest.mark.parametrize('shorter_side, step', [(None, 1), (16, 2)])
-def test_a_turned_jpeg_is_turned_back(shorter_side, step):
+@pytest.mark.parametrize('shorter_side, step', [(None, 1), (30, 1), (16, 2)])
+def test_a_turned_jpeg_keeps_twice_the_pixels_asked_for(shorter_side, step):
   rows, columns = np.mgrid[0:64, 0:96]
   image = np.stack([4 * rows, 2 * columns, rows + columns], -1).astype(np.uint8)
   exif = Image.Exif()
@@ -167,13 +153,9 @@ REFUSED = {
   'bomb': (_png(2**14, 2**13, 8, 2, b''), 'exceeds limit'),
   'large': (_png(2**13 + 1, 2**13, 8, 2, b''), 'expected at most 67108864'),
   'wide': (_png(2**12 + 1, 2**12, 16, 0, b''), 'expected at most 16777216'),
-} | {
-  fmt: (
-    encoded(noise(64, 64), fmt)[:-400],
-    'cannot be decoded',
-  )
-  for fmt in ('JPEG', 'PNG', 'WEBP', 'GIF')
 }
+for fmt in ('JPEG', 'PNG', 'WEBP', 'GIF'):
+  REFUSED[fmt] = encoded(noise(64, 64), fmt)[:-400], 'cannot be decoded'
 
 
 @pytest.mark.parametrize('kind', REFUSED)
@@ -190,21 +172,3 @@ def test_damaged_exif_does_not_cost_the_image():
   block = b'Exif\x00\x00II*\x00\xff\xff\xff\x7f'
   app1 = b'\xff\xe1' + struct.pack('>H', len(block) + 2) + block
   assert decode_image(bytes(data[:2] + app1 + data[2:])).shape == (16, 16, 3)
-
-
-def test_shorter_side_keeps_at_least_twice_the_pixels_asked_for():
-  data = encoded(noise(512, 640), 'JPEG')
-  assert decode_image(data, shorter_side=64).shape == (128, 160, 3)
-  assert decode_image(data, shorter_side=300).shape == (512, 640, 3)
-
-
-@pytest.mark.parametrize('function', ['open', 'fromarray'])
-def test_want_of_memory_is_not_damage(function, monkeypatch):
-  data = encoded(np.zeros((4, 4), np.uint16), 'PNG')
-
-  def full(*arguments, **options):
-    raise MemoryError
-
-  monkeypatch.setattr(Image, function, full)
-  with pytest.raises(MemoryError):
-    decode_image(data)

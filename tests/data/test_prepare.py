@@ -46,7 +46,6 @@ def _tar(files, mode='w'):
 
 @pytest.fixture
 def manual(tmp_path):
-  """Where archives are put by hand."""
   folder = tmp_path / 'downloads' / 'manual'
   folder.mkdir(parents=True)
   return folder
@@ -95,31 +94,25 @@ def test_cifar_of_tensorflow_is_prepared_beside_it(tmp_path, manual, cifar):
   assert sorted(path.name for path in theirs.iterdir()) == before
 
 
-@pytest.fixture
-def serve(tmp_path, monkeypatch):
-  """Returns a function that offers an archive for download."""
-  path = tmp_path / CIFAR
-  monkeypatch.setattr(prepare, 'CIFAR_URL', path.as_uri())
-  return path.write_bytes
-
-
-def test_only_a_whole_archive_is_downloaded(tmp_path, manual, cifar, serve):
-  for length in (0, 100):
-    if length:
-      serve(cifar[:length])
-    with one_line(f'put it at {manual / CIFAR}'):
+def test_only_a_whole_archive_is_downloaded_and_used(
+  tmp_path, manual, cifar, monkeypatch
+):
+  served, ours = tmp_path / CIFAR, manual / CIFAR
+  monkeypatch.setattr(prepare, 'CIFAR_URL', served.as_uri())
+  for content in (None, cifar[:100]):
+    if content:
+      served.write_bytes(content)
+    with one_line(f'put it at {ours}'):
       prepare.prepare('cifar10', str(tmp_path))
     assert os.listdir(manual) == []
-  serve(cifar)
-  prepare.prepare('cifar10', str(tmp_path))
-  assert os.listdir(manual) == [CIFAR]
-
-
-def test_an_archive_with_another_checksum_is_refused(tmp_path, manual, cifar):
-  (manual / CIFAR).write_bytes(cifar + b'x')
+  ours.write_bytes(cifar + b'x')
   with one_line(prepare.CIFAR_SHA):
     prepare.prepare('cifar10', str(tmp_path))
   assert not (tmp_path / 'cifar10' / '3.0.2').exists()
+  ours.unlink()
+  served.write_bytes(cifar)
+  prepare.prepare('cifar10', str(tmp_path))
+  assert os.listdir(manual) == [CIFAR]
 
 
 @pytest.mark.parametrize('name', ['cifar10:9.9.9', 'nosuch'])
@@ -147,6 +140,9 @@ def _put(manual):
 
 
 def test_imagenet_jpegs_are_untouched_and_labelled(tmp_path, manual):
+  archives = [str(manual / name) for name in prepare.IMAGENET_ARCHIVES]
+  with one_line(' and '.join(archives)):
+    open_dataset('tfds:imagenet2012', data_dir=str(tmp_path))
   _put(manual)
   dataset = open_dataset('tfds:imagenet2012', data_dir=str(tmp_path))
   assert {record.name: record[:2] for record in dataset.train} == {
@@ -156,12 +152,6 @@ def test_imagenet_jpegs_are_untouched_and_labelled(tmp_path, manual):
   }
   labels = {int(x.name[15:23]): x.label for x in dataset.validation}
   assert labels == VALIDATION
-
-
-def test_missing_archives_are_named_with_their_place(tmp_path, manual):
-  archives = [str(manual / name) for name in prepare.IMAGENET_ARCHIVES]
-  with one_line(' and '.join(archives)):
-    open_dataset('tfds:imagenet2012', data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ def numbered(i, height=8, width=8):
   return np.full((height, width, 3), colour, np.uint8)
 
 
-def ids(batch):
-  """The numbers of the images in a batch."""
-  corner = batch['image'][:, 0, 0].astype(int)
+def ids(images):
+  """The numbers of `numbered` images."""
+  corner = images[:, 0, 0].astype(int)
   return (corner[:, 0] + 256 * corner[:, 1]).tolist()
 
 
