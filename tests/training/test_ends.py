@@ -12,13 +12,7 @@ from rvq_jax.training import loop
 from rvq_jax.training.preemption import StopSignal
 
 pytestmark = pytest.mark.usefixtures('default_signals')
-CODES = {
-  'SIGINT': 130,
-  'SIGTERM': 143,
-  'SIGUSR1': 138,
-  'SIGUSR2': 140,
-  'SIGHUP': 129,
-}
+CODES = dict(SIGINT=130, SIGTERM=143, SIGUSR1=138, SIGUSR2=140, SIGHUP=129)
 
 
 @pytest.mark.parametrize('name', CODES)
@@ -33,13 +27,11 @@ def test_a_signal_finishes_the_step_saves_and_says_so(name):
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
-  old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-  try:
+  with StopSignal():  # restores the handlers
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopSignal() as stop:
       signal.raise_signal(signal.SIGHUP)
       assert not stop.agreed(ask=False)
-  finally:
-    signal.signal(signal.SIGHUP, old)
 
 
 @pytest.mark.slow
