@@ -74,17 +74,14 @@ def open_dataset(
 def check_apart(name: str, workdir) -> None:
   """Refuses a workdir among the images of a folder, which its figures join."""
   kind, _, folder = name.partition(':')
-  if kind == 'folder' and Path(workdir).resolve().is_relative_to(
-    Path(folder).resolve()
-  ):
+  inside = Path(workdir).resolve().is_relative_to(Path(folder).resolve())
+  if kind == 'folder' and inside:
     raise ValueError(
       f'expected a --workdir outside of the images in {folder}, got {workdir}'
     )
 
 
-def open_images(
-  name: str, *, data_dir=None, split: str | None = None
-) -> dict[str, Source]:
+def open_images(name: str, *, data_dir=None, split=None) -> dict[str, Source]:
   """Opens all images, or one split; returns Source by split ('all' without).
 
   `name` is an image, a folder, or a name for `open_dataset`. 'photos' means a
@@ -141,11 +138,7 @@ def _official(name: str, sources: dict[str, Source]) -> Dataset:
 
 
 def _paper(name: str, sources: list[Source], split_file) -> Dataset:
-  """Divides all labelled images 70-20-10, stratified by class (paper 4.1).
-
-  Without any label, all images are one class. A folder is divided by the hashes
-  of its names, or as recorded.
-  """
+  """Divides all labelled images 70-20-10, a folder by names or as recorded."""
   files, parts = [], None
   if name.startswith('folder:'):
     files = [file for source in sources for file in source.identity()]
@@ -161,7 +154,7 @@ def _paper(name: str, sources: list[Source], split_file) -> Dataset:
 
 
 def _divide(name: str, sources: list[Source], by_name: bool):
-  """Indices of train, validation and test in all sources together."""
+  """Divides by class (paper 4.1); without any label, all are one class."""
   labels = np.concatenate([source.labels for source in sources])
   kept = np.flatnonzero((labels >= 0) | (labels.max(initial=-1) < 0))
   if count := labels.size - kept.size:

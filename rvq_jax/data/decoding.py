@@ -37,9 +37,7 @@ class DecodeErrors:
       )
 
 
-def decode_record(
-  source: Source, row: int, transform, shorter_side: int | None = None
-) -> tuple[np.ndarray | None, str, str]:
+def decode_record(source: Source, row: int, transform, shorter_side=None):
   """Reads an image; (image, name, '') or (None, name, why it is unreadable)."""
   name = f'record {row}'
   try:
@@ -71,9 +69,7 @@ def map_ahead(function, items: Iterable, ahead: int, threads: int) -> Iterator:
     pool.shutdown(cancel_futures=True)
 
 
-def decode_ahead(
-  source: Source, rows: Iterable[int], transform, errors, ahead: int
-) -> Iterator[tuple[int, np.ndarray | None, str]]:
+def decode_ahead(source: Source, rows, transform, errors, ahead: int):
   """Yields (row, image or None, name) in order, decoded by `map_ahead`."""
 
   def decode(row):
@@ -104,13 +100,12 @@ class LoadImage:
     # One list of (row, name, reason), boxed since Grain stacks arrays.
     failures, box = [], np.empty((), object)
     box[()] = failures
-    rest = self.size, rng, self.crop_scale
+    crop, rest = CROPS[self.crop], (self.size, rng, self.crop_scale)
     # A small box may need every pixel of a photograph, a square does not.
     side = None if self.crop == 'random_resized' else self.size
     for _ in range(_ATTEMPTS):
-      image, name, reason = decode_record(
-        self.source, row, lambda x: CROPS[self.crop](x, *rest), side
-      )
+      read = decode_record(self.source, row, lambda x: crop(x, *rest), side)
+      image, name, reason = read
       if image is not None:
         return {'image': image, 'failures': box}
       failures.append((row, name, reason))

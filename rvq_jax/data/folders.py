@@ -32,16 +32,13 @@ class FolderSource(Source):
 
 
 def open_folder(path: str) -> dict[str, Source]:
-  """Finds the images under a folder, by split; logs how it was read.
+  """Returns the images under a folder by split; logs how it was read.
 
-  Args:
-    path: a folder that holds only the folders train, validation (or val) and
-      test, each with images or with one folder of images per class; a folder of
-      images or classes (split 'all'); or one image. A lone folder train is a
-      split if it holds folders. Folders in a class belong to it; `~` is home.
-
-  Returns:
-    Source by split. Labels are the ranks of the sorted class names, -1 without.
+  `path` is a folder that holds only the folders train, validation (or val) and
+  test, each with images or with one folder of images per class; a folder of
+  images or classes (split 'all'); or one image. A lone folder train is a split
+  if it holds folders. Folders in a class belong to it. Labels are the ranks of
+  the sorted class names, -1 without.
   """
   path = os.path.abspath(os.path.expanduser(path))
   if os.path.isfile(path):
@@ -136,17 +133,14 @@ def _log(path, sources, classes, left_out) -> None:
   """Says in one line how the folder was read."""
   counts = [f'{name} {len(source):,}' for name, source in sources.items()]
   text = f'{printable(path)}: {", ".join(counts)} images'
-  if classes:
-    text += f', {len(classes):,} folders read as classes ({_first(classes)})'
-  if left_out:
-    text += f'; left out {len(left_out):,} files that are no images'
-    text += f' ({_first(left_out)})'
+  for names, form in (
+    (classes, ', {:,} folders read as classes ({})'),
+    (left_out, '; left out {:,} files that are no images ({})'),
+  ):
+    shown = ', '.join(map(printable, names[:_SHOWN]))
+    more = ', ...' if len(names) > _SHOWN else ''
+    text += form.format(len(names), shown + more) if names else ''
   logging.info('%s', text)
-
-
-def _first(names: list[str]) -> str:
-  shown = ', '.join(map(printable, names[:_SHOWN]))
-  return shown + (', ...' if len(names) > _SHOWN else '')
 
 
 def printable(name: str) -> str:

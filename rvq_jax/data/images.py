@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from rvq_jax.quantize.axis import Axis
+
 
 def to_float(images: jax.Array) -> jax.Array:
   """Maps uint8 to the model's scale: x / 127.5 - 1, float32 in [-1, 1]."""
@@ -58,11 +60,6 @@ def random_colors(key, images: jax.Array, *, axis_name=None) -> jax.Array:
 
 def _per_image(draw, shape, axis_name):
   """draw(shape=shape), one row per image of this device's share of a batch."""
-  if axis_name is None:
-    return draw(shape=shape)
-  rows = shape[0]
-  total = rows * jax.lax.axis_size(axis_name)
-  first = rows * jax.lax.axis_index(axis_name)
-  return jax.lax.dynamic_slice_in_dim(
-    draw(shape=(total, *shape[1:])), first, rows
-  )
+  axis, (rows, *rest) = Axis(axis_name), shape
+  drawn = draw(shape=(axis.size * rows, *rest))
+  return jax.lax.dynamic_slice_in_dim(drawn, axis.index * rows, rows)

@@ -19,9 +19,8 @@ MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images
 
 
 def seeded_permutation(n: int, *entropy: int) -> np.ndarray:
-  """Returns a permutation of range(n), int64 [n], the same on every machine.
+  """Returns a permutation of range(n), int64 [n], by non-negative integers.
 
-  It depends on `entropy`, non-negative integers such as a seed and an epoch.
   NumPy keeps the raw words of Philox for ever, unlike `Generator.permutation`.
   """
   words = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(n)
@@ -185,35 +184,26 @@ def make_train_loader(
   """Makes an endless loader of training batches, in memory or through Grain.
 
   Args:
-    source: the training images.
     batch_size: images per batch, in all `process_count` processes together.
     image_size: side of the images in a batch, in pixels.
     crop: the centre ('none') or a random square ('random') of the scaled image,
       or a box with a share of its area in `crop_scale` ('random_resized').
-    in_memory: keep the decoded set; 'auto' does so up to 4 GiB without crops.
+    in_memory: keep the decoded set, without crops; 'auto' does up to 4 GiB.
     num_workers: processes that decode; 0 decodes in threads.
   """
   if crop not in CROPS:
     raise ValueError(f'crop: expected one of {", ".join(CROPS)}, got {crop!r}')
   if in_memory == 'auto':
-    size = len(source) * image_size**2 * 3
-    in_memory = crop == 'none' and size <= MEMORY_LIMIT
-  elif in_memory and crop != 'none':
-    raise ValueError(f'in_memory: expected crop none, got crop {crop}')
+    in_memory = len(source) * image_size**2 * 3 <= MEMORY_LIMIT
   shared = batch_size, process_index, process_count
-  if in_memory:
+  if in_memory and crop == 'none':
     return MemoryLoader(source, image_size, seed, *shared)
   load = decoding.LoadImage(source, image_size, crop, crop_scale)
   return GrainLoader(load, seed, num_workers, *shared)
 
 
 def eval_batches(
-  source: Source,
-  *,
-  batch_size: int,
-  image_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  source: Source, *, batch_size, image_size, process_index=0, process_count=1
 ) -> Iterator[dict[str, np.ndarray]]:
   """Reads a split once, in order, scaled and centre-cropped.
 

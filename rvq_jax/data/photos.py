@@ -46,8 +46,7 @@ class PhotoSource(Source):
     self._order = hashed_order(split, range(COUNTS[split]))
     names = PHOTOGRAPHS[split]
     self._names = [names[i % len(names)] for i in self._order]
-    labels = [_LABELS.index(name) for name in self._names]
-    self.labels = np.array(labels, np.int32)
+    self.labels = np.array([*map(_LABELS.index, self._names)], np.int32)
 
   def __len__(self):
     return len(self._order)

@@ -38,11 +38,11 @@ def prepare(name: str, data_dir: str, folder: str = '') -> str:
   Archives that a user downloaded are expected in `data_dir`/downloads/manual.
   """
   if name not in KNOWN:
-    base = name.partition(':')[0]
     raise ValueError(
       f'tfds:{name} is not prepared in {data_dir}, and only cifar10 and '
       f'imagenet2012 can be prepared here; prepare it with TensorFlow: tfds '
-      f'build {base} --file_format=array_record --data_dir={data_dir}'
+      f'build {name.partition(":")[0]} --file_format=array_record '
+      f'--data_dir={data_dir}'
     )
   open_set = {'cifar10': _cifar10, 'imagenet2012': _imagenet}[name]
   manual = os.path.join(data_dir, 'downloads', 'manual')
@@ -55,9 +55,8 @@ def write_tfds(
 ) -> str:
   """Writes a tfds directory of ArrayRecord files, unless it is there already.
 
-  One of several processes works, the others wait. `open_set` returns the tfds
-  features and, by split, (stable keys, which decide the order; a function that
-  reads example i).
+  One of several processes works, the others wait. `open_set()` gives the tfds
+  features and, by split, stable keys for the order and a reader of example i.
   """
   final = os.path.join(data_dir, name, version)
   work = os.path.join(data_dir, f'.{name}-{version}-incomplete')

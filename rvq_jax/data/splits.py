@@ -44,10 +44,9 @@ def stratified_split(labels: np.ndarray) -> list[np.ndarray]:
 def hashed_split(labels: np.ndarray, keys: Sequence[str]) -> list[np.ndarray]:
   """Splits by name: 70-20-10 over the whole set, classes as even as possible.
 
-  Each class is ordered by the SHA-256 of its keys, and the classes are laid end
-  to end. Up to the end of each class, at image C, there are round(0.7 C)
-  training images and round(0.9 C) training and validation images. `labels` are
-  integers [n], `keys` names such as CLASS/NAME. Returns as `stratified_split`.
+  Each class is ordered by the SHA-256 of its keys (CLASS/NAME). Up to the end
+  of each of the sorted classes, at image C, there are round(0.7 C) training
+  images and round(0.9 C) training and validation images.
   """
   hashes = [hashlib.sha256(os.fsencode(key)).digest() for key in keys]
   order = sorted(range(len(keys)), key=lambda i: (labels[i], hashes[i]))

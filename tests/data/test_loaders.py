@@ -45,7 +45,9 @@ def _take(loader, n):
 def test_only_a_small_set_is_kept_in_memory(make, make_source, monkeypatch):
   source = make_source(10)
   assert isinstance(make(source), loaders.MemoryLoader)
-  assert isinstance(make(source, crop='random'), loaders.GrainLoader)
+  for in_memory in ('auto', True):
+    loader = make(source, crop='random', in_memory=in_memory)
+    assert isinstance(loader, loaders.GrainLoader)
   monkeypatch.setattr(loaders, 'MEMORY_LIMIT', 10 * 8 * 8 * 3 - 1)
   assert isinstance(make(source), loaders.GrainLoader)
 
@@ -165,7 +167,6 @@ def test_out_of_memory_is_no_corrupt_image(
     ({'batch_size': 0}, 'positive global batch size'),
     ({'batch_size': 11}, 'the training split has 10'),
     ({'crop': 'centre'}, "one of none, random, random_resized, got 'cen"),
-    ({'crop': 'random', 'in_memory': True}, 'got crop random'),
   ],
 )
 def test_bad_arguments_are_refused(make, options, message):
