@@ -1,7 +1,5 @@
 """Images on the device: the model's scale is float32 in [-1, 1]."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -24,8 +22,7 @@ def random_flip(key, images: jax.Array, *, axis_name=None) -> jax.Array:
   The draw depends only on the key and the index in the global batch; under
   `axis_name` images [B, h, w, 3] are the share of one device.
   """
-  draw = functools.partial(jax.random.bernoulli, key)
-  flip = _per_image(draw, (images.shape[0],), axis_name)
+  flip = _per_image(jax.random.bernoulli, key, images.shape[:1], axis_name)
   return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
@@ -40,8 +37,8 @@ def random_colors(key, images: jax.Array, *, axis_name=None) -> jax.Array:
   channels first, so every order of the channels can occur. s = 2^U(-1.5, 0.5),
   a = 2^U(-0.5, 0.5). Images are [B, h, w, 3] in [-1, 1]; see `random_flip`.
   """
-  draw = functools.partial(jax.random.uniform, key)
-  u = _per_image(draw, (images.shape[0], 4), axis_name)[:, :, None, None]
+  u = _per_image(jax.random.uniform, key, (len(images), 4), axis_name)
+  u = u[:, :, None, None]
   swapped = jnp.where(u[:, 0, ..., None] < 0.5, images, images[..., (1, 0, 2)])
   grey = jnp.mean(swapped, axis=-1, keepdims=True)
   color = swapped - grey
@@ -58,8 +55,8 @@ def random_colors(key, images: jax.Array, *, axis_name=None) -> jax.Array:
   return jnp.clip(colored, -1.0, 1.0)
 
 
-def _per_image(draw, shape, axis_name):
-  """draw(shape=shape), one row per image of this device's share of a batch."""
+def _per_image(draw, key, shape, axis_name):
+  """draw(key, shape), a row per image of this device's share of a batch."""
   axis, (rows, *rest) = Axis(axis_name), shape
-  drawn = draw(shape=(axis.size * rows, *rest))
+  drawn = draw(key, shape=(axis.size * rows, *rest))
   return jax.lax.dynamic_slice_in_dim(drawn, axis.index * rows, rows)

@@ -13,7 +13,6 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
 """Larger images are refused: they are decompression bombs or mistakes."""
-_MAX_WIDE_PIXELS = MAX_PIXELS // 4  # with 16 or 32 bits per channel
 _COMMON = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # tried first
 # Formats that need a program or plugin beside Pillow, or hold no pictures.
 _UNREADABLE = {'BUFR', 'EPS', 'FITS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
@@ -59,7 +58,7 @@ def decode_image(
     with Image.open(io.BytesIO(data), formats=formats()) as image:
       if image.mode == 'F':
         raise ImageError(f'{label} has float pixels: expected integers')
-      limit = _MAX_WIDE_PIXELS if image.mode.startswith('I') else MAX_PIXELS
+      limit = MAX_PIXELS // (4 if image.mode.startswith('I') else 1)
       if image.width * image.height > limit:
         raise ImageError(
           f'{label} has {image.width} x {image.height} pixels: expected at '
