@@ -1,5 +1,6 @@
 """Prepared tfds directories: read without TensorFlow, faults in one line."""
 
+import functools
 import os
 import pickle
 import re
@@ -33,17 +34,15 @@ def _prepare(
 ):
   """Writes splits, the first in two files; image i has label i % 3."""
 
-  def examples(split, count):
+  def read(split, i):
     known = split != 'test' or name != 'imagenet2012'
+    example = {'label': i % 3 if known else -1, 'id': f'{split}_{i}'} | values
+    return {'image': _image(i)} | {field: example[field] for field in fields}
 
-    def read(i):
-      example = {'label': i % 3 if known else -1, 'id': f'{split}_{i}'}
-      example |= values
-      return {'image': _image(i)} | {field: example[field] for field in fields}
-
-    return range(count), read
-
-  splits = {s: examples(s, n) for s, n in zip(names, counts, strict=False)}
+  splits = {
+    split: (range(count), functools.partial(read, split))
+    for split, count in zip(names, counts, strict=False)
+  }
   features = {'image': tfds.features.Image(shape=(4, 4, 3))} | fields
   half = -(-counts[0] // 2)
   return write_tfds(
