@@ -38,16 +38,11 @@ def test_a_full_disk_is_one_line_and_the_older_step_resumes(
   assert final_bits(tiny_config, run) == final_bits(tiny_config, whole)
 
 
-# A checkpoint has a file of 22 kB.
-LIMITED = """
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-"""
-
-
 @pytest.mark.slow
 def test_a_limit_on_files_is_named(start_run, tmp_path, steps_of):
-  last = last_line(start_run(tmp_path / 'run', before=LIMITED))
+  limit = 'from resource import *; setrlimit(RLIMIT_FSIZE, (20_000, 20_000))'
+  # A checkpoint has a file of 22 kB.
+  last = last_line(start_run(tmp_path / 'run', before=limit))
   assert last.startswith('error: File too large while writing to ')
   assert steps_of(tmp_path / 'run') == []
 
