@@ -28,10 +28,7 @@ _PHOTOS = ('photos', 'tfds:photos')
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """The splits to train on, to choose by and to report on, and a log line.
-
-  `names` are the images' names in each split, if a folder was divided.
-  """
+  """Splits, a line for the log, and the names of a divided folder's images."""
 
   name: str
   train: Source
@@ -43,26 +40,20 @@ class Dataset:
   def write_split(self, path) -> None:
     """Writes `names`, if there are any, as `split_file` for `open_dataset`."""
     if self.names:
-      content = {'data': self.name} | self.names
-      write_atomic(path, json.dumps(content, indent=0))
+      write_atomic(path, json.dumps({'data': self.name} | self.names, indent=0))
 
 
 def open_dataset(
   name: str, *, split: str = 'official', data_dir=None, split_file=None
 ) -> Dataset:
-  """Opens a data set by name and divides it.
+  """Opens the data set `tfds:NAME`, `folder:PATH` or `photos` and divides it.
 
   Args:
-    name: `tfds:NAME`, `folder:PATH` or `photos`.
     split: 'official' for the data set's own splits; 'paper' for 70-20-10 of
       all its labelled images, stratified by class.
     data_dir: where tfds keeps prepared data; None: ~/tensorflow_datasets.
-    split_file: written by `Dataset.write_split` when a run divided this folder.
-      If it exists, it gives the splits, without images missing or new now.
-
-  Raises:
-    ValueError: no such data set or split, or over 1 % of the images in
-      `split_file` are missing.
+    split_file: from `Dataset.write_split`. If it exists, it gives the splits,
+      without images missing or new now; over 1 % missing is a ValueError.
   """
   if split not in ('official', 'paper'):
     raise ValueError(f'split: expected official or paper, got {split!r}')
@@ -77,33 +68,24 @@ def open_dataset(
     sources.pop('test', None)
   if split == 'official':
     return _official(name, sources)
-  return _paper(name, sources, split_file)
+  return _paper(name, list(sources.values()), split_file)
 
 
 def check_apart(name: str, workdir) -> None:
   """Refuses a workdir among the images of a folder, which its figures join."""
   kind, _, folder = name.partition(':')
-  if kind == 'folder' and Path(workdir).resolve().is_relative_to(
-    Path(folder).resolve()
-  ):
+  inside = Path(workdir).resolve().is_relative_to(Path(folder).resolve())
+  if kind == 'folder' and inside:
     raise ValueError(
       f'expected a --workdir outside of the images in {folder}, got {workdir}'
     )
 
 
-def open_images(
-  name: str, *, data_dir=None, split: str | None = None
-) -> dict[str, Source]:
-  """Opens all images of something that a user named.
+def open_images(name: str, *, data_dir=None, split=None) -> dict[str, Source]:
+  """Opens all images, or one split; returns Source by split ('all' without).
 
-  Args:
-    name: an image, a folder, or a name for `open_dataset`. 'photos' means a
-      folder of this name if there is one; 'tfds:photos' is the embedded set.
-    data_dir: where tfds keeps prepared data.
-    split: the only one to open; None for all.
-
-  Returns:
-    Source by split; 'all' without splits.
+  `name` is an image, a folder, or a name for `open_dataset`. 'photos' means a
+  folder of this name if there is one; 'tfds:photos' is the embedded set.
   """
   full = name
   if name == 'photos' and Path(name).exists():
@@ -155,42 +137,27 @@ def _official(name: str, sources: dict[str, Source]) -> Dataset:
   return Dataset(name, *used, note=note if len(held_out) == 1 else '')
 
 
-def _paper(name: str, sources: dict[str, Source], split_file) -> Dataset:
-  """Divides all labelled images 70-20-10, stratified by class (paper 4.1).
-
-  Without any label, all images are one class. A folder is divided by the hashes
-  of its names, or as recorded.
-  """
-  files, recorded = None, None
+def _paper(name: str, sources: list[Source], split_file) -> Dataset:
+  """Divides all labelled images 70-20-10, a folder by names or as recorded."""
+  files, parts = [], None
   if name.startswith('folder:'):
-    files = [file for source in sources.values() for file in source.identity()]
-    recorded = _read_split(split_file, name)
-  if recorded:
-    parts = _recorded_parts(name, files, recorded)
-  else:
-    parts = _divide(name, list(sources.values()), by_name=files is not None)
+    files = [file for source in sources for file in source.identity()]
+    parts = _recorded_parts(name, files, split_file)
+  parts = parts or _divide(name, sources, by_name=bool(files))
   if min(map(len, parts)) == 0:
     raise ValueError(
       f'{name} has {sum(map(len, parts))} images, too few to divide 70-20-10'
     )
-  names = {}
-  if files:
-    names = {
-      split: [files[i] for i in part]
-      for split, part in zip(SPLITS, parts, strict=True)
-    }
-  used = [Selection(sources.values(), part) for part in parts]
-  return Dataset(name, *used, names=names)
+  named = zip(SPLITS, parts, strict=True) if files else ()
+  names = {split: [files[i] for i in part] for split, part in named}
+  return Dataset(name, *(Selection(sources, p) for p in parts), names=names)
 
 
 def _divide(name: str, sources: list[Source], by_name: bool):
-  """Indices of train, validation and test in all sources together."""
+  """Divides by class (paper 4.1); without any label, all are one class."""
   labels = np.concatenate([source.labels for source in sources])
-  kept = np.flatnonzero(labels >= 0)
-  if kept.size == 0:
-    kept = np.arange(labels.size)
-  if kept.size < labels.size:
-    count = labels.size - kept.size
+  kept = np.flatnonzero((labels >= 0) | (labels.max(initial=-1) < 0))
+  if count := labels.size - kept.size:
     logging.info('%s: left out %d images that have no class', name, count)
   if by_name:
     keys = [key for source in sources for key in source.keys]
@@ -200,21 +167,18 @@ def _divide(name: str, sources: list[Source], by_name: bool):
   return [kept[part] for part in parts]
 
 
-def _read_split(path, name: str) -> dict[str, list[str]] | None:
-  """The recorded names; None without a record of this data set."""
+def _recorded_parts(name, files, path) -> list[np.ndarray] | None:
+  """Sorted indices of the recorded images that still exist; None: no record."""
   if path is None or not Path(path).exists():
     return None
-  record = read_json(path, _MAX_SPLIT_BYTES) or {}
-  if any(not isinstance(record.get(split), list) for split in SPLITS):
+  recorded = read_json(path, _MAX_SPLIT_BYTES) or {}
+  if any(not isinstance(recorded.get(split), list) for split in SPLITS):
     raise ValueError(
       f'{path} is damaged; it says which images were trained on: put back a '
       'copy, or start anew in another --workdir'
     )
-  return record if record.get('data') == name else None
-
-
-def _recorded_parts(name, files, recorded) -> list[np.ndarray]:
-  """Sorted indices of the recorded images that still exist."""
+  if recorded.get('data') != name:
+    return None
   index = {file: i for i, file in enumerate(files)}
   names = [file for split in SPLITS for file in recorded[split]]
   missing = [file for file in names if file not in index]

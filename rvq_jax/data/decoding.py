@@ -1,12 +1,8 @@
-"""Decoding images in threads.
-
-Images that cannot be decoded are named, and their share is limited.
-"""
+"""Decoding images in threads; those that cannot be decoded are named."""
 
 import collections
 import concurrent.futures
 import dataclasses
-import functools
 import itertools
 import logging
 import os
@@ -14,19 +10,15 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from rvq_jax.data import transforms
 from rvq_jax.data.sources import Source
-from rvq_jax.data.transforms import ImageError, decode_image
+from rvq_jax.data.transforms import CROPS, ImageError, decode_image
 
 MAX_SHARE = 0.01  # a larger share of images that cannot be decoded ends the run
 _ATTEMPTS = 4
 
 
 class DecodeErrors:
-  """Names the images of a source that cannot be decoded, and limits them.
-
-  `rows` are their indices in the source, which has `total` images.
-  """
+  """Names and limits the images (`rows`) of `total` that cannot be decoded."""
 
   def __init__(self, total: int):
     self.rows: set[int] = set()
@@ -45,14 +37,8 @@ class DecodeErrors:
       )
 
 
-def decode_record(
-  source: Source, row: int, transform, shorter_side: int | None = None
-) -> tuple[np.ndarray | None, str, str]:
-  """Reads, decodes and transforms the image at index `row`, if it can.
-
-  Returns:
-    (image, name, ''), or (None, name, reason) if it cannot be decoded.
-  """
+def decode_record(source: Source, row: int, transform, shorter_side=None):
+  """Reads an image; (image, name, '') or (None, name, why it is unreadable)."""
   name = f'record {row}'
   try:
     record = source[row]
@@ -83,13 +69,8 @@ def map_ahead(function, items: Iterable, ahead: int, threads: int) -> Iterator:
     pool.shutdown(cancel_futures=True)
 
 
-def decode_ahead(
-  source: Source, rows: Iterable[int], transform, errors, ahead: int
-) -> Iterator[tuple[int, np.ndarray | None, str]]:
-  """Decodes images in threads, in order, at most `ahead` before the caller.
-
-  Yields (row, image, name); the image is None if it cannot be decoded.
-  """
+def decode_ahead(source: Source, rows, transform, errors, ahead: int):
+  """Yields (row, image or None, name) in order, decoded by `map_ahead`."""
 
   def decode(row):
     return row, *decode_record(source, row, transform)
@@ -105,7 +86,7 @@ def decode_ahead(
 class LoadImage:
   """Decodes and crops one record; a random one replaces a corrupt one.
 
-  The record's own generator draws it, so a batch is the same whenever it is
+  The record's own generator draws both: a batch is the same whenever it is
   made. Four corrupt records in a row raise an OSError.
   """
 
@@ -115,18 +96,16 @@ class LoadImage:
   crop_scale: tuple[float, float]
 
   def __call__(self, row: int, rng: np.random.Generator):
-    """Returns {'image': uint8 [size, size, 3], 'failures': object []}.
-
-    'failures' is one list of (row, name, reason), boxed since Grain stacks
-    arrays.
-    """
+    """Returns {'image': uint8 [size, size, 3], 'failures': object []}."""
+    # One list of (row, name, reason), boxed since Grain stacks arrays.
     failures, box = [], np.empty((), object)
     box[()] = failures
-    cut = functools.partial(self._cut, rng=rng)
+    crop, rest = CROPS[self.crop], (self.size, rng, self.crop_scale)
     # A small box may need every pixel of a photograph, a square does not.
     side = None if self.crop == 'random_resized' else self.size
     for _ in range(_ATTEMPTS):
-      image, name, reason = decode_record(self.source, row, cut, side)
+      read = decode_record(self.source, row, lambda x: crop(x, *rest), side)
+      image, name, reason = read
       if image is not None:
         return {'image': image, 'failures': box}
       failures.append((row, name, reason))
@@ -136,13 +115,4 @@ class LoadImage:
       f'{_ATTEMPTS} records in a row cannot be read ({reasons}); check the '
       'disk that holds them, or repair or remove them; the same command '
       'resumes from the last checkpoint'
-    )
-
-  def _cut(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    if self.crop == 'none':
-      return transforms.resize_and_center_crop(image, self.size)
-    if self.crop == 'random':
-      return transforms.random_crop(image, self.size, rng)
-    return transforms.random_resized_crop(
-      image, self.size, rng, scale=self.crop_scale
     )

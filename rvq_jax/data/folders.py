@@ -1,8 +1,4 @@
-"""Images in folders: PATH/{train,validation,test}/CLASS/*.
-
-Both kinds of folders are optional: without class folders there are no labels,
-without split folders only the paper's split divides the images.
-"""
+"""Images in folders: PATH/{train,validation,test}/CLASS/*, both optional."""
 
 import logging
 import os
@@ -16,10 +12,7 @@ _SHOWN = 5  # names in a line of the log
 
 
 class FolderSource(Source):
-  """The images `files`, paths in the folder `root`, with their labels [n].
-
-  `keys` are their names without the split folder: CLASS/NAME.
-  """
+  """The images `files` in the folder `root`; `keys` are their CLASS/NAME."""
 
   def __init__(self, root: str, files: list[str], labels, keys: list[str]):
     self._root, self._files, self.keys = root, files, keys
@@ -39,18 +32,13 @@ class FolderSource(Source):
 
 
 def open_folder(path: str) -> dict[str, Source]:
-  """Finds the images under a folder; logs how it was read.
+  """Returns the images under a folder by split; logs how it was read.
 
-  Args:
-    path: a folder that holds only the folders train, validation (or val) and
-      test, each with images or with one folder of images per class; a folder of
-      images or classes; or one image. If it holds only a folder train, this is
-      a split if it holds folders. Folders in a class belong to it. `~` is
-      expanded.
-
-  Returns:
-    Source by split name; 'all' without split folders. Labels are the ranks of
-    the sorted class names, -1 without class folders.
+  `path` is a folder that holds only the folders train, validation (or val) and
+  test, each with images or with one folder of images per class; a folder of
+  images or classes (split 'all'); or one image. A lone folder train is a split
+  if it holds folders. Folders in a class belong to it. Labels are the ranks of
+  the sorted class names, -1 without.
   """
   path = os.path.abspath(os.path.expanduser(path))
   if os.path.isfile(path):
@@ -58,10 +46,7 @@ def open_folder(path: str) -> dict[str, Source]:
     return {'all': FolderSource(root, [file], [-1], [file])}
   left_out: list[str] = []
   folders = _split_folders(path)
-  listed = {
-    split: _list_images(path, folder, left_out)
-    for split, folder in (folders or {'all': ''}).items()
-  }
+  listed = {s: _list_images(path, folders[s], left_out) for s in folders}
   # Images outside class folders have class '', which is no class.
   names = {name for files in listed.values() for name, _ in files} - {''}
   label = {name: i for i, name in enumerate(sorted(names))}
@@ -69,33 +54,31 @@ def open_folder(path: str) -> dict[str, Source]:
   for split, files in listed.items():
     labels = [label.get(name, -1) for name, _ in files]
     files = [file for _, file in files]
-    keys = [os.path.relpath(file, folders.get(split, '.')) for file in files]
+    keys = [os.path.relpath(file, folders[split] or '.') for file in files]
     sources[split] = FolderSource(path, files, labels, keys)
   _log(path, sources, list(label), left_out)
   return sources
 
 
 def _split_folders(path: str) -> dict[str, str]:
-  """The folder of each split; none if `path` holds anything else as well."""
+  """The folder of each split; 'all' if `path` holds anything else as well."""
   folders, images, _ = _scan(path)
-  by_split: dict[str, str] = {}
+  whole, by_split = {'all': ''}, {}
   for folder in folders:
     split = {'val': 'validation'}.get(folder.lower(), folder.lower())
     if split not in SPLITS or images:
-      return {}
+      return whole
     if split in by_split:
       raise ValueError(
         f'{printable(path)} has both {by_split[split]} and {folder}; keep one'
       )
     by_split[split] = folder
   if by_split and 'train' not in by_split:
-    raise ValueError(
-      f'{printable(path)} has no folder train, only '
-      f'{", ".join(by_split.values())}'
-    )
+    only = ', '.join(by_split.values())
+    raise ValueError(f'{printable(path)} has no folder train, only {only}')
   if len(by_split) == 1 and not _scan(os.path.join(path, by_split['train']))[0]:
-    return {}
-  return {split: by_split[split] for split in SPLITS if split in by_split}
+    return whole
+  return {s: by_split[s] for s in SPLITS if s in by_split} or whole
 
 
 def _list_images(root: str, split: str, left_out) -> list[tuple[str, str]]:
@@ -110,8 +93,7 @@ def _list_images(root: str, split: str, left_out) -> list[tuple[str, str]]:
   listed = _walk(root, split, left_out)
   depth = len(os.path.join(split, '_')) - 1
   named = [(x[depth:].partition('/')[0] if folders else '', x) for x in listed]
-  empty = sorted({*(folders or [''])} - {folder for folder, _ in named})
-  if empty:
+  if empty := sorted({*(folders or [''])} - {folder for folder, _ in named}):
     where = os.path.normpath(os.path.join(where, empty[0]))
     raise ValueError(
       f'{printable(where)} holds no images; expected files such as .jpg, .png '
@@ -121,7 +103,7 @@ def _list_images(root: str, split: str, left_out) -> list[tuple[str, str]]:
 
 
 def _walk(root: str, inside: str, left_out: list[str]) -> list[str]:
-  """Lists the images in a folder and in those below it."""
+  """Lists the images in and below a folder."""
   folders, images, others = _scan(os.path.join(root, inside))
   left_out += [os.path.join(inside, name) for name in others]
   files = [os.path.join(inside, image) for image in images]
@@ -151,17 +133,14 @@ def _log(path, sources, classes, left_out) -> None:
   """Says in one line how the folder was read."""
   counts = [f'{name} {len(source):,}' for name, source in sources.items()]
   text = f'{printable(path)}: {", ".join(counts)} images'
-  if classes:
-    text += f', {len(classes):,} folders read as classes ({_first(classes)})'
-  if left_out:
-    text += f'; left out {len(left_out):,} files that are no images'
-    text += f' ({_first(left_out)})'
+  for names, form in (
+    (classes, ', {:,} folders read as classes ({})'),
+    (left_out, '; left out {:,} files that are no images ({})'),
+  ):
+    shown = ', '.join(map(printable, names[:_SHOWN]))
+    more = ', ...' if len(names) > _SHOWN else ''
+    text += form.format(len(names), shown + more) if names else ''
   logging.info('%s', text)
-
-
-def _first(names: list[str]) -> str:
-  shown = ', '.join(map(printable, names[:_SHOWN]))
-  return shown + (', ...' if len(names) > _SHOWN else '')
 
 
 def printable(name: str) -> str:

@@ -1,9 +1,9 @@
 """Images on the device: the model's scale is float32 in [-1, 1]."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
+
+from rvq_jax.quantize.axis import Axis
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -16,22 +16,17 @@ def prepare_images(images: jax.Array) -> jax.Array:
   return to_float(images) if images.dtype == jnp.uint8 else images
 
 
-def random_flip(
-  key: jax.Array, images: jax.Array, *, axis_name=None
-) -> jax.Array:
+def random_flip(key, images: jax.Array, *, axis_name=None) -> jax.Array:
   """Mirrors each image left to right with probability one half.
 
   The draw depends only on the key and the index in the global batch; under
   `axis_name` images [B, h, w, 3] are the share of one device.
   """
-  draw = functools.partial(jax.random.bernoulli, key)
-  flip = _per_image(draw, (images.shape[0],), axis_name)
+  flip = _per_image(jax.random.bernoulli, key, images.shape[:1], axis_name)
   return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
-def random_colors(
-  key: jax.Array, images: jax.Array, *, axis_name=None
-) -> jax.Array:
+def random_colors(key, images: jax.Array, *, axis_name=None) -> jax.Array:
   """Draws hue, order of channels, saturation and contrast for each image.
 
   With G the mean of a pixel's channels and m the mean of G over the image,
@@ -40,16 +35,10 @@ def random_colors(
 
   R turns colours about the grey axis by any angle; half of the images swap two
   channels first, so every order of the channels can occur. s = 2^U(-1.5, 0.5),
-  a = 2^U(-0.5, 0.5). The draw depends only on the key and the index in the
-  global batch.
-
-  Args:
-    key: random key.
-    images: [B, h, w, 3] in [-1, 1]; under `axis_name` the share of one device.
-    axis_name: mapped axis of the batch.
+  a = 2^U(-0.5, 0.5). Images are [B, h, w, 3] in [-1, 1]; see `random_flip`.
   """
-  draw = functools.partial(jax.random.uniform, key)
-  u = _per_image(draw, (images.shape[0], 4), axis_name)[:, :, None, None]
+  u = _per_image(jax.random.uniform, key, (len(images), 4), axis_name)
+  u = u[:, :, None, None]
   swapped = jnp.where(u[:, 0, ..., None] < 0.5, images, images[..., (1, 0, 2)])
   grey = jnp.mean(swapped, axis=-1, keepdims=True)
   color = swapped - grey
@@ -66,13 +55,8 @@ def random_colors(
   return jnp.clip(colored, -1.0, 1.0)
 
 
-def _per_image(draw, shape, axis_name):
-  """draw(shape=shape), one row per image of this device's share of a batch."""
-  if axis_name is None:
-    return draw(shape=shape)
-  rows = shape[0]
-  total = rows * jax.lax.axis_size(axis_name)
-  first = rows * jax.lax.axis_index(axis_name)
-  return jax.lax.dynamic_slice_in_dim(
-    draw(shape=(total, *shape[1:])), first, rows
-  )
+def _per_image(draw, key, shape, axis_name):
+  """draw(key, shape), a row per image of this device's share of a batch."""
+  axis, (rows, *rest) = Axis(axis_name), shape
+  drawn = draw(key, shape=(axis.size * rows, *rest))
+  return jax.lax.dynamic_slice_in_dim(drawn, axis.index * rows, rows)

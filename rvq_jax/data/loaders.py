@@ -13,21 +13,27 @@ from absl import flags
 
 from rvq_jax.data import decoding, workers
 from rvq_jax.data.sources import Source
-from rvq_jax.data.splits import seeded_permutation
-from rvq_jax.data.transforms import resize_and_center_crop
+from rvq_jax.data.transforms import CROPS, resize_and_center_crop
 
-CROPS = ('none', 'random', 'random_resized')
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images
+
+
+def seeded_permutation(n: int, *entropy: int) -> np.ndarray:
+  """Returns a permutation of range(n), int64 [n], by non-negative integers.
+
+  NumPy keeps the raw words of Philox for ever, unlike `Generator.permutation`.
+  """
+  words = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(n)
+  return np.argsort(words, kind='stable')
 
 
 class TrainLoader:
   """Endless training batches that can be resumed at any position.
 
   `next(loader)` returns this process's rows of the next batch: {'image': uint8
-  [batch_size / process_count, size, size, 3]}. The batch of a step depends only
-  on the source, the seed and the global batch size. An epoch is
-  `steps_per_epoch` full global batches of a permutation of `num_examples`
-  images.
+  [batch_size / process_count, size, size, 3]}. A batch depends only on its
+  step, the source, the seed and the global batch size. An epoch is
+  `steps_per_epoch` full batches of a permutation of `num_examples` images.
   """
 
   def __init__(self, num_examples, batch_size, process_index, process_count):
@@ -49,8 +55,8 @@ class TrainLoader:
   def seek(self, position: dict[str, int]) -> None:
     """Makes the batch at `position` the next one; refuses another set's.
 
-    A set that has lost up to 2 % of its images is accepted with a warning: if a
-    divided set lost 1 %, all of them may be training images.
+    A set that lost up to 2 % is accepted with a warning: the 1 % that a divided
+    set may lose can all be training images.
     """
     had, count = position['images'], self.num_examples
     if not had * (1 - 2 * decoding.MAX_SHARE) <= count <= had:
@@ -65,29 +71,25 @@ class TrainLoader:
         *(count, had),
       )
     self._step = position['step']
+    self.close()
 
   def close(self) -> None:
-    """Ends threads and worker processes."""
+    """Ends threads and worker processes, until the next batch is asked for."""
 
 
 class MemoryLoader(TrainLoader):
   """Batches from images that are decoded and kept, 10 to 20 times as fast."""
 
   def __init__(self, source: Source, image_size: int, seed: int, *shared):
-    count = len(source)
-    images = np.empty((count, image_size, image_size, 3), np.uint8)
-    crop = functools.partial(resize_and_center_crop, size=image_size)
-    errors = decoding.DecodeErrors(count)
-    decoded = decoding.decode_ahead(source, range(count), crop, errors, 1024)
-    for row, image, _ in decoded:
-      if image is not None:
-        images[row] = image
-    bad = sorted(errors.rows)
-    self._images = np.delete(images, bad, axis=0) if bad else images
-    super().__init__(len(self._images), *shared)
-    self._order = functools.lru_cache(maxsize=2)(
-      functools.partial(seeded_permutation, self.num_examples, seed)
-    )
+    images = np.empty((len(source), image_size, image_size, 3), np.uint8)
+    kept = 0
+    for batch in eval_batches(source, batch_size=512, image_size=image_size):
+      start, kept = kept, kept + batch['mask'].sum()
+      images[start:kept] = batch['image'][batch['mask']]
+    self._images = images[:kept]
+    super().__init__(int(kept), *shared)
+    order = functools.partial(seeded_permutation, self.num_examples, seed)
+    self._order = functools.lru_cache(maxsize=2)(order)
 
   def __next__(self):
     epoch, batch = divmod(self._step, self.steps_per_epoch)
@@ -106,11 +108,6 @@ class GrainLoader(TrainLoader):
     self._load, self._seed, self._workers = load, seed, num_workers
     self._errors = decoding.DecodeErrors(len(load.source))
     self._iterator = self._end = None
-
-  def seek(self, position):
-    """See `TrainLoader`."""
-    super().seek(position)
-    self.close()
 
   def __next__(self):
     try:
@@ -187,47 +184,32 @@ def make_train_loader(
   """Makes an endless loader of training batches, in memory or through Grain.
 
   Args:
-    source: the training images.
-    batch_size: images per batch, in all processes together.
+    batch_size: images per batch, in all `process_count` processes together.
     image_size: side of the images in a batch, in pixels.
     crop: the centre ('none') or a random square ('random') of the scaled image,
-      or a box of random size ('random_resized').
-    crop_scale: smallest and largest area of a 'random_resized' box, as a share
-      of the image.
-    seed: seed for the order and the crops.
-    in_memory: keep the decoded set; 'auto' does so up to 4 GiB without crops.
+      or a box with a share of its area in `crop_scale` ('random_resized').
+    in_memory: keep the decoded set, without crops; 'auto' does up to 4 GiB.
     num_workers: processes that decode; 0 decodes in threads.
-    process_index: number of this process among those that share a batch.
-    process_count: divides `batch_size`.
   """
   if crop not in CROPS:
     raise ValueError(f'crop: expected one of {", ".join(CROPS)}, got {crop!r}')
   if in_memory == 'auto':
-    size = len(source) * image_size**2 * 3
-    in_memory = crop == 'none' and size <= MEMORY_LIMIT
-  elif in_memory and crop != 'none':
-    raise ValueError(f'in_memory: expected crop none, got crop {crop}')
+    in_memory = len(source) * image_size**2 * 3 <= MEMORY_LIMIT
   shared = batch_size, process_index, process_count
-  if in_memory:
+  if in_memory and crop == 'none':
     return MemoryLoader(source, image_size, seed, *shared)
   load = decoding.LoadImage(source, image_size, crop, crop_scale)
   return GrainLoader(load, seed, num_workers, *shared)
 
 
 def eval_batches(
-  source: Source,
-  *,
-  batch_size: int,
-  image_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  source: Source, *, batch_size, image_size, process_index=0, process_count=1
 ) -> Iterator[dict[str, np.ndarray]]:
   """Reads a split once, in order, scaled and centre-cropped.
 
-  Yields:
-    {'image': uint8 [B, size, size, 3], 'mask': bool [B]}, B = batch_size /
-    process_count; every process gets as many. Images that cannot be decoded,
-    and rows that fill the last batch, are zero and have mask False.
+  Yields {'image': uint8 [B, size, size, 3], 'mask': bool [B]}, B = batch_size /
+  process_count, equally often in each process. Images that cannot be decoded,
+  and rows that fill the last batch, are zero and have mask False.
   """
   local_size = _local_size(batch_size, process_count)
   count, first = len(source), process_index * local_size

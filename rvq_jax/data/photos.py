@@ -1,9 +1,8 @@
 """The embedded data set: crops of photographs that ship with our dependencies.
 
-All but one come with scikit-image (public domain or CC0); the portrait of Grace
-Hopper, for skin and dark cloth, with matplotlib (US Navy, public domain).
-Training and test images come from different photographs: crops of one overlap,
-so a split by crop would test on training pixels.
+All but one come with scikit-image (public domain or CC0), Grace Hopper with
+matplotlib (US Navy, public domain). Crops of one photograph overlap, so that
+training and test images come from different ones.
 """
 
 import functools
@@ -47,8 +46,7 @@ class PhotoSource(Source):
     self._order = hashed_order(split, range(COUNTS[split]))
     names = PHOTOGRAPHS[split]
     self._names = [names[i % len(names)] for i in self._order]
-    labels = [_LABELS.index(name) for name in self._names]
-    self.labels = np.array(labels, np.int32)
+    self.labels = np.array([*map(_LABELS.index, self._names)], np.int32)
 
   def __len__(self):
     return len(self._order)
@@ -60,10 +58,9 @@ class PhotoSource(Source):
     if rng.random() < 0.5:
       crop = crop[:, ::-1]
     data = io.BytesIO()
-    image = Image.fromarray(np.ascontiguousarray(crop))
-    image.save(data, 'BMP')
-    label = int(self.labels[index])
-    return Record(data.getvalue(), label, f'{self._split}_{number:05d}')
+    Image.fromarray(np.ascontiguousarray(crop)).save(data, 'BMP')
+    name = f'{self._split}_{number:05d}'
+    return Record(data.getvalue(), int(self.labels[index]), name)
 
   def identity(self):
     """See `Source`."""

@@ -1,55 +1,48 @@
 """Prepares CIFAR-10 and ImageNet as tfds directories, without TensorFlow.
 
-tfds's own builders, and its shuffle of more than 1 GB, need TensorFlow. Here
-the records are written in the order of that shuffle, so an index means the same
-image however a set was prepared. Shards go one by one into a hidden folder,
-where an interrupted preparation resumes; complete, the folder is renamed.
+tfds's own builders and its shuffle need TensorFlow. Records are written in the
+order of that shuffle, so an index means the same image however a set was
+prepared. Shards go one by one into a hidden folder, where an interrupted
+preparation resumes; complete, the folder is renamed.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import io
 import logging
 import os
 import re
-import shutil
 import tarfile
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from rvq_jax.data.splits import hashed_order
-from rvq_jax.io import explain_full_disk
+from rvq_jax.io import explain_full_disk, write_atomic
 
 CIFAR_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR_SHA = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
+_MAX_CIFAR_BYTES = 2**28
 KNOWN = {'cifar10': '3.0.2', 'imagenet2012': '5.1.0'}
 """Sets that can be prepared without TensorFlow, and their versions."""
 IMAGENET_ARCHIVES = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 _CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'
 
-Example = dict[str, Any]
-Examples = tuple[Sequence[str | int], Callable[[int], Example]]
-"""Stable keys, which decide the order, and a function that reads example i."""
-
 
 def prepare(name: str, data_dir: str, folder: str = '') -> str:
-  """Prepares one of `KNOWN` in `folder` of `data_dir`, unless it is there.
+  """Prepares one of `KNOWN` in `folder` of `data_dir`; returns its directory.
 
   Archives that a user downloaded are expected in `data_dir`/downloads/manual.
-  Returns the directory of the data set.
   """
   if name not in KNOWN:
-    base = name.partition(':')[0]
     raise ValueError(
       f'tfds:{name} is not prepared in {data_dir}, and only cifar10 and '
       f'imagenet2012 can be prepared here; prepare it with TensorFlow: tfds '
-      f'build {base} --file_format=array_record --data_dir={data_dir}'
+      f'build {name.partition(":")[0]} --file_format=array_record '
+      f'--data_dir={data_dir}'
     )
   open_set = {'cifar10': _cifar10, 'imagenet2012': _imagenet}[name]
   manual = os.path.join(data_dir, 'downloads', 'manual')
@@ -62,8 +55,8 @@ def write_tfds(
 ) -> str:
   """Writes a tfds directory of ArrayRecord files, unless it is there already.
 
-  One of several processes works, the others wait. `open_set` returns the tfds
-  features and the `Examples` of each split.
+  One of several processes works, the others wait. `open_set()` gives the tfds
+  features and, by split, stable keys for the order and a reader of example i.
   """
   final = os.path.join(data_dir, name, version)
   work = os.path.join(data_dir, f'.{name}-{version}-incomplete')
@@ -124,11 +117,12 @@ def _cifar10(manual: str):
   path = os.path.join(manual, os.path.basename(CIFAR_URL))
   if not os.path.exists(path):
     _download(path)
-  if _sha256(path) != CIFAR_SHA:
-    raise ValueError(
-      f'{path} is not the archive with sha256 {CIFAR_SHA}; remove it and give '
-      'the same command again'
-    )
+  with open(path, 'rb') as stream:
+    if hashlib.file_digest(stream, 'sha256').hexdigest() != CIFAR_SHA:
+      raise ValueError(
+        f'{path} is not the archive with sha256 {CIFAR_SHA}; remove it and '
+        'give the same command again'
+      )
   features = {
     'id': tfds.features.Text(),
     'image': tfds.features.Image(shape=(32, 32, 3)),
@@ -142,37 +136,27 @@ def _cifar10(manual: str):
 def _download(path: str) -> None:
   """Downloads the archive; only a complete one gets its name."""
   logging.info('downloading %s', CIFAR_URL)
-  partial = f'{path}.partial'
   try:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with urllib.request.urlopen(CIFAR_URL, timeout=30) as remote:
-      with open(partial, 'wb') as local:
-        shutil.copyfileobj(remote, local)
-    if _sha256(partial) != CIFAR_SHA:
+      data = remote.read(_MAX_CIFAR_BYTES)
+    if hashlib.sha256(data).hexdigest() != CIFAR_SHA:
       raise OSError('it ended early, or is another file')
-    os.replace(partial, path)
+    write_atomic(path, data)
   except OSError as error:
     raise ValueError(
       f'cannot download {CIFAR_URL} ({error}); put it at {path}'
     ) from error
-  finally:
-    with contextlib.suppress(OSError):
-      os.remove(partial)
 
 
-def _sha256(path: str) -> str:
-  with open(path, 'rb') as stream:
-    return hashlib.file_digest(stream, 'sha256').hexdigest()
-
-
-def _cifar10_split(path: str, split: str, files: list[str]) -> Examples:
+def _cifar10_split(path: str, split: str, files: list[str]):
   """Reads a split; a record is the label, then pixels channel by channel."""
   with tarfile.open(path, 'r:gz') as archive:
     members = [f'cifar-10-batches-bin/{file}.bin' for file in files]
     data = b''.join(archive.extractfile(name).read() for name in members)
   records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
 
-  def read(i: int) -> Example:
+  def read(i: int):
     pixels = records[i, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
     png = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(png, 'PNG')
@@ -210,7 +194,7 @@ def _imagenet(manual: str):
   }
 
 
-def _tar_examples(path: str, labels: dict[str, int]) -> Examples:
+def _tar_examples(path: str, labels: dict[str, int]):
   """Opens an archive of the members `labels`: images, or a tar per class."""
   try:
     entries = list(_index(path, labels))
@@ -219,7 +203,7 @@ def _tar_examples(path: str, labels: dict[str, int]) -> Examples:
       f'{path} is not a complete tar archive ({error}); download it again'
     ) from error
 
-  def read(i: int) -> Example:
+  def read(i: int):
     name, offset, size, label = entries[i]
     with open(path, 'rb') as stream:
       stream.seek(offset)

@@ -1,7 +1,6 @@
 """Where images come from: random access to encoded images."""
 
 import functools
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +17,9 @@ class Record(NamedTuple):
 
 
 class Source:
-  """Random access to encoded images; picklable, for worker processes.
+  """Random access to `len(source)` encoded images; picklable, for workers.
 
-  A source has `len(source)` records; `source[i]` reads one as a `Record`, and
-  raises an OSError if it cannot. `labels`, int32 [n], decodes no images.
+  `source[i]` reads a `Record` or raises an OSError. `labels` are int32 [n].
   """
 
   labels: np.ndarray
@@ -41,8 +39,8 @@ class Source:
 class Selection(Source):
   """Chosen records of several sources; indices count through all of them."""
 
-  def __init__(self, sources: Iterable[Source], indices: np.ndarray):
-    self._sources = list(sources)
+  def __init__(self, sources: list[Source], indices: np.ndarray):
+    self._sources = sources
     self._ends = np.cumsum([len(source) for source in self._sources])
     self._indices = np.asarray(indices, np.int64)
 

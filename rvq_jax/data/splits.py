@@ -1,8 +1,4 @@
-"""Seeded permutations and the stratified split of the paper (section 4.1).
-
-They are built from the raw words of NumPy's Philox generator, which NumPy
-keeps the same for ever on every platform, unlike `Generator.permutation`.
-"""
+"""The stratified split of the paper (section 4.1), and orders by hashes."""
 
 import hashlib
 import os
@@ -10,16 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from rvq_jax.data.loaders import seeded_permutation
+
 FRACTIONS = (0.7, 0.2, 0.1)  # train, validation and test in the paper
-
-
-def seeded_permutation(n: int, *entropy: int) -> np.ndarray:
-  """Returns a permutation of range(n), int64 [n], the same on every machine.
-
-  It depends on `entropy`, non-negative integers such as a seed and an epoch.
-  """
-  words = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(n)
-  return np.argsort(words, kind='stable')
 
 
 def seeded_rng(*entropy: int) -> np.random.Generator:
@@ -34,41 +23,30 @@ def hashed_order(split: str, keys: Iterable[str | int]) -> list[int]:
 
 
 def stratified_split(labels: np.ndarray) -> list[np.ndarray]:
-  """Splits indices so that every part holds the same share of each class.
+  """Splits indices: each part has its share of every class, within one image.
 
   Each class is permuted by a fixed seed and cut at the rounded cumulative
-  fractions: a part has its share of every class, within one image.
-
-  Args:
-    labels: integers [n], at least -1; any value is a class.
-
-  Returns: the sorted int64 indices of train, validation and test.
+  fractions. `labels` are integers [n], at least -1; any value is a class.
+  Returns the sorted int64 indices of train, validation and test.
   """
   edges = np.cumsum(FRACTIONS)[:-1]
-  parts = [[np.empty(0, np.int64)] for _ in FRACTIONS]
   order = np.argsort(labels, kind='stable')
+  pieces = [[order[:0]] * len(FRACTIONS)]
   classes, starts = np.unique(labels[order], return_index=True)
   for value, members in zip(classes, np.split(order, starts)[1:], strict=True):
     # SeedSequence takes no negative words, and -1 is the label of "none".
     shuffled = members[seeded_permutation(members.size, 0, int(value) + 1)]
     cuts = np.floor(edges * members.size + 0.5).astype(np.int64)
-    for part, piece in zip(parts, np.split(shuffled, cuts), strict=True):
-      part.append(piece)
-  return [np.sort(np.concatenate(part)) for part in parts]
+    pieces.append(np.split(shuffled, cuts))
+  return [np.sort(np.concatenate(part)) for part in zip(*pieces, strict=True)]
 
 
 def hashed_split(labels: np.ndarray, keys: Sequence[str]) -> list[np.ndarray]:
   """Splits by name: 70-20-10 over the whole set, classes as even as possible.
 
-  Each class is ordered by the SHA-256 of its keys, and the classes are laid end
-  to end. Up to the end of each class, at image C, there are round(0.7 C)
-  training images and round(0.9 C) training and validation images.
-
-  Args:
-    labels: integers [n].
-    keys: names of the images, such as CLASS/NAME.
-
-  Returns: the sorted int64 indices of train, validation and test.
+  Each class is ordered by the SHA-256 of its keys (CLASS/NAME). Up to the end
+  of each of the sorted classes, at image C, there are round(0.7 C) training
+  images and round(0.9 C) training and validation images.
   """
   hashes = [hashlib.sha256(os.fsencode(key)).digest() for key in keys]
   order = sorted(range(len(keys)), key=lambda i: (labels[i], hashes[i]))
@@ -76,9 +54,5 @@ def hashed_split(labels: np.ndarray, keys: Sequence[str]) -> list[np.ndarray]:
   # Rounded in integers: the same on every machine.
   edges = np.append(0, ends)
   cuts = np.diff([(share * edges + 5) // 10 for share in (7, 9)]).T
-  parts = [[], [], []]
-  members = np.split(np.array(order, np.int64), ends[:-1])
-  for indices, cut in zip(members, cuts, strict=True):
-    for part, piece in zip(parts, np.split(indices, cut), strict=True):
-      part.append(piece)
-  return [np.sort(np.concatenate(part)) for part in parts]
+  pieces = map(np.split, np.split(np.array(order, np.int64), ends[:-1]), cuts)
+  return [np.sort(np.concatenate(part)) for part in zip(*pieces, strict=True)]

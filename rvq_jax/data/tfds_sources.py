@@ -59,10 +59,8 @@ class TfdsSource(Source):
     name = example[self._name] if self._name else f'{self._split}/{index}'
     if isinstance(name, bytes):
       name = name.decode('utf-8', 'backslashreplace')
-    return Record(example['image'], self._label(example), str(name))
-
-  def _label(self, example) -> int:
-    return int(example['label']) if self._has_label else -1
+    label = int(example['label']) if self._has_label else -1
+    return Record(example['image'], label, str(name))
 
   @functools.cached_property
   def labels(self):
@@ -96,7 +94,7 @@ class TfdsSource(Source):
           f'the labels of {self._split} of {self._directory} cannot be read: '
           f'{error}; put back a copy of its files or prepare it again'
         ) from error
-      labels += [self._label(example) for example in chunk]
+      labels += [int(example['label']) for example in chunk]
     return np.array(labels or [-1] * len(self), np.int32)
 
   def identity(self):
@@ -108,14 +106,10 @@ class TfdsSource(Source):
 
 
 def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
-  """Opens the splits that a tfds data set has of train, validation and test.
+  """Opens train, validation and test, as far as a tfds data set has them.
 
-  Prepares CIFAR-10 and ImageNet first if need be.
-
-  Args:
-    name: as tfds writes it: NAME, NAME/CONFIG or NAME:VERSION.
-    data_dir: folder of prepared data sets; None for tfds's default, which is
-      $TFDS_DATA_DIR or ~/tensorflow_datasets.
+  Prepares CIFAR-10 and ImageNet first if need be. `name` is NAME, NAME/CONFIG
+  or NAME:VERSION; `data_dir` None is $TFDS_DATA_DIR or ~/tensorflow_datasets.
   """
   default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
   data_dir = os.path.expanduser(data_dir or default)
@@ -138,12 +132,11 @@ def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
       f'tfds:{name}: expected one of the splits {", ".join(SPLITS)}, got '
       f'{", ".join(info.splits) or "none"}'
     )
-  for key in names.values():
-    for path in info.splits[key].filepaths:
-      if not os.path.exists(path):
-        raise ValueError(
-          f'{path} is missing; remove {directory} and prepare it again'
-        )
+  for path in (p for key in names.values() for p in info.splits[key].filepaths):
+    if not os.path.exists(path):
+      raise ValueError(
+        f'{path} is missing; remove {directory} and prepare it again'
+      )
   return {split: TfdsSource(directory, key) for split, key in names.items()}
 
 

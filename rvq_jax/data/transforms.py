@@ -1,8 +1,7 @@
 """Image transforms on the host: decoding, cropping, resampling.
 
-An image is uint8 [h, w, 3], RGB; a crop of it is uint8 [size, size, 3]. Every
-crop is a box of the source image, resampled once, bicubic with antialiasing; a
-box of the right size is copied.
+An image is uint8 [h, w, 3], RGB; a crop uint8 [size, size, 3]: a box of the
+image, resampled once, bicubic with antialiasing, or copied if it has the size.
 """
 
 import functools
@@ -14,7 +13,6 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
 """Larger images are refused: they are decompression bombs or mistakes."""
-_MAX_WIDE_PIXELS = MAX_PIXELS // 4  # with 16 or 32 bits per channel
 _COMMON = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # tried first
 # Formats that need a program or plugin beside Pillow, or hold no pictures.
 _UNREADABLE = {'BUFR', 'EPS', 'FITS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
@@ -46,18 +44,12 @@ def decode_image(
 
   EXIF orientation is applied, a colour profile is converted to sRGB,
   transparency is composited over white, CMYK is converted, 16 bits are scaled
-  to 8, and an animation gives its first frame.
-
-  Args:
-    data: a file in one of `formats()`.
-    name: name of the image in an error.
-    shorter_side: pixels to which the caller will shrink the shorter side. A
-      JPEG more than twice as large is decoded several times faster at 1/2, 1/4
-      or 1/8.
+  to 8, and an animation gives its first frame. A JPEG more than twice as large
+  as the `shorter_side` that the caller wants is decoded at 1/2, 1/4 or 1/8.
 
   Raises:
-    ImageError: it is corrupt, of another format, has float pixels, or more than
-      `MAX_PIXELS` pixels, a quarter of that with 16 bits.
+    ImageError: it is corrupt, in none of `formats()`, has float pixels, or more
+      than `MAX_PIXELS` pixels, a quarter of that with 16 bits; names `name`.
   """
   label = f'image {name!r}' if name else 'image'
   if not data:
@@ -66,7 +58,7 @@ def decode_image(
     with Image.open(io.BytesIO(data), formats=formats()) as image:
       if image.mode == 'F':
         raise ImageError(f'{label} has float pixels: expected integers')
-      limit = _MAX_WIDE_PIXELS if image.mode.startswith('I') else MAX_PIXELS
+      limit = MAX_PIXELS // (4 if image.mode.startswith('I') else 1)
       if image.width * image.height > limit:
         raise ImageError(
           f'{label} has {image.width} x {image.height} pixels: expected at '
@@ -143,14 +135,11 @@ def random_crop(image: np.ndarray, size: int, rng) -> np.ndarray:
   return _resample(image, left, top, side, side, size)
 
 
-def random_resized_crop(
-  image: np.ndarray, size: int, rng: np.random.Generator, *, scale=(0.08, 1.0)
-) -> np.ndarray:
+def random_resized_crop(image, size: int, rng, scale=(0.08, 1.0)) -> np.ndarray:
   """Cuts out a box of random area and shape and resizes it (Inception crop).
 
-  Its share of the image's area is drawn from `scale`, its width / height
-  log-uniformly from 3 / 4 to 4 / 3. If ten draws do not fit into the image, the
-  central square is taken.
+  Its share of the area is drawn from `scale`, its width / height log-uniformly
+  from 3 / 4 to 4 / 3. After ten draws that do not fit: the central square.
   """
   height, width = image.shape[:2]
   for _ in range(10):
@@ -163,6 +152,14 @@ def random_resized_crop(
       top = int(rng.integers(height - box_h + 1))
       return _resample(image, left, top, box_w, box_h, size)
   return resize_and_center_crop(image, size)
+
+
+CROPS = {
+  'none': lambda image, size, *_: resize_and_center_crop(image, size),
+  'random': lambda image, size, rng, _: random_crop(image, size, rng),
+  'random_resized': random_resized_crop,
+}
+"""Name of a crop -> function (image, size, rng, scale) -> image."""
 
 
 def _resample(image, left, top, width, height, size: int) -> np.ndarray:

@@ -9,10 +9,7 @@ from multiprocessing import resource_tracker
 from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 
 STOP_SIGNALS = (SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP)
-"""Signals that ask a run to stop (SLURM's --signal sends SIGUSR1 or SIGUSR2).
-
-A run saves (training/preemption.py); its workers ignore them, so that it can.
-"""
+"""Ask a run to stop, SLURM by SIGUSR1 or SIGUSR2; its workers ignore them."""
 
 
 @contextlib.contextmanager

@@ -21,14 +21,10 @@ def prepare_backend(*, share_gpus: bool = False) -> None:
   """Caches compiled programs, keeps freed memory, warns of an unused GPU.
 
   Settings of the user win. The cache has a folder per kind of CPU, because
-  machines may share a home directory. XLA:CPU allocates its temporaries in each
-  call: glibc would return them to the kernel, and page faults would take a
-  third of a step. YNNPACK's convolutions, XLA's default, cost another third
-  (docs/scale.md).
-
-  Args:
-    share_gpus: take GPU memory as needed, not three quarters of it at the
-      start, and leave some to PyTorch in the same process.
+  machines may share a home directory. Memory that glibc returned to the kernel
+  would cost a third of a step in page faults, and YNNPACK's convolutions, XLA's
+  default, another third (docs/scale.md). With `share_gpus`, GPU memory is taken
+  as needed: some is left to PyTorch in the same process.
   """
   if share_gpus:
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
@@ -45,8 +41,8 @@ def prepare_backend(*, share_gpus: bool = False) -> None:
   on_cpu = (jax.config.jax_platforms or ('' if plugins else 'cpu')) == 'cpu'
   chosen = re.search('MALLOC_|GLIBC_TUNABLES', ' '.join(os.environ))
   if on_cpu and not chosen and platform.libc_ver()[0] == 'glibc':
-    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX in malloc.h. One arena,
-    # because a thread's arena cannot grow beyond 64 MiB.
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX. One arena, because a thread's
+    # cannot grow beyond 64 MiB.
     for option in ((-4, 0), (-1, -1), (-8, 1)):
       ctypes.CDLL(None).mallopt(*option)
   gpu = any(Path('/proc/driver/nvidia/gpus').glob('*'))
@@ -62,12 +58,9 @@ def _kind_of_cpu() -> str:
 
 
 def gpu_advice(gpu: bool) -> str:
-  """What to install if JAX cannot use an NVIDIA GPU; '' if it can.
+  """What to install if JAX cannot use the NVIDIA `gpu`, if any; '' if it can.
 
   JAX ignores a plugin whose version differs from jaxlib's and uses the CPU.
-
-  Args:
-    gpu: whether the machine has an NVIDIA GPU.
   """
   jaxlib, mismatch = importlib.metadata.version('jaxlib'), ''
   for cuda in ('cuda12', 'cuda13'):
@@ -90,11 +83,7 @@ def gpu_advice(gpu: bool) -> str:
 
 
 def make_deterministic() -> None:
-  """Has XLA use no atomics on GPUs, which add in an unknown order.
-
-  Raises:
-    ValueError: JAX has started its backend, so XLA_FLAGS was read before.
-  """
+  """Has XLA use no atomics on GPUs, which add in an unknown order."""
   flags = os.environ.get('XLA_FLAGS', '')
   if DETERMINISTIC in flags.split():
     return

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -36,22 +35,18 @@ class Checkpoints:
   score, and the digests of all three). Every read checks the digest. The newest
   `keep` steps stay, and the one with the lowest score. Saves are asynchronous;
   leaving the context manager waits for the last one, except after a
-  KeyboardInterrupt. All processes must see the directory.
-
-  Args:
-    workdir: directory of the run.
-    keep: newest checkpoints to keep.
-    read_only: never create or delete anything.
+  KeyboardInterrupt. All processes must see the directory. With `read_only`
+  nothing is created or deleted.
   """
 
   def __init__(self, workdir, *, keep: int = 2, read_only: bool = False):
     self._path = Path(workdir).resolve() / 'checkpoints'
-    self._read_only = read_only
+    self._read_only, self._keep = read_only, keep
     self._on_first_process(self._remove_unfinished)
     self._manager = ocp.CheckpointManager(
       self._path,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=_NewestAndBest(keep, self._best),
+        preservation_policy=self,  # see `should_preserve`
         create=not read_only,
         read_only=read_only,
         lightweight_initialize=True,
@@ -79,10 +74,9 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def resolve(self, step: int | str | None = None) -> int:
-    """The step that a number, 'best' or None (the newest) means.
+    """The saved step of a number, 'best' or None (the newest).
 
-    Raises:
-      FileNotFoundError: it does not exist; lists the steps that do.
+    If there is none, a FileNotFoundError lists the steps that exist.
     """
     steps, number = self.steps, step
     if step in (None, 'best'):
@@ -97,11 +91,8 @@ class Checkpoints:
   def save(self, state: TrainState, *, config, position, score=None) -> None:
     """Starts saving a state, unless its step is saved already.
 
-    Args:
-      state: the state, with its step.
-      config: dictionary of JSON values.
-      position: the same, from the data loader.
-      score: validation mse, if the state was evaluated.
+    `config` and `position` are dictionaries of JSON values, `score` is the
+    validation mse, if the state was evaluated.
     """
     step = int(state.step)
     if step in self.steps:
@@ -111,7 +102,7 @@ class Checkpoints:
     items = _items(state)
     meta = {'config': config, 'position': position, 'score': score}
     meta['digests'] = {name: tree_digest(item) for name, item in items.items()}
-    meta['digest'] = _json_digest(meta)
+    meta['digest'] = _digest(meta)
     self._scores[step] = score
     args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args)
@@ -120,23 +111,18 @@ class Checkpoints:
 
   def meta(self, step: int) -> dict[str, Any]:
     """Config, position, score and digests; ValueError if damaged."""
-
-    def is_sound(meta):
-      return meta['digest'] == _json_digest(meta)
-
-    return self._read(step, 'meta', ocp.args.JsonRestore(), is_sound)
+    args = ocp.args.JsonRestore()
+    return self._read(step, 'meta', args, lambda x: x['digest'] == _digest(x))
 
   def restore(self, state: TrainState, step: int) -> TrainState:
-    """The state of a step; ValueError if damaged.
+    """The state of a step that exists; ValueError if damaged.
 
-    Args:
-      state: a state, or its `jax.eval_shape` with shardings: gives structure,
-        shapes, dtypes and placement.
-      step: a step that exists.
+    `state`, or its `jax.eval_shape` with shardings, gives structure, shapes,
+    dtypes and placement.
     """
     fields = {'averages': None}
     for name, item in _items(state).items():
-      fields |= self._read_arrays(step, name, jax.tree.map(_abstract, item))
+      fields |= self._read_arrays(step, name, item)
     return TrainState(**fields)
 
   def restore_model(self, abstract: dict[str, Any], step: int):
@@ -148,15 +134,11 @@ class Checkpoints:
   ) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest sound state and its meta; None without checkpoints.
 
-    Damaged newer steps are moved to WORKDIR/corrupt.
-
-    Args:
-      state: see `restore`.
-      check: is called with the meta of a step before its state is read.
+    Damaged newer steps are moved to WORKDIR/corrupt. `check` is called with the
+    meta of a step before its state is read; see `restore` for `state`.
 
     Raises:
-      ValueError: no checkpoint is sound, or `check` raises it. No file is
-        changed then.
+      ValueError: none is sound, or `check` raises it; no file is changed.
     """
     damaged = {}
     for step in reversed(self.steps):
@@ -192,6 +174,17 @@ class Checkpoints:
     scored = [s for s in steps if self._scores.get(s) is not None]
     return min(scored, key=self._scores.get, default=None)
 
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """Tells Orbax which steps to keep.
+
+    Its own BestN takes scores from a file without a digest: a flipped byte
+    could delete the best step. `_best` looks at sound scores only.
+    """
+    del context
+    steps = [info.step for info in checkpoints]
+    kept = {*steps[-self._keep :], self._best(steps)}
+    return [step in kept for step in steps]
+
   def _read_arrays(self, step, item, abstract):
     digest = self.meta(step)['digests'][item]
     args = ocp.args.StandardRestore(abstract)
@@ -225,7 +218,7 @@ class Checkpoints:
       multihost_utils.sync_global_devices('rvq_jax: checkpoints changed')
 
   def _remove_unfinished(self) -> None:
-    """Removes steps that a killed process had half written or half deleted."""
+    """Removes steps that a killed process had half written or deleted."""
     partial = [*self._path.glob(f'*{_UNFINISHED}*')]
     steps = [p for p in self._path.glob('*') if p.name.isdecimal()]
     steps.sort(key=lambda path: int(path.name))  # Orbax never deletes the last
@@ -245,27 +238,9 @@ class Checkpoints:
       )
 
 
-class _NewestAndBest:
-  """Which steps Orbax keeps: the newest `keep`, and `best` of all.
-
-  Its own BestN takes scores from a file without a digest: a flipped byte could
-  delete the best step. `best` looks at sound scores only.
-  """
-
-  def __init__(self, keep: int, best: Callable[[list[int]], int | None]):
-    self._keep, self._best = keep, best
-
-  def should_preserve(self, checkpoints, *, context) -> list[bool]:
-    del context
-    steps = [info.step for info in checkpoints]
-    kept = {*steps[-self._keep :], self._best(steps)}
-    return [step in kept for step in steps]
-
-
 def has_checkpoints(workdir) -> bool:
   """Whether a run has any checkpoint, sound or not."""
-  paths = (Path(workdir) / 'checkpoints').glob('*')
-  return any(path.name.isdecimal() for path in paths)
+  return any(p.name.isdecimal() for p in Path(workdir).glob('checkpoints/*'))
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -274,17 +249,11 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
   if state.averages is not None:
     model['averages'] = state.averages
   names = ('step', 'nonfinite_streak', 'opt_state', 'discriminator')
-  rest = {name: getattr(state, name) for name in names}
-  rest = {name: item for name, item in rest.items() if item is not None}
+  rest = {n: getattr(state, n) for n in names if getattr(state, n) is not None}
   return {'model': model, 'optimizer': rest}
 
 
-def _json_digest(meta: dict[str, Any]) -> str:
+def _digest(meta: dict[str, Any]) -> str:
   """SHA-256 of the JSON of `meta` without its own digest."""
   rest = {name: x for name, x in meta.items() if name != 'digest'}
   return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _abstract(x):
-  sharding = getattr(x, 'sharding', None)
-  return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=sharding)

@@ -3,32 +3,20 @@
 import re
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 _CAUSES = 'gloo|nccl|unavailable|deadline.exceeded|heartbeat|connection|barrier'
 
 
-def initialize(
-  coordinator: str | None = None,
-  num_processes: int | None = None,
-  process_id: int | None = None,
-  *,
-  lost_after: int = 100,
-) -> None:
+def initialize(coordinator, num_processes, process_id, *, lost_after) -> None:
   """Joins the other processes of the run; call before any device is used.
 
   Args:
-    coordinator: HOST:PORT of process 0. Without it and the next two, JAX asks
-      the scheduler, such as SLURM.
-    num_processes: number of processes in the run.
-    process_id: number of this process, from 0.
+    coordinator: HOST:PORT of process 0. If it and the next two are None, JAX
+      asks the scheduler, such as SLURM.
+    num_processes: of the run.
+    process_id: of this process, from 0.
     lost_after: seconds of silence after which a process counts as lost, which
-      ends the run.
-
-  Raises:
-    ValueError: an argument is missing or out of range, or there is no
-      scheduler.
+      ends the run, at least 10.
   """
   given = (coordinator, num_processes, process_id)
   explicit = coordinator is not None
@@ -61,13 +49,6 @@ def initialize(
       '--multihost: expected a scheduler such as SLURM, found none; give '
       '--coordinator=HOST:PORT --num_processes=N --process_id=I'
     ) from error
-
-
-def largest(value: int) -> int:
-  """The largest value of all processes, which must call it at the same step."""
-  if jax.process_count() == 1:
-    return value
-  return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
 def peer_is_lost(error: BaseException) -> bool:

@@ -4,21 +4,20 @@ import signal
 import threading
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from rvq_jax.data.workers import STOP_SIGNALS
-from rvq_jax.training import multihost
 
 
 class StopSignal:
   """Turns SIGTERM, SIGUSR1, SIGUSR2, SIGHUP and SIGINT into a request to stop.
 
-  The loop finishes its step, saves and exits with 128 + the signal's number; a
-  second SIGINT interrupts at once. A signal that is ignored already stays
-  ignored, such as SIGHUP under nohup. Outside the main thread nothing changes.
-  If one of several processes gets a signal, all stop at the same step.
-
-  Attributes:
-    exit_code: exit code of the program once the run is to stop, or None.
+  The loop finishes its step, saves and exits with `exit_code`, 128 + the number
+  of the signal (None before one); a second SIGINT interrupts at once. Ignored
+  signals stay ignored, such as SIGHUP under nohup. Outside the main thread
+  nothing changes. If one of several processes gets a signal, all stop at the
+  same step.
   """
 
   def __init__(self):
@@ -39,13 +38,10 @@ class StopSignal:
       signal.signal(number, handler)
 
   def agreed(self, *, ask: bool) -> bool:
-    """Whether to stop after this step; the same answer in every process.
-
-    Args:
-      ask: ask the other processes by a collective, at the same step in each.
-    """
+    """Whether all processes are to stop; they `ask` each other at one step."""
     if ask and not self._alone:
-      self.exit_code = multihost.largest(self._received) or None
+      received = multihost_utils.process_allgather(np.int32(self._received))
+      self.exit_code = int(received.max()) or None
     return self.exit_code is not None
 
   def _request(self, number, _):

@@ -1,7 +1,6 @@
 """Metric files, TensorBoard events and progress of a run.
 
-The writers have the method names of `clu.metric_writers`, whose own writers
-import TensorFlow.
+The methods have the names of `clu.metric_writers`, which import TensorFlow.
 """
 
 import contextlib
@@ -23,10 +22,7 @@ from rvq_jax.io import write_atomic
 class JsonlWriter:
   """Appends one JSON object per call to WORKDIR/metrics.jsonl.
 
-  Args:
-    workdir: directory of the run.
-    start_step: drops lines of later steps, which a run wrote after its last
-      checkpoint.
+  Lines of steps after `start_step`, the last checkpoint's, are dropped.
   """
 
   def __init__(self, workdir, *, start_step: int = 0):
@@ -47,12 +43,8 @@ class JsonlWriter:
 class TensorBoardWriter:
   """Writes TensorBoard events to WORKDIR/tensorboard.
 
-  It takes the formats of tensorboardX but not its SummaryWriter, which writes
-  in a thread, where a full disk goes unnoticed.
-
-  Args:
-    workdir: directory of the run.
-    start_step: TensorBoard hides older events of later steps.
+  TensorBoard hides older events of steps after `start_step`. The SummaryWriter
+  of tensorboardX writes in a thread, where a full disk goes unnoticed.
   """
 
   def __init__(self, workdir, *, start_step: int = 0):
@@ -114,36 +106,30 @@ class MultiWriter:
 
 
 def read_jsonl(path) -> list[dict]:
-  """The lines of a metrics file.
+  """The lines of a metrics file, whose last one may be cut off.
 
-  Lines that are no JSON object with an integer 'step' are left out, with one
-  warning for all; the last line may be cut off.
+  One warning counts the lines that are no JSON object with an integer 'step'.
   """
   *lines, last = Path(path).read_text('utf-8', 'replace').split('\n')
   records = [_parsed(line) for line in lines]
   if damaged := records.count(None):
-    first = records.index(None) + 1
     logging.warning(
       '%s: left out %d damaged lines, the first is line %d',
-      *(path, damaged, first),
+      *(path, damaged, records.index(None) + 1),
     )
   return [record for record in [*records, _parsed(last)] if record is not None]
 
 
 def _parsed(line: str) -> dict | None:
-  try:
+  with contextlib.suppress(ValueError, RecursionError):
     record = json.loads(line)
-  except (ValueError, RecursionError):
-    return None
-  step = record.get('step') if isinstance(record, dict) else None
-  return record if type(step) is int else None
+    if isinstance(record, dict) and type(record.get('step')) is int:
+      return record
+  return None
 
 
 class Progress:
-  """Reports the steps of a run by a bar (terminal, notebook) or by lines.
-
-  Use it as a context manager. Log lines go above the bar, not into it.
-  """
+  """Reports steps by a bar, with the log above it, or by lines in the log."""
 
   def __init__(self, start: int, num_steps: int, batch_size: int):
     self._num_steps, self._batch_size = num_steps, batch_size
@@ -153,7 +139,6 @@ class Progress:
     self._bar = tqdm.tqdm(
       total=num_steps,
       initial=start,
-      unit='step',
       dynamic_ncols=True,
       disable=lines,
       bar_format='{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} '
@@ -194,13 +179,8 @@ class Progress:
   ) -> dict[str, float]:
     """Shows the means of scalars over the steps since the last report.
 
-    Args:
-      step: steps taken.
-      scalars: name -> mean.
-      waited: seconds in which the devices had no data.
-
-    Returns:
-      images_per_second, and data_wait: `waited` as a share of the time.
+    Returns images_per_second, and data_wait: the share of the time, `waited`
+    seconds, in which the devices had no data.
     """
     now = time.monotonic()
     seconds = max(now - self._since, 1e-9)

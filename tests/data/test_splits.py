@@ -6,7 +6,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rvq_jax.data.splits import seeded_permutation, stratified_split
+from rvq_jax.data.splits import (
+  hashed_split,
+  seeded_permutation,
+  stratified_split,
+)
 
 LABELS = st.lists(st.integers(-1, 6), min_size=0, max_size=200)
 
@@ -22,6 +26,19 @@ def test_parts_are_a_partition_with_the_share_of_each_class(labels):
     counts = Counter(labels[i] for i in part)
     for value, total in whole.items():
       assert abs(counts[value] - fraction * total) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=200))
+def test_by_hashes_the_whole_is_divided_and_each_class_as_even_as_can_be(
+  labels,
+):
+  parts = hashed_split(np.array(labels), [str(i) for i in range(len(labels))])
+  assert sorted(i for part in parts for i in part) == list(range(len(labels)))
+  for part, share in zip(parts, (0.7, 0.2, 0.1), strict=True):
+    assert abs(len(part) - share * len(labels)) <= 1
+    for value, total in Counter(labels).items():
+      assert abs(sum(labels[i] == value for i in part) - share * total) < 2
 
 
 def test_cifar10_gives_42000_12000_6000_and_equal_classes():

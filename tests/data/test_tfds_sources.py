@@ -1,6 +1,6 @@
 """Prepared tfds directories: read without TensorFlow, faults in one line."""
 
-import io
+import functools
 import os
 import pickle
 import re
@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from errors import one_line
 from PIL import Image
+from tiny_data import as_tfrecord, encoded
 
 from rvq_jax.data import tfds_sources
 from rvq_jax.data.datasets import open_dataset
@@ -21,15 +22,11 @@ from rvq_jax.data.prepare import write_tfds
 
 LABEL = {'label': tfds.features.ClassLabel(num_classes=3)}
 ID = {'id': tfds.features.Text()}
+NAMES = ('train', 'test', 'validation')
 
 
 def _image(i):
-  buffer = io.BytesIO()
-  Image.new('RGB', (4, 4), (i, 0, 0)).save(buffer, 'PNG')
-  return buffer.getvalue()
-
-
-NAMES = ('train', 'test', 'validation')
+  return encoded(Image.new('RGB', (4, 4), (i, 0, 0)))
 
 
 def _prepare(
@@ -37,17 +34,15 @@ def _prepare(
 ):
   """Writes splits, the first in two files; image i has label i % 3."""
 
-  def examples(split, count):
+  def read(split, i):
     known = split != 'test' or name != 'imagenet2012'
+    example = {'label': i % 3 if known else -1, 'id': f'{split}_{i}'} | values
+    return {'image': _image(i)} | {field: example[field] for field in fields}
 
-    def read(i):
-      example = {'label': i % 3 if known else -1, 'id': f'{split}_{i}'}
-      example |= values
-      return {'image': _image(i)} | {field: example[field] for field in fields}
-
-    return range(count), read
-
-  splits = {s: examples(s, n) for s, n in zip(names, counts, strict=False)}
+  splits = {
+    split: (range(count), functools.partial(read, split))
+    for split, count in zip(names, counts, strict=False)
+  }
   features = {'image': tfds.features.Image(shape=(4, 4, 3))} | fields
   half = -(-counts[0] // 2)
   return write_tfds(
@@ -63,7 +58,7 @@ def _names(source):
   return {record.name for record in source}
 
 
-def test_records_come_back_as_they_were_written(tmp_path):
+def test_records_come_back_as_they_were_written_and_pickled(tmp_path):
   _prepare(tmp_path)
   train = _open(tmp_path).train
   assert _names(train) == {f'train_{i}' for i in range(9)}
@@ -71,6 +66,8 @@ def test_records_come_back_as_they_were_written(tmp_path):
     number = int(record.name.removeprefix('train_'))
     assert record.image == _image(number)
     assert record.label == train.labels[index] == number % 3
+  copy = pickle.loads(pickle.dumps(train))  # noqa: S301, made here
+  assert list(copy) == list(train)
 
 
 def test_reading_needs_no_tensorflow(tmp_path):
@@ -100,23 +97,14 @@ NUMBERED = {'id': tfds.features.Scalar(np.int64), 'label': tfds.features.Text()}
 
 
 @pytest.mark.parametrize('fields, name', [({}, 'train/2'), (NUMBERED, '7')])
-def test_a_number_is_a_name_and_a_text_no_class(tmp_path, fields, name):
-  _prepare(tmp_path, fields=fields, id=7, label='cat')
+def test_a_number_is_a_name_a_text_no_class_and_val_is_validation(
+  tmp_path, fields, name
+):
+  _prepare(tmp_path, fields=fields, names=('train', 'val'), id=7, label='cat')
   train = _open(tmp_path).train
+  assert len(_open(tmp_path).validation) == 3
   assert (train[2].name, train[2].label) == (name, -1)
   assert train.labels.tolist() == [-1] * 9
-
-
-def test_val_is_validation(tmp_path):
-  _prepare(tmp_path, names=('train', 'val'))
-  assert len(_open(tmp_path).validation) == 3
-
-
-def test_a_source_survives_pickling(tmp_path):
-  _prepare(tmp_path)
-  source = _open(tmp_path).train
-  copy = pickle.loads(pickle.dumps(source))  # noqa: S301, made here
-  assert list(copy) == list(source)
 
 
 @pytest.mark.parametrize('cache', ['valid', 'outdated', 'hostile'])
@@ -137,35 +125,26 @@ def test_only_a_valid_cache_of_labels_is_read(tmp_path, monkeypatch, cache):
   np.testing.assert_array_equal(again, right + (cache == 'valid'))
 
 
-def _lose_a_file(folder):
-  sorted(folder.glob('*-train.*'))[1].unlink()
-
-
-def _change_the_format(folder):
-  info = folder / 'dataset_info.json'
-  info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-  for file in folder.glob('*array_record*'):
-    file.rename(str(file).replace('array_record', 'tfrecord'))
-
-
-def _cut_the_description(folder):
-  (folder / 'dataset_info.json').write_text('{"name": ')
+DAMAGES = {
+  'none': lambda folder: None,
+  'a file': lambda folder: sorted(folder.glob('*-train.*'))[1].unlink(),
+  'format': as_tfrecord,
+  'cut': lambda folder: (folder / 'dataset_info.json').write_text('{"name": '),
+}
 
 
 @pytest.mark.parametrize(
   ('damage', 'name', 'splits', 'message'),
   [
-    (None, 'a b:c', NAMES, 'NAME:VERSION'),
-    (None, 'toy', ('a', 'b'), 'validation, test, got a, b'),
-    (_lose_a_file, 'toy', NAMES, 'toy-train.array_record-00001.* is missing'),
-    (_change_the_format, 'toy', NAMES, '--file_format=array_record'),
-    (_cut_the_description, 'toy', NAMES, 'cannot open tfds:toy'),
+    ('none', 'a b:c', NAMES, 'NAME:VERSION'),
+    ('none', 'toy', ('a', 'b'), 'validation, test, got a, b'),
+    ('a file', 'toy', NAMES, 'toy-train.array_record-00001.* is missing'),
+    ('format', 'toy', NAMES, '--file_format=array_record'),
+    ('cut', 'toy', NAMES, 'cannot open tfds:toy'),
   ],
 )
 def test_a_fault_is_one_line(tmp_path, damage, name, splits, message):
-  folder = Path(_prepare(tmp_path, names=splits))
-  if damage:
-    damage(folder)
+  DAMAGES[damage](Path(_prepare(tmp_path, names=splits)))
   with one_line(message):
     _open(tmp_path, name)
 
@@ -190,20 +169,16 @@ def damaged(tmp_path):
 
 @pytest.mark.parametrize('in_memory', [True, False])
 def test_a_damaged_record_is_left_out_and_named(damaged, in_memory, caplog):
-  loader = make_train_loader(
-    damaged, batch_size=20, image_size=4, in_memory=in_memory
-  )
+  sizes = {'batch_size': 20, 'image_size': 4}
+  loader = make_train_loader(damaged, in_memory=in_memory, **sizes)
   batches = [next(loader)['image'] for _ in range(10)]
   loader.close()
-  [record] = caplog.records
+  [message] = caplog.messages
   expected = r'left out image record (\d+): train/\1 of .*Corrupted'
-  assert re.search(expected, record.message)
+  assert re.search(expected, message)
   # An epoch of 199 has nine full batches.
   assert len({image.tobytes() for b in batches for image in b}) >= 180
-
-
-def test_a_damaged_record_is_masked_and_has_no_label(damaged):
-  batches = eval_batches(damaged, batch_size=20, image_size=4)
-  assert sum(batch['mask'].sum() for batch in batches) == 199
+  masks = [batch['mask'] for batch in eval_batches(damaged, **sizes)]
+  assert np.sum(masks) == 199
   with one_line('cannot be read.*prepare it'):
     _ = damaged.labels

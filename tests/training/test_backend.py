@@ -1,9 +1,6 @@
 """Settings that are applied before JAX starts its devices."""
 
 import importlib.metadata
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -39,25 +36,22 @@ def test_one_line_says_what_to_install(
   assert message in advice and bool(message) == bool(advice)
 
 
-def test_perceptual_metrics_find_memory_on_the_gpu():
-  name = 'XLA_PYTHON_CLIENT_PREALLOCATE'
-  code = f"""
-import os
+EVALUATE = """
+import os, sys
 from jax._src.xla_bridge import backends_are_initialized
 from rvq_jax.evaluation import evaluate as library
-
+name = 'XLA_PYTHON_CLIENT_PREALLOCATE'
+os.environ.pop(name, None)
 def measure(*args, **kwargs):
-  print(backends_are_initialized(), os.environ.get({name!r}), flush=True)
+  print(backends_are_initialized(), os.environ.get(name), flush=True)
   os._exit(0)
-
 library.evaluate_run = measure
 from rvq_jax.commands import evaluate
+sys.argv[1:] = ['--workdir=run', '--perceptual']
 evaluate.main()
 """
-  done = subprocess.run(
-    [sys.executable, '-c', code, '--workdir=run', '--perceptual'],
-    env={k: v for k, v in os.environ.items() if k != name},
-    capture_output=True,
-    text=True,
-  )
+
+
+def test_perceptual_metrics_find_memory_on_the_gpu(run_python):
+  done = run_python(EVALUATE)
   assert done.stdout.split() == ['False', 'false'], done.stderr

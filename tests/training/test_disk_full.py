@@ -10,12 +10,6 @@ from errors import one_line
 from rvq_jax.training import loop
 
 
-@pytest.fixture
-def small_disk(make_disk):
-  """A file system of its own, with room for one tiny checkpoint, not two."""
-  return make_disk('600k')
-
-
 def last_line(process):
   """Waits for a run that ends in an error of one line."""
   *_, last = process.end().splitlines()
@@ -26,35 +20,29 @@ def last_line(process):
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_older_step_resumes(
-  small_disk, start_run, tiny_config, tmp_path, final_bits, steps_of
+  make_disk, start_run, tiny_config, tmp_path, final_bits, steps_of
 ):
+  disk = make_disk('600k')  # room for one checkpoint, not two
   tiny_config.checkpoint_every = 1
   tiny_config.keep_checkpoints = 6
-  whole, run = tmp_path / 'whole', small_disk / 'run'
+  whole, run = tmp_path / 'whole', disk / 'run'
   start_run(whole).end()
   last = last_line(start_run(run))
   assert f'error: No space left while writing to {run}, where 0.' in last
   [*_, newest] = steps_of(run)
   assert 1 <= newest < 6
   final_bits(tiny_config, run)  # sound
-  subprocess.run(
-    ['mount', '-o', 'remount,size=8m', str(small_disk)], check=True
-  )
+  subprocess.run(['mount', '-o', 'remount,size=8m', str(disk)], check=True)
   text = start_run(run).end()
   assert f'step {newest} of 6' in text
   assert final_bits(tiny_config, run) == final_bits(tiny_config, whole)
 
 
-# A checkpoint has a file of 22 kB.
-LIMITED = """
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-"""
-
-
 @pytest.mark.slow
 def test_a_limit_on_files_is_named(start_run, tmp_path, steps_of):
-  last = last_line(start_run(tmp_path / 'run', before=LIMITED))
+  limit = 'from resource import *; setrlimit(RLIMIT_FSIZE, (20_000, 20_000))'
+  # A checkpoint has a file of 22 kB.
+  last = last_line(start_run(tmp_path / 'run', before=limit))
   assert last.startswith('error: File too large while writing to ')
   assert steps_of(tmp_path / 'run') == []
 

@@ -13,41 +13,24 @@ from rvq_jax import load
 from rvq_jax.training import loop
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [
-  path
-  for folder in ('rvq_jax', 'launch', 'benchmarks', 'configs')
-  for path in sorted((ROOT / folder).rglob('*.py'))
-]
+SLOW = """
+metrics.jsonl config.json .lock checkpoints/7/model/checkpoint
+checkpoints/6/meta/metadata checkpoints/6/model/x.pkl
+""".split()
 
 
-class Bomb:
-  """Makes a folder when it is unpickled."""
-
-  def __init__(self, path):
-    self.path = path
+class Bomb(str):
+  """The path of a folder that is made when it is unpickled."""
 
   def __reduce__(self):
-    return os.mkdir, (str(self.path),)
+    return os.mkdir, (str(self),)
 
 
 @pytest.mark.usefixtures('one_device')
 @pytest.mark.parametrize(
   'name',
-  [
-    'state.pkl',
-    'checkpoints/6/model/_METADATA',
-    *(
-      pytest.param(name, marks=pytest.mark.slow)
-      for name in (
-        'metrics.jsonl',
-        'config.json',
-        '.lock',
-        'checkpoints/7/model/checkpoint',
-        'checkpoints/6/meta/metadata',
-        'checkpoints/6/model/x.pkl',
-      )
-    ),
-  ],
+  ['state.pkl', 'checkpoints/6/model/_METADATA']
+  + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW],
 )
 def test_a_pickle_in_the_workdir_is_never_loaded(
   name, tiny_run, tmp_path, tiny_config
@@ -64,7 +47,9 @@ def test_a_pickle_in_the_workdir_is_never_loaded(
 
 
 def test_numpy_never_unpickles():
-  nodes = (x for path in SOURCES for x in ast.walk(ast.parse(path.read_text())))
+  folders = ('rvq_jax', 'launch', 'benchmarks', 'configs')
+  paths = (x for folder in folders for x in (ROOT / folder).rglob('*.py'))
+  nodes = (x for path in paths for x in ast.walk(ast.parse(path.read_text())))
   calls = [ast.unparse(node) for node in nodes if isinstance(node, ast.Call)]
   calls = [x for x in calls if re.match(r'(np|numpy)\.(load|save)\(', x)]
   assert len(calls) >= 2

@@ -29,37 +29,25 @@ def workers_of(run):
   return workers
 
 
-def test_the_workers_of_a_killed_run_do_not_outlive_it(
-  start_run, long_config, tmp_path
-):
-  run = start_run(tmp_path / 'run')
-  run.wait_for('step 20/')
-  workers = workers_of(run)
-  os.kill(run.pid, signal.SIGKILL)
-  _, alive = psutil.wait_procs(workers, timeout=10)
-  for worker in alive:
-    worker.kill()
-  assert not alive
-
-
-def test_a_killed_worker_ends_the_run_and_the_rest_is_exact(
+def test_a_run_and_its_workers_end_together_and_the_rest_is_exact(
   start_run, long_config, tmp_path, final_bits, steps_of
 ):
   long_config.checkpoint_every = 50
   killed, whole = tmp_path / 'killed', tmp_path / 'whole'
-  run = start_run(killed)
-  run.wait_for('step 120/')
-  workers = workers_of(run)
-  start = time.monotonic()
-  os.kill(workers[0].pid, signal.SIGKILL)
-  text = run.end()
+  for step in (20, 120):
+    run = start_run(killed)
+    run.wait_for(f'step {step}/')
+    workers, start = workers_of(run), time.monotonic()
+    victim = run if step == 20 else workers[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    text = run.end()
   assert time.monotonic() - start < 30
   assert run.returncode == 75
   assert 'error: a data worker died' in text and 'Traceback' not in text
   newest = steps_of(killed)[-1]
   assert newest >= 50
-  _, alive = psutil.wait_procs(workers, timeout=10)
-  assert not alive
   long_config.num_steps = newest + 100
   start_run(killed, '--config.data.num_workers=0').end()
   start_run(whole, '--config.data.num_workers=0').end()

@@ -19,13 +19,15 @@ from rvq_jax.training.writers import (
 )
 
 
-def test_lines_come_back(tmp_path):
-  writer = MultiWriter([JsonlWriter(tmp_path)])
-  writer.write_scalars(1, {'loss': 0.5, 'bad': float('nan')})
-  writer.close()
-  assert read_jsonl(tmp_path / 'metrics.jsonl') == [
-    {'step': 1, 'loss': 0.5, 'bad': None}
-  ]
+def test_lines_come_back_but_for_those_after_the_checkpoint(tmp_path):
+  for start, steps, scale in ((0, (1, 2, 3), 1), (2, (3,), 10)):
+    writer = MultiWriter([JsonlWriter(tmp_path, start_step=start)])
+    for step in steps:
+      writer.write_scalars(step, {'loss': scale * step, 'bad': float('nan')})
+    writer.close()
+  records = read_jsonl(tmp_path / 'metrics.jsonl')
+  lines = [list(record.values()) for record in records]
+  assert lines == [[1, 1, None], [2, 2, None], [3, 30, None]]
 
 
 def test_tensorboard_gets_scalars_images_and_histograms(tmp_path):
@@ -64,46 +66,32 @@ def test_a_writer_that_finds_no_room_does_not_keep_others_open():
   assert len(closed) == 2
 
 
-def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
-  for start, steps, scale in ((0, (1, 2, 3), 1), (2, (3,), 10)):
-    writer = JsonlWriter(tmp_path, start_step=start)
-    for step in steps:
-      writer.write_scalars(step, {'loss': scale * step})
-    writer.close()
-  records = read_jsonl(tmp_path / 'metrics.jsonl')
-  assert [r['loss'] for r in records] == [1, 2, 30]
+DAMAGED = [
+  b'{"st',
+  b'',
+  b'\0\0',
+  b'7',
+  b'{"loss": 1}',
+  b'{"step": "3"}',
+  b'\xff',
+]
 
 
-@pytest.mark.parametrize(
-  'line',
-  ['{"st', '', '\0\0\0', '7', '{"loss": 1}', '{"step": "3"}', '{"step": null}'],
-)
-def test_a_damaged_line_is_left_out_and_counted(line, tmp_path, caplog):
+def test_damaged_lines_are_left_out_and_counted_on_a_resume(tmp_path, caplog):
   path = tmp_path / 'metrics.jsonl'
-  path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-  assert read_jsonl(path) == [{'step': 1}, {'step': 3}]
-  [record] = caplog.records
-  assert 'left out 1 damaged lines, the first is line 2' in record.getMessage()
-  assert str(path) in record.getMessage()
-
-
-def test_a_damaged_or_cut_log_does_not_stop_a_resume(tmp_path, caplog):
-  path = tmp_path / 'metrics.jsonl'
-  path.write_bytes(b'{"step": 1}\n' + b'\xff\n' * 7 + b'{"step": 2}\n{"st')
+  lines = [b'{"step": 1}', *DAMAGED, b'{"step": 2}', b'{"st']
+  path.write_bytes(b'\n'.join(lines))
   JsonlWriter(tmp_path, start_step=2).close()
   assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-  assert '7 damaged lines, the first is line 2' in caplog.text
-
-
-class Terminal(io.StringIO):
-  def isatty(self):
-    return True
+  text = f'{path}: left out 7 damaged lines, the first is line 2'
+  assert caplog.messages == [text]
 
 
 @contextlib.contextmanager
 def terminal():
   """Standard error as a terminal, and the log on it."""
-  with contextlib.redirect_stderr(Terminal()) as stream:
+  with contextlib.redirect_stderr(io.StringIO()) as stream:
+    stream.isatty = lambda: True
     handler = logging.StreamHandler(stream)
     logging.getLogger().addHandler(handler)
     try:
@@ -123,21 +111,25 @@ def test_what_is_logged_has_a_line_of_its_own_above_the_bar():
   assert lines[-1] == 'after'
 
 
-def test_progress_reports_speed_and_the_share_of_waiting(caplog):
+def test_progress_reports_speed_without_compilation_and_the_share_of_waiting(
+  caplog, monkeypatch
+):
   caplog.set_level(logging.INFO)
+  now = [0.0]
+  monkeypatch.setattr('time.monotonic', lambda: now[0])
   with Progress(2, 8, 16) as progress:
-    result = progress.report(4, {'loss': 0.5, 'mse': 0.25}, waited=1e6)
-  assert result['data_wait'] == 1.0 and result['images_per_second'] > 0
-  [record] = caplog.records
-  assert 'step 4/8  loss 0.5000  mse 0.2500' in record.getMessage()
-  assert '100% waiting for data' in record.getMessage()
+    with progress.compiling():
+      now[0] += 100
+    now[0] += 4
+    result = progress.report(4, {'loss': 0.5, 'mse': 0.25}, waited=1)
+  assert result == {'images_per_second': 8, 'data_wait': 0.25}
+  first, second = caplog.messages
+  assert first == 'compiling the train step'
+  assert 'step 4/8  loss 0.5000  mse 0.2500' in second
+  assert '25% waiting for data' in second
 
 
-def test_a_step_that_is_compiled_says_so(caplog):
-  caplog.set_level(logging.INFO)
-  with Progress(0, 8, 16) as progress, progress.compiling():
-    pass
-  assert caplog.messages == ['compiling the train step']
+def test_a_bar_says_that_a_step_is_compiled():
   with terminal() as stream, Progress(0, 8, 16) as progress:
     with progress.compiling():
       assert 'compiling the train step' in stream.getvalue()
@@ -145,14 +137,3 @@ def test_a_step_that_is_compiled_says_so(caplog):
   last = stream.getvalue().rpartition('\r')[2]
   assert 'mse 0.2500' in last and 'loss' not in last
   assert 'compiling' not in last
-
-
-def test_the_speed_is_that_of_steps_without_compilation(monkeypatch):
-  now = [0.0]
-  monkeypatch.setattr('time.monotonic', lambda: now[0])
-  with Progress(0, 8, 16) as progress:
-    with progress.compiling():
-      now[0] += 100
-    now[0] += 2
-    result = progress.report(1, {'mse': 0.25})
-  assert result['images_per_second'] == 8
