@@ -1,7 +1,6 @@
-"""Ranges of a module's arguments, which stand on its fields.
+"""Ranges of a module's arguments, which stand once, on its fields.
 
-A field says once what it may hold. The module checks it when it is called, and
-a config field of the same name takes its range from there.
+The module checks them; config fields of the same names take them from there.
 """
 
 import dataclasses
@@ -46,18 +45,9 @@ def field(
   high: float = float('inf'),
   choices: tuple | None = None,
 ) -> Any:
-  """A dataclass field of a linen module with its range; see `fields_of`.
-
-  >>> import flax.linen as nn
-  >>> from rvq_jax.quantize.fields import field, fields_of
-  >>> class Layer(nn.Module):
-  ...   decay: float = field(0.99, 0, 1)
-  >>> fields_of(Layer)['decay'].high
-  1
-  """
-  return dataclasses.field(
-    default=default, metadata={'range': (low, high, choices)}
-  )
+  """A dataclass field of a linen module with its range; see `fields_of`."""
+  metadata = {'range': (low, high, choices)}
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 def fields_of(cls: type[nn.Module]) -> dict[str, Field]:
@@ -66,13 +56,10 @@ def fields_of(cls: type[nn.Module]) -> dict[str, Field]:
   for f in dataclasses.fields(cls):
     if 'range' not in f.metadata:
       continue
-    union = (
-      typing.get_args(f.type) if isinstance(f.type, types.UnionType) else ()
-    )
-    (kind,) = set(union) - {types.NoneType} or {f.type}
+    union = isinstance(f.type, types.UnionType)  # T | None
+    kind = typing.get_args(f.type)[0] if union else f.type
     kind = typing.get_origin(kind) or kind  # tuple[int, ...] is a tuple
-    optional = types.NoneType in union
-    ranges[f.name] = Field(kind, *f.metadata['range'], optional)
+    ranges[f.name] = Field(kind, *f.metadata['range'], union)
   return ranges
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from rvq_jax.quantize.base import QuantizerOutput
 from rvq_jax.quantize.fields import field
-from rvq_jax.quantize.vector_quantizer import PartsQuantizer
+from rvq_jax.quantize.residual import PartsQuantizer
 
 
 class ProductQuantizer(PartsQuantizer):
@@ -70,16 +70,9 @@ class ProductQuantizer(PartsQuantizer):
     return jnp.stack(ids, axis=-1).reshape(*z.shape[:-1], self.heads)
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The quantized vectors that ids stand for: `quantized` of the call.
+    """The vectors [..., C] float32 that ids [..., heads] in [0, K) stand for.
 
-    Args:
-      ids: code indices [..., heads], int, each in [0, K).
-
-    Returns:
-      [..., C], float32.
-
-    Raises:
-      ValueError: the last axis of ids is not the heads.
+    ValueError: the last axis of ids is not the heads.
     """
     if ids.ndim < 1 or ids.shape[-1] != self.heads:
       raise ValueError(

@@ -9,7 +9,7 @@ import pytest
 from layer_programs import init
 
 from rvq_jax import VectorQuantizer
-from rvq_jax.quantize.estimators import ESTIMATORS
+from rvq_jax.quantize.gradients import ESTIMATORS
 
 N, D, K = 24, 5, 6
 _rng = np.random.default_rng(0)
