@@ -123,15 +123,7 @@ class Quantizer(nn.Module):
     return loss * (count / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
 
   def finish(
-    self,
-    z: jax.Array,
-    quantized: jax.Array,
-    ids: jax.Array,
-    loss: jax.Array,
-    counts: jax.Array,
-    metrics: dict[str, jax.Array],
-    *,
-    project: bool = False,
+    self, z, quantized, ids, loss, counts, metrics, *, project: bool = False
   ) -> QuantizerOutput:
     """The output of a call for z [..., C]; no gradient through the metrics.
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 # The leaves of a codebook's state that count vectors: no id depends on them.
 COUNTS = ('cluster_size', 'embedding_sum')
+# Average size under which a code that no vector chooses stays as it is.
 LEAST_SIZE = 0.01
-"""Average size under which a code that no vector chooses stays as it is."""
 
 
 class Axis(NamedTuple):
@@ -58,13 +58,10 @@ class Codebook:
 
   @classmethod
   def create(cls, embedding, cluster_size) -> 'Codebook':
-    """A codebook in which a code that no vector chooses stays where it is.
+    """A codebook of codes [K, D] that expect cluster_size vectors per step.
 
-    Its embedding_sum is cluster_size x embedding.
-
-    Args:
-      embedding: [K, D].
-      cluster_size: vectors per step that each code expects, scalar or [K].
+    cluster_size is scalar or [K]; embedding_sum is cluster_size x embedding, so
+    a code that no vector chooses stays where it is.
     """
     embedding = jnp.asarray(embedding, jnp.float32)
     size = jnp.asarray(cluster_size, jnp.float32)

@@ -24,12 +24,8 @@ _KINDS = {
 class Field(NamedTuple):
   """The values that an argument may have.
 
-  Attributes:
-    kind: int, float, bool, str or tuple (of widths).
-    low: least value.
-    high: greatest value.
-    choices: allowed values, as names of a table that may grow; None: any.
-    optional: None is allowed.
+  kind is int, float, bool, str or tuple (of widths); choices, if any, may be a
+  table that grows; optional: None is allowed.
   """
 
   kind: type
@@ -68,12 +64,11 @@ def fault(value: Any, field: Field) -> str | None:
   if value is None:
     return None if field.optional else 'a value'
   if field.kind is tuple:
-    fits = isinstance(value, tuple | list) and value
-    if not fits or any(
-      type(v) is not int or not 1 <= v <= 2**20 for v in value
-    ):
-      return 'integers from 1 to 1048576, as (64, 128, 256)'
-    return None
+    fits = isinstance(value, tuple | list) and all(
+      type(v) is int and 1 <= v <= 2**20 for v in value
+    )
+    widths = 'integers from 1 to 1048576, as (64, 128, 256)'
+    return None if fits and value else widths
   kind = (int, float) if field.kind is float else field.kind
   if not isinstance(value, kind) or (
     isinstance(value, bool) and field.kind is not bool

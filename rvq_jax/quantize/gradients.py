@@ -89,9 +89,8 @@ def _rotation(de, e, q, max_scale):
   return _turned(de, g) * scale
 
 
-def _rotation_unscaled(de, e, q, max_scale):
+def _rotation_unscaled(de, e, q, _):
   """R de."""
-  del max_scale
   return _turned(de, geometry(e, q))
 
 
@@ -126,7 +125,6 @@ def _identity(de, *_):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _pass_through(e, q, linear_map, max_scale):
   """q, with linear_map(de) as its differential in e and none in q."""
-  del e, linear_map, max_scale
   return q
 
 
@@ -235,16 +233,7 @@ def straight_through(e: jax.Array, q: jax.Array) -> jax.Array:
   return _estimate(_identity, e, q)
 
 
-def dynamic_ste(
-  e: jax.Array,
-  q: jax.Array,
-  *,
-  ids: jax.Array,
-  num_codes: int,
-  mask: jax.Array | None = None,
-  axis_name=None,
-  **_,
-) -> jax.Array:
+def dynamic_ste(e, q, *, ids, num_codes, mask=None, axis_name=None, **_):
   """q, whose gradient reaches e more weakly the farther e is from q.
 
   With d_i = |e_i - q_i|^2 and the smallest d_j among the vectors of the same
@@ -272,7 +261,7 @@ def dynamic_ste(
   return straight_through(weight[:, None] * e, q)
 
 
-def diveq(e: jax.Array, q: jax.Array, **_) -> jax.Array:
+def diveq(e, q, **_):
   """q as e + |q - e| d with a constant direction d = (q - e)/|q - e|.
 
   DiVeQ (Vali et al. 2025, arXiv:2509.26469), without its noise:

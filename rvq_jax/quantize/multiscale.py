@@ -11,8 +11,7 @@ from rvq_jax.quantize.fields import field
 from rvq_jax.quantize.search import nearest_codes
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
-PHIS = 4
-"""Convolutions phi at most; scales next to each other share one."""
+PHIS = 4  # convolutions phi at most; scales next to each other share one
 
 
 class MultiscaleQuantizer(VectorQuantizer):

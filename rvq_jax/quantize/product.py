@@ -13,8 +13,7 @@ class ProductQuantizer(PartsQuantizer):
   """Cuts each vector into `heads` pieces with a code each (Jegou et al. 2011).
 
   ids are [..., heads]; counts [heads, K]. Loss and metrics are means over the
-  heads. K codes per head are K^heads codes per position, at the cost of
-  searching heads x K.
+  heads. Searching heads x K codes chooses among K^heads per position.
 
   >>> import jax
   >>> from rvq_jax import ProductQuantizer

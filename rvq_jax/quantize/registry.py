@@ -4,8 +4,7 @@ import importlib
 
 import flax.linen as nn
 
-# Name -> class.
-QUANTIZERS = {
+QUANTIZERS = {  # name -> class
   'vq': 'rvq_jax.quantize.vector_quantizer.VectorQuantizer',
   'residual': 'rvq_jax.quantize.residual.ResidualQuantizer',
   'multiscale': 'rvq_jax.quantize.multiscale.MultiscaleQuantizer',

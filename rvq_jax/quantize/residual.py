@@ -11,8 +11,7 @@ from rvq_jax.quantize.base import QuantizerOutput, direction_metrics
 from rvq_jax.quantize.fields import field
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
-LEAST_RESIDUAL = 1e-5
-"""Share of |e| under which a residual trains no further level."""
+LEAST_RESIDUAL = 1e-5  # share of |e| under which no further level is trained
 
 
 class PartsQuantizer(VectorQuantizer):

@@ -18,12 +18,7 @@ def default_sides(grid: int) -> tuple[int, ...]:
 
 
 def token_offsets(sides) -> list[int]:
-  """Where each scale begins on the axis of an image's tokens; last, its end.
-
-  >>> from rvq_jax.quantize.scales import token_offsets
-  >>> token_offsets((1, 2, 4))
-  [0, 1, 5, 21]
-  """
+  """Where each scale begins among an image's tokens, and their number."""
   return [0, *itertools.accumulate(side**2 for side in sides)]
 
 

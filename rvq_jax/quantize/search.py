@@ -11,7 +11,6 @@ maximum over tiles. Two things make that safe in float32 for any finite input:
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -78,25 +77,20 @@ def _search(e, embedding, *, backend):
 
 
 def tile_sizes(n: int, k: int, backend: str) -> tuple[int, int]:
-  """Rows and codes scored at once: a tile of scores is rows x codes floats.
+  """How many of n rows and k codes are scored at once, as one tile.
 
   CPU: the tile is read twice after the matmul wrote it, so it has to stay in
   the second-level cache; 512 x 1024 (2 MiB) is the fastest measured, and few
   rows take more codes to keep the matmul long. GPU and TPU: a tile is one
   kernel launch, so it has to fill the device; 16384 x 2048 is 128 MiB. Just
   over the limit gives two halves, not one full and one almost empty tile.
-
-  Args:
-    n: number of vectors, at least 1.
-    k: number of codes, at least 1.
-    backend: 'cpu', 'gpu' or 'tpu'.
   """
   rows, scores = (512, 2**19) if backend == 'cpu' else (16384, 2**25)
   rows = _even(n, rows)
   return rows, _even(k, scores // min(rows, scores // 1024))
 
 
-def _even(size: int, limit: int) -> int:
+def _even(size, limit):
   """A tile of at most about `limit` that splits `size` evenly."""
   if size <= limit:
     return size
@@ -148,7 +142,7 @@ def _center_rows(e, shift, scale):
 
 
 def _bias(embedding, shift, scale):
-  """-|c|^2 / 2 of the centered codes [K]; -inf for one that is not finite."""
+  """-|c|^2 / 2 of the centered codes [K]; -inf where it is not finite."""
   squares = jnp.sum(((embedding - shift[None]) * scale) ** 2, axis=1)
   return jnp.where(jnp.isfinite(squares), -0.5 * squares, -jnp.inf)
 
@@ -190,7 +184,7 @@ def _best(x, embedding, bias, shift, scale, codes):
   return jax.lax.fori_loop(0, -(-k // codes), visit, start)[1]
 
 
-def _over_blocks(search: Callable, e: jax.Array, rows: int) -> jax.Array:
+def _over_blocks(search, e, rows):
   """search(block) for blocks of `rows` rows of e, one after another.
 
   Block b holds the rows b, b + B, b + 2 B ...: the loop then runs over an axis

@@ -218,10 +218,7 @@ class VectorQuantizer(NearestQuantizer):
     """Declares the variables; gives the codebook."""
     size = self.codebook_size
     expected = 0.0 if self.init_from == 'data' else batch / size
-
-    def draw(key):
-      return self.normed(draw_codes(key, (size, dim)))
-
+    draw = lambda key: self.normed(draw_codes(key, (size, dim)))  # noqa: E731
     if self.ema:
       declare = functools.partial(self.variable, 'codebook')
       codes = declare('embedding', lambda: draw(self.make_rng('params'))).value
