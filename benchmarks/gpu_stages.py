@@ -22,7 +22,7 @@ import train_step
 from quantizer import our_step
 
 from rvq_jax.quantize.codebook import Codebook
-from rvq_jax.quantize.estimators import ESTIMATORS
+from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.search import nearest_codes
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.checkpoints import Checkpoints

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rvq_jax.quantize.codebook import Codebook, ema_update
-from rvq_jax.quantize.estimators import ESTIMATORS
-from rvq_jax.quantize.gradients import rotate
+from rvq_jax.quantize.gradients import ESTIMATORS, rotate
 from rvq_jax.quantize.replacement import replace_codes
 from rvq_jax.quantize.search import nearest_codes, tile_sizes
 

@@ -6,7 +6,7 @@ Importing this module adds them to `ESTIMATORS`: a config may name them then.
 import jax.numpy as jnp
 
 from rvq_jax.quantize import gradients
-from rvq_jax.quantize.estimators import ESTIMATORS
+from rvq_jax.quantize.gradients import ESTIMATORS
 
 
 def scaled(e, q):

@@ -1,4 +1,4 @@
-"""`Quantizer`, the base of all quantizers, and `QuantizerOutput`."""
+"""`Quantizer`, the base of all quantizers: output, loss and metrics."""
 
 import dataclasses
 from typing import Any
@@ -8,10 +8,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize import fields, losses
+from rvq_jax.quantize import fields
 from rvq_jax.quantize.codebook import count_codes, row_weights
-from rvq_jax.quantize.estimators import ESTIMATORS
 from rvq_jax.quantize.fields import MAX_INT32, field
+from rvq_jax.quantize.gradients import ESTIMATORS, geometry
 from rvq_jax.quantize.search import nearest_codes
 
 
@@ -57,30 +57,19 @@ class Quantizer(nn.Module):
     fields.check(self)
 
   def rows(self, z: jax.Array) -> jax.Array:
-    """z [..., C] as [N, C] float32.
-
-    Raises:
-      ValueError: z is not a float array.
-    """
+    """z [..., C] as [N, C] float32; ValueError if it is not a float array."""
     if z.ndim < 1 or not jnp.issubdtype(z.dtype, jnp.floating):
       raise ValueError(f'expected float [..., C], got {z.dtype} {z.shape}')
     return z.astype(jnp.float32).reshape(-1, z.shape[-1])
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The vectors that ids stand for: `quantized` of the call.
-
-    Args:
-      ids: code indices [...], int, each in [0, K).
-
-    Returns:
-      [..., C], float32.
-    """
+    """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
     return self.bound('project_out', jnp.take(self.codes(), ids, axis=0))
 
   def inputs(
     self, z: jax.Array, mask: jax.Array | None
   ) -> tuple[jax.Array, jax.Array]:
-    """Checks arguments and inputs; z as `rows`, the mask [...] as bool [N].
+    """z as `rows` and the mask [...] as bool [N], for checked arguments.
 
     Raises:
       ValueError: an argument is out of range, z is not a float array, or the
@@ -118,23 +107,23 @@ class Quantizer(nn.Module):
 
     The mask may hold weights [N].
     """
-    return count_codes(
-      ids,
-      self.codebook_size,
-      weight=row_weights(e, mask),
-      axis_name=self.mapped_axis,
-    )
+    weight, axis = row_weights(e, mask), self.mapped_axis
+    return count_codes(ids, self.codebook_size, weight=weight, axis_name=axis)
+
+  def share(self, loss: jax.Array, mask: jax.Array) -> jax.Array:
+    """The mean loss of a device's rows, as its share of the global loss.
+
+    The mean over devices is then the global loss, though other devices may have
+    more or fewer valid rows; mask [N] marks the valid ones here.
+    """
+    if self.mapped_axis is None:
+      return loss
+    count = jnp.sum(mask.astype(jnp.float32))
+    mean = jax.lax.pmean(count, self.mapped_axis)
+    return loss * (count / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
 
   def finish(
-    self,
-    z: jax.Array,
-    quantized: jax.Array,
-    ids: jax.Array,
-    loss: jax.Array,
-    counts: jax.Array,
-    metrics: dict[str, jax.Array],
-    *,
-    project: bool = False,
+    self, z, quantized, ids, loss, counts, metrics, *, project: bool = False
   ) -> QuantizerOutput:
     """The output of a call for z [..., C]; no gradient through the metrics.
 
@@ -144,22 +133,18 @@ class Quantizer(nn.Module):
     quantized = quantized.reshape(z.shape[:-1] + quantized.shape[1:])
     if project or quantized.shape[-1] != z.shape[-1]:
       quantized = nn.Dense(z.shape[-1], name='project_out')(quantized)
+    quantized = quantized.astype(z.dtype)
     metrics = jax.lax.stop_gradient(metrics)
-    return QuantizerOutput(
-      quantized.astype(z.dtype), ids, loss, counts, metrics
-    )
+    return QuantizerOutput(quantized, ids, loss, counts, metrics)
+
+
+LOSS_FORMS = ('two_weights', 'paper_eq5', 'paper_eq8')
 
 
 class NearestQuantizer(Quantizer):
   """A quantizer that gives each vector its nearest code.
 
-  Attributes:
-    code_dim: D, dimensions of a code. Where it differs from the input's
-      channels a linear projection leads in and another out. None: the channels.
-    estimator: how the gradient passes; see `VectorQuantizer`.
-    commitment_weight: weight of MSE(e, sg(q)), which trains the encoder.
-    codebook_weight: weight of MSE(sg(e), q), which trains the codes.
-    max_scale: upper bound of |q|/|e| in the gradient.
+  Attributes: as `VectorQuantizer`.
   """
 
   code_dim: int | None = field(None, 1, 2**20)
@@ -167,6 +152,8 @@ class NearestQuantizer(Quantizer):
   commitment_weight: float = field(0.25, 0)
   codebook_weight: float = field(1.0, 0)
   max_scale: float = field(10.0, 1e-30)
+
+  loss_form = LOSS_FORMS[0]
 
   def check(self) -> None:
     """As of all; 'diveq' must be all that trains the codes."""
@@ -205,12 +192,59 @@ class NearestQuantizer(Quantizer):
     )
 
   def loss(
-    self, e: jax.Array, q: jax.Array, mask: jax.Array, **changes
+    self, e: jax.Array, q: jax.Array, mask: jax.Array, codebook_weight: float
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`losses.quantizer_loss` with the weights of the fields, or `changes`."""
-    options = {
-      'commitment_weight': self.commitment_weight,
-      'codebook_weight': self.codebook_weight,
-      'axis_name': self.mapped_axis,
+    """Commitment and codebook loss of e and q [N, D] (paper eq. 5 and 8).
+
+    Returns:
+      The loss, as `share` gives it, and for this device's rows
+      quantization_error, commitment_loss (the part of the loss that trains the
+      encoder) and codebook_loss (not weighted), all float32 scalars.
+    """
+    weight = mask.astype(jnp.float32)[:, None]
+    size = jnp.maximum(jnp.sum(weight), 1.0) * e.shape[1]
+    stop, beta = jax.lax.stop_gradient, self.commitment_weight
+
+    def mse(a, b):
+      return jnp.sum(jnp.where(weight > 0, (a - b) ** 2, 0.0)) / size
+
+    to_encoder, to_codes = mse(e, stop(q)), mse(stop(e), q)
+    if self.loss_form == 'two_weights':
+      loss = commitment = beta * to_encoder
+      if codebook_weight:
+        loss += codebook_weight * to_codes
+    elif self.loss_form == 'paper_eq5':
+      commitment = to_encoder
+      loss = mse(q, e) + beta * mse(q, stop(e))
+    else:
+      loss = commitment = 0.5 * beta * e.shape[1] * to_encoder
+    return self.share(loss, mask), {
+      'quantization_error': to_encoder,
+      'commitment_loss': commitment,
+      'codebook_loss': to_codes,
     }
-    return losses.quantizer_loss(e, q, mask, **options | changes)
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Mean of x [N, ...] over the valid rows, mask [N] bool; a scalar."""
+  x = jnp.mean(x.reshape(len(x), -1), axis=1)
+  total = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
+  return jnp.sum(jnp.where(mask, x, 0.0)) / total
+
+
+def direction_metrics(
+  e: jax.Array, q: jax.Array, mask: jax.Array
+) -> dict[str, jax.Array]:
+  """Angle (degrees) and norms of vectors e and codes q [N, D], as means.
+
+  Rows that are not finite or out of the mask [N] are left out.
+  docs/codebook_health.md says how to read them.
+  """
+  valid = row_weights(e, mask) > 0
+  view = geometry(e, q)
+  return {
+    'mean_angle': jnp.rad2deg(masked_mean(view.angle, valid)),
+    'fallback_share': masked_mean(view.no_rotation.astype(jnp.float32), valid),
+    'encoder_norm': masked_mean(jnp.linalg.norm(e, axis=1), valid),
+    'code_norm': masked_mean(jnp.linalg.norm(q, axis=1), valid),
+  }

@@ -1,18 +1,40 @@
-"""The codebook: its state and the EMA update.
+"""The codebook: its state, what is counted for it, and the EMA update.
 
-Everything here is a pure function of float32 arrays. With `axis_name` the
-counts and sums are taken over the global batch (`pmap`, `shard_map`); under
-`jit` with shardings the batch is global already and needs no name.
+Pure functions of float32 arrays. With `axis_name` counts and sums span
+the global batch (`pmap`, `shard_map`); under `jit` with shardings the batch is
+global already and needs no name.
 """
+
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize.axis import Axis
-
 # The leaves of a codebook's state that count vectors: no id depends on them.
 COUNTS = ('cluster_size', 'embedding_sum')
+# Average size under which a code that no vector chooses stays as it is.
+LEAST_SIZE = 0.01
+
+
+class Axis(NamedTuple):
+  """Sums and places over the mapped axis or axes `name`; none if it is None."""
+
+  name: Any = None
+
+  @property
+  def size(self) -> int:
+    """Number of shares of the batch."""
+    return 1 if self.name is None else jax.lax.axis_size(self.name)
+
+  @property
+  def index(self) -> int | jax.Array:
+    """Which share this device has."""
+    return 0 if self.name is None else jax.lax.axis_index(self.name)
+
+  def psum(self, x: jax.Array) -> jax.Array:
+    """Sum of x over the shares."""
+    return x if self.name is None else jax.lax.psum(x, self.name)
 
 
 @flax.struct.dataclass
@@ -36,23 +58,15 @@ class Codebook:
 
   @classmethod
   def create(cls, embedding, cluster_size) -> 'Codebook':
-    """A codebook with embedding_sum = cluster_size x embedding.
+    """A codebook of codes [K, D] that expect cluster_size vectors per step.
 
-    A code that no vector chooses then stays where it is.
-
-    Args:
-      embedding: [K, D].
-      cluster_size: vectors per step that each code expects, scalar or [K].
+    cluster_size is scalar or [K]; embedding_sum is cluster_size x embedding, so
+    a code that no vector chooses stays where it is.
     """
     embedding = jnp.asarray(embedding, jnp.float32)
-    size = jnp.broadcast_to(
-      jnp.asarray(cluster_size, jnp.float32), embedding.shape[:1]
-    )
+    size = jnp.asarray(cluster_size, jnp.float32)
+    size = jnp.broadcast_to(size, embedding.shape[:1])
     return cls(embedding, size, size[:, None] * embedding)
-
-
-LEAST_SIZE = 0.01
-"""Average size under which a code that no vector chooses stays as it is."""
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -67,26 +81,14 @@ def draw_codes(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
   return jax.random.normal(key, shape, jnp.float32) * shape[1] ** -0.5
 
 
-def valid_rows(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-  """Valid rows of e [N, D]: finite, and set in mask [N]. Bool [N]."""
-  finite = jnp.all(jnp.isfinite(e), axis=-1)
-  return finite if mask is None else finite & mask.astype(bool)
-
-
 def row_weights(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   """The weight of each row of e [N, D], float32 [N]: 0 where not finite.
 
   mask is bool [N], or weights [N], at least 0; None: all count 1.
   """
-  weight = jnp.where(valid_rows(e), 1.0 if mask is None else mask, 0)
+  finite = jnp.all(jnp.isfinite(e), axis=-1)
+  weight = jnp.where(finite, 1.0 if mask is None else mask, 0)
   return weight.astype(jnp.float32)
-
-
-def expected_count(
-  weight: jax.Array, codebook_size: int, *, axis_name=None
-) -> jax.Array:
-  """N/K, the count that a code expects; N is the global sum of weight [N]."""
-  return Axis(axis_name).psum(jnp.sum(weight)) / codebook_size
 
 
 def count_codes(
@@ -117,11 +119,8 @@ def ema_update(
 
   The denominator is the Laplace-smoothed size. A code that no vector chose, and
   whose n'_k is 0 or under `LEAST_SIZE`, keeps its embedding: with n'_k near eps
-  the formula would pull it to the origin. Rows that hold a NaN or an Inf are
-  left out: they never reach the codebook.
-
-  Two vectors chose code 0, none code 1. The first code moves a tenth of the way
-  to their mean; the second stays, and its average count falls:
+  the formula would pull it to the origin. Rows with a NaN or an Inf are left
+  out. Below, two vectors choose code 0 and none code 1:
 
   >>> import jax.numpy as jnp
   >>> import numpy as np
@@ -136,7 +135,6 @@ def ema_update(
   [2.  1.8]
 
   Args:
-    codebook: the state before the step.
     e: vectors [N, D]; this device's share when axis_name is given.
     ids: their codes [N], int32.
     decay: alpha in [0, 1]; the paper's is 0.99.
@@ -144,9 +142,6 @@ def ema_update(
     axis_name: mapped axis or axes to sum counts and vectors over.
     mask: valid rows [N], bool; all of them if None. Or weights [N], at least
       0: a vector of weight 2 counts as two.
-
-  Returns:
-    The codebook after the step.
   """
   size = codebook.cluster_size.shape[0]
   e = jax.lax.stop_gradient(e).astype(jnp.float32)
@@ -165,9 +160,6 @@ def ema_update(
   total = jnp.sum(cluster_size)
   smoothed = (cluster_size + eps) / (total + size * eps) * total
   idle = (cluster_size == 0) | ((counts == 0) & (cluster_size < LEAST_SIZE))
-  embedding = jnp.where(
-    idle[:, None],
-    codebook.embedding,
-    embedding_sum / jnp.where(idle, 1.0, smoothed)[:, None],
-  )
+  moved = embedding_sum / jnp.where(idle, 1.0, smoothed)[:, None]
+  embedding = jnp.where(idle[:, None], codebook.embedding, moved)
   return Codebook(embedding, cluster_size, embedding_sum)

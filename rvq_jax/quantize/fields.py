@@ -1,7 +1,6 @@
-"""Ranges of a module's arguments, which stand on its fields.
+"""Ranges of a module's arguments, which stand once, on its fields.
 
-A field says once what it may hold. The module checks it when it is called, and
-a config field of the same name takes its range from there.
+The module checks them; config fields of the same names take them from there.
 """
 
 import dataclasses
@@ -25,12 +24,8 @@ _KINDS = {
 class Field(NamedTuple):
   """The values that an argument may have.
 
-  Attributes:
-    kind: int, float, bool, str or tuple (of widths).
-    low: least value.
-    high: greatest value.
-    choices: allowed values, as names of a table that may grow; None: any.
-    optional: None is allowed.
+  kind is int, float, bool, str or tuple (of widths); choices, if any, may be a
+  table that grows; optional: None is allowed.
   """
 
   kind: type
@@ -46,18 +41,9 @@ def field(
   high: float = float('inf'),
   choices: tuple | None = None,
 ) -> Any:
-  """A dataclass field of a linen module with its range; see `fields_of`.
-
-  >>> import flax.linen as nn
-  >>> from rvq_jax.quantize.fields import field, fields_of
-  >>> class Layer(nn.Module):
-  ...   decay: float = field(0.99, 0, 1)
-  >>> fields_of(Layer)['decay'].high
-  1
-  """
-  return dataclasses.field(
-    default=default, metadata={'range': (low, high, choices)}
-  )
+  """A dataclass field of a linen module with its range; see `fields_of`."""
+  metadata = {'range': (low, high, choices)}
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 def fields_of(cls: type[nn.Module]) -> dict[str, Field]:
@@ -66,13 +52,10 @@ def fields_of(cls: type[nn.Module]) -> dict[str, Field]:
   for f in dataclasses.fields(cls):
     if 'range' not in f.metadata:
       continue
-    union = (
-      typing.get_args(f.type) if isinstance(f.type, types.UnionType) else ()
-    )
-    (kind,) = set(union) - {types.NoneType} or {f.type}
+    union = isinstance(f.type, types.UnionType)  # T | None
+    kind = typing.get_args(f.type)[0] if union else f.type
     kind = typing.get_origin(kind) or kind  # tuple[int, ...] is a tuple
-    optional = types.NoneType in union
-    ranges[f.name] = Field(kind, *f.metadata['range'], optional)
+    ranges[f.name] = Field(kind, *f.metadata['range'], union)
   return ranges
 
 
@@ -81,12 +64,11 @@ def fault(value: Any, field: Field) -> str | None:
   if value is None:
     return None if field.optional else 'a value'
   if field.kind is tuple:
-    fits = isinstance(value, tuple | list) and value
-    if not fits or any(
-      type(v) is not int or not 1 <= v <= 2**20 for v in value
-    ):
-      return 'integers from 1 to 1048576, as (64, 128, 256)'
-    return None
+    fits = isinstance(value, tuple | list) and all(
+      type(v) is int and 1 <= v <= 2**20 for v in value
+    )
+    widths = 'integers from 1 to 1048576, as (64, 128, 256)'
+    return None if fits and value else widths
   kind = (int, float) if field.kind is float else field.kind
   if not isinstance(value, kind) or (
     isinstance(value, bool) and field.kind is not bool

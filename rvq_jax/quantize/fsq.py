@@ -7,10 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.metrics import diversity
-from rvq_jax.quantize.base import Quantizer, QuantizerOutput
+from rvq_jax.quantize.base import (
+  Quantizer,
+  QuantizerOutput,
+  direction_metrics,
+  masked_mean,
+)
 from rvq_jax.quantize.fields import field
 from rvq_jax.quantize.gradients import straight_through
-from rvq_jax.quantize.losses import direction_metrics, masked_mean
 
 FSQ_EPS = 1e-3
 
@@ -18,14 +22,11 @@ FSQ_EPS = 1e-3
 def fsq_levels(codebook_size: int) -> tuple[int, ...]:
   """Levels for `FSQ` whose product is a given power of two, exactly.
 
-  Eights first, then fours, so that every method spends the same bits: 2^14 ->
-  (8, 8, 8, 8, 4), 2^10 -> (8, 8, 4, 4); 2 -> (2,).
-
-  Args:
-    codebook_size: K, at least 2.
+  Eights first, then fours: 2^14 -> (8, 8, 8, 8, 4), 2^10 -> (8, 8, 4, 4). The
+  paper's products are only near, as (8, 5, 5, 5) = 1000 for 2^10.
 
   Raises:
-    ValueError: K is no power of two.
+    ValueError: K is no power of two from 2 up.
   """
   bits = max(codebook_size.bit_length() - 1, 1)
   if codebook_size != 2**bits:
@@ -42,7 +43,7 @@ def fsq_levels(codebook_size: int) -> tuple[int, ...]:
 
 
 def _bound(x, levels):
-  """x [N, d] squashed so that rounding gives L values, as the paper's code."""
+  """x [N, d] squashed so that rounding gives L values, as in the paper."""
   half = [(n - 1) * (1 - FSQ_EPS) / 2 for n in levels]
   offset = [0.0 if n % 2 else 0.5 for n in levels]
   shift = [math.tan(o / h) for o, h in zip(offset, half, strict=True)]
@@ -59,12 +60,9 @@ class FSQ(Quantizer):
   dimensions; dimension i is bounded by tanh, with half a step's shift where its
   levels L_i are even, rounded to one of L_i integers and divided by
   floor(L_i / 2); a second linear layer leads back. The gradient passes the
-  rounding straight through. An id is the integer whose mixed-radix digits are
-  the d levels, the first one the least. There is no codebook and no loss;
-  `train` changes nothing.
-
-  The paper's levels have a product near a power of two, e.g. (8, 5, 5, 5) =
-  1000 for 2^10. The default here meets it exactly, at the price of fours.
+  rounding straight through. The d integers are the mixed-radix digits of an id,
+  the first one the least. There is no codebook and no loss; `train` changes
+  nothing.
 
   `metrics` holds usage and perplexity of the batch, and quantization_error
   (mean squared, per dimension), mean_angle (degrees), fallback_share,
@@ -86,9 +84,8 @@ class FSQ(Quantizer):
     e, mask = self.inputs(z, mask)
     levels = self._levels()
     bounded = _bound(nn.Dense(len(levels), name='project_in')(e), levels)
-    digits = _digits(bounded, levels)
-    ids = _ids(digits, levels)
-    bounded = bounded / _halves(levels, 2).astype(jnp.float32)
+    ids, digits = _round(bounded, levels)
+    bounded = bounded / _halves(levels).astype(jnp.float32)
     q = _values(digits, levels)
     counts = self.count(ids, e, mask)
     metrics = diversity(counts) | direction_metrics(bounded, q, mask)
@@ -101,16 +98,16 @@ class FSQ(Quantizer):
     """The ids [...] int32 of z [..., C], as the call gives them."""
     levels = self._levels()
     bounded = _bound(self.bound('project_in', self.rows(z)), levels)
-    return _ids(_digits(bounded, levels), levels).reshape(z.shape[:-1])
+    return _round(bounded, levels)[0].reshape(z.shape[:-1])
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
     """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
-    digits = []
+    digits, rest = [], ids.reshape(-1)
     for n in self._levels():
-      digits.append(ids % n)
-      ids = ids // n
+      digits.append(rest % n)
+      rest = rest // n
     values = _values(jnp.stack(digits, -1), self._levels())
-    return self.bound('project_out', values)
+    return self.bound('project_out', values.reshape(*ids.shape, len(digits)))
 
   def _levels(self):
     """The levels, checked."""
@@ -125,27 +122,22 @@ class FSQ(Quantizer):
     return levels
 
 
-def _halves(levels, ndim):
-  """floor(L_i / 2) as int32 [1, ..., d] of ndim axes."""
-  half = jnp.asarray([n // 2 for n in levels], jnp.int32)
-  return half.reshape((1,) * (ndim - 1) + (-1,))
+def _halves(levels):
+  """floor(L_i / 2) as int32 [1, d]."""
+  return jnp.asarray([n // 2 for n in levels], jnp.int32)[None]
 
 
-def _digits(bounded, levels):
-  """Bounded values [N, d] rounded to digits, each in [0, L)."""
+def _round(bounded, levels):
+  """Ids [N] of bounded values [N, d], and their digits, each in [0, L)."""
   # Rounding stays inside the levels; the clip is for a row that holds NaN.
   digits = jnp.nan_to_num(jnp.round(bounded)).astype(jnp.int32)
   top = jnp.asarray(levels, jnp.int32)[None] - 1
-  return jnp.clip(digits + _halves(levels, 2), 0, top)
-
-
-def _ids(digits, levels):
-  """The ids [N] of digits [N, d], the first digit the least."""
+  digits = jnp.clip(digits + _halves(levels), 0, top)
   weights = [math.prod(levels[:i]) for i in range(len(levels))]
-  return jnp.sum(digits * jnp.asarray(weights, jnp.int32)[None], axis=-1)
+  return jnp.sum(digits * jnp.asarray(weights, jnp.int32)[None], -1), digits
 
 
 def _values(digits, levels):
-  """Digits [..., d], each in [0, L), as the values they stand for."""
-  half = _halves(levels, digits.ndim)
+  """The values that digits [N, d] stand for."""
+  half = _halves(levels)
   return (digits - half).astype(jnp.float32) / half.astype(jnp.float32)

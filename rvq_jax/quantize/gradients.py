@@ -1,19 +1,10 @@
 """How the decoder's gradient reaches the encoder through the quantizer.
 
 Choosing the nearest code q of an encoder output e has no gradient. Each
-estimator here returns q itself, bit-exact, and differs only in the linear map
-that stands for dq/de (paper 3.2). With u = e/|e|, v = q/|q| and the scale
-lambda = |q|/|e|, all of them constants of the backward pass,
-
-    rotate            dq/de = lambda R, the rotation that carries u onto v
-    reflect           dq/de = lambda (I - 2 r r^T), r = (u - v)/|u - v|  (eq. 4)
-    straight_through  dq/de = I                                          (eq. 7)
-
-No D x D matrix is ever formed: a Householder reflection is one dot product.
-
-The maps are total. A vector whose norm, or whose code's norm, is under 1e-12,
-and for `rotate` one that points away from its code (no unique rotation), falls
-back to the straight-through map. lambda is clipped at `max_scale`.
+estimator returns q, bit-exact, and puts its own linear map in the place of
+dq/de (paper 3.2). It is total: a vector whose norm, or whose code's norm, is
+under 1e-12, and for `rotate` one that points away from its code (no unique
+rotation), gets its gradient unchanged.
 """
 
 import functools
@@ -98,21 +89,17 @@ def _rotation(de, e, q, max_scale):
   return _turned(de, g) * scale
 
 
-def _rotation_unscaled(de, e, q, max_scale):
+def _rotation_unscaled(de, e, q, _):
   """R de."""
-  del max_scale
   return _turned(de, geometry(e, q))
 
 
 def _turned(de, g: Geometry):
   """R de, R = (I - 2 w w^T)(I - 2 u u^T), w = (u + v)/|u + v|.
 
-  The first reflection carries u onto -u, the second -u onto v; everything
-  orthogonal to u and v stays, so R is the shortest rotation from u to
-  v, and R -> I as q -> e. Multiplied out, R = I - 2 w w^T + 2 v u^T; as two
-  reflections it stays orthogonal to rounding even near antipodes. A vector
-  without rotation has both weights zero: one number per row decides, so no
-  second [..., D] array is kept for the backward pass.
+  The first reflection carries u onto -u, the second -u onto v. Two reflections
+  stay orthogonal to rounding even near antipodes. A vector without rotation has
+  both weights 0: no second [..., D] array is kept for the backward pass.
   """
   s = g.u + g.v
   square = jnp.where(g.no_rotation, 1.0, _dot(s, s))
@@ -131,15 +118,13 @@ def _reflection(de, e, q, max_scale):
   return turned * jnp.where(g.usable, jnp.minimum(g.scale, max_scale), 1.0)
 
 
-def _identity(de, e, q, max_scale):
-  del e, q, max_scale
+def _identity(de, *_):
   return de
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _pass_through(e, q, linear_map, max_scale):
   """q, with linear_map(de) as its differential in e and none in q."""
-  del e, linear_map, max_scale
   return q
 
 
@@ -151,7 +136,7 @@ def _pass_through_jvp(linear_map, max_scale, primals, tangents):
 
 
 def _estimate(linear_map, e, q, max_scale=1.0):
-  """`_pass_through`, with its arguments checked."""
+  """`_pass_through` of checked arguments."""
   if not max_scale > 0:
     raise ValueError(
       f'expected max_scale > 0 (a bound on |q|/|e|), got {max_scale}; the '
@@ -176,11 +161,9 @@ def rotate(
       lambda = min(|q|/|e|, max_scale)
       R      = I - 2 w w^T + 2 v u^T,  w = (u + v)/|u + v|
 
-  This is the paper's rotation and rescaling, in the form of Fifty et al., ICLR
-  2025 (arXiv:2410.06424). No gradient reaches q.
-
-  Here e lies along the first axis and q, twice as long, along the second, so a
-  gradient is turned back by a right angle and doubled:
+  The paper's rotation and rescaling, in the form of Fifty et al., ICLR 2025
+  (arXiv:2410.06424). No gradient reaches q. Here q is twice as long as e and at
+  a right angle to it: the gradient is turned back and doubled.
 
   >>> import jax
   >>> import jax.numpy as jnp
@@ -218,10 +201,9 @@ def reflect(
 
       dL/de = lambda (g - 2 r (r.g)),  r = (u - v)/|u - v|
 
-  This is the paper's literal equation. It carries e onto q as the
-  rotation does, but it is a reflection (determinant -1): the gradient along
-  u - v changes sign, however near e is to q. Arguments and errors as in
-  `rotate`.
+  The paper's literal equation. It carries e onto q as the rotation does, but
+  the gradient along u - v changes sign, however near e is to q. Arguments and
+  errors as in `rotate`.
 
   >>> import jax
   >>> import jax.numpy as jnp
@@ -238,8 +220,8 @@ def reflect(
 def straight_through(e: jax.Array, q: jax.Array) -> jax.Array:
   """q, whose gradient reaches e unchanged (eq. 7): dL/de = g.
 
-  The usual spelling e + stop_gradient(q - e) has the same gradient, but its
-  value is q only up to rounding. Arguments and errors as in `rotate`.
+  The usual e + stop_gradient(q - e) is q only up to rounding. Arguments and
+  errors as in `rotate`.
 
   >>> import jax
   >>> import jax.numpy as jnp
@@ -249,3 +231,57 @@ def straight_through(e: jax.Array, q: jax.Array) -> jax.Array:
   [3.0, 1.0]
   """
   return _estimate(_identity, e, q)
+
+
+def dynamic_ste(e, q, *, ids, num_codes, mask=None, axis_name=None, **_):
+  """q, whose gradient reaches e more weakly the farther e is from q.
+
+  With d_i = |e_i - q_i|^2 and the smallest d_j among the vectors of the same
+  code, the Dynamic STE of StableVQ (2026) is
+
+      dL/de_i = w_i g_i,  w_i = (min_j d_j + 1e-12)/(d_i + 1e-12)
+
+  Args:
+    e, q: encoder outputs and their codes [N, D], float32.
+    ids: indices of the codes [N], int32.
+    num_codes: K.
+    mask: rows that count for the minimum [N], bool; all finite ones if None.
+    axis_name: mapped axis or axes, to take the minimum over.
+  """
+  distance = jnp.sum(jax.lax.stop_gradient(e - q) ** 2, axis=-1)
+  counted = jnp.isfinite(distance)
+  if mask is not None:
+    counted &= mask
+  least = jnp.full(num_codes, jnp.inf)
+  least = least.at[ids].min(jnp.where(counted, distance, jnp.inf))
+  if axis_name is not None:
+    least = jax.lax.pmin(least, axis_name)
+  nearest = jnp.minimum(least[ids], distance)
+  weight = (nearest + MIN_NORM) / (distance + MIN_NORM)
+  return straight_through(weight[:, None] * e, q)
+
+
+def diveq(e, q, **_):
+  """q as e + |q - e| d with a constant direction d = (q - e)/|q - e|.
+
+  DiVeQ (Vali et al. 2025, arXiv:2509.26469), without its noise:
+
+      dL/de = (I - d d^T) g,  dL/dq = d d^T g
+
+  So no further loss is needed. Where q = e all of the gradient goes to e.
+  """
+  d = direction(jax.lax.stop_gradient(q - e))[0]
+  moved = e + d * jnp.sum(d * (q - e), axis=-1, keepdims=True)
+  return straight_through(moved, q)
+
+
+# Name -> function of e, q [N, D] and, by name, ids [N], num_codes, mask [N],
+# max_scale and axis_name, to q.
+ESTIMATORS = {
+  'rotation': lambda e, q, max_scale, **_: rotate(e, q, max_scale=max_scale),
+  'rotation_unscaled': lambda e, q, **_: rotate(e, q, rescale=False),
+  'reflection': lambda e, q, max_scale, **_: reflect(e, q, max_scale=max_scale),
+  'ste': lambda e, q, **_: straight_through(e, q),
+  'dynamic_ste': dynamic_ste,
+  'diveq': diveq,
+}

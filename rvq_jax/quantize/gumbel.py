@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.metrics import diversity
-from rvq_jax.quantize.axis import Axis
-from rvq_jax.quantize.base import Quantizer, QuantizerOutput
-from rvq_jax.quantize.codebook import draw_codes
+from rvq_jax.quantize.base import Quantizer, QuantizerOutput, masked_mean
+from rvq_jax.quantize.codebook import Axis, draw_codes
 from rvq_jax.quantize.fields import MAX_INT32, field
-from rvq_jax.quantize.losses import masked_mean, share_of_loss
 
 
 class GumbelQuantizer(Quantizer):
@@ -25,8 +23,7 @@ class GumbelQuantizer(Quantizer):
   temperature_end along half a cosine. The loss is kl_weight times the mean over
   positions of KL(softmax(l) || uniform) in nats.
 
-  No distance is compared: the method holds the logits of all N positions and K
-  codes, [N, K] float32, several times over in training.
+  The logits are [N, K] float32, several times over in training.
 
   Training needs the rng stream 'codebook'. The noise of a position depends on
   the key and its index in the global batch, not on the number of devices. The
@@ -35,9 +32,8 @@ class GumbelQuantizer(Quantizer):
   nothing.
 
   `metrics` holds usage and perplexity of the batch's ids, quantization_error
-  (mean squared difference, per dimension, between the mixture and the one code
-  it stands for; without noise in evaluation), kl (nats) and temperature (tau).
-  Inputs and codes share no space, so no angle or norm is given.
+  (mean squared, per dimension, between the mixture and the code of its id;
+  without noise in evaluation), kl (nats) and temperature (tau).
 
   Attributes:
     code_dim: D, dimensions of a code. Where it differs from the input's
@@ -77,7 +73,7 @@ class GumbelQuantizer(Quantizer):
     log_p = jax.nn.log_softmax(logits)
     kl = math.log(self.codebook_size) + jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     kl = masked_mean(kl, mask)
-    loss = share_of_loss(self.kl_weight * kl, mask, self.mapped_axis)
+    loss = self.share(self.kl_weight * kl, mask)
     counts = self.count(ids, e, mask)
     metrics = diversity(counts) | {
       'quantization_error': masked_mean((mixture - q) ** 2, mask),

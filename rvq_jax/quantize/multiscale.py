@@ -6,17 +6,15 @@ import jax.numpy as jnp
 
 from rvq_jax.metrics import diversity
 from rvq_jax.quantize import scales
-from rvq_jax.quantize.base import QuantizerOutput
-from rvq_jax.quantize.codebook_quantizer import CodebookQuantizer
+from rvq_jax.quantize.base import QuantizerOutput, direction_metrics
 from rvq_jax.quantize.fields import field
-from rvq_jax.quantize.losses import direction_metrics
 from rvq_jax.quantize.search import nearest_codes
+from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
-PHIS = 4
-"""Convolutions phi at most; scales next to each other share one."""
+PHIS = 4  # convolutions phi at most; scales next to each other share one
 
 
-class MultiscaleQuantizer(CodebookQuantizer):
+class MultiscaleQuantizer(VectorQuantizer):
   """Quantizes a grid from coarse to fine (VAR; Tian et al. 2024, section 3.2).
 
   With z the grid [n, n, D], s_1 < ... < s_L = n the sides and z^_0 = 0,
@@ -27,13 +25,11 @@ class MultiscaleQuantizer(CodebookQuantizer):
 
   All scales share one codebook. Moving average, filling and splitting use the
   tokens of all scales, each weighted by the area of the grid that it covers:
-  the scales count alike, 1x1 as much as n x n. Weighted by token count, the
-  single 1x1 token would keep almost no codes. The quantized grid is z^_L; the
+  else the 1x1 token would keep almost no codes. The quantized grid is z^_L; the
   estimator is applied once, from z to z^_L. The loss is the mean over l of
   commitment_weight MSE(z, sg z^_l) + codebook_weight MSE(sg z, z^_l). The
-  second term trains phi and, with `ema=False`, the codes. phi starts as the
-  identity. The first batch fills the codebook with the unquantized residual
-  pyramid.
+  second term trains phi, at first the identity, and, with `ema=False`, the
+  codes. The first batch fills the codebook with the unquantized residuals.
 
   ids are [..., T], T = s_1^2 + ... + s_L^2, scale by scale, each row by row;
   the ids of the first scales decode to a coarser grid. counts are [K], over all
@@ -88,12 +84,9 @@ class MultiscaleQuantizer(CodebookQuantizer):
       """[B, T, D] and [B, T] as [B T, D] and the weights of the tokens."""
       return rows.reshape(-1, dim), jnp.where(valid.reshape(-1), areas, 0.0)
 
-    def first():
-      return weighted(*scales.pyramid(grid, mask_grid, sides))
-
+    first = lambda: weighted(*scales.pyramid(grid, mask_grid, sides))  # noqa: E731
     book = self._begin(train, first, (len(areas), dim))
     weight = 0.0 if self.freeze else self.codebook_weight
-    options = {'form': self.loss_form, 'codebook_weight': weight}
     tokens, parts, counts = [], [], []
     for rows, valid, ids, total in _walk(
       grid, mask_grid, book.embedding, phis, sides
@@ -101,7 +94,7 @@ class MultiscaleQuantizer(CodebookQuantizer):
       tokens.append((rows, valid, ids))
       total = total.reshape(e.shape)
       q = jax.lax.stop_gradient(total) if self.freeze else total
-      parts.append(self.loss(e, q, mask, **options))
+      parts.append(self.loss(e, q, mask, weight))
       flat = ids.reshape(-1), rows.reshape(-1, dim), valid.reshape(-1)
       counts.append(self.count(*flat))
     quantized = self.estimate(e, total, None, mask)
@@ -127,14 +120,9 @@ class MultiscaleQuantizer(CodebookQuantizer):
     return ids.reshape(*z.shape[:-3], ids.shape[1])
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The grid that ids, or the ids of the first scales, stand for.
+    """The grid [..., n, n, C] float32 that ids [..., T] in [0, K) stand for.
 
-    Args:
-      ids: code indices [..., T], int, each in [0, K), with T the tokens of the
-        first scale, of the first two, ... or of all.
-
-    Returns:
-      [..., n, n, C], float32: `quantized` of the call where T is whole.
+    T is the tokens of all scales, or only of the first ones.
 
     Raises:
       ValueError: T is something else, or the layer was not given its sides.

@@ -6,15 +6,14 @@ import jax.numpy as jnp
 
 from rvq_jax.quantize.base import QuantizerOutput
 from rvq_jax.quantize.fields import field
-from rvq_jax.quantize.vector_quantizer import PartsQuantizer
+from rvq_jax.quantize.residual import PartsQuantizer
 
 
 class ProductQuantizer(PartsQuantizer):
   """Cuts each vector into `heads` pieces with a code each (Jegou et al. 2011).
 
   ids are [..., heads]; counts [heads, K]. Loss and metrics are means over the
-  heads. K codes per head are K^heads codes per position, at the cost of
-  searching heads x K.
+  heads. Searching heads x K codes chooses among K^heads per position.
 
   >>> import jax
   >>> from rvq_jax import ProductQuantizer
@@ -70,16 +69,9 @@ class ProductQuantizer(PartsQuantizer):
     return jnp.stack(ids, axis=-1).reshape(*z.shape[:-1], self.heads)
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The quantized vectors that ids stand for: `quantized` of the call.
+    """The vectors [..., C] float32 that ids [..., heads] in [0, K) stand for.
 
-    Args:
-      ids: code indices [..., heads], int, each in [0, K).
-
-    Returns:
-      [..., C], float32.
-
-    Raises:
-      ValueError: the last axis of ids is not the heads.
+    ValueError: the last axis of ids is not the heads.
     """
     if ids.ndim < 1 or ids.shape[-1] != self.heads:
       raise ValueError(

@@ -4,7 +4,7 @@ import importlib
 
 import flax.linen as nn
 
-QUANTIZERS = {
+QUANTIZERS = {  # name -> class
   'vq': 'rvq_jax.quantize.vector_quantizer.VectorQuantizer',
   'residual': 'rvq_jax.quantize.residual.ResidualQuantizer',
   'multiscale': 'rvq_jax.quantize.multiscale.MultiscaleQuantizer',
@@ -13,15 +13,10 @@ QUANTIZERS = {
   'fsq': 'rvq_jax.quantize.fsq.FSQ',
   'simvq': 'rvq_jax.quantize.simvq.SimVQ',
 }
-"""Name -> class."""
 
 
 def quantizer_class(name: str) -> type[nn.Module]:
-  """The class of the quantizer called `name`.
-
-  Raises:
-    ValueError: there is no such quantizer.
-  """
+  """The class of the quantizer called `name`; ValueError if there is none."""
   if name not in QUANTIZERS:
     raise ValueError(
       f'quantizer: expected one of {", ".join(QUANTIZERS)}; got {name!r}'
@@ -31,10 +26,5 @@ def quantizer_class(name: str) -> type[nn.Module]:
 
 
 def make_quantizer(name: str = 'vq', **arguments) -> nn.Module:
-  """The linen module called `name`, from z [..., C] to `QuantizerOutput`.
-
-  Raises:
-    ValueError: there is no such quantizer.
-    TypeError: its class has no such argument.
-  """
+  """The linen module called `name`, from z [..., C] to `QuantizerOutput`."""
   return quantizer_class(name)(**arguments)

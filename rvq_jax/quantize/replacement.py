@@ -1,14 +1,13 @@
 """Filling a codebook from a batch, and splitting clusters that are too large.
 
-Pure functions of float32 arrays. With `axis_name` the candidates are the
-vectors of the global batch (`pmap`, `shard_map`).
+Pure functions of float32 arrays. With `axis_name` vectors are drawn from the
+global batch (`pmap`, `shard_map`).
 """
 
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize.axis import Axis
-from rvq_jax.quantize.codebook import Codebook, row_weights
+from rvq_jax.quantize.codebook import Axis, Codebook, row_weights
 
 
 def draw_rows(
@@ -22,11 +21,10 @@ def draw_rows(
 ) -> tuple[jax.Array, jax.Array]:
   """`count` different rows of the global batch, drawn at random.
 
-  The `count` largest of log weight + Gumbel noise are a draw without
-  repetition in proportion to the weights. It depends only on the key and the
-  global batch, so 1 device and 8 draw the same rows. Each device takes its own
-  `count` largest first: [count, D] and `count` numbers per device travel,
-  however large the batch is.
+  The `count` largest of log weight + Gumbel noise are a draw without repetition
+  in proportion to the weights. The key and the global batch decide, so 1 device
+  and 8 draw the same rows. Each device takes its own `count` largest first:
+  what travels does not grow with the batch.
 
   Args:
     key: the same random key on every device.
@@ -38,8 +36,8 @@ def draw_rows(
       [N], at least 0, which multiply `weight`.
 
   Returns:
-    The rows [count, D] and whether each may be used, bool [count]: False where
-    fewer than `count` rows may be drawn.
+    The rows [count, D], and bool [count]: False for a row beyond those that may
+    be drawn.
   """
   n, axis = len(x), Axis(axis_name)
   first = n * axis.index
@@ -64,9 +62,8 @@ def draw_rows(
 def _largest(score, count, axis):
   """The `count` largest of the global [N] and their indices, largest first.
 
-  The largest of each share first, then the largest of those. Under `jit` the
-  rows are taken to be split evenly over all devices; another split gives the
-  same result.
+  Each share gives its own largest. Under `jit` the shares are an even split
+  over all devices; another split gives the same result.
   """
   n, shares = len(score), jax.device_count()
   if axis.name is None and (shares == 1 or n % shares):
@@ -81,15 +78,20 @@ def _largest(score, count, axis):
     best = -best
   else:
     best, indices = jax.lax.top_k(score, min(count, n))
-    best = axis.concatenate(best)
-    indices = axis.concatenate(indices + n * axis.index)
+    best, indices = (_gather(x, axis) for x in (best, indices + n * axis.index))
   best, order = jax.lax.top_k(best, count)
   return best, indices[order]
 
 
+def _gather(x, axis):
+  """x [n] of all shares in order: an all-gather that `shard_map` trusts."""
+  everyone, first = jnp.zeros(len(x) * axis.size, x.dtype), len(x) * axis.index
+  return axis.psum(jax.lax.dynamic_update_slice_in_dim(everyone, x, first, 0))
+
+
 def _place(codebook, dead, rows, usable, size):
   """Puts dead codes onto rows, least used first; codebook and number put."""
-  k, count = dead.shape[0], rows.shape[0]
+  k, count = len(dead), len(rows)
   order = jnp.argsort(jnp.where(dead, codebook.cluster_size, jnp.inf))
   rank = jnp.zeros(k, jnp.int32).at[order].set(jnp.arange(k, dtype=jnp.int32))
   source = jnp.minimum(rank, count - 1)
@@ -123,10 +125,8 @@ def fill_codebook(
 ) -> Codebook:
   """Puts codes onto vectors of a first batch (data-dependent initialisation).
 
-  A codebook with any cluster_size above zero is returned as it is. With fewer
-  vectors than codes the other codes keep their place with a cluster_size of
-  zero: they are dead, and move by `replace_codes` or to the first vectors that
-  choose them.
+  A codebook with any cluster_size above zero stays as it is. With fewer vectors
+  than codes the others keep their place and a cluster_size of zero.
 
   Args:
     codebook: K codes of D dimensions.
@@ -162,13 +162,10 @@ def replace_codes(
 
   A dead code goes to c + split_fraction (e - c), where e is a vector of the
   batch drawn in proportion to the cluster_size of its code c: close to c, so
-  that the two share the cluster evenly and the moving average then pulls them
-  apart. A code put onto e itself is as far from the other vectors of the
-  cluster as they are from each other; c stays nearest to most of them, and the
-  code soon dies again (docs/results.md).
-
-  A batch of N vectors replaces at most N codes, the least used first; the rest
-  wait for the next call.
+  that the two share the cluster evenly and the moving average pulls them apart.
+  Onto e itself it would soon die again: c stays nearest to most vectors of the
+  cluster (docs/results.md). A batch of N vectors replaces at most N codes, the
+  least used first.
 
   Args:
     codebook: K codes of D dimensions.
@@ -176,10 +173,9 @@ def replace_codes(
     key, e, axis_name, mask: as key, x, axis_name and mask of `draw_rows`.
     ids: codes of the vectors e, [N].
     expected_size: cluster_size that a replaced code starts with.
-    split_by: 'count'; or 'distortion', which draws e in proportion to the
-      cluster_size of c times the mean squared error of the vectors that chose
-      it: at high rate the cells of the best codebook have equal distortions
-      (Gersho 1979).
+    split_by: 'count'; or 'distortion', which multiplies the cluster_size of c
+      by the mean squared error of its vectors: at high rate the cells of the
+      best codebook have equal distortions (Gersho 1979).
     split_fraction: how far from the code c to the vector e, in (0, 1].
 
   Returns:

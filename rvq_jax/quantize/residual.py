@@ -1,16 +1,41 @@
 """`ResidualQuantizer`: several codes per position, coarse to fine."""
 
+import dataclasses
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize.base import QuantizerOutput
+from rvq_jax.quantize.base import QuantizerOutput, direction_metrics
 from rvq_jax.quantize.fields import field
-from rvq_jax.quantize.losses import direction_metrics
-from rvq_jax.quantize.vector_quantizer import PartsQuantizer
+from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
-LEAST_RESIDUAL = 1e-5
-"""Share of |e| under which a residual trains no further level."""
+LEAST_RESIDUAL = 1e-5  # share of |e| under which no further level is trained
+
+
+class PartsQuantizer(VectorQuantizer):
+  """Several `VectorQuantizer`s that share the arguments of one."""
+
+  def parts(self, number: int) -> list[VectorQuantizer]:
+    """`number` quantizers of the channels that they are given."""
+    names = {field.name for field in dataclasses.fields(VectorQuantizer)}
+    names -= {'code_dim', 'parent', 'name'}
+    shared = {name: getattr(self, name) for name in names}
+    return [VectorQuantizer(**shared) for _ in range(number)]
+
+  def combine(
+    self, z: jax.Array, outputs: list[QuantizerOutput]
+  ) -> dict[str, Any]:
+    """ids [..., L], counts [L, K], and mean loss and metrics of L parts."""
+    ids = jnp.stack([out.ids for out in outputs], axis=-1)
+    mean = lambda *values: sum(values) / len(outputs)  # noqa: E731
+    return {
+      'ids': ids.reshape(*z.shape[:-1], len(outputs)),
+      'loss': mean(*(out.loss for out in outputs)),
+      'counts': jnp.stack([out.counts for out in outputs]),
+      'metrics': jax.tree.map(mean, *(out.metrics for out in outputs)),
+    }
 
 
 class ResidualQuantizer(PartsQuantizer):
@@ -18,13 +43,12 @@ class ResidualQuantizer(PartsQuantizer):
 
   With r_0 = e: q_d is the code nearest to r_d, and r_(d+1) = r_d - q_d. The
   quantized vector is q_0 + q_1 + ...; a prefix of the codes is a coarser one.
-  The estimator is applied once, from e to the whole sum: one estimate per
-  level, as in other implementations, would multiply the gradient by the depth.
-  The loss is the mean over the levels of MSE(e, sg(q_0 + ... + q_d)) and, for
-  learned codes, of the codebook losses (Lee et al., CVPR 2022, eq. 7). In
-  training, a vector that lies on its codes up to rounding (`LEAST_RESIDUAL`) is
-  not valid for the next levels: if K is at least the number of vectors, each
-  step with `init_from='data'` fills one more level.
+  The estimator is applied once, from e to the whole sum: one per level would
+  multiply the gradient by the depth. The loss is the mean over the levels of
+  MSE(e, sg(q_0 + ... + q_d)) and, for learned codes, of the codebook losses
+  (Lee et al., CVPR 2022, eq. 7). In training, a vector that lies on its codes
+  up to rounding (`LEAST_RESIDUAL`) is not valid for the next levels: if K is at
+  least the number of vectors, each step fills one more level.
 
   ids are [..., depth], coarsest first; counts [depth, K]. `metrics` holds the
   means over the levels; for the whole sum quantization_error, mean_angle,
@@ -99,16 +123,9 @@ class ResidualQuantizer(PartsQuantizer):
     return jnp.stack(ids, axis=-1).reshape(*z.shape[:-1], self.depth)
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The quantized vectors that ids, or a prefix of their codes, stand for.
+    """The vectors [..., C] float32 that ids [..., d] in [0, K) stand for.
 
-    Args:
-      ids: code indices [..., d], int, each in [0, K), with d from 1 to depth.
-
-    Returns:
-      [..., C], float32: `quantized` of the call when d is the depth.
-
-    Raises:
-      ValueError: d is out of range.
+    d, from 1 to depth, may be a prefix of the codes; ValueError for another.
     """
     depth = ids.shape[-1] if ids.ndim else 0
     if not 1 <= depth <= self.depth:

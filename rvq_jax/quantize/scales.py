@@ -1,6 +1,6 @@
-"""Grids of several sides: means over areas, bicubic interpolation, phi.
+"""Grids of several sides for `MultiscaleQuantizer`: means, interpolation, phi.
 
-Pure functions of float32 arrays for `MultiscaleQuantizer`.
+Pure functions of float32 arrays.
 """
 
 import itertools
@@ -13,35 +13,17 @@ _SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 51, 64)
 
 
 def default_sides(grid: int) -> tuple[int, ...]:
-  """The sides of the scales of a grid, coarse to fine.
-
-  >>> from rvq_jax.quantize.scales import default_sides
-  >>> default_sides(8)
-  (1, 2, 3, 4, 5, 6, 8)
-
-  Args:
-    grid: positions along the side of the finest scale.
-  """
+  """The sides of the scales of a grid: 8 has the sides 1, 2, 3, 4, 5, 6, 8."""
   return (*(side for side in _SIDES if side < grid), grid)
 
 
 def token_offsets(sides) -> list[int]:
-  """Where each scale begins on the axis of an image's tokens; last, its end.
-
-  >>> from rvq_jax.quantize.scales import token_offsets
-  >>> token_offsets((1, 2, 4))
-  [0, 1, 5, 21]
-  """
+  """Where each scale begins among an image's tokens, and their number."""
   return [0, *itertools.accumulate(side**2 for side in sides)]
 
 
 def token_weights(sides) -> np.ndarray:
-  """The area that each token of an image covers, float32 [T], 1 on average.
-
-  >>> from rvq_jax.quantize.scales import token_weights
-  >>> token_weights((1, 2))  # doctest: +NORMALIZE_WHITESPACE
-  array([2.5  , 0.625, 0.625, 0.625, 0.625], dtype=float32)
-  """
+  """The area that each token of an image covers, float32 [T], 1 on average."""
   tokens = token_offsets(sides)[-1]
   areas = [tokens / len(sides) / side**2 for side in sides]
   return np.float32(areas).repeat(np.square(sides))
@@ -58,8 +40,8 @@ def area_weights(grid: int, side: int) -> np.ndarray:
 def bicubic_weights(side: int, grid: int) -> np.ndarray:
   """Weight of each of `side` cells at each position, float32 [grid, side].
 
-  Keys' kernel, a = -1/2, divided by its sum at the edges: as `jax.image.resize`
-  does, which would compile a program for each side.
+  Keys' kernel, a = -1/2, divided by its sum at the edges, as in
+  `jax.image.resize`, which would compile a program for each side.
   """
   at = (np.arange(grid)[:, None] + 0.5) * side / grid - 0.5
   t = abs(at - np.arange(side))
@@ -80,15 +62,10 @@ def _resize(x, weights):
 def pool(
   z: jax.Array, mask: jax.Array, side: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Means over areas of the positions in the mask, and where there are any.
-
-  Args:
-    z: [B, n, n, D].
-    mask: valid positions [B, n, n], bool.
-    side: areas along a side.
+  """Means over side^2 areas of z [B, n, n, D] in the mask [B, n, n].
 
   Returns:
-    [B, side^2, D], and bool [B, side^2].
+    [B, side^2, D]; and where the mask has positions, bool [B, side^2].
   """
   weights, mask = area_weights(z.shape[1], side), mask[..., None]
   total = _resize(jnp.where(mask, z, 0.0), weights)
@@ -124,17 +101,9 @@ def identity_phi(key, dim: int) -> dict[str, jax.Array]:
 def pyramid(
   z: jax.Array, mask: jax.Array, sides: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-  """The residual pyramid: the input of each scale, without quantization.
+  """The inputs of all scales without quantization, phi being the identity.
 
-  phi is the identity.
-
-  Args:
-    z: [B, n, n, D].
-    mask: valid positions [B, n, n], bool.
-    sides: sides of the scales.
-
-  Returns:
-    [B, T, D], and bool [B, T].
+  z is [B, n, n, D], the mask bool [B, n, n]. Returns [B, T, D], bool [B, T].
   """
   scales = []
   for side in sides:

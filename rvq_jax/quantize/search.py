@@ -1,8 +1,7 @@
 """Exact nearest-code search without an N x K array (paper eq. 3).
 
-|e - c|^2 = |e|^2 - 2 (e.c - |c|^2 / 2), so the nearest code is the one with the
-highest score e.c - |c|^2 / 2: one matmul and a running maximum over tiles.
-Two things make that safe in float32 for any finite input:
+The nearest code has the highest score e.c - |c|^2 / 2: one matmul and a running
+maximum over tiles. Two things make that safe in float32 for any finite input:
 
 - the score cancels when the codes lie far from the origin, and distances do
   not change when e and c are translated together, so the mean of the codebook
@@ -12,7 +11,6 @@ Two things make that safe in float32 for any finite input:
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +22,10 @@ _SAMPLE = 1024  # codes that the mean of the codebook is estimated from
 def nearest_codes(e: jax.Array, embedding: jax.Array) -> jax.Array:
   """Index of the code nearest to each row by squared distance.
 
-  Exact in float32 on every backend: the matmul is float32 where the default
-  would be TF32. Ties go to the lowest index. A row with NaN or Inf gets some
-  valid id; a code with NaN or Inf is never chosen while another is finite. ids
-  carry no gradient. Rows may be sharded (`NamedSharding` over the rows of e,
-  embedding replicated): nothing of e is gathered.
+  Exact in float32 on every backend, never TF32. Ties go to the lowest index. A
+  row with NaN or Inf gets some valid id; a code with NaN or Inf is never chosen
+  while another is finite. ids carry no gradient. Rows may be sharded (over the
+  rows of e, embedding replicated): nothing of e is gathered.
 
   >>> import jax.numpy as jnp
   >>> from rvq_jax import nearest_codes
@@ -80,38 +77,25 @@ def _search(e, embedding, *, backend):
 
 
 def tile_sizes(n: int, k: int, backend: str) -> tuple[int, int]:
-  """Rows and codes scored at once: a tile of scores is rows x codes floats.
+  """How many of n rows and k codes are scored at once, as one tile.
 
   CPU: the tile is read twice after the matmul wrote it, so it has to stay in
   the second-level cache; 512 x 1024 (2 MiB) is the fastest measured, and few
   rows take more codes to keep the matmul long. GPU and TPU: a tile is one
-  kernel launch, so it has to fill the device; 16384 x 2048 is 128 MiB.
-
-  Args:
-    n: number of vectors, at least 1.
-    k: number of codes, at least 1.
-    backend: 'cpu', 'gpu' or 'tpu'.
-
-  Returns:
-    (rows, codes), at least 1 and at most (n, k). Evened out: just over the
-    limit gives two halves, not one full and one almost empty tile.
+  kernel launch, so it has to fill the device; 16384 x 2048 is 128 MiB. Just
+  over the limit gives two halves, not one full and one almost empty tile.
   """
   rows, scores = (512, 2**19) if backend == 'cpu' else (16384, 2**25)
   rows = _even(n, rows)
   return rows, _even(k, scores // min(rows, scores // 1024))
 
 
-def _even(size: int, limit: int) -> int:
+def _even(size, limit):
   """A tile of at most about `limit` that splits `size` evenly."""
   if size <= limit:
     return size
   tiles = -(-size // limit)
   return 8 * -(-size // (8 * tiles))
-
-
-def _exponent(x: jax.Array) -> jax.Array:
-  """The exponent of the power of two just above |x|, elementwise, int32."""
-  return jnp.frexp(x)[1]
 
 
 def centering(embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -121,9 +105,6 @@ def centering(embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
   power of two near its spread: a codebook around zero keeps its origin, and
   integers stay integers, so that exact ties stay exact. The unit is 1 unless
   the largest coordinate is outside 2^-20 ... 2^30.
-
-  Args:
-    embedding: codes [K, D].
 
   Returns:
     shift [D] and scale [], a power of two.
@@ -136,8 +117,8 @@ def centering(embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
   mean = jnp.sum(sample * share, axis=0)
   spread = jnp.sum(jnp.abs(sample - mean[None]) * share, axis=0)
   spread = jnp.maximum(spread, jnp.abs(mean) * 2.0**-20)
-  grid = jnp.ldexp(jnp.float32(1), jnp.minimum(_exponent(spread), 126))
-  top = _exponent(peak)
+  grid = jnp.ldexp(jnp.float32(1), jnp.minimum(jnp.frexp(spread)[1], 126))
+  top = jnp.frexp(peak)[1]  # the power of two just above
   scale = jnp.ldexp(jnp.float32(1), jnp.clip(top, -20, 30) - top)
   return jnp.round(mean / grid) * grid, scale
 
@@ -156,12 +137,12 @@ def _center_rows(e, shift, scale):
   """
   centered = e - shift[None]
   centered = jnp.where(jnp.isfinite(centered), centered, 0)
-  top = _exponent(jnp.max(jnp.abs(centered), axis=1, keepdims=True))
+  top = jnp.frexp(jnp.max(jnp.abs(centered), axis=1, keepdims=True))[1]
   return centered * jnp.minimum(scale, jnp.ldexp(jnp.float32(1), 55 - top))
 
 
 def _bias(embedding, shift, scale):
-  """-|c|^2 / 2 of the centered codes [K]; -inf for one that is not finite."""
+  """-|c|^2 / 2 of the centered codes [K]; -inf where it is not finite."""
   squares = jnp.sum(((embedding - shift[None]) * scale) ** 2, axis=1)
   return jnp.where(jnp.isfinite(squares), -0.5 * squares, -jnp.inf)
 
@@ -172,10 +153,7 @@ def _best(x, embedding, bias, shift, scale, codes):
   The last tile starts early enough to be full, so nothing is padded; the codes
   that it shares with the one before are masked. Scores are [codes, rows]:
   maxima over the leading axis vectorise over rows. XLA:CPU does not vectorise
-  argmax, so the index is the smallest one that attains the maximum.
-
-  Returns:
-    ids [N]; equal scores give the lowest id.
+  argmax, so the id is the lowest that attains the maximum.
   """
   k = embedding.shape[0]
   lanes = jnp.arange(codes, dtype=jnp.int32)
@@ -206,7 +184,7 @@ def _best(x, embedding, bias, shift, scale, codes):
   return jax.lax.fori_loop(0, -(-k // codes), visit, start)[1]
 
 
-def _over_blocks(search: Callable, e: jax.Array, rows: int) -> jax.Array:
+def _over_blocks(search, e, rows):
   """search(block) for blocks of `rows` rows of e, one after another.
 
   Block b holds the rows b, b + B, b + 2 B ...: the loop then runs over an axis

@@ -5,17 +5,15 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.metrics import diversity
-from rvq_jax.quantize.base import NearestQuantizer, QuantizerOutput
+from rvq_jax.quantize.base import (
+  NearestQuantizer,
+  QuantizerOutput,
+  direction_metrics,
+)
 from rvq_jax.quantize.codebook import draw_codes
-from rvq_jax.quantize.estimators import ESTIMATORS
 from rvq_jax.quantize.fields import field
-from rvq_jax.quantize.losses import direction_metrics
+from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.search import nearest_codes
-
-
-def _eye(key, shape, dtype):
-  del key
-  return jnp.eye(*shape, dtype=dtype)
 
 
 class SimVQ(NearestQuantizer):
@@ -32,7 +30,7 @@ class SimVQ(NearestQuantizer):
   changes nothing. `metrics` are as in `VectorQuantizer`, without dead_codes and
   replaced_codes.
 
-  Attributes: as `NearestQuantizer`; codebook_weight trains W.
+  Attributes: as `VectorQuantizer`; codebook_weight trains W.
   """
 
   estimator: str = field('ste', choices=ESTIMATORS)
@@ -44,19 +42,20 @@ class SimVQ(NearestQuantizer):
     """Quantizes z [..., C]; see `VectorQuantizer.__call__`."""
     del train
     e, mask = self.inputs(z, mask)
-    dim = self.code_dim or z.shape[-1]
-    e = self.project_in(e, dim)
+    e = self.project_in(e, self.code_dim or z.shape[-1])
+    dim = e.shape[1]
     frozen = self.variable(
       'codebook',
       'embedding',
       lambda: draw_codes(self.make_rng('params'), (self.codebook_size, dim)),
     )
-    linear = nn.Dense(dim, use_bias=False, kernel_init=_eye, name='map')
+    eye = lambda _, shape, dtype: jnp.eye(*shape, dtype=dtype)  # noqa: E731
+    linear = nn.Dense(dim, use_bias=False, kernel_init=eye, name='map')
     codes = linear(jax.lax.stop_gradient(frozen.value))
     ids = nearest_codes(e, codes)
     q = jnp.take(codes, ids, axis=0)
     quantized = self.estimate(e, q, ids, mask)
-    loss, metrics = self.loss(e, q, mask)
+    loss, metrics = self.loss(e, q, mask, self.codebook_weight)
     counts = self.count(ids, e, mask)
     metrics |= diversity(counts) | direction_metrics(e, q, mask)
     ids = ids.reshape(z.shape[:-1])

@@ -19,22 +19,14 @@ def _init(layer, z, train):
   return layer.init(jax.random.key(0), z, train=train)
 
 
-@functools.partial(jax.jit, static_argnames='layer')
-def _train(layer, variables, z, mask, key):
-  out, updates = layer.apply(
-    variables,
-    z,
-    train=True,
-    mask=mask,
-    mutable=['codebook'],
-    rngs={'codebook': key},
-  )
+def step(layer, variables, z, mask, key):
+  """The output and the variables after a training step."""
+  options = {'mutable': ['codebook'], 'rngs': {'codebook': key}}
+  out, updates = layer.apply(variables, z, train=True, mask=mask, **options)
   return out, variables | updates
 
 
-@functools.partial(jax.jit, static_argnames='layer')
-def _evaluate(layer, variables, z):
-  return layer.apply(variables, z, mutable=['codebook', 'params'])
+_train = jax.jit(step, static_argnames='layer')
 
 
 # One signature each: a default argument left out would be another program.
@@ -43,14 +35,27 @@ def init(layer, z, train=True):
 
 
 def train(layer, variables, z, mask=None, seed=0):
-  """The output and the variables after a training step."""
   mask = np.ones(z.shape[:-1], bool) if mask is None else mask
   return _train(layer, variables, z, mask, jax.random.key(seed))
 
 
+@functools.partial(jax.jit, static_argnames='layer')
 def evaluate(layer, variables, z):
   """The output of an evaluation, and the collections that it may write."""
-  return _evaluate(layer, variables, z)
+  return layer.apply(variables, z, mutable=['codebook', 'params'])
+
+
+def moved(params, size=0.1):
+  """The parameters with noise: no bias is 0, and no phi the identity."""
+  rng = np.random.default_rng(2)
+  noise = lambda x: size * rng.normal(size=x.shape)  # noqa: E731
+  return jax.tree.map(lambda x: np.float32(x + noise(x)), params)
+
+
+def nearest(e, codes):
+  """argmin_k sum((e - c_k)^2) in float64; NumPy takes the lowest index."""
+  e, codes = np.float64(e), np.float64(codes)
+  return np.array([np.argmin(((row - codes) ** 2).sum(1)) for row in e])
 
 
 @functools.partial(jax.jit, static_argnames='layer')

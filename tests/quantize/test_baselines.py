@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layer_programs import decode, evaluate, init, random, train
+from layer_programs import decode, evaluate, init, moved, nearest, random, train
 
 from rvq_jax.quantize.fsq import FSQ, fsq_levels
 from rvq_jax.quantize.gumbel import GumbelQuantizer
@@ -23,14 +23,8 @@ GUMBEL = GumbelQuantizer(
 
 @functools.cache
 def start(layer):
-  """Variables in which no parameter, biases included, is 0 throughout."""
   variables = jax.device_get(init(layer, Z))
-  rng = np.random.default_rng(2)
-  moved = jax.tree.map(
-    lambda x: np.float32(x + 0.3 * rng.normal(size=x.shape)),
-    variables['params'],
-  )
-  return variables | {'params': moved}
+  return variables | {'params': moved(variables['params'], 0.3)}
 
 
 def dense(x, parameters):
@@ -42,23 +36,26 @@ def at_step(variables, step):
   return variables | {'codebook': {'step': np.int32(step)}}
 
 
+def with_bias(variables, bias):
+  """The same logits, `bias` [K], at every position."""
+  logits = {'kernel': np.zeros((5, K), np.float32), 'bias': bias}
+  return variables | {'params': variables['params'] | {'logits': logits}}
+
+
 def test_gumbel_temperature_follows_half_a_cosine():
-  layer = GUMBEL
   for step in (0, 1, 4, 7, 8, 100):
-    variables = at_step(start(layer), step)
-    _, after = train(layer, variables, Z)
-    got = evaluate(layer, variables, Z)[0].metrics['temperature']
+    variables = at_step(start(GUMBEL), step)
+    out, after = train(GUMBEL, variables, Z)
     done = min(step / 8, 1)
     want = 1e-4 + (2 - 1e-4) * math.cos(math.pi / 2 * done) ** 2
-    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(out.metrics['temperature'], want, rtol=1e-5)
     assert after['codebook']['step'] == step + 1
 
 
 def test_gumbel_mixture_hardens_as_the_temperature_falls():
-  layer = GUMBEL
-  codes = start(layer)['params']['embedding']
-  warm, _ = train(layer, start(layer), Z)
-  cold, _ = train(layer, at_step(start(layer), 8), Z)
+  codes = start(GUMBEL)['params']['embedding']
+  warm, _ = train(GUMBEL, start(GUMBEL), Z)
+  cold, _ = train(GUMBEL, at_step(start(GUMBEL), 8), Z)
   np.testing.assert_array_equal(warm.ids, cold.ids)
   np.testing.assert_allclose(cold.quantized, codes[cold.ids], atol=1e-5)
   assert cold.metrics['quantization_error'] < 1e-6
@@ -68,75 +65,60 @@ def test_gumbel_mixture_hardens_as_the_temperature_falls():
 
 
 def test_gumbel_draws_codes_by_their_probability():
-  layer = GUMBEL
-  variables = start(layer)
-  logits = variables['params']['logits']['bias'] * 3
-  p = np.exp(logits) / np.exp(logits).sum()
-  variables = variables | {
-    'params': variables['params']
-    | {'logits': {'kernel': np.zeros((5, K), np.float32), 'bias': logits}}
-  }
-  n = 8000
-  out, _ = train(layer, variables, np.zeros((n, 5), np.float32))
+  variables = start(GUMBEL)
+  bias, n = variables['params']['logits']['bias'] * 3, 8000
+  p = np.exp(bias) / np.exp(bias).sum()
+  variables = with_bias(variables, bias)
+  out, _ = train(GUMBEL, variables, np.zeros((n, 5), np.float32))
   spread = np.sqrt(n * p * (1 - p))
   assert np.all(np.abs(out.counts - n * p) < 4 * spread)
-  other, _ = train(layer, variables, np.zeros((n, 5), np.float32), seed=1)
+  other, _ = train(GUMBEL, variables, np.zeros((n, 5), np.float32), seed=1)
   assert np.mean(out.ids != other.ids) > 0.5
 
 
 def test_gumbel_evaluation_takes_the_largest_logit():
-  layer = GUMBEL
-  variables = start(layer)
+  variables = start(GUMBEL)
   ids = np.argmax(dense(Z, variables['params']['logits']), axis=-1)
-  out, _ = evaluate(layer, variables, Z)
+  out, _ = evaluate(GUMBEL, variables, Z)
   np.testing.assert_array_equal(out.ids, ids)
-  np.testing.assert_array_equal(
-    out.quantized, variables['params']['embedding'][ids]
-  )
+  codes = variables['params']['embedding']
+  np.testing.assert_array_equal(out.quantized, codes[ids])
 
 
 @pytest.mark.parametrize(('size', 'kl'), [(0.0, 0.0), (1e3, math.log(K))])
 def test_gumbel_divergence_runs_from_zero_to_log_k(size, kl):
-  layer = GUMBEL
-  variables = start(layer)
-  logits = {
-    'kernel': np.zeros((5, K), np.float32),
-    'bias': np.float32(size) * (np.arange(K) == 5),
-  }
-  variables = variables | {'params': variables['params'] | {'logits': logits}}
-  out, _ = evaluate(layer, variables, Z)
+  variables = start(GUMBEL)
+  variables = with_bias(variables, np.float32(size) * (np.arange(K) == 5))
+  out, _ = evaluate(GUMBEL, variables, Z)
   np.testing.assert_allclose(out.metrics['kl'], kl, atol=1e-6)
   np.testing.assert_allclose(out.loss, 5e-4 * kl, rtol=1e-5, atol=1e-9)
   assert np.all(out.ids == (5 if size else 0))  # a tie goes to the lowest
 
 
 def test_gumbel_gradient_reaches_the_encoder_and_every_code():
-  layer = GUMBEL
-  variables = start(layer)
+  variables = start(GUMBEL)
 
   @jax.jit
   @functools.partial(jax.grad, argnums=(0, 1))
   def gradient(z, params):
-    out, _ = train(layer, variables | {'params': params}, z)
+    out, _ = train(GUMBEL, variables | {'params': params}, z)
     return jnp.sum(out.quantized * G)
 
   to_z, to_params = gradient(jnp.asarray(Z), variables['params'])
   assert np.all(np.abs(to_z).max(-1) > 1e-4)
   assert np.all(np.abs(to_params['embedding']).max(-1) > 1e-3)
   # y sums to 1 over the codes: what all of them receive is the cotangent.
-  np.testing.assert_allclose(
-    to_params['embedding'].sum(0), G.reshape(-1, 5).sum(0), rtol=1e-4
-  )
+  total, want = to_params['embedding'].sum(0), G.reshape(-1, 5).sum(0)
+  np.testing.assert_allclose(total, want, rtol=1e-4)
 
 
 def test_gumbel_training_without_noise_is_refused():
-  layer = GUMBEL
   with pytest.raises(ValueError, match="expected the rng stream 'codebook'"):
-    layer.apply(start(layer), Z, train=True, mutable=['codebook'])
+    GUMBEL.apply(start(GUMBEL), Z, train=True, mutable=['codebook'])
 
 
 @pytest.mark.parametrize('bits', range(1, 31))
-def test_fsq_levels_multiply_to_every_power_of_two(bits):
+def test_fsq_levels_multiply_to_a_power_of_two_and_take_eights_first(bits):
   levels = fsq_levels(2**bits)
   assert math.prod(levels) == 2**bits
   assert list(levels) == sorted(levels, reverse=True)
@@ -144,19 +126,11 @@ def test_fsq_levels_multiply_to_every_power_of_two(bits):
   assert levels.count(4) <= 2
 
 
-def test_fsq_levels_take_eights_first():
-  assert fsq_levels(2**14) == (8, 8, 8, 8, 4)
-  assert fsq_levels(2**10) == (8, 8, 4, 4)
-  assert fsq_levels(8) == (8,)
-
-
 def open_fsq(levels):
   """An `FSQ` whose projections are the identity, and its variables."""
   layer = FSQ(math.prod(levels), levels=levels)
-  eye = {
-    'kernel': np.eye(len(levels), dtype=np.float32),
-    'bias': np.zeros(len(levels), np.float32),
-  }
+  eye = {'kernel': np.float32(np.eye(len(levels)))}
+  eye['bias'] = 0 * eye['kernel'][0]
   return layer, {'params': {'project_in': eye, 'project_out': eye}}
 
 
@@ -194,9 +168,8 @@ def test_fsq_rounds_what_the_paper_bounds(levels):
   half = np.asarray(levels) // 2
   np.testing.assert_allclose(out.quantized, np.round(bounded) / half)
   error = np.mean(((np.round(bounded) - bounded) / half) ** 2)
-  np.testing.assert_allclose(
-    out.metrics['quantization_error'], error, rtol=1e-4
-  )
+  got = out.metrics['quantization_error']
+  np.testing.assert_allclose(got, error, rtol=1e-4)
   assert out.loss == 0
 
 
@@ -217,9 +190,8 @@ def test_fsq_gradient_passes_the_rounding():
   )(jnp.asarray(Z))
   _, half, shift = numpy_bound(Z, levels)
   slope = half * (1 - np.tanh(np.float64(Z) + shift) ** 2)
-  np.testing.assert_allclose(
-    gradient, G * slope / (np.asarray(levels) // 2), rtol=1e-4, atol=1e-6
-  )
+  want = G * slope / (np.asarray(levels) // 2)
+  np.testing.assert_allclose(gradient, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('code_dim', [None, 3])
@@ -228,16 +200,15 @@ def test_simvq_codes_are_the_nearest_of_the_mapped_ones(code_dim):
   variables = start(layer)
   params = variables['params']
   e = Z.reshape(-1, 5)
-  if layer.code_dim:
+  if code_dim:
     e = dense(e, params['project_in'])
   codes = dense(variables['codebook']['embedding'], params['map'])
-  ids = ((e[:, None] - codes[None]) ** 2).sum(-1).argmin(-1)
+  ids = nearest(e, codes)
   out, _ = evaluate(layer, variables, Z)
   np.testing.assert_array_equal(np.ravel(out.ids), ids)
-  error = np.mean((e - codes[ids]) ** 2)
-  np.testing.assert_allclose(out.loss, 1.25 * error, rtol=1e-4)
   q = codes[ids]
-  if layer.code_dim:
+  np.testing.assert_allclose(out.loss, 1.25 * np.mean((e - q) ** 2), rtol=1e-4)
+  if code_dim:
     q = dense(q, params['project_out'])
   np.testing.assert_allclose(out.quantized.reshape(-1, 5), q, atol=1e-5)
 

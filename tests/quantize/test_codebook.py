@@ -1,4 +1,4 @@
-"""The EMA update and the replacement of codes against NumPy loops."""
+"""The EMA update, the draw and the splitting of codes against NumPy."""
 
 import functools
 import re
@@ -9,51 +9,43 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from layer_programs import random
 
-from rvq_jax import Codebook, ema_update
+from rvq_jax import Codebook, ema_update, sharding
 from rvq_jax.quantize.replacement import draw_rows, fill_codebook, replace_codes
 
 update = jax.jit(ema_update, static_argnames=('decay', 'eps', 'axis_name'))
 
 
-def make(size=7, dim=3, seed=0):
-  rng = np.random.default_rng(seed)
-  return Codebook(
-    embedding=np.float32(rng.normal(size=(size, dim))),
-    cluster_size=np.float32(rng.uniform(0.1, 3, size)),
-    embedding_sum=np.float32(rng.normal(size=(size, dim))),
-  )
+def make(seed=0, size=7, dim=3):
+  codes, sums = random(seed, 2, size, dim)
+  sizes = np.random.default_rng(seed).uniform(0.1, 3, size)
+  return Codebook(codes, np.float32(sizes), sums)
 
 
-def batch(n=40, size=7, dim=3, seed=1):
-  rng = np.random.default_rng(seed)
-  e = rng.normal(size=(n, dim)).astype(np.float32)
-  return e, rng.integers(0, size, n).astype(np.int32)
+def batch(n=40, seed=1):
+  ids = np.random.default_rng(seed).integers(0, 7, n)
+  return random(seed, n, 3), ids.astype(np.int32)
 
 
 def oracle(book, e, ids, decay, eps):
-  """Equation 6 as a loop over codes, float64."""
-  size = len(book.cluster_size)
-  n = np.asarray(book.cluster_size, np.float64).copy()
-  m = np.asarray(book.embedding_sum, np.float64).copy()
-  for k in range(size):
-    mine = e[ids == k].astype(np.float64)
-    n[k] = decay * n[k] + (1 - decay) * len(mine)
-    m[k] = decay * m[k] + (1 - decay) * mine.sum(0)
-  codes = np.empty_like(m)
-  for k in range(size):
-    codes[k] = book.embedding[k]
-    if n[k] > 0:
-      codes[k] = m[k] / ((n[k] + eps) / (n.sum() + size * eps) * n.sum())
-  return codes, n, m
+  """Equation 6 as a loop over vectors, float64."""
+  sizes, sums = np.float64(book.cluster_size), np.float64(book.embedding_sum)
+  sizes, sums = decay * sizes, decay * sums
+  for k, x in zip(ids, e, strict=True):
+    sizes[k] += 1 - decay
+    sums[k] += (1 - decay) * x
+  total = sizes.sum()
+  smoothed = (sizes + eps) / (total + len(sizes) * eps) * total
+  moved = sums / smoothed[:, None]
+  return np.where(sizes[:, None] > 0, moved, book.embedding), sizes, sums
 
 
-def assert_book(book, codes, n, m, rtol=1e-5):
-  np.testing.assert_allclose(book.cluster_size, n, rtol=rtol)
-  np.testing.assert_allclose(book.embedding_sum, m, rtol=rtol, atol=1e-6)
-  np.testing.assert_allclose(book.embedding, codes, rtol=rtol, atol=1e-6)
+def assert_book(book, codes, sizes, sums):
+  np.testing.assert_allclose(book.cluster_size, sizes, rtol=1e-5)
+  np.testing.assert_allclose(book.embedding_sum, sums, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(book.embedding, codes, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=20, deadline=None)
@@ -63,45 +55,28 @@ def assert_book(book, codes, n, m, rtol=1e-5):
   st.sampled_from([1e-5, 0.1]),
 )
 def test_ema_update_equals_the_loop(seed, decay, eps):
-  book, (e, ids) = make(seed=seed), batch(seed=seed + 1)
+  book, (e, ids) = make(seed), batch(seed=seed + 1)
   ids = np.minimum(ids, 4)  # codes 5 and 6 get nothing
   got = update(book, e, ids, decay=decay, eps=eps)
   assert_book(got, *oracle(book, e, ids, decay, eps))
 
 
-def test_ema_update_without_vectors_keeps_created_codes():
-  codes = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
-  book = Codebook.create(codes, 0.25)
-  for _ in range(50):
-    book = update(
-      book, np.zeros((0, 2), np.float32), np.zeros(0, np.int32), decay=0.99
-    )
-  np.testing.assert_allclose(book.embedding, codes, rtol=1e-4)
-
-
-def test_ema_update_of_an_empty_codebook_keeps_its_codes():
-  codes = np.ones((5, 2), np.float32)
-  book = update(
-    Codebook.create(codes, 0.0),
-    np.zeros((0, 2), np.float32),
-    np.zeros(0, np.int32),
-    decay=0.9,
-  )
-  np.testing.assert_array_equal(book.embedding, codes)
+@pytest.mark.parametrize(('size', 'steps'), [(0.25, 50), (0.0, 1)])
+def test_ema_update_without_vectors_keeps_the_codes(size, steps):
+  codes = random(0, 5, 2)
+  book = Codebook.create(codes, size)
+  for _ in range(steps):
+    book = update(book, codes[:0], np.zeros(0, np.int32), decay=0.99)
+  np.testing.assert_allclose(book.embedding, codes, rtol=1e-4 * size)
 
 
 @pytest.mark.parametrize('start', [4.0, 1e-4, 0.0])
 def test_a_code_that_no_vector_chooses_stays_where_it_is(start):
   e, ids = np.ones((4, 2), np.float32), np.zeros(4, np.int32)
 
-  @jax.jit
-  def run(size):
-    book = Codebook.create([[1.0, 0.0], [3.0, 4.0]], size)
-    return jax.lax.fori_loop(
-      0, 3000, lambda _, book: ema_update(book, e, ids, decay=0.99), book
-    )
-
-  book = run(np.float32([4, start]))
+  step = lambda _, book: ema_update(book, e, ids, decay=0.99)  # noqa: E731
+  book = Codebook.create([[1.0, 0.0], [3.0, 4.0]], np.float32([4, start]))
+  book = jax.lax.fori_loop(0, 3000, step, book)
   np.testing.assert_allclose(book.embedding, [[1, 1], [3, 4]], rtol=2e-3)
 
 
@@ -112,47 +87,29 @@ def test_a_code_of_size_zero_jumps_to_the_first_vectors_that_choose_it():
   np.testing.assert_allclose(np.asarray(book.embedding)[1], [3, 5], rtol=2e-3)
 
 
-@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-def test_a_row_that_is_not_finite_never_reaches_the_codebook(bad):
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf, None])
+def test_rows_that_are_not_finite_or_masked_never_reach_the_codebook(bad):
   book, (e, ids) = make(), batch()
-  spoilt = e.copy()
-  spoilt[3, 1] = bad
-  got = update(book, spoilt, ids, decay=0.9)
-  keep = np.arange(len(e)) != 3
-  assert_book(got, *oracle(book, e[keep], ids[keep], 0.9, 1e-5))
-
-
-def test_masked_rows_do_not_count():
-  book, (e, ids) = make(), batch()
-  mask = np.arange(len(e)) % 3 > 0
-  got = update(book, e, ids, decay=0.9, mask=mask)
-  assert_book(got, *oracle(book, e[mask], ids[mask], 0.9, 1e-5))
+  keep = np.arange(len(e)) % 3 > 0
+  want = oracle(book, e[keep], ids[keep], 0.9, 1e-5)
+  if bad is not None:
+    e[~keep, 1] = bad
+  mask = keep if bad is None else None
+  assert_book(update(book, e, ids, decay=0.9, mask=mask), *want)
 
 
 def on_devices(count, function, *arguments):
   """Runs function with axis 'data' mapped over rows of the arguments."""
-  mesh = jax.make_mesh(
-    (count,),
-    ('data',),
-    axis_types=(jax.sharding.AxisType.Auto,),
-    devices=jax.devices('cpu')[:count],
-  )
-  return jax.jit(
-    jax.shard_map(
-      function, mesh=mesh, in_specs=P('data'), out_specs=P(), check_vma=True
-    )
-  )(*arguments)
+  mesh = sharding.data_mesh(jax.devices('cpu')[:count])
+  specs = {'in_specs': P('data'), 'out_specs': P()}
+  return jax.jit(jax.shard_map(function, mesh=mesh, **specs))(*arguments)
 
 
 @pytest.mark.parametrize('count', [1, 2, 4, 8])
 def test_ema_update_sums_over_devices(count):
   book, (e, ids) = make(), batch()
-  got = on_devices(
-    count,
-    lambda e, ids: ema_update(book, e, ids, decay=0.9, axis_name='data'),
-    e,
-    ids,
-  )
+  step = functools.partial(ema_update, book, decay=0.9, axis_name='data')
+  got = on_devices(count, step, e, ids)
   assert_book(got, *oracle(book, e, ids, 0.9, 1e-5))
 
 
@@ -162,10 +119,10 @@ def replace(book, dead, e, ids, mask=None):
   return replace_codes(book, dead, key, e, ids, expected_size=0.5, mask=mask)
 
 
-def splits(book, e, ids, split_fraction=0.2):
+def splits(book, e, ids):
   """Where a code may go: next to the code of each vector."""
   parent = np.asarray(book.embedding)[ids]
-  return parent + np.float32(split_fraction) * (e - parent)
+  return parent + np.float32(0.2) * (e - parent)
 
 
 def origin(codes, candidates):
@@ -186,26 +143,6 @@ def test_only_dead_codes_are_replaced_and_their_averages_with_them():
   assert len(set(origin(moved, splits(book, e, ids)))) == 3
   np.testing.assert_array_equal(np.asarray(got.cluster_size)[dead], 0.5)
   np.testing.assert_allclose(np.asarray(got.embedding_sum)[dead], 0.5 * moved)
-
-
-def test_dead_codes_go_to_codes_in_proportion_to_their_size():
-  book, (e, ids) = make(), batch(n=400)
-  size = np.float32([9, 3, 1, 1, 1, 1, 0])
-  book = book.replace(cluster_size=size)
-  dead = np.arange(7) == 6
-  draw = jax.jit(
-    jax.vmap(
-      lambda key: replace_codes(book, dead, key, e, ids, expected_size=1.0)[
-        0
-      ].embedding[6]
-    )
-  )
-  placed = draw(jax.random.split(jax.random.key(0), 4000))
-  parents = ids[origin(placed, splits(book, e, ids))]
-  share = np.bincount(parents, minlength=7) / 4000
-  weight = np.asarray(size)[ids]
-  want = [weight[ids == k].sum() / weight.sum() for k in range(7)]
-  np.testing.assert_allclose(share, want, atol=0.03)
 
 
 def test_with_few_vectors_the_least_used_codes_go_first():
@@ -242,28 +179,24 @@ def test_filling_puts_codes_onto_different_vectors():
 def test_the_draw_takes_the_largest_of_weight_and_noise():
   e, ids = batch()
   weight = 0.1 + ids.astype(np.float32)
-  rows, _ = jax.jit(functools.partial(draw_rows, count=9))(
-    jax.random.key(0), e, weight=weight
-  )
-  noise = np.asarray(jax.random.gumbel(jax.random.key(0), (len(e),)))
+  key = jax.random.key(0)
+  draw = jax.jit(functools.partial(draw_rows, count=9))
+  rows, _ = draw(key, e, weight=weight)
+  noise = np.asarray(jax.random.gumbel(key, (len(e),)))
   expected = np.argsort(-(np.log(weight) + noise))[:9]
   np.testing.assert_array_equal(rows, e[expected])
 
 
 def test_what_the_draw_gathers_does_not_grow_with_the_batch():
-  devices = jax.devices('cpu')[:8]
-  assert len(devices) == jax.device_count() == 8
-  rows = NamedSharding(Mesh(devices, 'data'), P('data'))
+  mesh = sharding.data_mesh(jax.devices('cpu'))
+  assert mesh.size == jax.device_count() == 8
+  row = functools.partial(
+    jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=sharding.by_rows(mesh)
+  )
+  draw = jax.jit(lambda e, w: draw_rows(jax.random.key(0), e, 9, weight=w))
 
   def gathered(n):
-    shapes = [
-      jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
-      for shape in ((n, 3), (n,))
-    ]
-    program = jax.jit(
-      lambda e, weight: draw_rows(jax.random.key(0), e, 9, weight=weight)
-    ).lower(*shapes)
-    text = program.compile().as_text()
+    text = draw.lower(row((n, 3)), row((n,))).compile().as_text()
     return sorted(re.findall(r'= (\S+?)(?:\{\S*)? all-gather\(', text))
 
   small, large = gathered(8 * 64), gathered(8 * 512)
@@ -275,16 +208,62 @@ def test_devices_draw_the_same_rows_as_one(count):
   e, ids = batch()
   weight = 0.1 + ids.astype(np.float32)
   mask = np.arange(40) < 7  # fewer than are asked for
+  draw = functools.partial(draw_rows, jax.random.key(0), count=9)
 
-  def draw(e, weight, mask, axis_name=None):
-    return draw_rows(
-      jax.random.key(0), e, 9, weight=weight, mask=mask, axis_name=axis_name
-    )
+  def shares(e, weight, mask):
+    return draw(e, weight=weight, mask=mask, axis_name='data')
 
-  one, usable = jax.jit(draw)(e, weight, mask)
-  many, usable_there = on_devices(
-    count, functools.partial(draw, axis_name='data'), e, weight, mask
-  )
+  one, usable = jax.jit(draw)(e, weight=weight, mask=mask)
+  many, usable_there = on_devices(count, shares, e, weight, mask)
   assert usable.sum() == 7
   np.testing.assert_array_equal(one, many)
   np.testing.assert_array_equal(usable, usable_there)
+
+
+K, N = 4, 4000
+CODES = 100.0 * np.eye(K, 3, dtype=np.float32)
+# Code 0: many near vectors; code 1: few far ones; 2 and 3 are dead.
+IDS = (np.arange(N) % 8 == 0).astype(np.int32)
+SPREAD = np.where(IDS == 0, 0.1, 1.0)[:, None]
+E = np.float32(CODES[IDS] + SPREAD * random(0, N, 3))
+SIZES = np.array([3500.0, 500.0, 0.0, 0.0], np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=('split_by', 'axis_name'))
+def parents(key, e, ids, mask, split_by, axis_name=None):
+  """Codes that two dead ones were put beside."""
+  book, dead = Codebook.create(CODES, SIZES), jnp.arange(K) >= 2
+  options = {'split_by': split_by, 'axis_name': axis_name, 'mask': mask}
+  book, _ = replace_codes(book, dead, key, e, ids, expected_size=1.0, **options)
+  distance = jnp.sum((book.embedding[2:, None] - CODES[None, :2]) ** 2, -1)
+  return jnp.argmin(distance, axis=1)
+
+
+@pytest.mark.parametrize('split_by', ['count', 'distortion'])
+def test_donors_are_drawn_by_their_weight(split_by):
+  mask = np.ones(N, bool)
+  keys = jax.random.split(jax.random.key(0), 400)
+  drawn = jax.vmap(lambda key: parents(key, E, IDS, mask, split_by)[0])(keys)
+  weights = SIZES[:2].astype(float)
+  if split_by == 'distortion':
+    error = ((E - CODES[IDS]) ** 2).sum(1)
+    weights *= [error[IDS == k].mean() for k in (0, 1)]
+  mass = weights * np.bincount(IDS)
+  share = mass[1] / mass.sum()
+  deviation = np.sqrt(share * (1 - share) / 400)
+  assert abs(np.mean(np.asarray(drawn)) - share) < 4 * deviation + 1e-3
+
+
+def test_distortion_is_that_of_all_devices():
+  # One device holds only code 0, the others the rest.
+  order = np.argsort(IDS, kind='stable')
+  mask = np.arange(N) % 3 > 0
+  e, ids, mask = E[order], IDS[order], mask[order]
+  parts = [x.reshape(4, -1, *x.shape[1:]) for x in (e, ids, mask)]
+  for seed in range(5):
+    key = jax.random.key(seed)
+    one = parents(key, e, ids, mask, 'distortion')
+    share = functools.partial(parents, key, split_by='distortion')
+    share = functools.partial(share, axis_name='data')
+    many = jax.vmap(share, axis_name='data')(*parts)
+    np.testing.assert_array_equal(many, np.broadcast_to(one, (4, 2)))
