@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize.axis import Axis
+from rvq_jax.quantize.codebook import Axis
 
 
 def to_float(images: jax.Array) -> jax.Array:
