@@ -144,12 +144,11 @@ def final_bits():
 @pytest.fixture(scope='session')
 def steps_of():
   """Returns a function: workdir -> its saved steps, oldest first."""
-
-  def steps(workdir):
-    names = [p.name for p in (workdir / 'checkpoints').glob('*')]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-  return steps
+  return lambda workdir: sorted(
+    int(path.name)
+    for path in (workdir / 'checkpoints').glob('*')
+    if path.name.isdecimal()
+  )
 
 
 @pytest.fixture(scope='session')

@@ -31,8 +31,7 @@ def model(make_step_config):
   run, rng = Run(make_step_config(SMALL)), np.random.default_rng(1)
   draw = lambda x: rng.uniform(0.5, 1, x.shape).astype('f')  # noqa: E731
   variables = jax.tree.map(draw, run.template.variables)
-  embedding = rng.normal(size=(8, 8)).astype('f')
-  variables['codebook']['vq']['embedding'] = embedding
+  variables['codebook']['vq']['embedding'] = rng.normal(size=(8, 8)).astype('f')
   return types.SimpleNamespace(
     variables=variables, config=run.config, step=1, model_hash='0' * 64
   )
@@ -50,11 +49,10 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_learns(
 ):
   run = Run(make_step_config(SMALL | {'freeze': freeze, 'model.ema': ema}))
   state = run.init(run.key, model.variables if ema else None)
-  momentum = jax.tree.map(lambda x: x + x.dtype.type(1), state.opt_state)
-  state = state.replace(opt_state=momentum)
+  increased = lambda tree: jax.tree.map(lambda x: x + 1, tree)  # noqa: E731
+  state = state.replace(opt_state=increased(state.opt_state))
   if not ema:  # filled, so that nothing is left to fill
-    book = jax.tree.map(lambda x: x + 1, state.codebook)
-    state = state.replace(codebook=book)
+    state = state.replace(codebook=increased(state.codebook))
   names = ('params', 'batch_stats', 'codebook', 'averages')
   old = {name: leaves(getattr(state, name)) for name in names}
   for i in range(3):

@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-import threading
+from concurrent import futures
 from unittest import mock
 
 import numpy as np
@@ -50,16 +50,12 @@ def test_a_second_interrupt_stops_at_once(default_signals):
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
-  codes = []
-
   def use():
     with loop.StopSignal() as stop:
-      codes.append(stop.exit_code)
+      return stop.exit_code
 
-  thread = threading.Thread(target=use)
-  thread.start()
-  thread.join()
-  assert codes == [None]
+  with futures.ThreadPoolExecutor() as pool:
+    assert pool.submit(use).result() is None
 
 
 HOLD = """

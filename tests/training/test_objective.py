@@ -1,5 +1,7 @@
 """Runs with an objective: what is refused, phases, resume, LPIPS' weights."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
@@ -48,11 +50,9 @@ def test_the_weights_of_lpips_are_an_argument_and_not_in_the_state(perceptual):
 def test_missing_weights_end_the_run_before_it_starts(
   perceptual, tmp_path, monkeypatch
 ):
-  def load():
-    raise ImportError('LPIPS needs its weights')
-
+  load = mock.Mock(side_effect=ImportError('LPIPS needs its weights'))
   monkeypatch.setattr(lpips_weights, 'load', load)
-  with pytest.raises(ImportError, match='needs its weights'):
+  with one_line('needs its weights', ImportError):
     loop.train(perceptual, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 

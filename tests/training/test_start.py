@@ -1,5 +1,7 @@
 """The state that a run starts from."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
@@ -23,9 +25,7 @@ def test_before_its_first_line_a_run_compiles_two_large_programs(
     if event.endswith('backend_compile_duration'):
       compiled.append(fun_name)
 
-  def stop(*_, **options):
-    raise InterruptedError
-
+  stop = mock.Mock(side_effect=InterruptedError)
   monkeypatch.setattr(writers.Progress, 'report', stop)
   tiny_config.log_every = 1
   jax.clear_caches()
