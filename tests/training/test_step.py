@@ -1,7 +1,5 @@
 """What a step changes, and what it leaves alone."""
 
-import functools
-
 import jax
 import numpy as np
 from tiny_step import IMAGES, assert_close, bits, first_state, take, tiny_step
@@ -10,12 +8,11 @@ from rvq_jax.training.optimizer import make_optimizer
 from rvq_jax.training.validation import make_eval_step
 
 STEP = tiny_step(optimizer=make_optimizer(lambda _: 1e-2), params_ema_decay=0.5)
-STATE = functools.partial(first_state, STEP)
 EVALUATE = jax.jit(make_eval_step(STEP.model))
 
 
 def test_a_step_moves_every_part_of_the_state():
-  state = STATE()
+  state = first_state(STEP)
   after, metrics = take(STEP, state)
   assert (after.step, metrics['skipped']) == (1, 0)
   for name in ('params', 'batch_stats', 'codebook', 'opt_state', 'averages'):
@@ -23,7 +20,7 @@ def test_a_step_moves_every_part_of_the_state():
 
 
 def test_repeated_steps_lower_the_loss():
-  state, losses = STATE(), []
+  state, losses = first_state(STEP), []
   for _ in range(60):
     state, metrics = take(STEP, state, IMAGES[:4])
     losses.append(float(metrics['mse']))
@@ -31,7 +28,7 @@ def test_repeated_steps_lower_the_loss():
 
 
 def test_the_averages_of_parameters_and_statistics_follow_at_their_decay():
-  state = STATE()
+  state = first_state(STEP)
   after, _ = take(STEP, state)
   for name, averages in after.averages.items():
     for average, new, old in zip(
@@ -44,7 +41,8 @@ def test_the_averages_of_parameters_and_statistics_follow_at_their_decay():
 
 
 def evaluate(images, mask):
-  return EVALUATE(STATE().eval_variables, {'image': images, 'mask': mask})
+  variables = first_state(STEP).eval_variables
+  return EVALUATE(variables, {'image': images, 'mask': mask})
 
 
 def test_masked_images_stay_out_of_the_evaluation():

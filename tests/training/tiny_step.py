@@ -104,10 +104,7 @@ def assert_close(got, want, rtol=1e-3, atol=2e-5):
 
 
 class Run:
-  """What `loop.train` builds from a config.
-
-  train_step(i, state, batch) takes step number i, from 1.
-  """
+  """What `loop.train` builds from a config."""
 
   def __init__(self, config, init=None):
     self.config = check_config(config)
@@ -131,7 +128,7 @@ class Run:
     return self.step.phase(i, quantize_after=late)
 
   def train_step(self, i, state, batch):
-    """See the class."""
+    """Takes step number i, from 1."""
     return self._take(self.phase(i), state, batch, self.lpips_weights)
 
 
