@@ -1,73 +1,56 @@
 """A new run that starts from a trained model."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
-import flax
 import jax
+from flax.traverse_util import flatten_dict
 
 from rvq_jax.quantize.codebook import COUNTS
 from rvq_jax.training.state import TrainState
 
 # They change the output with arrays of the same shapes.
-_SAME_SHAPES = ('model.activation', 'model.cosine')
+_SAME_SHAPES = 'model.activation', 'model.cosine'
 _SHOWN = 12
 
 
 def collections(
-  model, template: TrainState, flat: Mapping[str, Any], *, scale: float
+  model, template: TrainState, flat, *, scale: float
 ) -> dict[str, Any]:
-  """The collections of a trained model, on the host, for a new run.
+  """params, batch_stats and codebook of a trained model, on the host.
 
   Args:
-    model: it has `variables`, the collections, and `config`, the flat config
-      that it was trained with, as a `Tokenizer` has.
+    model: a `Tokenizer`; ValueError if its fields or arrays differ.
     template: shapes of the state of the run.
     flat: the checked config of the run.
-    scale: of the codes' `cluster_size` and `embedding_sum`: the vectors per
-      update of this run over those that the model had; otherwise a larger batch
-      would make every code look dead.
-
-  Returns:
-    params, batch_stats and codebook.
-
-  Raises:
-    ValueError: the model differs, in one line that lists fields and arrays.
+    scale: of the codes' counts and sums: vectors per update in this run over
+      the number in the model's. A larger batch would make all codes look dead.
   """
-  _check_same(model, template, flat)
+  ours, theirs = (
+    {n: x.shape for n, x in flatten_dict(tree, sep='.').items()}
+    for tree in (template.variables, model.variables)
+  )
+  arrays = _differences(ours, theirs, ours | theirs)
+  names = [name for name in flat if name.startswith('model.')]
+  fields = _differences(flat, model.config, names)
+  if arrays or any(line.startswith(_SAME_SHAPES) for line in fields):
+    lines = [f'config.{line}' for line in fields] + arrays[:_SHOWN]
+    if len(arrays) > _SHOWN:
+      lines.append(f'and {len(arrays) - _SHOWN} more')
+    raise ValueError(
+      '--init: the model is another one than config.model describes: '
+      + '; '.join(lines)
+    )
 
   def scaled(path, x):
     return x * x.dtype.type(scale) if path[-1].key in COUNTS else x
 
   variables = jax.device_get(dict(model.variables))
-  variables['codebook'] = jax.tree_util.tree_map_with_path(
-    scaled, variables['codebook']
-  )
   logging.info(
     'starts from step %d of the model %.16s', model.step, model.model_hash
   )
-  return variables
-
-
-def _check_same(model, template, flat):
-  def shapes(tree):
-    arrays = flax.traverse_util.flatten_dict(tree, sep='.')
-    return {name: tuple(x.shape) for name, x in arrays.items()}
-
-  ours, theirs = shapes(template.variables), shapes(model.variables)
-  arrays = _differences(ours, theirs, dict.fromkeys([*ours, *theirs]))
-  fields = _differences(flat, model.config, _SAME_SHAPES)
-  if not arrays and not fields:
-    return
-  shaping = (name for name in flat if name.startswith('model.'))
-  fields = _differences(flat, model.config, shaping)
-  more = f'; and {len(arrays) - _SHOWN} more' if len(arrays) > _SHOWN else ''
-  raise ValueError(
-    '--init: the model is another one than config.model describes: '
-    + '; '.join([f'config.{line}' for line in fields] + arrays[:_SHOWN])
-    + more
-  )
+  codebook = jax.tree_util.tree_map_with_path(scaled, variables['codebook'])
+  return variables | {'codebook': codebook}
 
 
 def _differences(ours, theirs, names):

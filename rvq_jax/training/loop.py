@@ -1,6 +1,5 @@
 """The training loop: data, step, evaluation, checkpoints, log."""
 
-import collections
 import contextlib
 import functools
 import logging
@@ -23,8 +22,6 @@ from rvq_jax.training.preemption import StopSignal
 from rvq_jax.training.state import parameter_table
 from rvq_jax.training.step import MAX_SKIPPED, compile_init, compile_step
 
-MAX_STEPS_IN_FLIGHT = 2
-
 
 def train(config, workdir, *, init=None) -> dict[str, float]:
   """Trains a model, or resumes the run in workdir.
@@ -36,9 +33,8 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
   Args:
     config: ConfigDict or nested mapping; see configs/cifar10.py.
     workdir: directory of the run.
-    init: a function that gives a trained model, as `lambda: load(export)`. A
-      new run starts from its params, batch_stats and codebook; step, optimizer
-      and discriminator are new. A run with a checkpoint resumes from that.
+    init: a function that gives a trained model, as `lambda: load(export)`, with
+      whose params, batch_stats and codebook a run without checkpoints starts.
 
   Returns:
     The metrics of the last evaluation on the validation split.
@@ -71,10 +67,10 @@ def _train(config, workdir, init):
   take = Stepper(loader, mesh, step.objective.load_lpips(mesh))
   sizes = config['data.image_size'], config['batch_size']
   first_state = compile_init(step, mesh, *sizes)
-  key, start_from_model = jax.random.key(config['seed']), None
+  key, variables = jax.random.key(config['seed']), None
   template = first_state.eval_shape(key)
   if not has_checkpoints(workdir):
-    start_from_model = build.build_start(config, init, template)
+    variables = build.build_start(config, init, template)
   with (
     StopSignal() as stop,  # until the last save is complete
     Checkpoints(workdir, keep=config['keep_checkpoints']) as checkpoints,
@@ -87,7 +83,7 @@ def _train(config, workdir, init):
       state, meta = restored
       loader.seek(meta['position'])
     else:
-      state = first_state(key, start_from_model)
+      state = first_state(key, variables)
     start, kinds = int(state.step), ()
     if jax.process_index() == 0:
       kinds = (writers.TensorBoardWriter, writers.JsonlWriter)
@@ -96,19 +92,13 @@ def _train(config, workdir, init):
         dataset.write_split(workdir / SPLIT_FILE)
       _log_overview(dataset, state, loader.steps_per_epoch, num_steps)
     writer = writers.MultiWriter(w(workdir, start_step=start) for w in kinds)
-    with (
-      contextlib.closing(writer),
-      writers.Progress(start, num_steps, config['batch_size']) as progress,
-    ):
-      result = _steps(
-        *(config, step, state),
-        take=take,
-        validate=functools.partial(_validate, config, dataset.validation, mesh),
-        checkpoints=checkpoints,
-        writer=writer,
-        progress=progress,
-        stop=stop,
+    progress = writers.Progress(start, num_steps, config['batch_size'])
+    with contextlib.closing(writer), progress:
+      validate = functools.partial(
+        _validate, config, dataset.validation, mesh, writer, progress
       )
+      saving = writer, progress, checkpoints, stop
+      result = _steps(config, step, state, take, validate, *saving)
   if stop.exit_code is not None:
     logging.info(
       'stopped by a signal and saved in %s; the same command resumes', workdir
@@ -118,43 +108,41 @@ def _train(config, workdir, init):
 
 
 def _steps(
-  config, step, state, *, take, validate, checkpoints, writer, progress, stop
+  config, step, state, take, validate, writer, progress, checkpoints, stop
 ):
-  """Steps from that of `state` to the end of the run or a signal."""
+  """Steps from `state.step` to the end of the run or a signal."""
   num_steps, late = step.objective.num_steps, config['model.quantize_after']
   schedule = jax.jit(build.build_schedule(config, num_steps))
+  intervals = [
+    config[f'{name}_every'] for name in ('log', 'eval', 'checkpoint')
+  ]
   phase, window, result = None, [], {}
   for i in range(int(state.step) + 1, num_steps + 1):
-    due = {
-      name: config[f'{name}_every'] and i % config[f'{name}_every'] == 0
-      for name in ('log', 'eval', 'checkpoint')
-    }
+    log, evaluate, save = (n and i % n == 0 for n in intervals)
     before, phase = phase, step.phase(i, quantize_after=late)
     new = phase != before  # each phase is a program of its own
     with progress.compiling() if new else contextlib.nullcontext():
       state, scalars = take(phase, state)
     window.append(scalars)
     progress.advance()
-    last = stop.agreed(ask=due['log']) or i == num_steps
-    if last or due['log']:
+    last = stop.agreed(ask=log) or i == num_steps
+    if last or log:
       window = jax.device_get(window)
       _stop_if_not_finite(state, i, window)
       scalars = _window_scalars(window, schedule, i, config['log_every'])
-      scalars |= progress.report(i, scalars, waited=take.waited())
+      scalars |= progress.report(i, scalars, waited=take.waited)
       writer.write_scalars(i, {f'train/{n}': x for n, x in scalars.items()})
-      window = []
-    score, evaluated = None, due['eval'] or i == num_steps
-    if evaluated:
+      window, take.waited = [], 0.0
+    score = None
+    if evaluate or i == num_steps:
       with progress.paused():
-        result = validate(phase, state, writer, progress)
-      score = result.get('mse')  # none before latents are quantized
-    wanted = evaluated or due['checkpoint']
+        result = validate(phase, state)
+      score, save = result.get('mse'), True  # no mse before quantization
     # A run that may be diverging must not crowd out its good checkpoints.
-    if last or (wanted and not int(state.nonfinite_streak)):
+    if last or (save and not int(state.nonfinite_streak)):
       writer.flush()  # first, so that no checkpoint is ahead of the log
-      checkpoints.save(
-        state, config=config, position=take.position(), score=score
-      )
+      position = take.position()
+      checkpoints.save(state, config=config, position=position, score=score)
     if last:  # not stop.exit_code: a signal may have come since it was read
       break
   return result
@@ -163,54 +151,40 @@ def _steps(
 class Stepper:
   """Takes steps; each batch is made while the devices work on earlier steps.
 
-  At most two steps are in flight: their batches take device memory, and a
-  signal waits for them.
+  At most two steps are in flight: a signal waits for them, and their batches
+  take device memory. `waited` counts the seconds of idle devices without a
+  batch, since it was set to 0.
   """
 
   def __init__(self, loader, mesh, lpips_weights=None):
     self._loader, self._mesh, self._take = loader, mesh, compile_step(mesh)
     self._lpips_weights, self.position = lpips_weights, loader.position
-    self._in_flight, self._waited = collections.deque(), 0.0
+    self._in_flight, self.waited = [], 0.0
 
   def __call__(self, step, state):
     """The next state and metrics, once at most two steps are in flight."""
     start = time.monotonic()
     batch = sharding.shard_batch(next(self._loader), self._mesh)
     if not self._in_flight or self._in_flight[-1].is_ready():
-      self._waited += time.monotonic() - start  # the devices were idle
+      self.waited += time.monotonic() - start  # the devices were idle
     state, scalars = self._take(step, state, batch, self._lpips_weights)
     self._in_flight.append(scalars['loss'])
-    if len(self._in_flight) > MAX_STEPS_IN_FLIGHT:
-      jax.block_until_ready(self._in_flight.popleft())
+    if len(self._in_flight) > 2:
+      jax.block_until_ready(self._in_flight.pop(0))
     return state, scalars
-
-  def waited(self) -> float:
-    """Seconds without a batch for an idle device since the last call."""
-    waited, self._waited = self._waited, 0.0
-    return waited
 
 
 @contextlib.contextmanager
 def lock(workdir) -> Iterator[None]:
   """Makes a workdir and holds its lock; removes it if nothing was written.
 
-  The operating system releases the lock however the process ends.
-
-  Raises:
-    ValueError: another process trains there, or it cannot be made.
+  ValueError: another process trains there, or the folder cannot be made.
   """
   if jax.process_index():  # the first one does it for all
     yield
     return
   workdir = Path(workdir)
   new = [p for p in (workdir, *workdir.parents) if not p.exists()]
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ValueError(
-      f'cannot make the folder {workdir}: {error.strerror}; give another '
-      '--workdir'
-    ) from error
   path = workdir / '.lock'
   with io.lock(path, workdir, 'give another --workdir'):
     try:
@@ -243,11 +217,8 @@ def _window_scalars(window, schedule, step, log_every):
   """
   counts = [c for c in (w.pop('counts') for w in window) if c is not None]
   taken = [w for w in window if not w['skipped']] or window
-  scalars = {
-    name: float(np.mean([w[name] for w in taken if name in w]))
-    for name in taken[-1]
-    if name not in ('usage', 'perplexity')
-  }
+  names = [n for n in taken[-1] if n not in ('usage', 'perplexity')]
+  scalars = {n: float(np.mean([w[n] for w in taken if n in w])) for n in names}
   scalars['skipped'] = float(np.mean([w['skipped'] for w in window]))
   if len(counts) == log_every:
     codes = metrics.code_statistics(np.sum(counts, axis=0, dtype=np.float64))
@@ -261,8 +232,7 @@ def _stop_if_not_finite(state, step, window):
     return
   why = 'statistics of BatchNorm, the codebook or the discriminator overflowed'
   for name in ('grad_norm', 'loss'):
-    values = [w[name] for w in window if not np.isfinite(w[name])]
-    if values:
+    if values := [w[name] for w in window if not np.isfinite(w[name])]:
       why = f'the {name} was {values[0]}'
   first = step - streak + 1
   raise FloatingPointError(
@@ -273,13 +243,15 @@ def _stop_if_not_finite(state, step, window):
   )
 
 
-def _validate(config, source, mesh, step, state, writer, progress):
+def _validate(config, source, mesh, writer, progress, step, state):
   """Evaluates on the validation split; writes scalars, grid and histogram."""
-  i, size = int(state.step), config['data.image_size']
-  options = {'mesh': mesh, 'image_size': size, 'quantize': step.quantize}
-  evaluated = step.model, state.eval_variables, source
-  result, counts = validation.validate(
-    *evaluated, batch_size=config['batch_size'], **options
+  i = int(state.step)
+  result, counts, grid = validation.validate(
+    *(step.model, state.eval_variables, source),
+    mesh=mesh,
+    batch_size=config['batch_size'],
+    image_size=config['data.image_size'],
+    quantize=step.quantize,
   )
   if counts is None:
     text = f'autoencoder_mse {result["autoencoder_mse"]:.4f}, not quantized yet'
@@ -291,6 +263,5 @@ def _validate(config, source, mesh, step, state, writer, progress):
     writer.write_histograms(i, {'validation/code_counts': counts})
   progress.say(f'step {i}  validation: {text}')
   writer.write_scalars(i, {f'validation/{n}': x for n, x in result.items()})
-  samples = validation.reconstruct_samples(*evaluated, **options)
-  writer.write_images(i, {'validation/reconstructions': samples})
+  writer.write_images(i, {'validation/reconstructions': grid})
   return result

@@ -1,6 +1,6 @@
 """The losses of the model and of the discriminator D.
 
-For images x, reconstructions y and t steps taken,
+For images x [B, h, w, 3] in [-1, 1], reconstructions y and t steps taken,
 
   L_G = pixel(x, y) + w_p LPIPS(x, y) + r(t) w_a mean softplus(-D(y))
   L_D = (mean softplus(-D(x)) + mean softplus(D(y))) / 2 + w_l LeCAM
@@ -23,6 +23,7 @@ from rvq_jax.models import lpips
 from rvq_jax.models.discriminator import Discriminator
 
 AVERAGES_DECAY = 0.999
+LOGITS = 'logits_real', 'logits_fake'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,26 +84,17 @@ class Objective:
     if not self.adversarial_weight:
       return None
     images = jnp.zeros((1, image_size, image_size, 3))
-    params = self._discriminator.init(key, images)['params']
-    return {
-      'params': params,
-      'opt_state': self._optimizer.init(params),
-      'logits_real': jnp.zeros(()),
-      'logits_fake': jnp.zeros(()),
-    }
+    params = Discriminator(dtype=self.dtype).init(key, images)['params']
+    averages = {name: jnp.zeros(()) for name in LOGITS}
+    opt_state = self._optimizer.init(params)
+    return {'params': params, 'opt_state': opt_state, **averages}
 
   def generator_loss(
     self, x, y, step, discriminator=None, lpips_weights=None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """L_G without the quantizer's loss, and its parts.
+    """L_G without the quantizer's loss, and its parts; t is `step`.
 
-    Args:
-      x: images [B, h, w, 3] in [-1, 1].
-      y: their reconstructions.
-      step: t.
-      discriminator: D's part of the state; None: w_a is 0.
-      lpips_weights: from `rvq_jax.models.lpips_weights.load('vgg')`; only used
-        with a perceptual_weight above 0.
+    Without D's part of the state w_a is 0; lpips_weights are from `load_lpips`.
     """
     metrics = {'mse': jnp.mean((y - x) ** 2)}
     if self.pixel == 'l1':
@@ -121,71 +113,41 @@ class Objective:
     return loss, metrics
 
   def discriminator_loss(self, params, x, y, averages):
-    """L_D and its parts; 'discriminator_loss' is without LeCAM.
+    """L_D for D's params, and its parts; 'discriminator_loss' is without LeCAM.
 
-    Args:
-      params: of D.
-      x: images [B, h, w, 3] in [-1, 1].
-      y: their reconstructions.
-      averages: D's part of the state.
+    LeCAM (arXiv:2104.03310, eq. 7) is mean relu(D(x) - m_fake)^2 +
+    mean relu(m_real - D(y))^2 with moving averages m, in D's part of the state.
     """
     real, fake = self._logits(params, x), self._logits(params, y)
     loss = jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))
+    excess = real - averages['logits_fake'], averages['logits_real'] - fake
     metrics = {
       'discriminator_loss': loss / 2,
-      'lecam': lecam(
-        real, fake, averages['logits_real'], averages['logits_fake']
-      ),
+      'lecam': sum(jnp.mean(jax.nn.relu(x) ** 2) for x in excess),
       'logits_real': jnp.mean(real),
       'logits_fake': jnp.mean(fake),
     }
     return loss / 2 + self.lecam_weight * metrics['lecam'], metrics
 
   def update(self, old, grads, metrics):
-    """D's part of the state after one step.
+    """D's part of the state after a step, from the part `old` before it.
 
-    Args:
-      old: D's part before the step.
-      grads: of L_D with respect to old['params']; None: D stays as it is.
-      metrics: of `discriminator_loss`.
+    grads are L_D's, or None: D stays as it is. metrics hold L_D's parts.
     """
     if grads is None:
       return old
     steps, opt_state = self._optimizer.update(grads, old['opt_state'])
-    averages = {
-      name: optax.incremental_update(
-        metrics[name], old[name], 1 - AVERAGES_DECAY
-      )
-      for name in ('logits_real', 'logits_fake')
-    }
+    new, before = ({n: x[n] for n in LOGITS} for x in (metrics, old))
+    averages = optax.incremental_update(new, before, 1 - AVERAGES_DECAY)
     params = optax.apply_updates(old['params'], steps)
     return {'params': params, 'opt_state': opt_state, **averages}
-
-  @property
-  def _discriminator(self):
-    return Discriminator(dtype=self.dtype)
 
   @property
   def _optimizer(self):
     return optax.adam(self.discriminator_learning_rate, b2=0.95)
 
   def _logits(self, params, images):
-    return self._discriminator.apply({'params': params}, images)
+    return Discriminator(dtype=self.dtype).apply({'params': params}, images)
 
 
 MSE = Objective()
-
-
-def lecam(real, fake, mean_real, mean_fake) -> jax.Array:
-  """LeCAM regularisation (Tseng et al. 2021, arXiv:2104.03310, eq. 7).
-
-  mean relu(D(x) - m_fake)^2 + mean relu(m_real - D(y))^2
-
-  Args:
-    real: D(x), any shape.
-    fake: D(y).
-    mean_real: m_real, moving average of D(x), a scalar.
-    mean_fake: m_fake, moving average of D(y).
-  """
-  excess = jax.nn.relu(real - mean_fake), jax.nn.relu(mean_real - fake)
-  return sum(jnp.mean(x**2) for x in excess)

@@ -5,8 +5,6 @@ import functools
 import jax
 import optax
 
-SCHEDULES = ('cosine', 'constant')
-
 
 def make_schedule(
   learning_rate: float,
@@ -15,30 +13,18 @@ def make_schedule(
   warmup_steps: int = 0,
   schedule: str = 'cosine',
 ) -> optax.Schedule:
-  """Step -> learning rate: linear warm-up, then cosine to 0 or constant.
+  """Step -> learning rate: linear warm-up from 0, then cosine to 0 or constant.
 
-  Args:
-    learning_rate: its highest value.
-    num_steps: steps of the run, warm-up included.
-    warmup_steps: steps of linear warm-up from 0.
-    schedule: 'cosine' or 'constant'.
-
-  Raises:
-    ValueError: the schedule is unknown, or the warm-up longer than the run.
+  num_steps are the steps of the run; ValueError if the warm-up takes them all.
   """
-  if schedule not in SCHEDULES:
-    raise ValueError(
-      f'schedule: expected one of {", ".join(SCHEDULES)}; got {schedule!r}'
-    )
   if warmup_steps >= num_steps and warmup_steps > 0:
     raise ValueError(
       f'warmup_steps: expected less than the {num_steps} steps of the run, '
       f'got {warmup_steps}'
     )
+  main = optax.constant_schedule(learning_rate)
   if schedule == 'cosine':
     main = optax.cosine_decay_schedule(learning_rate, num_steps - warmup_steps)
-  else:
-    main = optax.constant_schedule(learning_rate)
   if not warmup_steps:
     return main
   warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
@@ -53,13 +39,11 @@ def decay_mask(params):
 
 
 def freeze_mask(params, freeze: str):
-  """True for the parameters that stay as they are.
+  """True for the parameters of a `VQVAE` that stay as they are.
 
-  Args:
-    params: of a `VQVAE`.
-    freeze: 'codes': learned codes (`embedding`; the `map` of SimVQ) and the phi
-      of multi-scale ones; 'encoder,codes': the encoder and the whole quantizer,
-      so that an image keeps its ids; '': none.
+  freeze is '': none; 'codes': learned codes (`embedding`; the `map` of SimVQ)
+  and the phi of multi-scale ones; or 'encoder,codes': the encoder and the whole
+  quantizer, so that an image keeps its ids.
   """
 
   def is_frozen(path, _):
@@ -80,18 +64,12 @@ def make_optimizer(
   b2: float = 0.999,
   freeze: str = '',
 ) -> optax.GradientTransformationExtraArgs:
-  """AdamW (beta 0.9, b2) with decay on kernels only.
+  """AdamW (beta 0.9, b2) with decoupled decay of the kernels only.
 
   `update(grads, state, params, step=)` takes the step of the schedule: it
   counts skipped steps too, which the optimizer does not see. The state has the
-  same arrays for every `freeze`, so that a run may resume with another one.
-
-  Args:
-    schedule: step -> learning rate.
-    weight_decay: decoupled weight decay.
-    clip_norm: upper bound of the global gradient norm; 0 does not clip.
-    b2: decay of the second moment.
-    freeze: parameters that stay as they are, see `freeze_mask`.
+  same arrays for every `freeze` (see `freeze_mask`), so that a run may resume
+  with another one. clip_norm bounds the global gradient norm; 0 does not clip.
   """
   freeze_frozen = optax.masked(
     optax.set_to_zero(), functools.partial(freeze_mask, freeze=freeze)

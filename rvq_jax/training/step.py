@@ -27,7 +27,7 @@ MAX_SKIPPED = 10
 
 
 class PassResult(NamedTuple):
-  """The result of a forward and backward pass over a batch."""
+  """A forward and backward pass over a batch."""
 
   loss: jax.Array  # float32 scalar of the global batch
   grads: tuple[Any, Any]  # of the parameters, and of D's parameters or None
@@ -58,14 +58,12 @@ class TrainStep:
     objective: the losses other than the quantizer's.
     seed: of flips, colours and the replacement of codes.
     flip: mirror each image with probability 1/2.
-    colors: give each image other colours, see `random_colors`.
+    colors: see `random_colors`.
     params_ema_decay: of the state's averages, where it has them.
     accumulate_steps: microbatches per step; see `_accumulated`.
-    quantize: False: the latents pass on unchanged, and the codebook with its
-      losses and metrics stays out of the step ("Continuous First, Discrete
-      Later", arXiv:2605.06870).
-    adversarial: the state's discriminator D judges the reconstructions, and is
-      then updated by the same images and reconstructions.
+    quantize: False: the latents pass on unchanged, and the codebook, its losses
+      and metrics stay out of the step (arXiv:2605.06870).
+    adversarial: the discriminator D judges the reconstructions and is updated.
     axis_name: mapped axis under `pmap` or `shard_map`; None under `jit`.
   """
 
@@ -82,13 +80,14 @@ class TrainStep:
   axis_name: Any = None
 
   def __call__(self, state: TrainState, batch, lpips_weights=None):
-    """The next state and metrics; see the class."""
+    """See the class."""
     key = jax.random.fold_in(jax.random.key(self.seed), state.step)
     flip_key, codebook_key = jax.random.split(key)
     images = self._augment(flip_key, batch['image'])
-    run_pass = functools.partial(self._pass, state, lpips_weights)
+    judged = state if self.adversarial else state.replace(discriminator=None)
+    run_pass = functools.partial(self._pass, judged, lpips_weights)
     if self.accumulate_steps > 1:
-      run_pass = functools.partial(self._accumulated, run_pass, state)
+      run_pass = functools.partial(self._accumulated, run_pass, judged)
     result = run_pass(state.variables, images, codebook_key)
 
     grads, discriminator_grads = self._mean(result.grads)
@@ -101,20 +100,25 @@ class TrainStep:
       'params': optax.apply_updates(state.params, steps),
       'batch_stats': result.updates.get('batch_stats', {}),
     }
+    share = 1 - self.params_ema_decay
+    # In this form, the average of a constant stays that constant.
+    averages = state.averages and jax.tree.map(
+      lambda a, x: a + share * (x - a), state.averages, averaged
+    )
     proposed = state.replace(
       **averaged,
       codebook=result.updates.get('codebook', state.codebook),
       opt_state=opt_state,
-      averages=_average(state.averages, averaged, self.params_ema_decay),
+      averages=averages,
       discriminator=self.objective.update(
         state.discriminator, discriminator_grads, metrics
       ),
     )
     finite = jnp.isfinite(result.loss) & jnp.isfinite(grad_norm)
     # A variance that overflows divides to zero: loss and gradient stay finite.
-    finite &= _all_finite(
-      (proposed.batch_stats, proposed.codebook, proposed.discriminator)
-    )
+    checked = proposed.batch_stats, proposed.codebook, proposed.discriminator
+    for x in jax.tree.leaves(checked):
+      finite &= jnp.isfinite(x).all()
     finite &= state.nonfinite_streak < MAX_SKIPPED
     new = jax.tree.map(functools.partial(jnp.where, finite), proposed, state)
     streak = jnp.where(finite, 0, state.nonfinite_streak + 1)
@@ -144,8 +148,7 @@ class TrainStep:
 
   def _pass(self, state, lpips_weights, variables, images, key) -> PassResult:
     """The pass of a batch, with D and the step of `state`."""
-    images = prepare_images(images)
-    discriminator = self._discriminator(state)
+    images, discriminator = prepare_images(images), state.discriminator
 
     def loss_fn(params):
       out, updates = self.model.apply(
@@ -176,24 +179,21 @@ class TrainStep:
     (loss, (reconstruction, metrics, counts, updates)), grads = (
       jax.value_and_grad(loss_fn, has_aux=True)(variables['params'])
     )
-    discriminator_grads = None
+    discriminator_grads, more = None, {}
     if discriminator is not None:
-      discriminator_grads, more = jax.grad(discriminator_loss_fn, has_aux=True)(
-        discriminator['params']
-      )
-      metrics |= more
+      gradient = jax.grad(discriminator_loss_fn, has_aux=True)
+      discriminator_grads, more = gradient(discriminator['params'])
     grads = grads, discriminator_grads
-    return PassResult(loss, grads, metrics, counts, updates)
+    return PassResult(loss, grads, metrics | more, counts, updates)
 
   def _accumulated(self, run_pass, state, variables, images, key) -> PassResult:
     """The pass of a batch as S passes of microbatches, at the memory of one.
 
     Gradients, loss and metrics are averaged, counts are summed. Each microbatch
-    starts from the batch_stats and the codebook after the one before it: the
-    codebook is updated S times per step (decay acts S times, and N/K is the
-    microbatch's), so S changes the run and a run cannot resume with another S.
-    Microbatch s holds the images s, s + S, s + 2S, ..., so that each device
-    works on its own rows where rows are sharded.
+    starts from the batch_stats and the codebook after the one before it: decay
+    acts S times per step, and N/K is the microbatch's, so that a run cannot
+    resume with another S. Microbatch s holds the images s, s + S, s + 2S, ...:
+    each device works on its own rows.
     """
     steps = self.accumulate_steps
 
@@ -205,7 +205,7 @@ class TrainStep:
       return carry, result._replace(grads=None, updates=None)
 
     parts = images.reshape(-1, steps, *images.shape[1:]).swapaxes(0, 1)
-    discriminator = self._discriminator(state)
+    discriminator = state.discriminator
     trained = state.params, discriminator and discriminator['params']
     zeros = jax.tree.map(jnp.zeros_like, trained)
     (variables, grads), results = jax.lax.scan(
@@ -215,17 +215,11 @@ class TrainStep:
     if counts is not None:
       counts = jnp.sum(counts, axis=0)
       metrics |= jax.vmap(diversity)(counts.reshape(-1, counts.shape[-1]))
-    mean = functools.partial(jnp.mean, axis=0)
-    return PassResult(
-      mean(results.loss),
-      jax.tree.map(lambda g: g / steps, grads),
-      jax.tree.map(mean, metrics),
-      counts,
-      variables,
+    loss, metrics = jax.tree.map(
+      functools.partial(jnp.mean, axis=0), (results.loss, metrics)
     )
-
-  def _discriminator(self, state):
-    return state.discriminator if self.adversarial else None
+    grads = jax.tree.map(lambda g: g / steps, grads)
+    return PassResult(loss, grads, metrics, counts, variables)
 
   def _mean(self, tree):
     if self.axis_name is None:
@@ -234,40 +228,25 @@ class TrainStep:
 
 
 def compile_init(step: TrainStep, mesh, image_size: int, batch_size: int):
-  """The first state, on all devices of a mesh, as a jitted function.
+  """(key, variables=None) -> first `TrainState`, jitted for a mesh.
 
-  Returns:
-    (key, variables=None) -> `TrainState`, with the collections `variables`
-    instead of random ones. `.eval_shape(key)` gives shapes and shardings.
+  The state is on all devices. `variables` are collections in place of random
+  ones; `.eval_shape(key)` gives shapes and shardings.
   """
 
   def init(key, variables=None):
-    return create_state(
-      step.model,
-      step.optimizer,
-      key,
-      image_size=image_size,
-      batch_size=batch_size // step.accumulate_steps,
-      params_ema=step.params_ema_decay > 0,
-      discriminator=step.objective.init_discriminator(
-        jax.random.fold_in(key, 1), image_size
-      ),
-      variables=variables,
-    )
+    return create_state(step, key, image_size, batch_size, variables)
 
   everywhere = sharding.replicated(mesh)
   return jax.jit(init, out_shardings=everywhere, compiler_options=FAST_COMPILE)
 
 
 def compile_step(mesh) -> Callable:
-  """Compiles train steps for the devices of a mesh, each at its first call.
+  """(step, state, batch, lpips_weights=None) -> new state and metrics.
 
-  Steps that differ only in the seed share a program of the compilation cache,
-  and no program holds a copy of LPIPS' weights: both are arguments.
-
-  Returns:
-    (step, state, batch, lpips_weights) -> `step(state, batch, lpips_weights)`
-    for any `TrainStep`; the state is donated.
+  Each `TrainStep` is compiled for the devices of a mesh at its first call; the
+  state is donated. Seed and weights are arguments of the program: steps with
+  other seeds share it in the compilation cache.
   """
   everywhere, rows = sharding.replicated(mesh), sharding.by_rows(mesh)
 
@@ -287,14 +266,3 @@ def compile_step(mesh) -> Callable:
     return program(step, seed, state, batch, lpips_weights)
 
   return take
-
-
-def _average(averages, new, decay):
-  if averages is None:
-    return None
-  # In this form, the average of a constant stays that constant.
-  return jax.tree.map(lambda a, x: a + (1 - decay) * (x - a), averages, new)
-
-
-def _all_finite(tree):
-  return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()

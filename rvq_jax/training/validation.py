@@ -44,8 +44,6 @@ PREFIX_UNITS = {
 }
 """Metric of a prefix of the codes -> its unit and meaning."""
 
-GRID_IMAGES = 8
-
 
 def make_eval_step(
   model, *, prefixes: Sequence[int] = (), quantize: bool = True
@@ -54,43 +52,37 @@ def make_eval_step(
 
   Args:
     model: a `VQVAE`.
-    prefixes: lengths of the last axis of ids that are to be decoded too,
-      ascending, the last one whole; see `Tokenizer.prefixes`.
-    quantize: False: the decoder gets the latents, and the sums are images and
-      mse.
+    prefixes: lengths of the last axis of ids to decode too, ascending, the last
+      one whole; see `Tokenizer.prefixes`.
+    quantize: False: the decoder gets the latents; the sums are images and mse.
 
   Returns:
     A function of the model's variables and {'image': [B, h, w, 3] uint8 or
     float in [-1, 1], 'mask': bool [B]}. Its float32 sums are images, mse, psnr,
-    ssim, tokens, positions, quantization_error, latent_error (|z - q|^2 of
-    latents and codes), 'latents' and 'codes' (`_moments`), counts [K], and for
-    each of 'prefixes' mse, psnr, quantization_error and the counts [K] of the
-    codes that it adds.
+    ssim, tokens, positions, quantization_error, latent_error (|z - q|^2),
+    'latents' and 'codes' (`_moments`), counts [K], and for each of 'prefixes'
+    mse, psnr, quantization_error and the counts [K] of the codes that it adds.
   """
-  # A field of the quantizers that may compare unit vectors, and only of them.
+  # Only quantizers that may compare unit vectors have the field.
   cosine = getattr(model.vq, 'cosine', False)
 
   def eval_step(variables, batch):
     images, mask = prepare_images(batch['image']), batch['mask']
     out = model.apply(variables, images, mask=mask, quantize=quantize)
-    weight = mask.astype(jnp.float32)
     sums = _image_sums(out.reconstruction, images, mask)
-    sums['images'] = jnp.sum(weight)
+    count = sums['images'] = jnp.sum(mask.astype(jnp.float32))
     if not quantize:
       return {name: sums[name] for name in ('images', 'mse')}
-    z, q = (
-      x.astype(jnp.float32) for x in (out.latents, out.quantizer.quantized)
-    )
-    z = unit(z) if cosine else z
-    tokens = out.quantizer.ids[0].size * jnp.sum(weight)
+    z, q = out.latents, out.quantizer.quantized.astype(jnp.float32)
+    z = unit(z.astype(jnp.float32)) if cosine else z.astype(jnp.float32)
+    tokens = out.quantizer.ids[0].size * count
+    errors = jnp.sum((z - q) ** 2, axis=(1, 2, 3))
     sums |= {
       'tokens': tokens,
-      'positions': z[0, ..., 0].size * jnp.sum(weight),
+      'positions': z[0, ..., 0].size * count,
       'quantization_error': tokens
       * out.quantizer.metrics['quantization_error'],
-      'latent_error': jnp.sum(
-        jnp.where(mask, jnp.sum((z - q) ** 2, axis=(1, 2, 3)), 0.0)
-      ),
+      'latent_error': jnp.sum(jnp.where(mask, errors, 0.0)),
       'latents': _moments(z, mask),
       'codes': _moments(q, mask),
       'counts': out.quantizer.counts,
@@ -100,24 +92,19 @@ def make_eval_step(
     return sums
 
   def prefix_sums(variables, out, images, mask, tokens):
-    ids, first = out.quantizer.ids, 0
+    ids, size, first = out.quantizer.ids, model.vq.codebook_size, 0
     for level, end in enumerate(prefixes, 1):
       reconstruction = out.reconstruction
       if end < ids.shape[-1]:
         reconstruction = model.apply(variables, ids[..., :end], method='decode')
-      added = ids[..., first:end]
-      valid = mask.reshape(-1, *[1] * (ids.ndim - 1))
+      added, error = ids[..., first:end], f'quantization_error_{level}'
+      weight = jnp.repeat(mask, added[0].size)
       sums = _image_sums(reconstruction, images, mask)
       yield {
         'mse': sums['mse'],
         'psnr': sums['psnr'],
-        'quantization_error': tokens
-        * out.quantizer.metrics[f'quantization_error_{level}'],
-        'counts': count_codes(
-          added.ravel(),
-          model.vq.codebook_size,
-          weight=jnp.broadcast_to(valid, added.shape).ravel(),
-        ),
+        'quantization_error': tokens * out.quantizer.metrics[error],
+        'counts': count_codes(added.ravel(), size, weight=weight),
       }
       first = end
 
@@ -126,13 +113,11 @@ def make_eval_step(
 
 def _image_sums(reconstruction, images, mask):
   """Sums of the metrics of reconstructions over the valid images."""
+  functions = {'mse': metrics.squared_error}
+  functions |= {'psnr': metrics.psnr, 'ssim': metrics.ssim}
   return {
     name: jnp.sum(jnp.where(mask, per_image(reconstruction, images), 0.0))
-    for name, per_image in (
-      ('mse', metrics.squared_error),
-      ('psnr', metrics.psnr),
-      ('ssim', metrics.ssim),
-    )
+    for name, per_image in functions.items()
   }
 
 
@@ -158,37 +143,32 @@ def evaluate_split(
   batches: Iterable,
   *,
   mesh,
-  on_batch: Callable[[dict, dict], None] | None = None,
+  on_batch: Callable[[dict, dict], None] = lambda batch, sums: None,
 ) -> tuple[dict[str, float], np.ndarray | None]:
   """Metrics of a model over all batches of a split.
 
   Args:
     eval_step: from `make_eval_step`, jitted.
     variables: the model's collections.
-    batches: {'image': [B, h, w, 3] uint8, 'mask': [B] bool} on the host; each
-      process gives its share.
-    mesh: the devices, from `data_mesh`.
-    on_batch: called with each batch and what `eval_step` returned for it.
+    batches: {'image': [B, h, w, 3] uint8, 'mask': [B] bool} on the host, of
+      this process; ValueError if none of the images is valid.
+    mesh: from `data_mesh`.
+    on_batch: called with each batch and its sums.
 
   Returns:
-    The metrics named in `UNITS`, for an eval_step with prefixes also
-    'prefixes', each with the metrics in `PREFIX_UNITS`; and the codes' counts
-    [K], or [L, K] for L codebooks. Without quantization: autoencoder_mse, None.
-
-  Raises:
-    ValueError: the split holds no image.
+    The metrics in `UNITS`, with prefixes also 'prefixes', each as in
+    `PREFIX_UNITS`; and the codes' counts [K], or [L, K] for L codebooks.
+    Without quantization: autoencoder_mse, None.
   """
   total, shape = None, None
   for batch in batches:
     shape = batch['image'].shape
-    sums = jax.device_get(
-      eval_step(variables, sharding.shard_batch(batch, mesh))
-    )
+    placed = sharding.shard_batch(batch, mesh)
+    sums = jax.device_get(eval_step(variables, placed))
     # float64 on the host: float32 stops counting at 2^24 tokens.
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
     total = sums if total is None else jax.tree.map(np.add, total, sums)
-    if on_batch:
-      on_batch(batch, sums)
+    on_batch(batch, sums)
   if total is None or not total['images']:
     raise ValueError('expected a split with at least one image, got none')
   if 'counts' not in total:
@@ -199,17 +179,16 @@ def evaluate_split(
 def _metrics(total, pixels):
   images, tokens, counts = total['images'], total['tokens'], total['counts']
   result = {n: float(total[n] / images) for n in ('mse', 'psnr', 'ssim')}
-  latents, codes = total['latents'], total['codes']
+  size = max(np.trace(total['latents']['outer']), 1e-30)
   result |= {
     'mse_01': result['mse'] / 4,
     'quantization_error': float(total['quantization_error'] / tokens),
-    'relative_error': float(
-      total['latent_error'] / max(np.trace(latents['outer']), 1e-30)
-    ),
+    'relative_error': float(total['latent_error'] / size),
     'images': int(images),
     'tokens': int(tokens),
   }
-  for name, moments in ('latent', latents), ('code', codes):
+  for name in ('latent', 'code'):
+    moments = total[f'{name}s']
     result[f'{name}_dimension'] = metrics.effective_dimension(
       moments['sum'], moments['outer'], total['positions']
     )
@@ -219,54 +198,47 @@ def _metrics(total, pixels):
   )
   result = {name: result[name] for name in UNITS}
   if 'prefixes' in total:
-    result['prefixes'] = _prefixes(total, counts.shape[-1])
+    result['prefixes'] = list(_prefixes(total, counts.shape[-1]))
   return result
 
 
-def _prefixes(total, size) -> list[dict[str, float]]:
-  """The metrics of the prefixes."""
-  result, images, tokens = [], total['images'], 0
+def _prefixes(total, size):
+  images, tokens = total['images'], 0
   for sums in total['prefixes']:
     added = sums['counts'].sum()
     tokens += round(added / images)
     codes = metrics.code_statistics(sums['counts'])
-    entry = {name: float(sums[name] / images) for name in ('mse', 'psnr')}
-    entry |= {
+    yield {
       'tokens': tokens,
       'bits_per_image': tokens * math.log2(size),
+      'mse': float(sums['mse'] / images),
+      'psnr': float(sums['psnr'] / images),
       'quantization_error': float(sums['quantization_error'] / total['tokens']),
       'usage': codes['usage'] * size / min(size, added),
       'perplexity': codes['perplexity'],
     }
-    result.append({name: entry[name] for name in PREFIX_UNITS})
-  return result
 
 
 def validate(
-  model, variables, source, *, mesh, batch_size: int, image_size: int, **options
+  model, variables, source, *, mesh, batch_size: int, image_size: int, quantize
 ):
-  """`evaluate_split` of a source; options as of `make_eval_step`."""
-  batches = loaders.eval_batches(
-    source,
+  """Metrics and counts as of `evaluate_split`, and a grid of pictures.
+
+  The grid, uint8, shows the first images of the source above their
+  reconstructions. For quantize see `make_eval_step`.
+  """
+  read = functools.partial(loaders.eval_batches, source, image_size=image_size)
+  batches = read(
     batch_size=batch_size,
-    image_size=image_size,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  eval_step = compile_eval_step(model, mesh, **options)
-  return evaluate_split(eval_step, variables, batches, mesh=mesh)
-
-
-def reconstruct_samples(
-  model, variables, source, *, mesh, image_size: int, quantize: bool = True
-) -> np.ndarray:
-  """The first images of a source above their reconstructions, uint8."""
-  # Every process takes part, with the same images.
-  sizes = {'batch_size': GRID_IMAGES, 'image_size': image_size}
-  first = next(loaders.eval_batches(source, **sizes))
+  eval_step = compile_eval_step(model, mesh, quantize=quantize)
+  result = evaluate_split(eval_step, variables, batches, mesh=mesh)
+  first = next(read(batch_size=8))  # the same in every process
   images = first['image'][first['mask']]
   outputs = _reconstruct(model, mesh, quantize, variables, images)
-  return metrics.reconstruction_grid(images, np.asarray(outputs))
+  return *result, metrics.reconstruction_grid(images, np.asarray(outputs))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -1,7 +1,6 @@
 """Runs in processes of their own, and their files."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -9,11 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_step import Run
+from tiny_step import Run, named_bits
 
 from rvq_jax.data.workers import STOP_SIGNALS
 from rvq_jax.models import lpips, lpips_weights
@@ -63,29 +61,26 @@ def start_run(tiny_config, tmp_path):
   Each step writes a line 'step N/M'. `before` is a program that the process
   runs first. What still runs at the end of the test is killed.
   """
-  running = []
+  running, file, script = [], tmp_path / 'tiny.py', tmp_path / 'script.py'
+  flags_of_one = os.environ['XLA_FLAGS'].split()  # one device
+  flags_of_one = [flag for flag in flags_of_one if 'device_count' not in flag]
 
   def start(workdir, *flags, before='', **options):
-    script = tmp_path / 'script.py'
     script.write_text(
       f"import runpy, sys\nsys.path.insert(0, 'launch')\n{before}\n"
       "if __name__ == '__main__':\n"
       "  runpy.run_path('launch/main.py', run_name='__main__')\n"
     )
     tiny_config.log_every = 1
-    file = tmp_path / 'tiny.py'
-    values = json.dumps(json.loads(tiny_config.to_json()))
     file.write_text(
-      'import json\nfrom ml_collections import ConfigDict\n'
-      f'def get_config():\n  return ConfigDict(json.loads({values!r}))\n'
+      'import json\nfrom ml_collections import ConfigDict\ndef get_config():\n'
+      f'  return ConfigDict(json.loads({tiny_config.to_json()!r}))\n'
     )
+    paths = f'--config={file}', f'--workdir={workdir}'
     run = Process(
-      [
-        *(sys.executable, script, f'--config={file}'),
-        *(f'--workdir={workdir}', *flags),
-      ],
+      [sys.executable, script, *paths, *flags],
       cwd=ROOT,
-      env=process_environment(),
+      env=os.environ | {'XLA_FLAGS': ' '.join(flags_of_one)},
       stdout=subprocess.DEVNULL,
       stderr=subprocess.PIPE,
       text=True,
@@ -111,16 +106,11 @@ def make_step_config(load_config, image_folder):
   def make(fields):
     config = load_config('cifar10')
     config.batch_size, config.num_steps = 8, 4
-    config.data.image_size = 8
+    config.data.image_size, config.data.split = 8, 'official'
     config.data.name = f'folder:{image_folder}'
-    config.data.split = 'official'
-    small = {'widths': (8,), 'factor': 2, 'num_res_blocks': 0}
-    small |= {'num_heads': 2, 'code_dim': 8, 'codebook_size': 8}
-    for name, value in small.items():
-      config.model[name] = value
-    for name, value in fields.items():
-      parent, _, leaf = name.rpartition('.')
-      (config[parent] if parent else config)[leaf] = value
+    config.model.update({'widths': (8,), 'factor': 2, 'num_res_blocks': 0})
+    config.model.update({'num_heads': 2, 'code_dim': 8, 'codebook_size': 8})
+    config.update_from_flattened_dict(fields)
     return config
 
   return make
@@ -139,39 +129,26 @@ def lpips_stand_in():
     yield
 
 
-def process_environment() -> dict[str, str]:
-  """That of a run with one device."""
-  flags = os.environ['XLA_FLAGS'].split()
-  return os.environ | {
-    'XLA_FLAGS': ' '.join(f for f in flags if 'device_count' not in f)
-  }
-
-
 @pytest.fixture(scope='session')
 def final_bits():
   """Returns a function: path -> bytes of the newest state of a run."""
-  return _final_bits
 
+  def read(config, workdir):
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+      newest = checkpoints.resolve()
+      return named_bits(checkpoints.restore(Run(config).template, newest))
 
-def _final_bits(config, workdir):
-  template = Run(config).template
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    state = checkpoints.restore(template, checkpoints.resolve())
-  return {
-    jax.tree_util.keystr(path): np.asarray(x).tobytes()
-    for path, x in jax.tree_util.tree_leaves_with_path(state)
-  }
+  return read
 
 
 @pytest.fixture(scope='session')
 def steps_of():
   """Returns a function: workdir -> its saved steps, oldest first."""
-
-  def steps(workdir):
-    names = [p.name for p in (workdir / 'checkpoints').glob('*')]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-  return steps
+  return lambda workdir: sorted(
+    int(path.name)
+    for path in (workdir / 'checkpoints').glob('*')
+    if path.name.isdecimal()
+  )
 
 
 @pytest.fixture(scope='session')

@@ -11,9 +11,9 @@ from tiny_step import (
   IMAGES,
   RATE,
   assert_close,
-  bits,
   first_state,
   jitted,
+  kept,
   tiny_step,
 )
 
@@ -92,18 +92,9 @@ def test_microbatches_are_a_loop_that_updates_the_codebook_each_time(quantizer):
 
 
 @pytest.mark.slow
-def test_microbatches_differ_from_the_whole_batch_only_in_the_codebook():
-  one, four = (
-    run('vq', start('vq'), accumulate_steps=s)[0].codebook['vq'] for s in (1, 4)
-  )
-  assert np.max(np.abs(one['cluster_size'] - four['cluster_size'])) > 0.1
-
-
-@pytest.mark.slow
 def test_a_microbatch_that_is_not_finite_leaves_the_state_bit_exact():
   images, state = IMAGES.copy(), start('vq')
   images[5, 2, 3, 0] = np.nan
   after, metrics = run('vq', state, images, accumulate_steps=4)
   assert metrics['skipped'] == 1
-  for part in ('params', 'batch_stats', 'codebook'):
-    assert bits(getattr(after, part)) == bits(getattr(state, part))
+  assert kept(after) == kept(state)

@@ -1,17 +1,18 @@
 """A run that starts from a trained model, and what it leaves as it was."""
 
-import re
+import functools
+import types
 
 import jax
 import numpy as np
 import pytest
+from errors import one_line
 from tiny_step import Run
+from tiny_step import named_bits as leaves
 
 from rvq_jax import load
 from rvq_jax.metrics import to_uint8
 from rvq_jax.tokenizer import tiling
-from rvq_jax.training.build import build_model
-from rvq_jax.training.config import check_config
 from rvq_jax.training.loop import train
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -24,32 +25,16 @@ SMALL = {
 }
 
 
-class Model:
-  """What `collections` needs of a tokenizer."""
-
-  step, model_hash = 1, '0' * 64
-
-  def __init__(self, variables, config):
-    self.variables, self.config = variables, config
-
-
-def leaves(tree):
-  """path -> bytes."""
-  return {
-    jax.tree_util.keystr(path): np.asarray(x).tobytes()
-    for path, x in jax.tree_util.tree_leaves_with_path(tree)
-  }
-
-
 @pytest.fixture(scope='module')
 def model(make_step_config):
-  """A model with numbers that no initialiser gives."""
+  """A tokenizer's parts, with numbers that no initialiser gives."""
   run, rng = Run(make_step_config(SMALL)), np.random.default_rng(1)
   draw = lambda x: rng.uniform(0.5, 1, x.shape).astype('f')  # noqa: E731
   variables = jax.tree.map(draw, run.template.variables)
-  embedding = rng.normal(size=(8, 8)).astype('f')
-  variables['codebook']['vq']['embedding'] = embedding
-  return Model(variables, run.config)
+  variables['codebook']['vq']['embedding'] = rng.normal(size=(8, 8)).astype('f')
+  return types.SimpleNamespace(
+    variables=variables, config=run.config, step=1, model_hash='0' * 64
+  )
 
 
 @pytest.mark.parametrize(
@@ -64,11 +49,10 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_learns(
 ):
   run = Run(make_step_config(SMALL | {'freeze': freeze, 'model.ema': ema}))
   state = run.init(run.key, model.variables if ema else None)
-  momentum = jax.tree.map(lambda x: x + x.dtype.type(1), state.opt_state)
-  state = state.replace(opt_state=momentum)
+  increased = lambda tree: jax.tree.map(lambda x: x + 1, tree)  # noqa: E731
+  state = state.replace(opt_state=increased(state.opt_state))
   if not ema:  # filled, so that nothing is left to fill
-    book = jax.tree.map(lambda x: x + 1, state.codebook)
-    state = state.replace(codebook=book)
+    state = state.replace(codebook=increased(state.codebook))
   names = ('params', 'batch_stats', 'codebook', 'averages')
   old = {name: leaves(getattr(state, name)) for name in names}
   for i in range(3):
@@ -86,11 +70,9 @@ def test_a_frozen_encoder_uses_stored_statistics_in_training(
   x = IMAGES / np.float32(127.5) - 1
 
   def latents(freeze, train):
-    fields = SMALL | {'freeze': freeze}
-    built = build_model(check_config(make_step_config(fields)))
-    return built.apply(
-      model.variables, x, train=train, method='latents', mutable=True
-    )
+    built = Run(make_step_config(SMALL | {'freeze': freeze})).step.model
+    call = functools.partial(built.apply, method='latents', mutable=True)
+    return call(model.variables, x, train=train)
 
   stored, _ = latents('', False)
   (frozen, after), (free, _) = latents('encoder,codes', True), latents('', True)
@@ -116,11 +98,12 @@ def test_a_new_run_takes_the_collections_and_nothing_else(
 
 def test_a_larger_batch_leaves_the_codes_alive(model, make_step_config):
   fields = SMALL | {'batch_size': 32, 'accumulate_steps': 2}
+  fields |= {'model.depth': 2, 'model.heads': 4}  # not of this quantizer
   run = Run(make_step_config(fields), init=lambda: model)
   book, old = run.initial()['codebook']['vq'], model.variables['codebook']['vq']
-  for name, scale in (('embedding', 1), ('cluster_size', 2)):
+  scales = {'embedding': 1, 'cluster_size': 2, 'embedding_sum': 2}
+  for name, scale in scales.items():
     np.testing.assert_array_equal(book[name], scale * old[name])
-  np.testing.assert_array_equal(book['embedding_sum'], 2 * old['embedding_sum'])
 
 
 @pytest.mark.slow
@@ -172,14 +155,6 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
 ):
   config, workdir = make_step_config(SMALL | fields), tmp_path / 'new' / 'run'
   init = None if 'freeze' in fields else lambda: model
-  with pytest.raises(ValueError) as error:
+  with one_line(message):
     train(config, workdir, init=init)
-  assert re.search(message, str(error.value)), error.value
-  assert '\n' not in str(error.value) and not workdir.parent.exists()
-
-
-def test_fields_that_the_quantizer_does_not_have_may_differ(
-  model, make_step_config
-):
-  config = make_step_config(SMALL | {'model.depth': 2, 'model.heads': 4})
-  assert Run(config, init=lambda: model).initial()
+  assert not workdir.parent.exists()

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from tiny_step import Run, bits, run_until
+from errors import one_line
+from tiny_step import Run, bits
 
 from rvq_jax import load
 from rvq_jax.training import loop
@@ -47,21 +48,17 @@ def test_the_first_batch_that_is_quantized_and_taken_fills_the_codebook(run):
   state, metrics = run.train_step(4, state, images(run, 4, spoilt=True))
   assert metrics['skipped'] == 1 and metrics['counts'] is not None
   assert np.sum(state.codebook['vq']['cluster_size']) == 0
+  x, options = images(run, 5)['image'], {'mutable': ['batch_stats']}
   z, _ = run.step.model.apply(
-    state.variables,
-    images(run, 5)['image'],
-    train=True,
-    method='latents',
-    mutable=['batch_stats'],
+    state.variables, x, train=True, method='latents', **options
   )
   state, metrics = run.train_step(5, state, images(run, 5))
   assert metrics['loss'] > metrics['mse']
   book = state.codebook['vq']
   assert np.all(np.asarray(book['cluster_size']) > 0)
   learned = state.params.get('vq', {'embedding': 0.0})['embedding']
-  codes = np.asarray(
-    learned + book['embedding' if 'embedding' in book else 'offset']
-  )
+  offset = book['embedding' if 'embedding' in book else 'offset']
+  codes = np.asarray(learned + offset)
   rows = np.asarray(z).reshape(-1, z.shape[-1])
   distance = np.linalg.norm(codes[:, None] - rows[None], axis=-1).min(1)
   assert distance.max() < 0.1 * np.linalg.norm(rows, axis=1).mean()
@@ -71,33 +68,16 @@ def test_the_first_batch_that_is_quantized_and_taken_fills_the_codebook(run):
 def test_a_run_reports_the_autoencoder_then_the_codes(config, tmp_path):
   loop.train(config, tmp_path)
   records = read_jsonl(tmp_path / 'metrics.jsonl')
-  validated = {
-    r['step']: {n for n in r if n.startswith('validation/')}
-    for r in records
-    if any(n.startswith('validation/') for n in r)
-  }
-  assert validated[3] == {'validation/autoencoder_mse'}
-  assert {'validation/mse', 'validation/usage'} < validated[6]
-  logged = {r['step']: r for r in records if 'train/loss' in r}
-  assert 'train/usage' not in logged[2] and 'train/usage' not in logged[4]
-  assert 'train/usage' in logged[6]
+  names = {(r['step'], name) for r in records for name in r}
+  validated = {name for step, name in names if step == 3 and 'valid' in name}
+  assert validated == {'validation/autoencoder_mse'}
+  assert {(6, 'validation/mse'), (6, 'validation/usage')} < names
+  assert [i for i in (2, 4, 6) if (i, 'train/usage') in names] == [6]
   with Checkpoints(tmp_path, read_only=True) as checkpoints:
     assert checkpoints.resolve('best') == 6
   assert load(tmp_path).step == 6
-  with pytest.raises(ValueError, match='step 3 of .* has no codebook'):
+  with one_line('step 3 of .* has no codebook'):
     load(tmp_path, 3)
-
-
-@pytest.mark.slow
-def test_a_run_resumed_before_the_switch_ends_in_the_same_bits(
-  config, tmp_path, final_bits
-):
-  loop.train(config, tmp_path / 'whole')
-  whole = final_bits(config, tmp_path / 'whole')
-  stopped = tmp_path / 'stopped'
-  run_until(config, stopped, 2)
-  loop.train(config, stopped)
-  assert final_bits(config, stopped) == whole
 
 
 @pytest.mark.parametrize(
@@ -111,5 +91,5 @@ def test_a_run_resumed_before_the_switch_ends_in_the_same_bits(
 )
 def test_what_cannot_be_quantized_late_is_refused(fields, message, config):
   config.model.update(fields)
-  with pytest.raises(ValueError, match=message):
+  with one_line(message):
     Run(config)

@@ -26,17 +26,11 @@ GPU_COMPILER = pytest.mark.skipif(
 
 
 def run_benchmark(name):
-  return subprocess.run(
-    [sys.executable, ROOT / 'benchmarks' / name],
-    check=True,
-    capture_output=True,
-    text=True,
-  ).stdout
+  command = [sys.executable, ROOT / 'benchmarks' / name]
+  return subprocess.check_output(command, text=True)
 
 
-def test_no_array_of_the_step_has_a_number_for_each_vector_and_code(
-  load_config,
-):
+def test_no_array_of_the_step_is_as_large_as_vectors_times_codes(load_config):
   config = load_config('imagenet')
   config.model.num_res_blocks = 1  # blocks are alike
   flat = config_lib.check_config(config)

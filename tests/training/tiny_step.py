@@ -17,7 +17,6 @@ from rvq_jax import sharding
 from rvq_jax.training import build, loop
 from rvq_jax.training.config import check_config
 from rvq_jax.training.objective import Objective
-from rvq_jax.training.state import FAST_COMPILE, create_state
 from rvq_jax.training.step import TrainStep, compile_init, compile_step
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 3)).astype('f')
@@ -43,22 +42,10 @@ def tiny_step(vq=None, *, optimizer=SGD, axis_name=None, norm='batch', **rest):
 
 
 @functools.cache
-def first_state(step, params_ema=False):
+def first_state(step):
   """The state before the first step, on the host."""
-  return jax.device_get(
-    jax.jit(
-      lambda: create_state(
-        step.model,
-        step.optimizer,
-        jax.random.key(0),
-        image_size=8,
-        batch_size=16,
-        params_ema=params_ema,
-        discriminator=step.objective.init_discriminator(jax.random.key(1), 8),
-      ),
-      compiler_options=FAST_COMPILE,
-    )()
-  )
+  init = compile_init(step, sharding.data_mesh(jax.devices()[:1]), 8, 16)
+  return jax.device_get(init(jax.random.key(0)))
 
 
 def adversarial_state(step, number):
@@ -92,14 +79,20 @@ def over_devices(step, mesh):
   )
 
 
-def first_moment(state):
-  """AdamW's first moment; after one step a tenth of the gradient."""
-  return optax.tree.get(state.opt_state, 'mu')
-
-
 def bits(tree):
   """The bytes of all leaves."""
   return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def named_bits(tree):
+  """path -> bytes of each leaf."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(p): np.asarray(x).tobytes() for p, x in leaves}
+
+
+def kept(state):
+  """`bits` of all that a skipped step keeps: all but two counters."""
+  return bits(state.replace(step=0, nonfinite_streak=0))
 
 
 def assert_close(got, want, rtol=1e-3, atol=2e-5):
@@ -111,10 +104,7 @@ def assert_close(got, want, rtol=1e-3, atol=2e-5):
 
 
 class Run:
-  """What `loop.train` builds from a config.
-
-  train_step(i, state, batch) takes step number i, from 1.
-  """
+  """What `loop.train` builds from a config."""
 
   def __init__(self, config, init=None):
     self.config = check_config(config)
@@ -138,7 +128,7 @@ class Run:
     return self.step.phase(i, quantize_after=late)
 
   def train_step(self, i, state, batch):
-    """See the class."""
+    """Takes step number i, from 1."""
     return self._take(self.phase(i), state, batch, self.lpips_weights)
 
 
@@ -146,7 +136,7 @@ def step_of(flat, model, **options):
   """A state and the jitted step of a model and a checked config."""
   step = build.build_step(flat, flat['num_steps'])
   step = dataclasses.replace(step, model=model, **{'flip': False} | options)
-  return first_state(step, flat['optimizer.params_ema'] > 0), jitted(step)
+  return first_state(step), jitted(step)
 
 
 @contextlib.contextmanager
