@@ -134,7 +134,8 @@ def _create(partial, folder, source, meta, shares) -> None:
         for entry in about['skipped']:
           skipped.append(entry | {'row': entry['row'] + len(names)})
         names += share_names
-    np.save(partial / 'labels.npy', np.asarray(source.labels, np.int32))
+    labels = np.asarray(source.labels, np.int32)
+    np.save(partial / 'labels.npy', labels, allow_pickle=False)
     write_atomic(partial / 'names.txt', ''.join(f'{x}\n' for x in names))
     meta = meta | {'rows_done': len(names), 'skipped': skipped}
     write_atomic(partial / META, json.dumps(meta))

@@ -13,6 +13,7 @@ from rvq_jax.data import loaders
 from rvq_jax.data.images import prepare_images, to_float
 from rvq_jax.quantize.codebook import count_codes, unit
 
+GRID_IMAGES = 8
 UNITS = {
   'mse': 'mean squared error on [-1, 1]',
   'mse_01': 'mean squared error on [0, 1]',
@@ -235,7 +236,7 @@ def validate(
   )
   eval_step = compile_eval_step(model, mesh, quantize=quantize)
   result = evaluate_split(eval_step, variables, batches, mesh=mesh)
-  first = next(read(batch_size=8))  # the same in every process
+  first = next(read(batch_size=GRID_IMAGES))  # the same in every process
   images = first['image'][first['mask']]
   outputs = _reconstruct(model, mesh, quantize, variables, images)
   return *result, metrics.reconstruction_grid(images, np.asarray(outputs))
