@@ -100,25 +100,20 @@ class TrainStep:
       'params': optax.apply_updates(state.params, steps),
       'batch_stats': result.updates.get('batch_stats', {}),
     }
-    share = 1 - self.params_ema_decay
-    # In this form, the average of a constant stays that constant.
-    averages = state.averages and jax.tree.map(
-      lambda a, x: a + share * (x - a), state.averages, averaged
-    )
     proposed = state.replace(
       **averaged,
       codebook=result.updates.get('codebook', state.codebook),
       opt_state=opt_state,
-      averages=averages,
+      averages=_average(state.averages, averaged, self.params_ema_decay),
       discriminator=self.objective.update(
         state.discriminator, discriminator_grads, metrics
       ),
     )
     finite = jnp.isfinite(result.loss) & jnp.isfinite(grad_norm)
     # A variance that overflows divides to zero: loss and gradient stay finite.
-    checked = proposed.batch_stats, proposed.codebook, proposed.discriminator
-    for x in jax.tree.leaves(checked):
-      finite &= jnp.isfinite(x).all()
+    finite &= _all_finite(
+      (proposed.batch_stats, proposed.codebook, proposed.discriminator)
+    )
     finite &= state.nonfinite_streak < MAX_SKIPPED
     new = jax.tree.map(functools.partial(jnp.where, finite), proposed, state)
     streak = jnp.where(finite, 0, state.nonfinite_streak + 1)
@@ -266,3 +261,14 @@ def compile_step(mesh) -> Callable:
     return program(step, seed, state, batch, lpips_weights)
 
   return take
+
+
+def _average(averages, new, decay):
+  # In this form, the average of a constant stays that constant.
+  return averages and jax.tree.map(
+    lambda a, x: a + (1 - decay) * (x - a), averages, new
+  )
+
+
+def _all_finite(tree):
+  return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
