@@ -28,9 +28,10 @@ import common
 
 ROOT = common.ROOT
 # Modules (or folders of them) -> tests, the fastest and nearest first.
-WIRING = ('config', 'optimizer', 'step')
-TRAINING = [f'tests/training/test_{name}_wiring.py' for name in WIRING]
-TRAINING.append('tests/training')
+TRAINING = [
+  *(f'tests/training/test_{x}.py' for x in ('config_wiring', 'optimizer')),
+  *('tests/training/test_step_gradient.py', 'tests/training'),
+]
 TARGETS = {
   'rvq_jax/quantize': ['tests/quantize', *TRAINING],
   'rvq_jax/models': ['tests/models', *TRAINING],
