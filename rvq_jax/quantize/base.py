@@ -102,6 +102,10 @@ class Quantizer(nn.Module):
     """axis_name; None in `init`, which runs outside of any."""
     return None if self.is_initializing() else self.axis_name
 
+  def normed(self, x: jax.Array) -> jax.Array:
+    """Vectors or codes [..., D] in the form that the search compares."""
+    return x
+
   def count(self, ids: jax.Array, e: jax.Array, mask: jax.Array) -> jax.Array:
     """Counts [K] of ids [N] over the valid rows e [N, D] of the global batch.
 
@@ -172,10 +176,6 @@ class NearestQuantizer(Quantizer):
     """The ids [...] int32 of z [..., C], as the call gives them."""
     e = self.normed(self.bound('project_in', self.rows(z)))
     return nearest_codes(e, self.codes()).reshape(z.shape[:-1])
-
-  def normed(self, x: jax.Array) -> jax.Array:
-    """Vectors or codes [..., D] in the form that the search compares."""
-    return x
 
   def estimate(
     self, e: jax.Array, q: jax.Array, ids: jax.Array | None, mask: jax.Array

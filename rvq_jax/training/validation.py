@@ -11,7 +11,7 @@ import numpy as np
 from rvq_jax import metrics, sharding
 from rvq_jax.data import loaders
 from rvq_jax.data.images import prepare_images, to_float
-from rvq_jax.quantize.codebook import count_codes, unit
+from rvq_jax.quantize.codebook import count_codes
 
 GRID_IMAGES = 8
 UNITS = {
@@ -64,8 +64,6 @@ def make_eval_step(
     'latents' and 'codes' (`_moments`), counts [K], and for each of 'prefixes'
     mse, psnr, quantization_error and the counts [K] of the codes that it adds.
   """
-  # Only quantizers that may compare unit vectors have the field.
-  cosine = getattr(model.vq, 'cosine', False)
 
   def eval_step(variables, batch):
     images, mask = prepare_images(batch['image']), batch['mask']
@@ -75,7 +73,7 @@ def make_eval_step(
     if not quantize:
       return {name: sums[name] for name in ('images', 'mse')}
     z, q = out.latents, out.quantizer.quantized.astype(jnp.float32)
-    z = unit(z.astype(jnp.float32)) if cosine else z.astype(jnp.float32)
+    z = model.vq.normed(z.astype(jnp.float32))
     tokens = out.quantizer.ids[0].size * count
     errors = jnp.sum((z - q) ** 2, axis=(1, 2, 3))
     sums |= {
