@@ -65,7 +65,8 @@ load = MemoryLoader.__next__
 def stall(loader):
   if loader.position()['step'] == 3:
     print('stalled', file=sys.stderr, flush=True)
-    time.sleep(100)
+    for _ in range(1000):  # a signal just before a sleep is seen after it
+      time.sleep(0.1)
   return load(loader)
 MemoryLoader.__next__ = stall
 """
