@@ -30,7 +30,8 @@ def test_stages_leave_a_map_of_logits(side, stages, grid):
   assert logits.shape == (2, grid, grid) and logits.dtype == jnp.float32
   assert set(variables) == {'params'}  # no statistics
   params = variables['params']
-  assert sum(name.startswith('conv') for name in params) == stages
+  kernels = [p['kernel'].shape[:2] for p in params.values() if 'kernel' in p]
+  assert sorted(kernels) == [(3, 3), *stages * [(4, 4)]]
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('float32')}
 
 

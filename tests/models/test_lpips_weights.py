@@ -68,6 +68,16 @@ def publish(install, monkeypatch):
   return make
 
 
+@pytest.mark.parametrize(
+  ('net', 'convolutions', 'heads'),
+  [('vgg', 14_714_688, 1472), ('alex', 2_469_696, 1152)],
+)
+def test_the_networks_have_the_published_sizes(net, convolutions, heads):
+  sizes = {name: np.prod(shape) for name, shape in shapes(net).items()}
+  assert sum(sizes.values()) == convolutions + heads
+  assert sum(n for name, n in sizes.items() if 'head' in name) == heads
+
+
 @pytest.mark.parametrize('net', ['vgg', 'alex'])
 def test_weights_are_read_once_and_cached(net, publish):
   path, expected = publish(net)
