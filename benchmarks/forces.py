@@ -18,8 +18,8 @@ from tried import ESTIMATORS
 
 from rvq_jax import load
 from rvq_jax.data.datasets import open_dataset
-from rvq_jax.data.images import to_float
 from rvq_jax.data.loaders import eval_batches
+from rvq_jax.metrics import to_float
 
 NAMES = ('ste', 'rotation', 'rotation_unscaled', 'radial', 'tangential')
 

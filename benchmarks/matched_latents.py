@@ -11,8 +11,8 @@ import optax
 
 from rvq_jax import VQVAE
 from rvq_jax.data.datasets import open_dataset
-from rvq_jax.data.images import to_float
 from rvq_jax.data.loaders import eval_batches
+from rvq_jax.metrics import to_float
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
 

@@ -28,8 +28,9 @@ import optax
 
 from rvq_jax import sharding
 from rvq_jax.data import datasets, loaders
-from rvq_jax.data.images import prepare_images, random_flip
+from rvq_jax.data.images import random_flip
 from rvq_jax.evaluation.evaluate import evaluate_run
+from rvq_jax.metrics import prepare_images
 from rvq_jax.training.loop import train
 from rvq_jax.training.step import compile_init
 from rvq_jax.training.validation import evaluate_split, make_eval_step

@@ -1,8 +1,9 @@
 """Image and code metrics, each with its exact definition.
 
-Images: `mse` is on the model's scale [-1, 1] and `mse_01` on [0, 1], a quarter
-of it; both on the unrounded output. PSNR and SSIM are computed per image, after
-clipping and rounding to uint8 as in a file, and then averaged.
+Images are uint8, or float on the model's scale [-1, 1]; other dtypes raise
+ValueError. `mse` is on [-1, 1] and `mse_01` on [0, 1], a quarter of it; both on
+the unrounded output. PSNR and SSIM are computed per image, after clipping and
+rounding to uint8 as in a file, and then averaged.
 
 Codes: from counts summed over the whole split, never a mean over batches.
 """
@@ -21,6 +22,25 @@ SSIM_VARIANT = (
 _WINDOW, _SIGMA = 11, 1.5
 
 
+def to_float(images: jax.Array) -> jax.Array:
+  """Maps uint8 to the model's scale: x / 127.5 - 1, float32 in [-1, 1]."""
+  return jnp.asarray(images, jnp.float32) / 127.5 - 1
+
+
+def prepare_images(images: jax.Array) -> jax.Array:
+  """uint8 or float images on the model's scale, float32.
+
+  ValueError for other dtypes. The range of floats is the caller's promise.
+  """
+  if images.dtype == jnp.uint8:
+    return to_float(images)
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise ValueError(
+      f'expected images as uint8 or float in [-1, 1], got {images.dtype}'
+    )
+  return images.astype(jnp.float32)
+
+
 def to_uint8(images: jax.Array) -> jax.Array:
   """Maps the model's scale to uint8: clipped to [-1, 1] and rounded."""
   scaled = (jnp.clip(images, -1, 1).astype(jnp.float32) + 1) * 127.5
@@ -28,31 +48,40 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 
 def squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Mean squared error per image, on the scale of x and y [B, h, w, 3]: [B]."""
-  return jnp.mean((x - y).astype(jnp.float32) ** 2, axis=(1, 2, 3))
+  """Mean squared error of each image x and y [B, h, w, 3], on [-1, 1]: [B]."""
+  return _mse(prepare_images(x), prepare_images(y))
+
+
+def _mse(x, y):
+  return jnp.mean((x - y) ** 2, axis=(1, 2, 3))
+
+
+def _levels(images):
+  """Images as float32 of whole numbers from 0 to 255."""
+  return to_uint8(prepare_images(images)).astype(jnp.float32)
 
 
 def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
   """Peak signal-to-noise ratio of each image in dB, after rounding to uint8.
 
-  10 log10(255^2 / MSE) of x and y [B, h, w, 3] in [-1, 1]: [B], float32. Equal
+  10 log10(255^2 / MSE) of x and y [B, h, w, 3]: [B], float32. Equal
   images have no finite PSNR; they get the PSNR of images that differ by one
   level in one value.
   """
-  x, y = (to_uint8(image).astype(jnp.float32) for image in (x, y))
+  x, y = _levels(x), _levels(y)
   floor = 1.0 / math.prod(x.shape[1:])
-  return 10 * jnp.log10(255.0**2 / jnp.maximum(squared_error(x, y), floor))
+  return 10 * jnp.log10(255.0**2 / jnp.maximum(_mse(x, y), floor))
 
 
 def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
   """Structural similarity of each image; see `SSIM_VARIANT`.
 
-  x and y [B, h, w, 3] in [-1, 1]: [B], float32. NaN for images smaller than the
+  x and y [B, h, w, 3]: [B], float32. NaN for images smaller than the
   window.
   """
   if min(x.shape[1:3]) < _WINDOW:
     return jnp.full(x.shape[0], jnp.nan, jnp.float32)
-  x, y = (to_uint8(image).astype(jnp.float32) for image in (x, y))
+  x, y = _levels(x), _levels(y)
   grid = np.arange(_WINDOW) - _WINDOW // 2
   window = np.exp(-0.5 * (grid / _SIGMA) ** 2)
   window = jnp.asarray(window / window.sum(), jnp.float32)

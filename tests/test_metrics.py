@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from errors import one_line
 from hypothesis import given
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -60,6 +61,16 @@ def test_squared_error_is_on_the_scale_of_the_input():
   got = metrics.squared_error(to_model(x), to_model(y))
   want = ((x / 127.5 - y / 127.5) ** 2).mean((1, 2, 3))
   np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['squared_error', 'psnr', 'ssim'])
+def test_images_of_bytes_mean_the_same_and_other_integers_are_refused(name):
+  metric, (x, y) = getattr(metrics, name), pair()
+  want = metric(to_model(x), to_model(y))
+  for a, b in ((x, y), (x, to_model(y))):
+    np.testing.assert_array_equal(metric(a, b), want)
+  with one_line('expected images as uint8 or float .*, got int32'):
+    metric(x.astype(np.int32), y.astype(np.int32))
 
 
 def test_even_use_of_m_codes_has_perplexity_m():

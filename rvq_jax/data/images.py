@@ -1,19 +1,9 @@
-"""Images on the device: the model's scale is float32 in [-1, 1]."""
+"""Random changes of images on the device, float32 in [-1, 1]."""
 
 import jax
 import jax.numpy as jnp
 
 from rvq_jax.quantize.codebook import Axis
-
-
-def to_float(images: jax.Array) -> jax.Array:
-  """Maps uint8 to the model's scale: x / 127.5 - 1, float32 in [-1, 1]."""
-  return jnp.asarray(images, jnp.float32) / 127.5 - 1
-
-
-def prepare_images(images: jax.Array) -> jax.Array:
-  """Makes uint8 images float32 in [-1, 1], and returns others unchanged."""
-  return to_float(images) if images.dtype == jnp.uint8 else images
 
 
 def random_flip(key, images: jax.Array, *, axis_name=None) -> jax.Array:

@@ -8,8 +8,7 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from rvq_jax.data.images import to_float
-from rvq_jax.metrics import psnr
+from rvq_jax.metrics import psnr, to_float
 
 _PANELS = {'mse': 'MSE on [-1, 1]', 'psnr': 'PSNR, dB'}
 _PANELS |= {'usage': 'share of codes used', 'perplexity': 'perplexity'}

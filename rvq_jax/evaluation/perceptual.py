@@ -171,7 +171,8 @@ def frechet_distance(a, b) -> float:
   values = np.linalg.eigvalsh(root @ of_b @ root)
   traces = np.trace(of_a) + np.trace(of_b)
   means = ((a.mean(0) - b.mean(0)) ** 2).sum()
-  return float(means + traces - 2 * np.sqrt(values.clip(0)).sum())
+  # Rounding takes equal samples below 0.
+  return max(float(means + traces - 2 * np.sqrt(values.clip(0)).sum()), 0.0)
 
 
 def _batches(*folders):

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from rvq_jax.metrics import prepare_images
+
 MIN_SIDE = 32
 # From [-1, 1] to the inputs in the networks' training.
 _SHIFT = np.float32([-0.030, -0.088, -0.188]).reshape(1, 1, 1, 3)
@@ -34,7 +36,7 @@ def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
 
   Args:
     weights: dict of arrays, for VGG16 or AlexNet.
-    x: [B, h, w, 3] in [-1, 1].
+    x: [B, h, w, 3], uint8 or float in [-1, 1].
     y: like x.
     dtype: dtype of the convolutions; the rest is float32.
 
@@ -42,8 +44,9 @@ def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
     float32 [B], differentiable in x and y.
 
   Raises:
-    ValueError: the shapes differ, or a side is under `MIN_SIDE`.
+    ValueError: the shapes differ, a side is under `MIN_SIDE`, or another dtype.
   """
+  x, y = prepare_images(x), prepare_images(y)
   if x.shape != y.shape or x.ndim != 4 or min(x.shape[1:3]) < MIN_SIDE:
     raise ValueError(
       'LPIPS: expected two batches of images [B, h, w, 3] with sides of at '

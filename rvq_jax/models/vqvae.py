@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
-from rvq_jax.quantize.base import QuantizerOutput
+from rvq_jax.quantize.base import QuantizerOutput, check_mask
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
 
@@ -88,6 +88,7 @@ class VQVAE(nn.Module):
     Raises:
       ValueError: the images have another shape, or a layer refuses its fields.
     """
+    check_mask(mask, images.shape[:1])
     z = self.latents(images, train=train)
     if not quantize:
       return VQVAEOutput(self.decoder(z, train=train), None, z)
@@ -99,8 +100,12 @@ class VQVAE(nn.Module):
   def latents(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     """Encoder outputs z [B, H, W, D] before quantization."""
     shape = images.shape
-    if len(shape) != 4 or shape[-1] != 3:
-      raise ValueError(f'images: expected [B, h, w, 3], got {shape}')
+    floating = jnp.issubdtype(images.dtype, jnp.floating)
+    if len(shape) != 4 or shape[-1] != 3 or not floating:
+      raise ValueError(
+        'images: expected float [B, h, w, 3] in [-1, 1], got '
+        f'{images.dtype} {shape}'
+      )
     if shape[1] % self.factor or shape[2] % self.factor or 0 in shape:
       raise ValueError(
         f'images: expected sides that are multiples of {self.factor}, got '

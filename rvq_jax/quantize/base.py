@@ -37,6 +37,14 @@ class QuantizerOutput:
   metrics: dict[str, jax.Array]
 
 
+def check_mask(mask: jax.Array | None, shape: tuple[int, ...]) -> None:
+  """Raises ValueError for a mask that is not bool or has another shape."""
+  if mask is not None and (mask.dtype, mask.shape) != (jnp.bool_, shape):
+    raise ValueError(
+      f'expected a mask of bool {shape}, got {mask.dtype} {mask.shape}'
+    )
+
+
 class Quantizer(nn.Module):
   """Replaces inputs [..., C] by codes that ids stand for.
 
@@ -73,17 +81,12 @@ class Quantizer(nn.Module):
 
     Raises:
       ValueError: an argument is out of range, z is not a float array, or the
-        mask has another shape.
+        mask has another shape or dtype.
     """
     self.check()
     e = self.rows(z)
-    if mask is None:
-      return e, jnp.ones(len(e), bool)
-    if mask.shape != z.shape[:-1]:
-      raise ValueError(
-        f'expected a mask {z.shape[:-1]} for inputs {z.shape}, got {mask.shape}'
-      )
-    return e, mask.reshape(-1)
+    check_mask(mask, z.shape[:-1])
+    return e, jnp.ones(len(e), bool) if mask is None else mask.reshape(-1)
 
   def project_in(self, e: jax.Array, dim: int) -> jax.Array:
     """e [N, C] as [N, dim], in a call: by a linear layer if dim is not C."""

@@ -8,7 +8,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from rvq_jax.data.images import prepare_images
+from rvq_jax.metrics import prepare_images
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 PLATFORMS = ('cpu', 'cuda')

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from rvq_jax.data.images import prepare_images
 from rvq_jax.io import tree_digest
+from rvq_jax.metrics import prepare_images
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize.codebook import COUNTS
 from rvq_jax.training.build import RunData, architecture
@@ -176,10 +176,11 @@ class Tokenizer:
       raise ValueError(
         f'expected images as uint8 or float in [-1, 1], got {images.dtype}'
       )
-    if images.size and not jnp.max(jnp.abs(images)) <= 1.001:
+    if images.size and not jnp.all(jnp.abs(images) <= 1.001):
       raise ValueError(
         f'expected float images in [-1, 1], got values from {images.min():.4g} '
-        f'to {images.max():.4g}; pass uint8, or x / 127.5 - 1'
+        f'to {images.max():.4g}, {jnp.isnan(images).sum()} of them NaN; pass '
+        'uint8, or x / 127.5 - 1'
       )
     return self._encode(self.variables, images.astype(jnp.float32))
 

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 
 from rvq_jax import sharding
-from rvq_jax.data.images import prepare_images, random_colors, random_flip
-from rvq_jax.metrics import diversity
+from rvq_jax.data.images import random_colors, random_flip
+from rvq_jax.metrics import diversity, prepare_images
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.training.objective import MSE, Objective
 from rvq_jax.training.state import FAST_COMPILE, TrainState, create_state

@@ -10,7 +10,7 @@ import numpy as np
 
 from rvq_jax import metrics, sharding
 from rvq_jax.data import loaders
-from rvq_jax.data.images import prepare_images, to_float
+from rvq_jax.metrics import prepare_images, to_float
 from rvq_jax.quantize.codebook import count_codes
 
 GRID_IMAGES = 8

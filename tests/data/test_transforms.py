@@ -10,7 +10,7 @@ from errors import one_line
 from PIL import Image, ImageCms
 from tiny_data import encoded, noise
 
-from rvq_jax.data.images import random_colors, random_flip, to_float
+from rvq_jax.data.images import random_colors, random_flip
 from rvq_jax.data.transforms import (
   ImageError,
   decode_image,
@@ -18,7 +18,7 @@ from rvq_jax.data.transforms import (
   random_resized_crop,
   resize_and_center_crop,
 )
-from rvq_jax.metrics import to_uint8
+from rvq_jax.metrics import to_float, to_uint8
 
 
 def _png(width, height, bits, kind, rows):

@@ -12,10 +12,10 @@ from PIL import Image
 
 from rvq_jax import VectorQuantizer, load, metrics, sharding
 from rvq_jax.data import loaders
-from rvq_jax.data.images import to_float
 from rvq_jax.data.sources import SPLITS
 from rvq_jax.evaluation import evaluate, perceptual
 from rvq_jax.evaluation.evaluate import evaluate_run, format_table
+from rvq_jax.metrics import to_float
 from rvq_jax.training.loop import train
 from rvq_jax.training.validation import UNITS
 
@@ -83,6 +83,12 @@ def test_the_round_trip_is_compared_with_the_forward_pass(
   )
   assert evaluate_run(run)['roundtrip_error'] > 1e-3
   assert stored(run / 'evaluation/test')['roundtrip_error'] > 1e-3
+  monkeypatch.setattr(
+    VectorQuantizer,
+    'codes_from_ids',
+    lambda self, ids: np.nan * real(self, ids),
+  )
+  assert np.isnan(evaluate_run(run)['roundtrip_error'])
 
 
 def test_devices_need_not_divide_the_batch(

@@ -101,6 +101,15 @@ def test_features_whose_squares_underflow_have_a_finite_gradient():
   assert value == 0 and not np.any(gradient)
 
 
+def test_images_of_bytes_have_the_distance_of_floats():
+  x, y = np.random.default_rng(0).integers(0, 256, (2, 2, 32, 32, 3), np.uint8)
+  weights = make_weights(ALEX)
+  want = distance(weights, *(z / np.float32(127.5) - 1 for z in (x, y)))
+  np.testing.assert_allclose(distance(weights, x, y), want, rtol=1e-6)
+  with pytest.raises(ValueError, match='uint8 or float'):
+    distance(weights, x.astype(np.int64), y)
+
+
 @pytest.mark.parametrize(
   ('x', 'y'),
   [

@@ -43,6 +43,8 @@ def with_bias(variables, bias):
 
 
 def test_gumbel_temperature_follows_half_a_cosine():
+  ends = GumbelQuantizer.temperature_start, GumbelQuantizer.temperature_end
+  assert ends == (1, 1 / 16)  # of DALL-E
   for step in (0, 1, 4, 7, 8, 100):
     variables = at_step(start(GUMBEL), step)
     out, after = train(GUMBEL, variables, Z)

@@ -300,12 +300,13 @@ def test_impossible_arguments_are_refused_in_one_line(layer, message):
 @EACH
 def test_inputs_of_another_kind_are_refused(name):
   layer, variables = LAYERS[name], trained(name)
-  integers, mask = np.zeros(Z.shape, np.int32), np.ones(8, bool)
+  integers, short = np.zeros(Z.shape, np.int32), np.ones(8, bool)
   for method in (None, 'ids'):
     with one_line(r'expected float \[..., C\], got int'):
       layer.apply(variables, integers, method=method)
-  with one_line('expected a mask'):
-    layer.apply(variables, Z, mask=mask)
+  for mask in (short, np.full(Z.shape[:-1], 255, np.uint8), Z[..., 0]):
+    with one_line('expected a mask'):
+      layer.apply(variables, Z, mask=mask)
 
 
 @pytest.mark.parametrize('shape', [(2, 4, 8, 3), (4, 4, 3)])

@@ -24,6 +24,14 @@ def trained(layer):
   return variables
 
 
+def test_the_pieces_of_a_product_with_cosine_are_of_unit_norm():
+  got = PRODUCT.clone(cosine=True).normed(7 * Z)
+  pieces = Z.reshape(2, 24, 2, 3)
+  want = pieces / np.linalg.norm(pieces, axis=-1, keepdims=True)
+  np.testing.assert_allclose(got, want.reshape(Z.shape), rtol=1e-5)
+  np.testing.assert_array_equal(PRODUCT.normed(Z), Z)
+
+
 def test_residual_codes_are_the_greedy_ones():
   variables = trained(RESIDUAL)
   out, _ = evaluate(RESIDUAL, variables, Z)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from rvq_jax import sharding
-from rvq_jax.data.images import to_float
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation.evaluate import format_table
+from rvq_jax.metrics import to_float
 from rvq_jax.training.validation import (
   PREFIX_UNITS,
   evaluate_split,

@@ -7,8 +7,8 @@ from errors import one_line
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rvq_jax import load
-from rvq_jax.data.images import to_float
 from rvq_jax.evaluation.evaluate import evaluate_run
+from rvq_jax.metrics import to_float
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.loop import train
 
@@ -98,12 +98,15 @@ def test_floats_are_encoded_too(run, test_images):
   np.testing.assert_array_equal(ids, tokenizer.encode(floats))
 
 
+ONE_NAN = np.zeros((1, 64, 64, 3), np.float32)
+ONE_NAN[0, 0, 1, 2] = np.nan
 ZERO, ONE = np.zeros, np.zeros((1, 4, 4), int)
 BAD = [
   ('encode', ZERO((1, 15, 16, 3), np.uint8), 'multiples of 4, got 15x16'),
   ('encode', ZERO((1, 16, 16, 3), np.int32), 'uint8 or float'),
   ('encode', np.full((1, 16, 16, 3), 255.0), r'in \[-1, 1\], got values from'),
   ('encode', np.full((1, 16, 16, 3), np.nan), r'in \[-1, 1\]'),
+  ('encode', ONE_NAN, r'\[-1, 1\], .* 1 of them NaN'),
   ('encode', ZERO((16, 16, 3), np.uint8), r'\[B, h, w, 3\]'),
   ('decode', ONE + 16, 'from 0 to 15, got 16 to 16'),
   ('decode', ONE - 1, 'from 0 to 15, got -1'),
