@@ -31,6 +31,6 @@ def main(flags):
   options = dict(vars(flags))
   result = evaluate_run(images=options.pop('input'), **options)
   measured = flags.input or f'{flags.split} split'
-  print(format_table(result, f'{flags.workdir}, {measured}'))
+  program.show(format_table(result, f'{flags.workdir}, {measured}'))
   if flags.definitions:
-    print(format_definitions(result['definitions']))
+    program.show(format_definitions(result['definitions']))

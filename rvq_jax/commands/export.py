@@ -27,4 +27,4 @@ def main(flags):
   program.prepare_backend(flags)
   folder = export_run(**vars(flags))
   names = ', '.join(sorted(path.name for path in folder.iterdir()))
-  print(f'{folder}: {names}')
+  program.show(f'{folder}: {names}')

@@ -4,6 +4,7 @@ import faulthandler
 import functools
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -104,7 +105,7 @@ def _main(function, options, paths, arguments=None, program=''):
   else:
     module = sys.modules[function.__module__]
     usual = f'rvq {module.__name__.rpartition(".")[2]} '
-    print(module.__doc__.replace(usual, f'{program} '))
+    show(module.__doc__.replace(usual, f'{program} '))
     print(values.get_help(include_special_flags=False))
 
 
@@ -141,10 +142,39 @@ def _expand(argument):
   return argument[:start] + value
 
 
+def _shown(text) -> str:
+  """Text for the reader: no control characters, commands as they are started.
+
+  Messages name commands as `rvq train`; launch/main.py shows its own kind.
+  """
+  folder = Path(sys.argv[0]).parent
+
+  def as_started(match):
+    file = folder / f'{match[1].replace("train", "main")}.py'
+    started = (folder / 'checkout.py').is_file() and file.is_file()
+    return f'python {shlex.quote(str(file))}' if started else match[0]
+
+  text = re.sub(r'\brvq ([a-z]+)', as_started, str(text))
+  return ''.join(
+    c if c.isprintable() or c in '\n\t' else ascii(c)[1:-1] for c in text
+  )
+
+
+class _Formatter(logging.Formatter):
+  def format(self, record):
+    return _shown(super().format(record))
+
+
+def show(text) -> None:
+  """Prints text for the reader; see `_shown`."""
+  print(_shown(text))
+
+
 def _prepare_logs():
   faulthandler.enable()
-  form = {'format': '%(asctime)s %(message)s', 'datefmt': '%H:%M:%S'}
-  logging.basicConfig(**form, level=logging.INFO, force=True)
+  logging.basicConfig(level=logging.INFO, force=True)
+  form = _Formatter('%(asctime)s %(message)s', '%H:%M:%S')
+  logging.getLogger().handlers[0].setFormatter(form)
   for name in _NOISY:  # they log each file, and errors that they raise as well
     logging.getLogger(name).setLevel(logging.CRITICAL)
   # TensorStore's threads answer a failed save after Orbax has closed its loop;
@@ -218,7 +248,7 @@ def is_first() -> bool:
 
 def fail(message, code: int = 2) -> None:
   """Ends the program: one line on standard error, and an exit code."""
-  print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
+  print('error: ' + _shown(' '.join(str(message).split())), file=sys.stderr)
   if _process() is None:
     sys.exit(code)
   if is_first():

@@ -44,5 +44,5 @@ def main(flags):
   text = report.write_report(
     flags.config, workdir, records, tables=tables, command=flags.command
   )
-  print(text)
-  print(f'the report is {workdir / "report" / "report.md"}')
+  program.show(text)
+  program.show(f'the report is {workdir / "report" / "report.md"}')

@@ -34,8 +34,8 @@ def main(flags):
 
   result = evaluate_run(workdir)
   if program.is_first():
-    print(format_table(result, f'{workdir}, test split'))
-    print(_summary(result, workdir))
+    program.show(format_table(result, f'{workdir}, test split'))
+    program.show(_summary(result, workdir))
 
 
 def _summary(result, workdir):
