@@ -1,5 +1,7 @@
 """The frame of every command: its flags, help, logs and one-line errors."""
 
+import ast
+import contextlib
 import faulthandler
 import functools
 import logging
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
 from rvq_jax.commands import config_file
 
@@ -46,6 +49,15 @@ class _Parser(flags.ArgumentParser):
       raise ValueError(reason) from error
 
 
+class _TupleParser(tuple_parser.TupleParser):  # else 32 would become (32,)
+  def parse(self, argument):
+    with contextlib.suppress(SyntaxError, ValueError):
+      value = ast.literal_eval(str(argument))
+      if isinstance(value, tuple | list):
+        return tuple(value)
+    raise ValueError(f'expected integers, as (64,), got {argument!r}')
+
+
 TEXT, SWITCH = (
   flags.ArgumentParser(),
   _Parser(flags.BooleanParser(), 'true or false'),
@@ -53,7 +65,10 @@ TEXT, SWITCH = (
 INTEGER = _Parser(flags.IntegerParser(), 'an integer')
 COUNT = _Parser(flags.IntegerParser(1), 'an integer from 1 up')
 NUMBER = _Parser(flags.FloatParser(), 'a number')
-for _type, _parser in ((int, INTEGER), (float, NUMBER), (bool, SWITCH)):
+for _type, _parser in (
+  *((int, INTEGER), (float, NUMBER), (bool, SWITCH)),
+  (tuple, _TupleParser()),
+):
   config_flags.register_flag_parser_for_type(_type, _parser)  # of a config
 
 
@@ -125,8 +140,8 @@ def _read(values, arguments, paths, typed):
       _, *rest = values(['', *rest])
   except (flags.Error, ValueError) as error:
     fail(error)
-  except KeyError as error:
-    fail(f'--config: no such field: {error.args[0]}')
+  except (KeyError, IndexError, TypeError) as error:  # of ml_collections
+    fail(f'{shlex.join(rest)}: no such field: {error.args[0]}')
   if rest and not paths:
     fail(f'expected only flags (--name=value), got {" ".join(rest)!r}')
   return SimpleNamespace(**values.flag_values_dict() | more), rest

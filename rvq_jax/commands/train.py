@@ -6,6 +6,7 @@ The same command resumes an interrupted run. docs/guide.md has fine-tuning
 (--init), docs/scale.md several processes (--multihost).
 """
 
+import shlex
 from pathlib import Path
 
 from rvq_jax.commands import program
@@ -42,11 +43,12 @@ def _summary(result, workdir):
   """Three lines: the tokenizer, its picture, the next command."""
   tokens, images = result['tokens'], result['images']
   bits = result['bits_per_image'] * images / tokens
-  here = Path('launch/explore.py').exists()  # else: installed
-  explore = 'python launch/explore.py' if here else 'rvq explore'
+  page = f'{workdir.resolve().name or "explore"}.html'
+  look = workdir / 'evaluation/test/reconstructions.png'
+  arguments = shlex.join([f'--workdir={workdir}', f'--output={page}'])
   return (
     f'made: a tokenizer, {tokens / images:,.0f} tokens of {bits:g} bits per '
     f'image, PSNR {result["psnr"]:.2f} dB on {images:,} test images\n'
-    f'look: {workdir}/evaluation/test/reconstructions.png\n'
-    f'next: {explore} --workdir={workdir} --output={workdir.name}.html'
+    f'look: {look}\n'
+    f'next: rvq explore {arguments}'
   )

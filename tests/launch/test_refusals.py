@@ -17,6 +17,8 @@ FILES = {
   'mine.npz': 'mine',
   'mine.png': 'mine',
   'photos': 'x = nothing',
+  'near.py': 'from rvq_jax.configs import photos\ndef get_config():\n'
+  '  return photos.get_config()["batch_sise"]',
 }
 PHOTOS = 'train --config=photos'
 SETS = f'{PHOTOS} --config'
@@ -40,6 +42,13 @@ FLAGS = [
   (f'{SETS}.batch_size a', "batch_size=a: expected an integer, got 'a'"),
   (f'{SETS}.model.decay=a', ".decay=a: expected a number, got 'a'"),
   (f'{SETS}.model.remat=a', ".remat=a: expected true or false, got 'a'"),
+  *(
+    (f'{SETS}.model.widths={x}', f"{x}: expected integers, as (64,), got '{x}'")
+    for x in ('32', 'a', '{{32:1}}')
+  ),
+  (f'{SETS}.model.widths.x=3', '--config.model.widths.x=3: no such field'),
+  (f'{SETS}.model.widths[0]=3', "widths[0]=3': no such field"),
+  ('train --config=near.py', """KeyError: 'batch_sise' Did you mean "batch_"""),
   (f'{SETS}.modl.remat=a', """'modl' Did you mean "model" instead"""),
   (f'{SETS}.batch_size.x=a', 'Attempting to lookup: batch_size.x'),
   (f'{PHOTOS} stray', "expected only flags (--name=value), got 'stray'"),
