@@ -2,6 +2,7 @@
 
 import os
 import pwd
+from pathlib import Path
 
 import pytest
 
@@ -163,6 +164,19 @@ def test_rvq_and_the_launcher_refuse_alike(command, run, rvq, tmp_path):
     assert (done.returncode, done.stdout) == (2, ''), done
     assert done.stderr == typed.stderr and len(done.stderr.splitlines()) == 1
   assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('started', ['rvq', 'launch'])
+def test_a_message_names_commands_as_they_were_started(
+  started, run, rvq, tmp_path
+):
+  call = 'evaluate', '--workdir=my run'
+  done = (rvq if started == 'rvq' else run)(*call, cwd=tmp_path)
+  launcher = Path(__file__).parents[2] / 'launch/main.py'
+  train = {'rvq': 'rvq train', 'launch': f'python {launcher}'}[started]
+  [line] = done.stderr.splitlines()
+  assert line.endswith(f"with {train} --config=NAME '--workdir=my run'")
 
 
 def test_an_unknown_command_is_named(rvq, tmp_path):
