@@ -36,6 +36,8 @@ def write_atomic(path, content: str | bytes) -> None:
       stream.flush()
       os.fsync(stream.fileno())
     os.replace(partial, path)
+  except OSError as error:
+    raise OSError(error.errno, error.strerror, str(path)) from error
   finally:
     with contextlib.suppress(OSError):
       partial.unlink()

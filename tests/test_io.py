@@ -34,6 +34,12 @@ def test_a_file_holds_the_old_or_the_new_content(tmp_path, monkeypatch):
   assert [p.name for p in tmp_path.iterdir()] == ['config.json']
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+  path = tmp_path / 'none' / 'x.npz'
+  with one_line(f"No such file or directory: '{path}'$", FileNotFoundError):
+    io.write_atomic(path, 'new')
+
+
 def test_a_lock_excludes_others_and_makes_its_folder(tmp_path):
   path = tmp_path / 'runs' / 'a' / '.lock'
   lock = functools.partial(io.lock, name='a', advice='give another --workdir')

@@ -52,5 +52,6 @@ def load(given: str | None) -> tuple[ConfigDict, str]:
   except ValueError:
     raise
   except Exception as error:  # whatever the file does
-    raise ValueError(f'{path}: {type(error).__name__}: {error}') from error
+    reason = error.args[0] if isinstance(error, KeyError) else error
+    raise ValueError(f'{path}: {type(error).__name__}: {reason}') from error
   return config, '_'.join([stem, *filter(None, variant)]).replace(',', '_')

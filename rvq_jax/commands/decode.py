@@ -37,7 +37,7 @@ def _decode_image(flags, source, output):
   content = io.BytesIO()
   Image.fromarray(image).save(content, 'PNG')
   write_atomic(output, content.getvalue())
-  print(f'{output}: {image.shape[1]} x {image.shape[0]} pixels')
+  program.show(f'{output}: {image.shape[1]} x {image.shape[0]} pixels')
 
 
 def _decode_folder(flags):
@@ -51,4 +51,4 @@ def _decode_folder(flags):
   for folder in splits or [source]:
     output = Path(flags.output) / folder.relative_to(source)
     count = dataset.decode_dataset(tokenizer, folder, output)
-    print(f'{output}: {count} images')
+    program.show(f'{output}: {count} images')

@@ -44,7 +44,7 @@ def _encode_image(flags, source, output):
   decoded = tiling.decode_ids(tokenizer, ids[None], *image.shape[:2])
   psnr = metrics.psnr(image[None] / 127.5 - 1, decoded / 127.5 - 1)[0]
   bits = ids.size * (tokenizer.codebook_size - 1).bit_length()
-  print(
+  program.show(
     f'{output}: {image.shape[1]} x {image.shape[0]} pixels, {ids.size} tokens, '
     f'{bits * 3 / image.size:.4f} bits per pixel, PSNR {psnr:.2f} dB'
   )
@@ -66,4 +66,5 @@ def _encode_data_set(flags):
     )
     count, skipped = meta['num_images'], len(meta['skipped'])
     if program.is_first():
-      print(f'{folder}: tokens of {count} images, {skipped} of them skipped')
+      text = f'tokens of {count} images, {skipped} of them skipped'
+      program.show(f'{folder}: {text}')

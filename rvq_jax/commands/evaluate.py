@@ -3,7 +3,8 @@
 rvq evaluate --workdir=DIR [--split=test] [--step=N|best]
   [--input=IMAGE|FOLDER|tfds:NAME|photos] [--output=FOLDER] [--perceptual]
 
-Results go to DIR/evaluation/SPLIT or to FOLDER/SPLIT.
+Results go to DIR/evaluation/SPLIT or to FOLDER/SPLIT, those of --input there to
+a folder with its name.
 """
 
 from rvq_jax.commands import program
@@ -17,7 +18,7 @@ from rvq_jax.commands.program import SWITCH, Flag
   Flag('input', 'Your own images or data set; default: that of the run.'),
   Flag('output', 'New folder for the results.'),
   Flag('save_images', 'Folder for the images and reconstructions as PNG.'),
-  Flag('perceptual', 'Also LPIPS, rFID ...; docs/guide.md.', False, SWITCH),
+  Flag('perceptual', 'Also LPIPS and rFID, where installed.', False, SWITCH),
   Flag('definitions', 'Also usage as others define it.', False, SWITCH),
 )
 def main(flags):
@@ -31,6 +32,6 @@ def main(flags):
   options = dict(vars(flags))
   result = evaluate_run(images=options.pop('input'), **options)
   measured = flags.input or f'{flags.split} split'
-  print(format_table(result, f'{flags.workdir}, {measured}'))
+  program.show(format_table(result, f'{flags.workdir}, {measured}'))
   if flags.definitions:
-    print(format_definitions(result['definitions']))
+    program.show(format_definitions(result['definitions']))

@@ -37,4 +37,4 @@ def main(flags):
   )
   name = Path(flags.workdir).resolve().name
   page.write_page(flags.output, page.page_data(tokenizer, name, images))
-  print(f'{flags.output}: {len(images)} images; open it in a browser')
+  program.show(f'{flags.output}: {len(images)} images; open it in a browser')

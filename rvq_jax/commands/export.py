@@ -16,7 +16,7 @@ from rvq_jax.commands.program import SWITCH, Flag
   Flag('output', 'New folder to write.'),
   Flag('name', 'On the card; default: of the run.'),
   Flag('license', 'Of the weights, as the Hub writes it.', 'unknown'),
-  Flag('stablehlo', 'Also programs for JAX; docs/formats.md.', False, SWITCH),
+  Flag('stablehlo', 'Also programs for JAX alone.', False, SWITCH),
 )
 def main(flags):
   """Exports."""
@@ -27,4 +27,4 @@ def main(flags):
   program.prepare_backend(flags)
   folder = export_run(**vars(flags))
   names = ', '.join(sorted(path.name for path in folder.iterdir()))
-  print(f'{folder}: {names}')
+  program.show(f'{folder}: {names}')

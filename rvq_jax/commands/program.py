@@ -1,9 +1,12 @@
 """The frame of every command: its flags, help, logs and one-line errors."""
 
+import ast
+import contextlib
 import faulthandler
 import functools
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -14,6 +17,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
 from rvq_jax.commands import config_file
 
@@ -45,6 +49,15 @@ class _Parser(flags.ArgumentParser):
       raise ValueError(reason) from error
 
 
+class _TupleParser(tuple_parser.TupleParser):  # else 32 would become (32,)
+  def parse(self, argument):
+    with contextlib.suppress(SyntaxError, ValueError):
+      value = ast.literal_eval(str(argument))
+      if isinstance(value, tuple | list):
+        return tuple(value)
+    raise ValueError(f'expected integers, as (64,), got {argument!r}')
+
+
 TEXT, SWITCH = (
   flags.ArgumentParser(),
   _Parser(flags.BooleanParser(), 'true or false'),
@@ -52,7 +65,10 @@ TEXT, SWITCH = (
 INTEGER = _Parser(flags.IntegerParser(), 'an integer')
 COUNT = _Parser(flags.IntegerParser(1), 'an integer from 1 up')
 NUMBER = _Parser(flags.FloatParser(), 'a number')
-for _type, _parser in ((int, INTEGER), (float, NUMBER), (bool, SWITCH)):
+for _type, _parser in (
+  *((int, INTEGER), (float, NUMBER), (bool, SWITCH)),
+  (tuple, _TupleParser()),
+):
   config_flags.register_flag_parser_for_type(_type, _parser)  # of a config
 
 
@@ -104,7 +120,7 @@ def _main(function, options, paths, arguments=None, program=''):
   else:
     module = sys.modules[function.__module__]
     usual = f'rvq {module.__name__.rpartition(".")[2]} '
-    print(module.__doc__.replace(usual, f'{program} '))
+    show(module.__doc__.replace(usual, f'{program} '))
     print(values.get_help(include_special_flags=False))
 
 
@@ -124,8 +140,8 @@ def _read(values, arguments, paths, typed):
       _, *rest = values(['', *rest])
   except (flags.Error, ValueError) as error:
     fail(error)
-  except KeyError as error:
-    fail(f'--config: no such field: {error.args[0]}')
+  except (KeyError, IndexError, TypeError) as error:  # of ml_collections
+    fail(f'{shlex.join(rest)}: no such field: {error.args[0]}')
   if rest and not paths:
     fail(f'expected only flags (--name=value), got {" ".join(rest)!r}')
   return SimpleNamespace(**values.flag_values_dict() | more), rest
@@ -141,10 +157,39 @@ def _expand(argument):
   return argument[:start] + value
 
 
+def _shown(text) -> str:
+  """Text for the reader: no control characters, commands as they are started.
+
+  Messages name commands as `rvq train`; launch/main.py shows its own kind.
+  """
+  folder = Path(sys.argv[0]).parent
+
+  def as_started(match):
+    file = folder / f'{match[1].replace("train", "main")}.py'
+    started = (folder / 'checkout.py').is_file() and file.is_file()
+    return f'python {shlex.quote(str(file))}' if started else match[0]
+
+  text = re.sub(r'\brvq ([a-z]+)', as_started, str(text))
+  return ''.join(
+    c if c.isprintable() or c in '\n\t' else ascii(c)[1:-1] for c in text
+  )
+
+
+class _Formatter(logging.Formatter):
+  def format(self, record):
+    return _shown(super().format(record))
+
+
+def show(text) -> None:
+  """Prints text for the reader; see `_shown`."""
+  print(_shown(text))
+
+
 def _prepare_logs():
   faulthandler.enable()
-  form = {'format': '%(asctime)s %(message)s', 'datefmt': '%H:%M:%S'}
-  logging.basicConfig(**form, level=logging.INFO, force=True)
+  logging.basicConfig(level=logging.INFO, force=True)
+  form = _Formatter('%(asctime)s %(message)s', '%H:%M:%S')
+  logging.getLogger().handlers[0].setFormatter(form)
   for name in _NOISY:  # they log each file, and errors that they raise as well
     logging.getLogger(name).setLevel(logging.CRITICAL)
   # TensorStore's threads answer a failed save after Orbax has closed its loop;
@@ -218,7 +263,7 @@ def is_first() -> bool:
 
 def fail(message, code: int = 2) -> None:
   """Ends the program: one line on standard error, and an exit code."""
-  print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
+  print('error: ' + _shown(' '.join(str(message).split())), file=sys.stderr)
   if _process() is None:
     sys.exit(code)
   if is_first():

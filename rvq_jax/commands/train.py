@@ -2,10 +2,11 @@
 
 rvq train --config=photos [--config.model.codebook_size=8192 ...]
 
-The same command resumes an interrupted run. docs/guide.md has fine-tuning
-(--init), docs/scale.md several processes (--multihost).
+The same command resumes an interrupted run. --init fine-tunes a trained model,
+--multihost shares a run among processes.
 """
 
+import shlex
 from pathlib import Path
 
 from rvq_jax.commands import program
@@ -34,19 +35,20 @@ def main(flags):
 
   result = evaluate_run(workdir)
   if program.is_first():
-    print(format_table(result, f'{workdir}, test split'))
-    print(_summary(result, workdir))
+    program.show(format_table(result, f'{workdir}, test split'))
+    program.show(_summary(result, workdir))
 
 
 def _summary(result, workdir):
   """Three lines: the tokenizer, its picture, the next command."""
   tokens, images = result['tokens'], result['images']
   bits = result['bits_per_image'] * images / tokens
-  here = Path('launch/explore.py').exists()  # else: installed
-  explore = 'python launch/explore.py' if here else 'rvq explore'
+  page = f'{workdir.resolve().name or "explore"}.html'
+  look = workdir / 'evaluation/test/reconstructions.png'
+  arguments = shlex.join([f'--workdir={workdir}', f'--output={page}'])
   return (
     f'made: a tokenizer, {tokens / images:,.0f} tokens of {bits:g} bits per '
     f'image, PSNR {result["psnr"]:.2f} dB on {images:,} test images\n'
-    f'look: {workdir}/evaluation/test/reconstructions.png\n'
-    f'next: {explore} --workdir={workdir} --output={workdir.name}.html'
+    f'look: {look}\n'
+    f'next: rvq explore {arguments}'
   )

@@ -144,5 +144,6 @@ def _log(path, sources, classes, left_out) -> None:
 
 
 def printable(name: str) -> str:
-  """Shows bytes of a file name that are not valid UTF-8 as \\xNN."""
-  return os.fsencode(name).decode('utf-8', 'backslashreplace')
+  """A file name with escapes for control characters and invalid UTF-8."""
+  text = os.fsencode(name).decode('utf-8', 'backslashreplace')
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -117,7 +117,7 @@ def run_grid(
   if 'adversarial' in cells and not config.objective.adversarial_weight:
     raise ValueError(
       'config.objective.adversarial_weight: expected above 0, as in '
-      'configs/photos_vqgan.py, got 0'
+      'the config photos_vqgan, got 0'
     )
   if perceptual:
     load_metrics()  # before hours of training
@@ -143,6 +143,7 @@ def _check_same(folder, config):
   """Refuses a run of another config or length."""
   path = folder / 'config.json'
   saved = json.loads(path.read_text()) if path.exists() else config
+  saved = config_lib.completed(saved, folder)
   differ = '; '.join(
     f'config.{name}: {saved.get(name)} there, {value} wanted'
     for name, value in config.items()

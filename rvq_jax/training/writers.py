@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import socket
 import sys
 import time
@@ -128,13 +129,20 @@ def _parsed(line: str) -> dict | None:
   return None
 
 
+def _shows_a_bar(stream) -> bool:
+  """Whether a stream is a terminal; tqdm writes nothing to one of 0 rows."""
+  with contextlib.suppress(OSError):  # a stream without a file
+    return os.get_terminal_size(stream.fileno()).lines > 0
+  return stream.isatty()
+
+
 class Progress:
   """Reports steps by a bar, with the log above it, or by lines in the log."""
 
   def __init__(self, start: int, num_steps: int, batch_size: int):
     self._num_steps, self._batch_size = num_steps, batch_size
     self._step, self._since = start, time.monotonic()
-    lines = not (sys.stderr.isatty() or 'ipykernel' in sys.modules)
+    lines = not ('ipykernel' in sys.modules or _shows_a_bar(sys.stderr))
     self._logs = contextlib.nullcontext() if lines else logging_redirect_tqdm()
     self._bar = tqdm.tqdm(
       total=num_steps,

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,33 @@ def test_a_config_of_the_user_builds_on_a_shipped_one(read, tmp_path):
   flags = read(f'--config={path}:32')
   assert flags.run_name == 'photos_32'
   assert (flags.config.data.image_size, flags.config.num_steps) == (32, 1000)
+
+
+HOSTILE = """
+import logging
+from rvq_jax.commands import program
+name = 'a\\x1b]0;x\\x07\\x9b31m\\u202e\\udce9\\x7f.png'
+@program.command()
+def main(flags):
+  program.show(name)
+  logging.info('skipped %s', name)
+  program.fail(name)
+main()
+"""
+
+
+def test_control_characters_of_a_name_are_escaped(rvq, tmp_path):
+  done = rvq(program=HOSTILE, cwd=tmp_path)
+  lines = (done.stdout + done.stderr).splitlines()
+  assert len(lines) == 3 and all(map(str.isprintable, lines))
+  name = r'a\x1b]0;x\x07\x9b31m\u202e\udce9\x7f.png'
+  assert [line.endswith(name) for line in lines] == [True] * 3
+
+
+def test_all_that_commands_print_is_escaped():
+  for path in (ROOT / 'rvq_jax/commands').glob('*.py'):
+    if path.stem != 'program':
+      assert not re.search(r'(?<!\.)\bprint\(', path.read_text()), path
 
 
 MAIN = """

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ FILES = {
   'mine.npz': 'mine',
   'mine.png': 'mine',
   'photos': 'x = nothing',
+  'near.py': 'from rvq_jax.configs import photos\ndef get_config():\n'
+  '  return photos.get_config()["batch_sise"]',
 }
 PHOTOS = 'train --config=photos'
 SETS = f'{PHOTOS} --config'
@@ -40,6 +43,13 @@ FLAGS = [
   (f'{SETS}.batch_size a', "batch_size=a: expected an integer, got 'a'"),
   (f'{SETS}.model.decay=a', ".decay=a: expected a number, got 'a'"),
   (f'{SETS}.model.remat=a', ".remat=a: expected true or false, got 'a'"),
+  *(
+    (f'{SETS}.model.widths={x}', f"{x}: expected integers, as (64,), got '{x}'")
+    for x in ('32', 'a', '{{32:1}}')
+  ),
+  (f'{SETS}.model.widths.x=3', '--config.model.widths.x=3: no such field'),
+  (f'{SETS}.model.widths[0]=3', "widths[0]=3': no such field"),
+  ('train --config=near.py', """KeyError: 'batch_sise' Did you mean "batch_"""),
   (f'{SETS}.modl.remat=a', """'modl' Did you mean "model" instead"""),
   (f'{SETS}.batch_size.x=a', 'Attempting to lookup: batch_size.x'),
   (f'{PHOTOS} stray', "expected only flags (--name=value), got 'stray'"),
@@ -154,6 +164,19 @@ def test_rvq_and_the_launcher_refuse_alike(command, run, rvq, tmp_path):
     assert (done.returncode, done.stdout) == (2, ''), done
     assert done.stderr == typed.stderr and len(done.stderr.splitlines()) == 1
   assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('started', ['rvq', 'launch'])
+def test_a_message_names_commands_as_they_were_started(
+  started, run, rvq, tmp_path
+):
+  call = 'evaluate', '--workdir=my run'
+  done = (rvq if started == 'rvq' else run)(*call, cwd=tmp_path)
+  launcher = Path(__file__).parents[2] / 'launch/main.py'
+  train = {'rvq': 'rvq train', 'launch': f'python {launcher}'}[started]
+  [line] = done.stderr.splitlines()
+  assert line.endswith(f"with {train} --config=NAME '--workdir=my run'")
 
 
 def test_an_unknown_command_is_named(rvq, tmp_path):

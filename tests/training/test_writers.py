@@ -2,9 +2,13 @@
 
 import contextlib
 import errno
+import fcntl
 import io
 import logging
+import pty
+import select
 import struct
+import termios
 
 import numpy as np
 import pytest
@@ -98,6 +102,21 @@ def terminal():
       yield stream
     finally:
       logging.getLogger().removeHandler(handler)
+
+
+@pytest.mark.parametrize(('rows', 'kind'), [(0, 'line'), (24, 'bar')])
+def test_a_terminal_without_rows_gets_lines(rows, kind, caplog):
+  caplog.set_level(logging.INFO)
+  ours, theirs = pty.openpty()
+  with open(ours, 'rb'), open(theirs, 'w') as stream:
+    size = struct.pack('4H', rows, 80, 0, 0)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
+    with contextlib.redirect_stderr(stream), Progress(0, 4, 8) as progress:
+      progress.report(1, {'mse': 0.25})
+    stream.flush()
+    readable, _, _ = select.select([ours], [], [], 0)
+  shown = {'line': ['step 1/4' in caplog.text], 'bar': readable}
+  assert [name for name in shown if any(shown[name])] == [kind]
 
 
 def test_what_is_logged_has_a_line_of_its_own_above_the_bar():
