@@ -13,7 +13,7 @@ from absl import flags
 
 from rvq_jax.data import decoding, workers
 from rvq_jax.data.sources import Source
-from rvq_jax.data.transforms import CROPS, resize_and_center_crop
+from rvq_jax.data.transforms import CROPS
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images
 
@@ -218,9 +218,10 @@ def eval_batches(
     for start in range(first, first + count, batch_size)
   ]
   rows = itertools.chain(*batches)
-  crop = functools.partial(resize_and_center_crop, size=image_size)
   errors = decoding.DecodeErrors(count)
-  decoded = decoding.decode_ahead(source, rows, crop, errors, 3 * local_size)
+  decoded = decoding.decode_ahead(
+    source, rows, image_size, errors, 3 * local_size
+  )
   for batch in batches:
     image = np.zeros((local_size, image_size, image_size, 3), np.uint8)
     mask = np.zeros(local_size, bool)

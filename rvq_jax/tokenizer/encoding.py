@@ -1,7 +1,6 @@
 """Encoding a data set: decoding, the model and the files overlap."""
 
 import copy
-import functools
 import hashlib
 import itertools
 import json
@@ -19,7 +18,6 @@ from tqdm import tqdm
 from rvq_jax import sharding
 from rvq_jax.data.decoding import DecodeErrors, decode_ahead, map_ahead
 from rvq_jax.data.sources import Source
-from rvq_jax.data.transforms import resize_and_center_crop
 from rvq_jax.io import check_new, explain_full_disk, lock, write_atomic
 from rvq_jax.tokenizer import tiling
 from rvq_jax.tokenizer.dataset import FORMAT, META, batch_size, open_folder
@@ -190,9 +188,8 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
   everywhere, by_rows = sharding.replicated(mesh), sharding.by_rows(mesh)
   tokenizer = copy.copy(tokenizer)
   tokenizer.variables = jax.device_put(tokenizer.variables, everywhere)
-  crop = functools.partial(resize_and_center_crop, size=size)
   rows = decode_ahead(
-    source, range(done, count), crop, _Skipped(meta), 2 * batch
+    source, range(done, count), size, _Skipped(meta), 2 * batch
   )
 
   def encode(part):
