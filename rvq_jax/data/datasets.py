@@ -108,9 +108,17 @@ def open_images(name: str, *, data_dir=None, split=None) -> dict[str, Source]:
 
 
 def _open(name: str, data_dir: str | None) -> dict[str, Source]:
-  """Opens the splits of a data set; tfds and skimage are slow to import."""
+  """Opens the splits of a data set, which know the size of the whole."""
+  sources = _open_splits(name, data_dir)
+  for source in sources.values():
+    source.set_size = sum(map(len, sources.values()))
+  return sources
+
+
+def _open_splits(name: str, data_dir: str | None) -> dict[str, Source]:
   kind, _, rest = name.partition(':')
   if name in _PHOTOS:
+    # As tfds, slow to import.
     from rvq_jax.data.photos import PhotoSource
 
     return {split: PhotoSource(split) for split in ('train', 'test')}

@@ -19,19 +19,22 @@ _ATTEMPTS = 4
 
 
 class DecodeErrors:
-  """Names and limits the images (`rows`) of `total` that cannot be decoded."""
+  """Names the images of `source` (`rows`) that cannot be decoded.
 
-  def __init__(self, total: int):
+  With `limited`, over 1 % of the data set of which it is a part ends the work.
+  """
+
+  def __init__(self, source: Source, limited: bool = True):
     self.rows: set[int] = set()
-    self._total = total
+    self._total, self._limited = source.set_size or len(source), limited
 
   def add(self, row: int, name: str, reason: str) -> None:
-    """Logs the image at index `row` once; over 1 % raises a ValueError."""
+    """Logs the image at index `row` once; over the limit, a ValueError."""
     if row in self.rows:
       return
     self.rows.add(row)
     logging.warning('left out image %s: %s', name, reason)
-    if len(self.rows) > MAX_SHARE * self._total:
+    if self._limited and len(self.rows) > MAX_SHARE * self._total:
       raise ValueError(
         f'{len(self.rows)} of {self._total} images cannot be decoded, over '
         f'{MAX_SHARE:.0%}; repair or remove them; the last is {name}: {reason}'
