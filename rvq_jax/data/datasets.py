@@ -5,7 +5,9 @@ folder:PATH  PATH/{train,validation,test}/CLASS/* (folders.py)
 photos       crops of scikit-image's photographs, embedded (photos.py)
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from rvq_jax.data.decoding import MAX_SHARE
-from rvq_jax.data.folders import open_folder, printable
+from rvq_jax.data.folders import inode, open_folder, printable
 from rvq_jax.data.sources import SPLITS, Selection, Source
 from rvq_jax.data.splits import hashed_split, stratified_split
 from rvq_jax.io import read_json, write_atomic
@@ -106,9 +108,17 @@ def open_images(name: str, *, data_dir=None, split=None) -> dict[str, Source]:
 
 
 def _open(name: str, data_dir: str | None) -> dict[str, Source]:
-  """Opens the splits of a data set; tfds and skimage are slow to import."""
+  """Opens the splits of a data set, which know the size of the whole."""
+  sources = _open_splits(name, data_dir)
+  for source in sources.values():
+    source.set_size = sum(map(len, sources.values()))
+  return sources
+
+
+def _open_splits(name: str, data_dir: str | None) -> dict[str, Source]:
   kind, _, rest = name.partition(':')
   if name in _PHOTOS:
+    # As tfds, slow to import.
     from rvq_jax.data.photos import PhotoSource
 
     return {split: PhotoSource(split) for split in ('train', 'test')}
@@ -142,7 +152,7 @@ def _paper(name: str, sources: list[Source], split_file) -> Dataset:
   files, parts = [], None
   if name.startswith('folder:'):
     files = [file for source in sources for file in source.identity()]
-    parts = _recorded_parts(name, files, split_file)
+    parts = _recorded_parts(name, sources, files, split_file)
   parts = parts or _divide(name, sources, by_name=bool(files))
   if min(map(len, parts)) == 0:
     raise ValueError(
@@ -160,6 +170,10 @@ def _divide(name: str, sources: list[Source], by_name: bool):
   if count := labels.size - kept.size:
     logging.info('%s: left out %d images that have no class', name, count)
   if by_name:
+    # Splits may share files: each goes by its first name.
+    inodes = np.concatenate([source.inodes for source in sources])
+    first = np.unique(inodes, axis=0, return_index=True)[1]
+    kept = np.intersect1d(kept, first)
     keys = [key for source in sources for key in source.keys]
     parts = hashed_split(labels[kept], [keys[i] for i in kept])
   else:
@@ -167,7 +181,7 @@ def _divide(name: str, sources: list[Source], by_name: bool):
   return [kept[part] for part in parts]
 
 
-def _recorded_parts(name, files, path) -> list[np.ndarray] | None:
+def _recorded_parts(name, sources, files, path) -> list[np.ndarray] | None:
   """Sorted indices of the recorded images that still exist; None: no record."""
   if path is None or not Path(path).exists():
     return None
@@ -182,6 +196,13 @@ def _recorded_parts(name, files, path) -> list[np.ndarray] | None:
   index = {file: i for i, file in enumerate(files)}
   names = [file for split in SPLITS for file in recorded[split]]
   missing = [file for file in names if file not in index]
+  if missing:  # some may be further names of files
+    rows = itertools.chain(*(source.inodes.tolist() for source in sources))
+    row = {tuple(number): i for i, number in enumerate(rows)}
+    for file in missing:
+      with contextlib.suppress(OSError, KeyError):
+        index[file] = row[inode(os.path.join(sources[0].root, file))]
+    missing = [file for file in missing if file not in index]
   if len(missing) > MAX_SHARE * len(names):
     raise ValueError(
       f'{name}: {len(missing)} of the {len(names)} images that the run '

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import logging
 import os
@@ -11,40 +12,45 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from rvq_jax.data.sources import Source
-from rvq_jax.data.transforms import CROPS, ImageError, decode_image
+from rvq_jax.data.transforms import CROPS, ImageError, decode_crop
 
 MAX_SHARE = 0.01  # a larger share of images that cannot be decoded ends the run
 _ATTEMPTS = 4
 
 
 class DecodeErrors:
-  """Names and limits the images (`rows`) of `total` that cannot be decoded."""
+  """Names the images of `source` (`rows`) that cannot be decoded.
 
-  def __init__(self, total: int):
+  With `limited`, over 1 % of the data set of which it is a part ends the work.
+  """
+
+  def __init__(self, source: Source, limited: bool = True):
     self.rows: set[int] = set()
-    self._total = total
+    self._total, self._limited = source.set_size or len(source), limited
 
   def add(self, row: int, name: str, reason: str) -> None:
-    """Logs the image at index `row` once; over 1 % raises a ValueError."""
+    """Logs the image at index `row` once; over the limit, a ValueError."""
     if row in self.rows:
       return
     self.rows.add(row)
     logging.warning('left out image %s: %s', name, reason)
-    if len(self.rows) > MAX_SHARE * self._total:
+    if self._limited and len(self.rows) > MAX_SHARE * self._total:
       raise ValueError(
         f'{len(self.rows)} of {self._total} images cannot be decoded, over '
         f'{MAX_SHARE:.0%}; repair or remove them; the last is {name}: {reason}'
       )
 
 
-def decode_record(source: Source, row: int, transform, shorter_side=None):
-  """Reads an image; (image, name, '') or (None, name, why it is unreadable)."""
+def decode_record(source: Source, row: int, decode):
+  """Reads an image; (image, name, '') or (None, name, why it is unreadable).
+
+  `decode` is `transforms.decode_image`, or `decode_crop` with its arguments.
+  """
   name = f'record {row}'
   try:
     record = source[row]
     name = record.name
-    image = decode_image(record.image, name=name, shorter_side=shorter_side)
-    return transform(image), name, ''
+    return decode(record.image, name=name), name, ''
   except (ImageError, OSError) as error:
     return None, name, str(error)
   except MemoryError as error:
@@ -69,13 +75,14 @@ def map_ahead(function, items: Iterable, ahead: int, threads: int) -> Iterator:
     pool.shutdown(cancel_futures=True)
 
 
-def decode_ahead(source: Source, rows, transform, errors, ahead: int):
-  """Yields (row, image or None, name) in order, decoded by `map_ahead`."""
+def decode_ahead(source: Source, rows, size: int, errors, ahead: int):
+  """Yields (row, central square or None, name) in order, from `map_ahead`."""
+  decode = functools.partial(decode_crop, size=size)
 
-  def decode(row):
-    return row, *decode_record(source, row, transform)
+  def read(row):
+    return row, *decode_record(source, row, decode)
 
-  decoded = map_ahead(decode, rows, ahead, os.cpu_count())
+  decoded = map_ahead(read, rows, ahead, os.cpu_count())
   for row, image, name, reason in decoded:
     if image is None:
       errors.add(row, name, reason)
@@ -100,12 +107,10 @@ class LoadImage:
     # One list of (row, name, reason), boxed since Grain stacks arrays.
     failures, box = [], np.empty((), object)
     box[()] = failures
-    crop, rest = CROPS[self.crop], (self.size, rng, self.crop_scale)
-    # A small box may need every pixel of a photograph, a square does not.
-    side = None if self.crop == 'random_resized' else self.size
+    crop = functools.partial(CROPS[self.crop], rng=rng, scale=self.crop_scale)
+    decode = functools.partial(decode_crop, size=self.size, box=crop)
     for _ in range(_ATTEMPTS):
-      read = decode_record(self.source, row, lambda x: crop(x, *rest), side)
-      image, name, reason = read
+      image, name, reason = decode_record(self.source, row, decode)
       if image is not None:
         return {'image': image, 'failures': box}
       failures.append((row, name, reason))

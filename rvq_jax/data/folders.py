@@ -1,7 +1,10 @@
 """Images in folders: PATH/{train,validation,test}/CLASS/*, both optional."""
 
+import itertools
 import logging
 import os
+import stat
+from pathlib import Path
 
 import numpy as np
 
@@ -12,18 +15,22 @@ _SHOWN = 5  # names in a line of the log
 
 
 class FolderSource(Source):
-  """The images `files` in the folder `root`; `keys` are their CLASS/NAME."""
+  """The images `files` in the folder `root`; `keys` are their CLASS/NAME.
 
-  def __init__(self, root: str, files: list[str], labels, keys: list[str]):
-    self._root, self._files, self.keys = root, files, keys
+  `inodes`, uint64 [n, 2], tell files from further names of one file.
+  """
+
+  def __init__(self, root: str, files: list[str], labels, keys, inodes):
+    self.root, self._files, self.keys = root, files, keys
     self.labels = np.asarray(labels, np.int32)
+    self.inodes = np.array(inodes, np.uint64).reshape(-1, 2)
 
   def __len__(self):
     return len(self._files)
 
   def __getitem__(self, index):
     file = self._files[index]
-    with open(os.path.join(self._root, file), 'rb') as stream:
+    with open(os.path.join(self.root, file), 'rb') as stream:
       return Record(stream.read(), int(self.labels[index]), printable(file))
 
   def identity(self):
@@ -38,25 +45,26 @@ def open_folder(path: str) -> dict[str, Source]:
   test, each with images or with one folder of images per class; a folder of
   images or classes (split 'all'); or one image. A lone folder train is a split
   if it holds folders. Folders in a class belong to it. Labels are the ranks of
-  the sorted class names, -1 without.
+  the sorted class names, -1 without. A file or folder that has several names,
+  by symbolic or hard links, is read once in a split, by a name that is no link.
   """
   path = os.path.abspath(os.path.expanduser(path))
   if os.path.isfile(path):
     root, file = os.path.split(path)
-    return {'all': FolderSource(root, [file], [-1], [file])}
-  left_out: list[str] = []
+    return {'all': FolderSource(root, [file], [-1], [file], inode(path))}
+  left_out, again = [], []
   folders = _split_folders(path)
-  listed = {s: _list_images(path, folders[s], left_out) for s in folders}
+  listed = {s: _list_images(path, folders[s], left_out, again) for s in folders}
   # Images outside class folders have class '', which is no class.
-  names = {name for files in listed.values() for name, _ in files} - {''}
+  names = {name for files in listed.values() for name, *_ in files} - {''}
   label = {name: i for i, name in enumerate(sorted(names))}
   sources = {}
   for split, files in listed.items():
-    labels = [label.get(name, -1) for name, _ in files]
-    files = [file for _, file in files]
+    names, files, inodes = zip(*files, strict=True)
+    labels = [label.get(name, -1) for name in names]
     keys = [os.path.relpath(file, folders[split] or '.') for file in files]
-    sources[split] = FolderSource(path, files, labels, keys)
-  _log(path, sources, list(label), left_out)
+    sources[split] = FolderSource(path, list(files), labels, keys, inodes)
+  _log(path, sources, list(label), left_out, again)
   return sources
 
 
@@ -81,66 +89,129 @@ def _split_folders(path: str) -> dict[str, str]:
   return {s: by_split[s] for s in SPLITS if s in by_split} or whole
 
 
-def _list_images(root: str, split: str, left_out) -> list[tuple[str, str]]:
-  """Lists (class, path relative to root) of one split, sorted."""
+def _list_images(root: str, split: str, left_out, again) -> list[tuple]:
+  """Lists (class, path relative to root, inode) of one split, sorted."""
   where = os.path.normpath(os.path.join(root, split))
   folders, images, _ = _scan(where)
   if folders and images:
     raise ValueError(
       f'{printable(where)}: expected one folder of images per class, or images '
-      f'only, got {printable(images[0])} and {printable(folders[0])}'
+      f'only, got {printable(min(images))} and {printable(min(folders))}'
     )
-  listed = _walk(root, split, left_out)
+  listed, repeated = _walk(root, split, left_out)
+  again += repeated
   depth = len(os.path.join(split, '_')) - 1
-  named = [(x[depth:].partition('/')[0] if folders else '', x) for x in listed]
-  if empty := sorted({*(folders or [''])} - {folder for folder, _ in named}):
+
+  def class_of(path):
+    return path[depth:].partition('/')[0] if folders else ''
+
+  read = {*map(class_of, [*listed, *repeated])}
+  if empty := sorted({*(folders or [''])} - read):
     where = os.path.normpath(os.path.join(where, empty[0]))
     raise ValueError(
       f'{printable(where)} holds no images; expected files such as .jpg, .png '
       'or .webp, or one folder of them per class'
     )
-  return named
+  return [(class_of(path), path, listed[path]) for path in listed]
 
 
-def _walk(root: str, inside: str, left_out: list[str]) -> list[str]:
-  """Lists the images in and below a folder."""
-  folders, images, others = _scan(os.path.join(root, inside))
-  left_out += [os.path.join(inside, name) for name in others]
-  files = [os.path.join(inside, image) for image in images]
-  for folder in folders:
-    files += _walk(root, os.path.join(inside, folder), left_out)
-  return files
+def _walk(root: str, inside: str, left_out: list[str]):
+  """Returns the inodes of the images in and below a folder, and other names.
+
+  Each file and folder is read once. Linked folders come last, so that what they
+  hold has the name that is no link; the order is that without links.
+  """
+  top = Path(root, inside).resolve()
+  seen, found, again, links = {*map(inode, top.parents)}, [], [], [inside]
+  for link in links:  # grows
+    below = [link]
+    while below:
+      folder = below.pop()
+      path = os.path.join(root, folder)
+      if (number := inode(path)) in seen:
+        again.append(folder)
+        continue
+      seen.add(number)
+      folders, images, others = _scan(path)
+      left_out += [os.path.join(folder, name) for name in others]
+      found += [(*images[x], os.path.join(folder, x)) for x in images]
+      for name in reversed(folders):  # a stack: the first one is read next
+        (links if folders[name] else below).append(os.path.join(folder, name))
+  if links[1:]:
+    found.sort(key=lambda x: _images_first(x[-1]))
+  names: dict[tuple[int, int], str] = {}
+  for _, number, path in sorted(found, key=lambda x: x[0]):
+    names.setdefault(number, path)
+  again += [path for _, number, path in found if names[number] != path]
+  listed = {path: number for _, number, path in found if names[number] == path}
+  return listed, again
 
 
-def _scan(path: str) -> tuple[list[str], list[str], list[str]]:
-  """Returns the sorted names of folders, images and other files in `path`."""
+def _images_first(path: str):
+  """Sorts the images of a folder before those of the folders in it."""
+  *folders, image = path.split('/')
+  return [*((1, folder) for folder in folders), (0, image)]
+
+
+def _scan(path: str):
+  """Returns the folders, images and other files in `path`, sorted by name.
+
+  {folder: is it a link}, {image: (is it a link, inode)}, [other].
+  """
+  folders, images, others = {}, {}, []
   try:
     with os.scandir(path) as entries:
       shown = [entry for entry in entries if not entry.name.startswith('.')]
+    for entry in sorted(shown, key=lambda entry: entry.name):
+      name, link = entry.name, entry.is_symlink()
+      try:
+        status = entry.stat()
+      except OSError:
+        if not link:
+          raise
+        others.append(name)  # a link to nowhere, or to itself
+        continue
+      if stat.S_ISDIR(status.st_mode):
+        folders[name] = link
+      elif stat.S_ISREG(status.st_mode) and name.lower().endswith(extensions()):
+        images[name] = link, (status.st_dev, status.st_ino)
+      else:
+        others.append(name)
   except OSError as error:
     raise ValueError(
       f'cannot read the folder {printable(path)}: {error.strerror}'
     ) from error
-  folders, images, others = [], [], []
-  for entry in sorted(shown, key=lambda entry: entry.name):
-    image = entry.name.lower().endswith(extensions()) and entry.is_file()
-    kind = folders if entry.is_dir() else images if image else others
-    kind.append(entry.name)
   return folders, images, others
 
 
-def _log(path, sources, classes, left_out) -> None:
-  """Says in one line how the folder was read."""
+def inode(path) -> tuple[int, int]:
+  """Returns two numbers that are the same for every name of a file."""
+  status = os.stat(path)
+  return status.st_dev, status.st_ino
+
+
+def _log(path, sources, classes, left_out, again) -> None:
+  """Says in one line how the folder was read, and which splits overlap."""
   counts = [f'{name} {len(source):,}' for name, source in sources.items()]
   text = f'{printable(path)}: {", ".join(counts)} images'
   for names, form in (
     (classes, ', {:,} folders read as classes ({})'),
     (left_out, '; left out {:,} files that are no images ({})'),
+    (again, '; {:,} links are further names of these ({})'),
   ):
     shown = ', '.join(map(printable, names[:_SHOWN]))
     more = ', ...' if len(names) > _SHOWN else ''
     text += form.format(len(names), shown + more) if names else ''
   logging.info('%s', text)
+  for a, b in itertools.combinations(sources, 2):
+    one = {*map(tuple, sources[a].inodes.tolist())}
+    rows = [tuple(x) in one for x in sources[b].inodes.tolist()]
+    if count := sum(rows):
+      name = sources[b].identity()[rows.index(True)]
+      logging.warning(
+        '%s: %d images of %s are in %s as well, such as %s',
+        *(printable(path), count, b, a, printable(name)),
+      )
 
 
 def printable(name: str) -> str:

@@ -20,9 +20,11 @@ class Source:
   """Random access to `len(source)` encoded images; picklable, for workers.
 
   `source[i]` reads a `Record` or raises an OSError. `labels` are int32 [n].
+  `set_size` counts the images of the data set of which this is a part.
   """
 
   labels: np.ndarray
+  set_size: int | None = None  # it is the whole
 
   def identity(self) -> list[str] | None:
     """Names that differ if the records do; None if they are not known."""
@@ -43,6 +45,7 @@ class Selection(Source):
     self._sources = sources
     self._ends = np.cumsum([len(source) for source in self._sources])
     self._indices = np.asarray(indices, np.int64)
+    self.set_size = sources[0].set_size or int(self._ends[-1])
 
   def __len__(self):
     return len(self._indices)

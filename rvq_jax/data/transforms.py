@@ -4,18 +4,23 @@ An image is uint8 [h, w, 3], RGB; a crop uint8 [size, size, 3]: a box of the
 image, resampled once, bicubic with antialiasing, or copied if it has the size.
 """
 
+import contextlib
 import functools
 import io
 import math
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
 """Larger images are refused: they are decompression bombs or mistakes."""
 _COMMON = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # tried first
 # Formats that need a program or plugin beside Pillow, or hold no pictures.
 _UNREADABLE = {'BUFR', 'EPS', 'FITS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
+DRAFT = 4
+"""A JPEG is decoded at less than full size to this many times a crop's."""
+# By EXIF orientation: mirrored, turned by 180, 90 and 270 degrees, and both.
+_TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 _SRGB = ('sRGB', 'sRGB built-in', 'sRGB IEC61966-2.1')
 
 
@@ -37,20 +42,84 @@ def extensions() -> tuple[str, ...]:
   return tuple(end for end in known if known[end] in read)
 
 
-def decode_image(
-  data: bytes, *, name: str = '', shorter_side: int | None = None
-) -> np.ndarray:
+def center_box(height: int, width: int, **_):
+  """The central square: (left, top, width, height) in pixels."""
+  side = min(height, width)
+  return (width - side) // 2, (height - side) // 2, side, side
+
+
+def random_box(height: int, width: int, rng, **_):
+  """A random square of the shorter side; see `center_box`."""
+  side = min(height, width)
+  left = int(rng.integers(width - side + 1))
+  return left, int(rng.integers(height - side + 1)), side, side
+
+
+def random_resized_box(height: int, width: int, rng, scale):
+  """A box of random area and shape (Inception crop); see `center_box`.
+
+  Its share of the area is drawn from `scale`, its width / height log-uniformly
+  from 3 / 4 to 4 / 3. After ten draws that do not fit: the central square.
+  """
+  for _ in range(10):
+    area = height * width * rng.uniform(*scale)
+    shape = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    box_w = round(math.sqrt(area * shape))
+    box_h = round(math.sqrt(area / shape))
+    if 0 < box_w <= width and 0 < box_h <= height:
+      left = int(rng.integers(width - box_w + 1))
+      return left, int(rng.integers(height - box_h + 1)), box_w, box_h
+  return center_box(height, width)
+
+
+CROPS = {
+  'none': center_box,
+  'random': random_box,
+  'random_resized': random_resized_box,
+}
+"""Name of a crop -> function (height, width, rng, scale) -> box."""
+
+
+def decode_image(data: bytes, *, name: str = '') -> np.ndarray:
   """Decodes an encoded image to RGB as a viewer would show it.
 
   EXIF orientation is applied, a colour profile is converted to sRGB,
   transparency is composited over white, CMYK is converted, 16 bits are scaled
-  to 8, and an animation gives its first frame. A JPEG more than twice as large
-  as the `shorter_side` that the caller wants is decoded at 1/2, 1/4 or 1/8.
+  to 8, and an animation gives its first frame.
 
   Raises:
     ImageError: it is corrupt, in none of `formats()`, has float pixels, or more
       than `MAX_PIXELS` pixels, a quarter of that with 16 bits; names `name`.
   """
+  with _open(data, name) as image:
+    return _pixels(image)
+
+
+def decode_crop(data: bytes, size: int, box=center_box, *, name: str = ''):
+  """Decodes the square of `size` pixels in `box(height, width)` of an image.
+
+  See `decode_image`. A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides are
+  multiples of 2, 4 or 8 and the box then still has `DRAFT` times the pixels
+  that are wanted. The crop then differs by 51 to 55 dB PSNR in the median and
+  by 41 dB at worst (photographs of 288 pixels, crops of 12 to 36).
+  """
+  with _open(data, name) as image:
+    width, height = image.size
+    if _orientation(image) > 4:  # as of a camera held upright
+      width, height = height, width
+    left, top, *sides = box(height, width)
+    for scale in (8, 4, 2):
+      fits = min(sides) >= DRAFT * scale * size
+      if fits and width % scale == height % scale == 0:
+        image.draft(None, (image.width // scale, image.height // scale))
+        break
+    pixels = _pixels(image)
+  return resample(pixels, (left, top, *sides), size, width / pixels.shape[1])
+
+
+@contextlib.contextmanager
+def _open(data: bytes, name: str):
+  """Opens an image that may be decoded; each failure is an ImageError."""
   label = f'image {name!r}' if name else 'image'
   if not data:
     raise ImageError(f'{label} is empty (0 bytes)')
@@ -64,10 +133,7 @@ def decode_image(
           f'{label} has {image.width} x {image.height} pixels: expected at '
           f'most {limit}'
         )
-      if shorter_side:
-        image.draft(None, (2 * shorter_side, 2 * shorter_side))
-      image.load()
-      return np.asarray(_to_rgb(_upright(image)))
+      yield image
   except (ImageError, MemoryError):
     raise
   except Exception as error:  # Pillow reports damage through a dozen types
@@ -77,15 +143,21 @@ def decode_image(
     raise ImageError(f'{label} cannot be decoded: {reason}') from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-  """Applies the EXIF orientation; a damaged EXIF block is ignored."""
+def _pixels(image: Image.Image) -> np.ndarray:
+  image.load()
+  turn = _TURNS.get(_orientation(image))
+  return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
+
+
+def _orientation(image: Image.Image) -> int:
+  """The EXIF orientation, 1 to 8; a damaged EXIF block is ignored."""
   try:
-    turned = image.getexif().get(0x0112, 1) != 1
-    return ImageOps.exif_transpose(image) if turned else image
+    value = image.getexif().get(0x0112)
+    return value if value in _TURNS else 1
   except MemoryError:
     raise
   except Exception:  # the pixels are intact even if the metadata is not
-    return image
+    return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -120,57 +192,29 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
   """Scales the shorter side to `size` and takes the central square."""
-  height, width = image.shape[:2]
-  side = min(height, width)
-  left, top = (width - side) // 2, (height - side) // 2
-  return _resample(image, left, top, side, side, size)
-
-
-def random_crop(image: np.ndarray, size: int, rng) -> np.ndarray:
-  """Scales the shorter side to `size` and takes a random square."""
-  height, width = image.shape[:2]
-  side = min(height, width)
-  left = int(rng.integers(width - side + 1))
-  top = int(rng.integers(height - side + 1))
-  return _resample(image, left, top, side, side, size)
+  return resample(image, center_box(*image.shape[:2]), size)
 
 
 def random_resized_crop(image, size: int, rng, scale=(0.08, 1.0)) -> np.ndarray:
-  """Cuts out a box of random area and shape and resizes it (Inception crop).
+  """Cuts out a `random_resized_box` of an image and resizes it."""
+  box = random_resized_box(*image.shape[:2], rng, scale)
+  return resample(image, box, size)
 
-  Its share of the area is drawn from `scale`, its width / height log-uniformly
-  from 3 / 4 to 4 / 3. After ten draws that do not fit: the central square.
+
+def resample(image, box, size: int, reduced: float = 1) -> np.ndarray:
+  """Resizes a box of `image`, `reduced` before, to a square of `size` pixels.
+
+  `box` is (left, top, width, height) in pixels of the image of full size.
   """
-  height, width = image.shape[:2]
-  for _ in range(10):
-    area = height * width * rng.uniform(*scale)
-    shape = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    box_w = round(math.sqrt(area * shape))
-    box_h = round(math.sqrt(area / shape))
-    if 0 < box_w <= width and 0 < box_h <= height:
-      left = int(rng.integers(width - box_w + 1))
-      top = int(rng.integers(height - box_h + 1))
-      return _resample(image, left, top, box_w, box_h, size)
-  return resize_and_center_crop(image, size)
-
-
-CROPS = {
-  'none': lambda image, size, *_: resize_and_center_crop(image, size),
-  'random': lambda image, size, rng, _: random_crop(image, size, rng),
-  'random_resized': random_resized_crop,
-}
-"""Name of a crop -> function (image, size, rng, scale) -> image."""
-
-
-def _resample(image, left, top, width, height, size: int) -> np.ndarray:
-  """Resizes the box of `image` to a square of `size` pixels."""
+  left, top, width, height = box
   if width == height == size:
     return np.ascontiguousarray(image[top : top + size, left : left + size])
   # A reducing gap of 3 looks like the exact filter, by eye and by PSNR.
+  edges = (left, top, left + width, top + height)
   resized = Image.fromarray(image).resize(
     (size, size),
     Image.Resampling.BICUBIC,
-    box=(left, top, left + width, top + height),
+    box=tuple(edge / reduced for edge in edges),
     reducing_gap=3.0,
   )
   return np.asarray(resized)

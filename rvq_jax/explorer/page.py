@@ -11,7 +11,7 @@ import numpy as np
 
 from rvq_jax.data.datasets import open_dataset, open_images
 from rvq_jax.data.decoding import decode_record
-from rvq_jax.data.transforms import decode_image, resize_and_center_crop
+from rvq_jax.data.transforms import decode_crop, decode_image
 from rvq_jax.explorer import content
 from rvq_jax.io import write_atomic
 from rvq_jax.tokenizer.tokenizer import Tokenizer
@@ -43,11 +43,10 @@ def example_images(
     ValueError: there is no such data set, or no image that can be decoded.
   """
   data = RunData(tokenizer.config)
-  crop = functools.partial(resize_and_center_crop, size=data.image_size)
-  transform = np.asarray if source and tokenizer.any_size else crop
+  decode = functools.partial(decode_crop, size=data.image_size)
+  decode = decode_image if source and tokenizer.any_size else decode
   if source and (path := Path(source)).is_file():
-    image = decode_image(path.read_bytes(), name=path.name)
-    return [(path.name, transform(image))]
+    return [(path.name, decode(path.read_bytes(), name=path.name))]
   if source:
     splits = open_images(source, data_dir=data_dir)
     images = splits.get('test') or next(iter(splits.values()))
@@ -64,7 +63,7 @@ def example_images(
   rows, shown = np.random.default_rng(0).permutation(len(images)), []
   rows[:count].sort()
   for row in rows.tolist():
-    image, name, reason = decode_record(images, row, transform)
+    image, name, reason = decode_record(images, row, decode)
     if image is None:
       logging.warning('skipped %s: %s', name, reason)
     else:

@@ -1,7 +1,6 @@
 """Encoding a data set: decoding, the model and the files overlap."""
 
 import copy
-import functools
 import hashlib
 import itertools
 import json
@@ -19,7 +18,6 @@ from tqdm import tqdm
 from rvq_jax import sharding
 from rvq_jax.data.decoding import DecodeErrors, decode_ahead, map_ahead
 from rvq_jax.data.sources import Source
-from rvq_jax.data.transforms import resize_and_center_crop
 from rvq_jax.io import check_new, explain_full_disk, lock, write_atomic
 from rvq_jax.tokenizer import tiling
 from rvq_jax.tokenizer.dataset import FORMAT, META, batch_size, open_folder
@@ -48,7 +46,7 @@ def encode_dataset(
 
   Raises:
     ValueError: the folder holds something else or is in use, or more than 1 %
-      of the images cannot be decoded.
+      of the whole set cannot be decoded.
     OSError: the disk is full.
   """
   folder = Path(folder).resolve()
@@ -122,6 +120,7 @@ def _encode_shares(tokenizer, source, folder, meta) -> dict[str, Any]:
 def _create(partial, folder, source, meta, shares) -> None:
   """Fills a new folder: ids are 0, or of `shares`; a failure leaves nothing."""
   names, skipped = [], []
+  errors = _Skipped(source, {'skipped': skipped})
   try:
     shape = (meta['num_images'], *meta['grid'])
     dtype = np.min_scalar_type(meta['codebook_size'] - 1)
@@ -132,7 +131,8 @@ def _create(partial, folder, source, meta, shares) -> None:
         about, share_ids, _, share_names = open_folder(share)
         file.write(share_ids)
         for entry in about['skipped']:
-          skipped.append(entry | {'row': entry['row'] + len(names)})
+          row, reason = entry['row'], entry['reason']
+          errors.add(len(names) + row, share_names[row], reason)
         names += share_names
     labels = np.asarray(source.labels, np.int32)
     np.save(partial / 'labels.npy', labels, allow_pickle=False)
@@ -140,7 +140,7 @@ def _create(partial, folder, source, meta, shares) -> None:
     meta = meta | {'rows_done': len(names), 'skipped': skipped}
     write_atomic(partial / META, json.dumps(meta))
     os.rename(partial, folder)
-  except OSError:
+  except (OSError, ValueError):
     shutil.rmtree(partial, ignore_errors=True)
     raise
 
@@ -165,8 +165,8 @@ def _resume(folder, wanted) -> dict[str, Any]:
 class _Skipped(DecodeErrors):
   """Appends the reasons to meta.json."""
 
-  def __init__(self, meta):
-    super().__init__(meta['num_images'])
+  def __init__(self, source, meta):
+    super().__init__(source)
     self._entries = meta['skipped']
     self.rows.update(entry['row'] for entry in self._entries)
 
@@ -190,9 +190,8 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
   everywhere, by_rows = sharding.replicated(mesh), sharding.by_rows(mesh)
   tokenizer = copy.copy(tokenizer)
   tokenizer.variables = jax.device_put(tokenizer.variables, everywhere)
-  crop = functools.partial(resize_and_center_crop, size=size)
   rows = decode_ahead(
-    source, range(done, count), crop, _Skipped(meta), 2 * batch
+    source, range(done, count), size, _Skipped(source, meta), 2 * batch
   )
 
   def encode(part):

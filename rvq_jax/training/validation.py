@@ -226,7 +226,10 @@ def validate(
   The grid, uint8, shows the first images of the source above their
   reconstructions. For quantize see `make_eval_step`.
   """
-  read = functools.partial(loaders.eval_batches, source, image_size=image_size)
+  # Images that cannot be decoded do not end a run that has trained.
+  read = functools.partial(
+    loaders.eval_batches, source, image_size=image_size, limited=False
+  )
   batches = read(
     batch_size=batch_size,
     process_index=jax.process_index(),

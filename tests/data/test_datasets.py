@@ -1,6 +1,7 @@
 """Data sets by name; folders: what is found, and one line for what is not."""
 
 import hashlib
+import json
 import logging
 import os
 import pickle
@@ -113,6 +114,67 @@ def test_a_record_refuses_over_one_percent_missing_and_damage(
   file.write_text(file.read_text()[:-9])
   with one_line('split.json is damaged'):
     _divide(root, file)
+
+
+def _link(root, name, target, make=os.symlink):
+  (root / name).parent.mkdir(parents=True, exist_ok=True)
+  make(target, root / name)
+
+
+V1 = [f'v1/{i:02d}.png' for i in range(20)]
+LINKS = {
+  'a class': lambda root: _link(root, 'latest', 'v1'),
+  'files': lambda root: [_link(root, f'a/{x[3:]}', root / x) for x in V1],
+  'hard': lambda root: [
+    _link(root, f'v2/{x[3:]}', root / x, os.link) for x in V1
+  ],
+  'inside': lambda root: _link(root, 'v1/again', '.'),
+  'the parent': lambda root: _link(root, 'v1/up', '..'),
+  'above': lambda root: _link(root, 'up', '../..'),
+}
+
+
+@pytest.mark.parametrize('kind', LINKS)
+def test_an_image_of_two_names_is_one_image(tmp_path, caplog, kind):
+  root = tmp_path / 'set'
+  _fill(root, *V1)
+  LINKS[kind](root)
+  with caplog.at_level(logging.INFO):
+    parts = _divide(root)
+  assert [len(part) for part in parts] == [14, 4, 2]
+  assert sorted(set.union(*parts)) == V1  # the names that are no links
+  assert ' are further names of these (' in caplog.text
+
+
+def test_links_to_elsewhere_are_read_in_the_order_of_their_names(tmp_path):
+  _fill(tmp_path, 'set/b/x.png', 'other/y.png', 'other/sub/z.png')
+  root = tmp_path / 'set'
+  _link(root, 'a', '../other')
+  _link(root, 'b/a.png', '../../other/y.png')  # of the other class as well
+  _link(root, 'b/self.png', 'self.png')
+  _link(root, 'b/gone.png', 'nowhere.png')
+  names = ['a/y.png', 'a/sub/z.png', 'b/x.png']
+  assert _names(open_images(str(root))['all']) == names
+
+
+def test_splits_that_share_images_are_named_and_divided_once(tmp_path, caplog):
+  _fill(tmp_path, *(f'train/a/{i:02d}.png' for i in range(20)))
+  _link(tmp_path, 'test', 'train')
+  assert [len(x) for x in _parts(_open(tmp_path))] == [20] * 3
+  assert '20 images of test are in train as well, such as test/' in caplog.text
+  parts = _divide(tmp_path)
+  assert sum(map(len, parts)) == len({name[-6:] for x in parts for name in x})
+
+
+def test_a_recorded_split_keeps_both_names_of_an_image(tmp_path):
+  _fill(tmp_path, *V1)
+  _link(tmp_path, 'latest', 'v1')
+  parts = {'train': V1 + ['latest/00.png'], 'validation': V1, 'test': V1}
+  split = tmp_path.parent / 'split.json'
+  record = {'data': f'folder:{tmp_path}', **parts}  # by an earlier version
+  split.write_text(json.dumps(record))
+  counts = _open(tmp_path, 'paper', split_file=split)
+  assert [len(x) for x in _parts(counts)] == [21, 20, 20]
 
 
 def test_the_paper_split_unites_all_images_that_have_a_class(tmp_path, caplog):

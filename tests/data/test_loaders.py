@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from errors import one_line
 from PIL import Image
-from tiny_data import ids, noise
+from tiny_data import encoded, ids, noise, numbered
 
 from rvq_jax.data import loaders, workers
+from rvq_jax.data.datasets import open_dataset
 from rvq_jax.data.folders import open_folder
 from rvq_jax.data.loaders import eval_batches, make_train_loader
+from rvq_jax.data.sources import SPLITS
 
 OPTIONS = {'batch_size': 4, 'image_size': 8}
 KINDS = [{'in_memory': True}, {'in_memory': False}]
@@ -137,6 +139,31 @@ def test_over_one_percent_corrupt_ends_the_run(make, make_source, in_memory):
       _take(make(source, in_memory=in_memory), n // 4)
     with one_line(f'{len(bad)} of {n} images'):
       list(eval_batches(source, **OPTIONS))
+
+
+@pytest.mark.parametrize('split', ['official', 'paper'])
+@pytest.mark.parametrize('part', SPLITS)
+def test_one_percent_is_of_the_whole_set(tmp_path, split, part):
+  for i in range(100):
+    file = tmp_path / f'{SPLITS[max(0, i - 97)]}/{i:02d}.png'
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(encoded(numbered(i)))
+  data = open_dataset(f'folder:{tmp_path}', split=split)
+  source, sizes = getattr(data, part), {'batch_size': 1, 'image_size': 8}
+  names = [tmp_path / record.name for record in source][:2]
+  for bad, name in enumerate(names, 1):
+    name.write_bytes(b'')
+    if bad == 1:
+      assert len(list(eval_batches(source, **sizes))) == len(source)
+      if part == 'train':
+        assert (
+          make_train_loader(source, **sizes).num_examples == len(source) - 1
+        )
+    else:
+      with one_line('2 of 100 images cannot be decoded'):
+        list(eval_batches(source, **sizes))
+      # Validation does not end a run.
+      list(eval_batches(source, **sizes, limited=False))
 
 
 @pytest.mark.parametrize('num_workers', [0, 1])

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,12 +11,17 @@ from errors import one_line
 from PIL import Image, ImageCms
 from tiny_data import encoded, noise
 
+from rvq_jax.data import transforms
+from rvq_jax.data.decoding import LoadImage
 from rvq_jax.data.images import random_colors, random_flip
+from rvq_jax.data.sources import Record
 from rvq_jax.data.transforms import (
+  CROPS,
   ImageError,
   decode_image,
-  random_crop,
+  random_box,
   random_resized_crop,
+  resample,
   resize_and_center_crop,
 )
 from rvq_jax.metrics import to_float, to_uint8
@@ -106,17 +112,35 @@ def test_exif_orientation_is_applied(orientation):
   np.testing.assert_array_equal(decoded, expected[::up, ::left])
 
 
-@pytest.mark.parametrize('shorter_side, step', [(None, 1), (30, 1), (16, 2)])
-def test_a_turned_jpeg_keeps_twice_the_pixels_asked_for(shorter_side, step):
-  rows, columns = np.mgrid[0:64, 0:96]
-  image = np.stack([4 * rows, 2 * columns, rows + columns], -1).astype(np.uint8)
-  exif = Image.Exif()
-  exif[0x0112] = 6  # as of a camera held upright
+@pytest.mark.parametrize('crop', CROPS)
+@pytest.mark.parametrize(
+  'height, width, size, turned, scale',
+  [
+    (256, 308, 7, 1, 4),  # the width is no multiple of 8
+    (256, 320, 7, 6, 8),  # as of a camera held upright
+    (128, 160, 14, 8, 2),
+    (128, 160, 20, 1, 1),  # 64 pixels would be under 4 x 20
+    (151, 129, 8, 1, 1),  # odd
+  ],
+)
+def test_a_large_jpeg_is_decoded_small_and_cut_as_if_at_full_size(
+  monkeypatch, crop, height, width, size, turned, scale
+):
+  coarse = Image.fromarray(noise(height // 16, width // 16))
+  image, exif = coarse.resize((width, height), Image.BICUBIC), Image.Exif()
+  exif[0x0112] = turned
   data = encoded(image, 'JPEG', quality=98, exif=exif)
-  decoded = decode_image(data, shorter_side=shorter_side)
-  shrunk = image.reshape(64 // step, step, 96 // step, step, 3).mean((1, 3))
-  assert decoded.shape == (96 // step, 64 // step, 3)
-  assert np.abs(decoded - np.rot90(shrunk, -1)).max() <= 6
+  load = LoadImage([Record(data, -1, 'x')], size, crop, (0.9, 1.0))
+  read = mock.Mock(wraps=transforms.resample)
+  monkeypatch.setattr(transforms, 'resample', read)
+  small = load(0, np.random.default_rng(3))['image'].astype(float)
+  assert read.call_args.args[3] == scale
+  monkeypatch.setattr(transforms, 'DRAFT', 10**9)
+  whole = load(0, np.random.default_rng(3))['image']
+  assert read.call_args.args[3] == 1
+  assert read.call_args_list[0].args[1] == read.call_args.args[1]
+  error = np.mean((small - whole) ** 2)
+  assert error <= (0 if scale == 1 else 255**2 * 10**-4.3)
 
 
 @pytest.mark.parametrize('fmt', ['GIF', 'WEBP'])
@@ -251,7 +275,8 @@ def test_an_image_that_has_the_size_is_only_cut():
   image, wide = noise(32, 32), noise(20, 33)
   rng = np.random.default_rng(0)
   np.testing.assert_array_equal(resize_and_center_crop(image, 32), image)
-  np.testing.assert_array_equal(random_crop(image, 32, rng), image)
+  box = random_box(32, 32, rng)
+  np.testing.assert_array_equal(resample(image, box, 32), image)
   np.testing.assert_array_equal(resize_and_center_crop(wide, 20), wide[:, 6:26])
 
 
@@ -268,14 +293,15 @@ def test_center_crop_shrinks_with_antialiasing():
 def test_every_crop_gives_the_size_asked_for(shape):
   image, rng = noise(*shape), np.random.default_rng(0)
   assert resize_and_center_crop(image, 8).shape == (8, 8, 3)
-  assert random_crop(image, 8, rng).shape == (8, 8, 3)
+  assert resample(image, random_box(*shape, rng), 8).shape == (8, 8, 3)
   assert random_resized_crop(image, 8, rng).shape == (8, 8, 3)
 
 
 def test_random_crop_reaches_both_ends_of_the_longer_side():
-  image, rng = _ramp(10, 14), np.random.default_rng(0)
-  lefts = {int(random_crop(image, 10, rng)[0, 0, 0]) for _ in range(200)}
-  assert lefts == {0, 1, 2, 3, 4}
+  rng = np.random.default_rng(0)
+  assert {random_box(10, 14, rng) for _ in range(200)} == {
+    (left, 0, 10, 10) for left in range(5)
+  }
 
 
 def test_random_resized_crop_takes_the_share_of_area_asked_for():
