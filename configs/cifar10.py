@@ -41,7 +41,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
     not parts <= {'f4', 'f8', 'best'} or parts >= {'f4', 'f8'}
   ):
     raise ValueError(
-      'expected configs/cifar10.py:f8, :f4, :best, :f4,best or :multiscale, '
+      'expected cifar10:f8, :f4, :best, :f4,best or :multiscale, '
       f'got :{variant}'
     )
   config = ConfigDict()

@@ -17,8 +17,7 @@ def get_config(variant: str = '') -> ConfigDict:
   """The CIFAR-10 config with changes; variant '', 'best' or 'multiscale'."""
   if variant not in ('', 'best', 'multiscale'):
     raise ValueError(
-      'expected configs/imagenet.py, configs/imagenet.py:best or :multiscale, '
-      f'got :{variant}'
+      f'expected imagenet, imagenet:best or :multiscale, got :{variant}'
     )
   config = cifar10.get_config('f8')
   config.log_every = 100

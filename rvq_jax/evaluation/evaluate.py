@@ -52,7 +52,7 @@ def evaluate_run(
     output: instead of WORKDIR/evaluation; its SPLIT must be new or empty.
     save_images: new or empty folder; see `perceptual.save_pairs`.
     perceptual: adds `perceptual_metrics`, some in PyTorch: on a GPU, start with
-      XLA_PYTHON_CLIENT_PREALLOCATE=false, as launch/evaluate.py does.
+      XLA_PYTHON_CLIENT_PREALLOCATE=false, as `rvq evaluate` does.
     definitions: adds usage and perplexity by `metrics.CodeDefinitions`.
 
   Returns:

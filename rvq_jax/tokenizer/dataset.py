@@ -58,7 +58,7 @@ class TokenDataset:
   Item i is {'ids': [H, W], [H, W, L] or [T], 'label': int32, 'name': str}.
 
   >>> from rvq_jax import TokenDataset
-  >>> tokens = TokenDataset('tokens')  # from launch/encode.py
+  >>> tokens = TokenDataset('tokens')  # from rvq encode
   >>> len(tokens), tokens[0]['ids'].shape, tokens[0]['name']
   (11, (4, 4), 'test/class0/000.png')
 
@@ -76,7 +76,7 @@ class TokenDataset:
     if self.meta['rows_done'] != len(self):
       raise ValueError(
         f'{folder} has {self.meta["rows_done"]} of {len(self)} rows; run the '
-        'same launch/encode.py again to complete it'
+        'same rvq encode again to complete it'
       )
 
   def __len__(self):

@@ -162,4 +162,4 @@ def _results(workdir, folder, step) -> str:
           shown = f'{split}_{Path(name).name}'
           shutil.copyfile(path.parent / name, folder / shown)
           text += f'\n![{caption}]({shown})\n*{caption}*\n'
-  return text or 'Not evaluated at this step; see launch/evaluate.py.\n'
+  return text or 'Not evaluated at this step.\n'

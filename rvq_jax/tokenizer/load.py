@@ -6,6 +6,7 @@ the linen variables joined by dots (`params.encoder.conv0.kernel`).
 
 import contextlib
 import logging
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
   (1, 64, 64, 3)
 
   Args:
-    workdir: directory of a run, a folder of launch/export.py, or such a folder
+    workdir: directory of a run, a folder of `rvq export`, or such a folder
       on the Hugging Face Hub as 'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION'.
     step: a saved step of a run, 'best' (lowest validation mse), or None for the
       newest. An export holds one step.
@@ -63,8 +64,8 @@ def _load_run(workdir, step) -> Tokenizer:
   if not (Path(workdir) / 'checkpoints').is_dir():
     raise FileNotFoundError(
       f'expected a run with checkpoints in {workdir}, or an export, got '
-      'neither; train one with python launch/main.py '
-      f'--config=configs/NAME.py --workdir={workdir}'
+      'neither; train one with rvq train --config=NAME '
+      + shlex.quote(f'--workdir={workdir}')
     )
   from rvq_jax.training.checkpoints import Checkpoints  # Orbax takes seconds
 
@@ -98,7 +99,7 @@ def _load_export(folder: Path, step) -> Tokenizer:
   if kinds != _FIELDS or about | FORMAT != about:
     wanted = ', '.join(f'{name} {value}' for name, value in FORMAT.items())
     raise ValueError(
-      f'{path}: expected JSON as launch/export.py writes it, with {wanted} and '
+      f'{path}: expected JSON as rvq export writes it, with {wanted} and '
       f'{", ".join(_FIELDS)}'
     )
   config, saved = about['config'], about['step']
@@ -173,6 +174,6 @@ def _download(name: str) -> Path:
     reason = str(error).strip().partition('\n')[0] or type(error).__name__
     raise OSError(
       f'cannot fetch hf:{name}: {reason}; expected hf:OWNER/NAME of a folder '
-      'that launch/export.py wrote'
+      'that rvq export wrote'
     ) from error
   return Path(folder)

@@ -115,7 +115,7 @@ def load_image(tokenizer: Tokenizer, path) -> np.ndarray:
   except Exception as error:
     reason = ' '.join(str(error).split()) or type(error).__name__
     raise ValueError(
-      f'{path}: expected an .npz file of launch/encode.py: {reason}'
+      f'{path}: expected an .npz file of rvq encode: {reason}'
     ) from error
   tokenizer.check_encoder(encoder_hash, path)
   shape, dtype = tokenizer.ids_shape(height, width), tokenizer.ids_dtype

@@ -6,7 +6,7 @@
     ids = tokenizer.encode(images)  # uint8 [B, h, w, 3] -> int64 [B, H, W]
     images = tokenizer.decode(ids)  # float32 [B, h, w, 3] in [-1, 1]
 
-Apache-2.0, as rvq_jax, whose launch/export.py puts it beside model.safetensors.
+Apache-2.0, as rvq_jax, which exports it beside model.safetensors.
 """
 
 import ctypes
@@ -39,13 +39,13 @@ class Tokenizer:
 
   @classmethod
   def from_pretrained(cls, name):
-    """Opens a folder of launch/export.py, or OWNER/NAME@REVISION of the Hub."""
+    """Opens an exported folder, or OWNER/NAME@REVISION of the Hub."""
     try:
       return cls(*_read(name))
     except Exception as why:  # of the many that files and the Hub can cause
       reason = ' '.join(f'{type(why).__name__}: {why}'.split())
       raise ValueError(
-        f'{name}: expected a folder of launch/export.py or of the Hub, got '
+        f'{name}: expected an export of rvq_jax, a folder or of the Hub, got '
         f'{reason}; if another version wrote it, use tokenizer_torch.py in it'
       ) from why
 

@@ -94,7 +94,7 @@ def check_fields(flat: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
   """Raises ValueError for a field that is missing or out of its range."""
   for name, field in fields.items():
     if name not in flat:
-      raise ValueError(f'config.{name}: missing; see configs/cifar10.py')
+      raise ValueError(f'config.{name}: missing; see the config cifar10')
     if expected := fault(flat[name], field):
       raise ValueError(
         f'config.{name}: expected {expected}, got {flat[name]!r}'

