@@ -143,6 +143,7 @@ def _check_same(folder, config):
   """Refuses a run of another config or length."""
   path = folder / 'config.json'
   saved = json.loads(path.read_text()) if path.exists() else config
+  saved = config_lib.completed(saved, folder)
   differ = '; '.join(
     f'config.{name}: {saved.get(name)} there, {value} wanted'
     for name, value in config.items()

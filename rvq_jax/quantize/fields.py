@@ -25,7 +25,8 @@ class Field(NamedTuple):
   """The values that an argument may have.
 
   kind is int, float, bool, str or tuple (of widths); choices, if any, may be a
-  table that grows; optional: None is allowed.
+  table that grows; optional: None is allowed; before: what a config means that
+  was written before the field was there, if it can be without.
   """
 
   kind: type
@@ -33,6 +34,7 @@ class Field(NamedTuple):
   high: float = float('inf')
   choices: Collection | None = None
   optional: bool = False
+  before: Any = dataclasses.MISSING
 
 
 def field(
@@ -41,7 +43,11 @@ def field(
   high: float = float('inf'),
   choices: tuple | None = None,
 ) -> Any:
-  """A dataclass field of a linen module with its range; see `fields_of`."""
+  """A dataclass field of a linen module with its range; see `fields_of`.
+
+  A default is what the module did before it had the field, so that stored
+  configs keep their meaning: it must not change.
+  """
   metadata = {'range': (low, high, choices)}
   return dataclasses.field(default=default, metadata=metadata)
 
@@ -55,7 +61,7 @@ def fields_of(cls: type[nn.Module]) -> dict[str, Field]:
     union = isinstance(f.type, types.UnionType)  # T | None
     kind = typing.get_args(f.type)[0] if union else f.type
     kind = typing.get_origin(kind) or kind  # tuple[int, ...] is a tuple
-    ranges[f.name] = Field(kind, *f.metadata['range'], union)
+    ranges[f.name] = Field(kind, *f.metadata['range'], union, f.default)
   return ranges
 
 

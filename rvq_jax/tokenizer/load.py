@@ -19,6 +19,7 @@ from rvq_jax.io import read_json
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.build import RunData, build_model
+from rvq_jax.training.config import completed
 
 HUB = 'hf:'
 FORMAT = {'format': 'rvq_jax', 'format_version': 1}
@@ -76,7 +77,7 @@ def _load_run(workdir, step) -> Tokenizer:
     logger.setLevel(logging.ERROR)
     checkpoints = stack.enter_context(Checkpoints(workdir, read_only=True))
     step = checkpoints.resolve(step)
-    config = checkpoints.meta(step)['config']
+    config = completed(checkpoints.meta(step)['config'], workdir)
     run = RunData(config)
     if step <= run.quantize_after:
       raise ValueError(
@@ -102,7 +103,7 @@ def _load_export(folder: Path, step) -> Tokenizer:
       f'{path}: expected JSON as rvq export writes it, with {wanted} and '
       f'{", ".join(_FIELDS)}'
     )
-  config, saved = about['config'], about['step']
+  config, saved = completed(about['config'], folder), about['step']
   if step not in (None, saved):
     raise ValueError(
       f'step: expected {saved}, which {folder} holds, or none; got {step}'

@@ -21,7 +21,7 @@ from rvq_jax.quantize.fields import Field, fault, fields_of
 from rvq_jax.quantize.registry import QUANTIZERS, quantizer_class
 
 MODEL_FIELDS = {
-  'freeze': Field(str, choices=('', 'codes', 'encoder,codes')),
+  'freeze': Field(str, choices=('', 'codes', 'encoder,codes'), before=''),
   'data.image_size': Field(int, 1, 2**14),
   'model.quantizer': Field(str, choices=tuple(QUANTIZERS)),
   'model.dtype': Field(str, choices=('float32', 'bfloat16')),

@@ -7,8 +7,10 @@ config's field.
 
 import difflib
 import json
+import logging
 import os
 from collections.abc import Mapping
+from dataclasses import MISSING
 from typing import Any
 
 import jax
@@ -24,10 +26,10 @@ from rvq_jax.training import build
 FIELDS = build.MODEL_FIELDS | {
   'seed': Field(int, 0, MAX_INT32),
   'batch_size': Field(int, 1, MAX_INT32),
-  'accumulate_steps': Field(int, 1, MAX_INT32),
+  'accumulate_steps': Field(int, 1, MAX_INT32, before=1),
   'num_epochs': Field(int, 1, 10**7),
   'num_steps': Field(int, 1, MAX_INT32, optional=True),
-  'deterministic': Field(bool),
+  'deterministic': Field(bool, before=False),
   'log_every': Field(int, 1, MAX_INT32),
   'eval_every': Field(int, 0, MAX_INT32),
   'checkpoint_every': Field(int, 0, MAX_INT32),
@@ -38,25 +40,26 @@ FIELDS = build.MODEL_FIELDS | {
   'data.crop': Field(str, choices=('none', 'random', 'random_resized')),
   'data.crop_scale': Field(float, 1e-3, 1),
   'data.flip': Field(bool),
-  'data.colors': Field(bool),
+  'data.colors': Field(bool, before=False),
   'data.num_workers': Field(int, 0, 1024),
-  'model.quantize_after': Field(int, 0, MAX_INT32),
+  'model.quantize_after': Field(int, 0, MAX_INT32, before=0),
   'objective.pixel': Field(str, choices=('mse', 'l1')),
-  'objective.perceptual_weight': Field(float, 0),
-  'objective.adversarial_weight': Field(float, 0),
-  'objective.lecam_weight': Field(float, 0),
-  'objective.discriminator_learning_rate': Field(float, 0),
+  'objective.perceptual_weight': Field(float, 0, before=0.0),
+  'objective.adversarial_weight': Field(float, 0, before=0.0),
+  'objective.lecam_weight': Field(float, 0, before=0.001),
+  'objective.discriminator_learning_rate': Field(float, 0, before=1e-4),
   'optimizer.learning_rate': Field(float, 0),
   'optimizer.weight_decay': Field(float, 0),
   'optimizer.schedule': Field(str, choices=('cosine', 'constant')),
   'optimizer.warmup_steps': Field(int, 0, MAX_INT32),
   'optimizer.clip_norm': Field(float, 0),
-  'optimizer.b2': Field(float, 0, 0.9999999),
+  'optimizer.b2': Field(float, 0, 0.9999999, before=0.999),
   'optimizer.params_ema': Field(float, 0, 0.9999999),
 }
 _CLASSES = {name: quantizer_class(name) for name in QUANTIZERS}
 FIELDS |= build.layer_fields(Encoder, Decoder, *_CLASSES.values())
 """Name -> range of every field of a config."""
+_BEFORE = {n: f.before for n, f in FIELDS.items() if f.before is not MISSING}
 RESUMABLE = {
   *('num_epochs', 'num_steps', 'log_every', 'eval_every', 'checkpoint_every'),
   *('keep_checkpoints', 'data.data_dir', 'data.num_workers', 'model.remat'),
@@ -137,6 +140,21 @@ def _check_model(flat):
     raise ValueError(f'config.model{mark}{error}') from error
 
 
+def completed(flat: Mapping[str, Any], source) -> dict[str, Any]:
+  """A stored flat config, of any version, with the fields of this one.
+
+  A missing field gets its `Field.before`. One line of the log names the fields
+  that this version does not have, and does not read.
+  """
+  if unknown := [name for name in flat if name not in FIELDS]:
+    logging.warning(
+      '%s: another version of rvq_jax wrote it; not read: %s',
+      source,
+      ', '.join(f'config.{name}' for name in unknown),
+    )
+  return _BEFORE | flat
+
+
 def check_devices(flat: Mapping[str, Any], devices: int) -> None:
   """Raises ValueError unless microbatches divide evenly over the devices."""
   size, steps = flat['batch_size'], flat['accumulate_steps']
@@ -155,11 +173,12 @@ def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
     ValueError: another version made the checkpoint, or fields that must not
       differ do; lists them.
   """
-  if new.keys() != old.keys():
+  old = _BEFORE | old
+  if unknown := sorted(new.keys() ^ old.keys()):
     raise ValueError(
       'the checkpoint in this workdir was made by another version of rvq_jax: '
       'it opens for encoding and evaluation, but cannot be resumed; use '
-      'another --workdir'
+      f'another --workdir (config.{", config.".join(unknown)})'
     )
   differ = [
     f'config.{name}: checkpoint {old[name]!r}, now {new[name]!r}'

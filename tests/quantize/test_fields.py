@@ -29,10 +29,10 @@ class Layer(nn.Module):
 def test_kind_range_and_none_follow_from_the_field():
   assert fields_of(Layer) == {
     'size': Field(int, 1, 9),
-    'decay': Field(float, 0, 1),
-    'sides': Field(tuple, optional=True),
-    'kind': Field(str, choices=('a', 'b c')),
-    'dim': Field(int, 1, 4, optional=True),
+    'decay': Field(float, 0, 1, before=0.99),
+    'sides': Field(tuple, optional=True, before=None),
+    'kind': Field(str, choices=('a', 'b c'), before='a'),
+    'dim': Field(int, 1, 4, optional=True, before=None),
   }
 
 

@@ -1,6 +1,7 @@
 """Every value that a user can type is checked before anything is built."""
 
 import json
+from dataclasses import MISSING
 
 import pytest
 from errors import one_line
@@ -186,8 +187,29 @@ def test_a_run_of_an_earlier_version_opens_but_is_not_resumed(name):
   old = FLAT | {name: REMOVED[name]}
   for kind in ({}, {'model.quantizer': 'gumbel'}):
     assert build_model(old | kind) == build_model(FLAT | kind)
-  with one_line('another version .*cannot be resumed'):
+  with one_line(f'another version .*cannot be resumed.*config.{name}'):
     check_resume(FLAT, old)
+
+
+# Only these may have no value for the configs that lack them: new fields do.
+FIRST = (
+  'seed batch_size num_epochs num_steps log_every eval_every checkpoint_every '
+  'keep_checkpoints data.name data.data_dir data.split data.image_size '
+  'data.crop data.crop_scale data.flip data.num_workers model.quantizer '
+  'model.codebook_size model.dtype objective.pixel optimizer.learning_rate '
+  'optimizer.weight_decay optimizer.schedule optimizer.warmup_steps '
+  'optimizer.clip_norm optimizer.params_ema'
+).split()
+
+
+def test_a_run_from_before_a_field_is_resumed_with_its_value_of_then():
+  fields = config_lib.FIELDS.items()
+  assert {n for n, f in fields if f.before is MISSING} == set(FIRST)
+  old = {name: x for name, x in FLAT.items() if name in FIRST}
+  resumed = config_lib.completed(old, 'x')
+  check_resume(resumed, old)
+  with one_line('undo: config.optimizer.b2: checkpoint 0.999, now 0.5$'):
+    check_resume(resumed | {'optimizer.b2': 0.5}, old)
 
 
 @pytest.mark.parametrize('path', ['set', './set/', '~/set', '{}/x/../set'])
