@@ -3,7 +3,8 @@
 rvq evaluate --workdir=DIR [--split=test] [--step=N|best]
   [--input=IMAGE|FOLDER|tfds:NAME|photos] [--output=FOLDER] [--perceptual]
 
-Results go to DIR/evaluation/SPLIT or to FOLDER/SPLIT.
+Results go to DIR/evaluation/SPLIT or to FOLDER/SPLIT, those of --input there to
+a folder with its name.
 """
 
 from rvq_jax.commands import program

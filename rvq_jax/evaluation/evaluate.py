@@ -1,8 +1,10 @@
 """Evaluates a checkpoint over a split: metrics as JSON, figures, images."""
 
+import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,7 +50,7 @@ def evaluate_run(
     step: a saved step, 'best', or None for the newest.
     data_dir: where the data set is now; None: where it was in training.
     images: an image, a folder or a data set, of which `split` is measured if it
-      has any, instead of the run's; SPLIT is then input.
+      has any, instead of the run's; SPLIT is then a name for this input.
     output: instead of WORKDIR/evaluation; its SPLIT must be new or empty.
     save_images: new or empty folder; see `perceptual.save_pairs`.
     perceptual: adds `perceptual_metrics`, some in PyTorch: on a GPU, start with
@@ -93,12 +95,13 @@ def evaluate_run(
     if perceptual:
       result |= perceptual_lib.perceptual_metrics(pairs, functions)
   if jax.process_index() == 0:
-    about = {'step': tokenizer.step, 'split': split} | about
+    about = {'step': tokenizer.step} | about
     text = json.dumps(about | result, indent=2) + '\n'
     write_atomic(folder / 'metrics.json', text)
     np.save(folder / 'code_counts.npy', counts, allow_pickle=False)
     log, name = Path(workdir) / 'metrics.jsonl', f'step {tokenizer.step:,}'
     _draw(folder, log, name, result, counts, *pictures)
+    logging.info('the results are in %s', folder)
   return result
 
 
@@ -186,24 +189,40 @@ def _checked(workdir, split, images, output, save_images, perceptual) -> Path:
   if str(workdir).startswith(HUB) and not output:
     raise ValueError(f'output: expected a folder for the results of {workdir}')
   folder = Path(output or Path(workdir) / 'evaluation')
-  folder /= 'input' if images else split
+  folder /= _input_name(images, split) if images else split
   if output:
     check_new(folder, 'output')
   return folder
 
 
+def _input_name(images: str, split: str) -> str:
+  """A name for the results of a split of an input: my_images-1a2b3c4d."""
+  path = _whole(images)
+  digest = hashlib.sha256(os.fsencode(f'{path} {split}')).hexdigest()
+  stem = re.sub('[^0-9A-Za-z]+', '_', Path(path).stem)[:32]
+  return f'{stem}-{digest[:8]}'
+
+
+def _whole(images: str) -> str:
+  """The same name for the same images, wherever the program is started."""
+  path = Path(images).expanduser()
+  return str(path.resolve()) if path.exists() else images
+
+
 def _open_source(workdir, data, split, step, images, data_dir):
   """The images to measure, and the lines of metrics.json about them."""
-  about = {'data': data.name, 'data_split': data.split}
+  about = {'data': data.name, 'data_split': data.split, 'split': split}
   about |= {'chosen_on_these_images': False}
   about |= {'ssim_variant': metrics.SSIM_VARIANT}
   data_dir = data_dir or data.data_dir
   if images:
     splits = datasets.open_images(images, data_dir=data_dir)
-    if (source := splits.get('all', splits.get(split))) is None:
+    split = 'all' if 'all' in splits else split
+    if split not in splits:
       names = f'{", ".join(splits)} of {images}'
       raise ValueError(f'split: expected one of {names}, got {split}')
-    return source, about | {'data': images, 'data_split': None}
+    about |= {'data': _whole(images), 'data_split': None, 'split': split}
+    return splits[split], about
   shared = str(workdir).startswith(HUB) or is_export(workdir)
   if shared and data.name.startswith('folder:'):
     raise ValueError(

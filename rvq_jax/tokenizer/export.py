@@ -153,7 +153,8 @@ def _results(workdir, folder, step) -> str:
   text = ''
   for path in sorted(workdir.glob('evaluation/*/metrics.json')):
     split, metrics = path.parent.name, read_json(path) or {}
-    if metrics.get('step') == step and split != 'input':
+    # Without data_split: images that the run does not divide.
+    if metrics.get('step') == step and metrics.get('data_split'):
       text += f'| {split} split | value | |\n|---|---|---|\n'
       for name in (n for n in UNITS if n in metrics):
         text += f'| {name} | {metrics[name]:.6g} | {UNITS[name]} |\n'

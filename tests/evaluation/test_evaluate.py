@@ -1,6 +1,7 @@
 """Evaluation of a run over a split."""
 
 import json
+import re
 import shutil
 from unittest import mock
 
@@ -16,6 +17,7 @@ from rvq_jax.data.images import to_float
 from rvq_jax.data.sources import SPLITS
 from rvq_jax.evaluation import evaluate, perceptual
 from rvq_jax.evaluation.evaluate import evaluate_run, format_table
+from rvq_jax.tokenizer import export
 from rvq_jax.training.loop import train
 from rvq_jax.training.validation import UNITS
 
@@ -191,9 +193,30 @@ def test_an_export_measures_the_images_it_is_given(
   images = image_folder / 'test'
   result = evaluate_run(exported, images=str(images), output=tmp_path)
   np.testing.assert_allclose(result['mse'], measured['mse'], rtol=1e-5)
-  assert stored(tmp_path / 'input')['data'] == str(images)
+  [folder] = tmp_path.glob('test-????????')
+  assert stored(folder)['data'] == str(images)
   result = evaluate_run(exported, images=str(image_folder), split='validation')
   assert result['images'] == 12
+
+
+def test_each_input_has_results_of_its_own(
+  run, image_folder, no_figures, tmp_path, monkeypatch
+):
+  for name in ('a/set', 'b/set'):
+    shutil.copytree(image_folder / 'test', tmp_path / name)
+  monkeypatch.chdir(tmp_path)
+  before = {*(run / 'evaluation').iterdir()}
+  for images in ('a/set', f'{tmp_path}/a/../a/set/', 'b/set'):
+    evaluate_run(run, images=images)
+  for split in ('test', 'validation'):
+    evaluate_run(run, images=str(image_folder), split=split)
+  about = [stored(x) for x in {*(run / 'evaluation').iterdir()} - before]
+  assert sorted((x['data'], x['split']) for x in about) == sorted(
+    [(f'{tmp_path}/{x}/set', 'all') for x in 'ab']
+    + [(str(image_folder), x) for x in ('test', 'validation')]
+  )
+  card = export._results(run, tmp_path, 6)
+  assert re.findall(r'\| (\S+) split \|', card) == ['test']  # of the run only
 
 
 @pytest.mark.slow
