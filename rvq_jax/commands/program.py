@@ -84,7 +84,7 @@ class Flag(NamedTuple):
 CONFIG = Flag('config', 'NAME[:VARIANT] or PATH.py, and --config.FIELD=VALUE.')
 STEP = Flag('step', 'Saved step or best; default: newest.', None, _StepParser())
 MODEL = (Flag('workdir', 'Run, export or hf:OWNER/NAME.'), STEP)
-DATA_DIR = Flag('data_dir', 'Folder of prepared tfds data.')
+DATA_DIR = Flag('data_dir', 'Where the data of the run, or of tfds, is now.')
 PROCESSES = (
   Flag('multihost', 'Several processes make one run.', False, SWITCH),
   Flag('coordinator', 'HOST:PORT of process 0, without a scheduler.'),

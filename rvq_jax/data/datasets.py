@@ -7,6 +7,7 @@ photos       crops of scikit-image's photographs, embedded (photos.py)
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -22,15 +23,19 @@ from rvq_jax.data.splits import hashed_split, stratified_split
 from rvq_jax.io import read_json, write_atomic
 
 SPLIT_FILE = 'split.json'
-"""In a workdir: the names of the images in each split of a divided folder."""
+"""In a workdir: what the images of a folder are, wherever they lie.
+
+Digests of some of them and, if the run divided them, the names in each split.
+"""
 _MAX_SPLIT_BYTES = 2**30
+_DIGESTS = 48  # images of each split
 # With the prefix it is the embedded set even beside a folder called photos.
 _PHOTOS = ('photos', 'tfds:photos')
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Splits, a line for the log, and the names of a divided folder's images."""
+  """Splits, a line for the log; for a folder, the names in each split."""
 
   name: str
   train: Source
@@ -38,11 +43,19 @@ class Dataset:
   test: Source
   note: str = ''
   names: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+  divided: bool = False
 
   def write_split(self, path) -> None:
-    """Writes `names`, if there are any, as `split_file` for `open_dataset`."""
+    """Writes `split_file` for `open_dataset`, if this is a folder."""
+    digests = {}
+    for split, names in self.names.items():
+      source = getattr(self, split)
+      for i in range(0, len(names), -(-len(names) // _DIGESTS)):
+        digests[names[i]] = _digest(source, i)
     if self.names:
-      write_atomic(path, json.dumps({'data': self.name} | self.names, indent=0))
+      record = {'data': self.name, 'digests': digests}
+      record |= self.names if self.divided else {}
+      write_atomic(path, json.dumps(record, indent=0))
 
 
 def open_dataset(
@@ -55,7 +68,8 @@ def open_dataset(
       all its labelled images, stratified by class.
     data_dir: where tfds keeps prepared data; None: ~/tensorflow_datasets.
     split_file: from `Dataset.write_split`. If it exists, it gives the splits,
-      without images missing or new now; over 1 % missing is a ValueError.
+      without images missing or new now. Over 1 % missing or changed is a
+      ValueError; the folder may have moved.
   """
   if split not in ('official', 'paper'):
     raise ValueError(f'split: expected official or paper, got {split!r}')
@@ -68,9 +82,12 @@ def open_dataset(
   # By convention: the labels of ImageNet's test split are not public.
   if name.startswith('tfds:imagenet2012'):
     sources.pop('test', None)
+  record = None
+  if name.startswith('folder:') and split_file and Path(split_file).exists():
+    record = _read_record(split_file, sources, name)
   if split == 'official':
     return _official(name, sources)
-  return _paper(name, list(sources.values()), split_file)
+  return _paper(name, list(sources.values()), record)
 
 
 def check_apart(name: str, workdir) -> None:
@@ -144,15 +161,19 @@ def _official(name: str, sources: dict[str, Source]) -> Dataset:
     )
   used = [sources[split] for split in ('train', held_out[0], held_out[-1])]
   note = f'{name}: validation and test are both its {held_out[0]} split'
-  return Dataset(name, *used, note=note if len(held_out) == 1 else '')
+  note = note if len(held_out) == 1 else ''
+  folder = name.startswith('folder:')
+  names = [source.identity() for source in used] if folder else ()
+  names = dict(zip(SPLITS, names, strict=True)) if folder else {}
+  return Dataset(name, *used, note=note, names=names)
 
 
-def _paper(name: str, sources: list[Source], split_file) -> Dataset:
+def _paper(name: str, sources: list[Source], record) -> Dataset:
   """Divides all labelled images 70-20-10, a folder by names or as recorded."""
   files, parts = [], None
   if name.startswith('folder:'):
     files = [file for source in sources for file in source.identity()]
-    parts = _recorded_parts(name, sources, files, split_file)
+    parts = record and _recorded_parts(name, sources, files, record)
   parts = parts or _divide(name, sources, by_name=bool(files))
   if min(map(len, parts)) == 0:
     raise ValueError(
@@ -160,7 +181,8 @@ def _paper(name: str, sources: list[Source], split_file) -> Dataset:
     )
   named = zip(SPLITS, parts, strict=True) if files else ()
   names = {split: [files[i] for i in part] for split, part in named}
-  return Dataset(name, *(Selection(sources, p) for p in parts), names=names)
+  parts = (Selection(sources, part) for part in parts)
+  return Dataset(name, *parts, names=names, divided=bool(names))
 
 
 def _divide(name: str, sources: list[Source], by_name: bool):
@@ -181,18 +203,45 @@ def _divide(name: str, sources: list[Source], by_name: bool):
   return [kept[part] for part in parts]
 
 
-def _recorded_parts(name, sources, files, path) -> list[np.ndarray] | None:
-  """Sorted indices of the recorded images that still exist; None: no record."""
-  if path is None or not Path(path).exists():
-    return None
-  recorded = read_json(path, _MAX_SPLIT_BYTES) or {}
-  if any(not isinstance(recorded.get(split), list) for split in SPLITS):
+def _digest(source: Source, index: int) -> str:
+  try:
+    return hashlib.sha256(source[index].image).hexdigest()
+  except OSError:
+    return 'cannot be read'
+
+
+def _read_record(path, sources, name) -> dict:
+  """The content of `split_file`, once some images are those of then."""
+  record = read_json(path, _MAX_SPLIT_BYTES) or {}
+  # Without digests an earlier version wrote it.
+  digests = record.get('digests', {})
+  divided = all(isinstance(record.get(split), list) for split in SPLITS)
+  if not isinstance(digests, dict) or not (digests or divided):
     raise ValueError(
       f'{path} is damaged; it says which images were trained on: put back a '
       'copy, or start anew in another --workdir'
     )
-  if recorded.get('data') != name:
-    return None
+  now = {
+    file: _digest(source, i)
+    for source in sources.values()
+    for i, file in enumerate(source.identity())
+    if file in digests
+  }
+  if divided:  # all names say what is missing
+    now = digests | now
+  changed = [file for file in digests if now.get(file) != digests[file]]
+  if len(changed) > max(1, MAX_SHARE * len(digests)):
+    raise ValueError(
+      f'{name}: {len(changed)} of {len(digests)} images are missing or not '
+      'those that the run was started with, such as '
+      f'{printable(changed[0])}; put them back, or start anew in another '
+      '--workdir'
+    )
+  return record if divided else {}
+
+
+def _recorded_parts(name, sources, files, recorded) -> list[np.ndarray]:
+  """Sorted indices of the recorded images that still exist."""
   index = {file: i for i, file in enumerate(files)}
   names = [file for split in SPLITS for file in recorded[split]]
   missing = [file for file in names if file not in index]

@@ -215,9 +215,9 @@ def _open_source(workdir, data, split, step, images, data_dir):
   about = {'data': data.name, 'data_split': data.split, 'split': split}
   about |= {'chosen_on_these_images': False}
   about |= {'ssim_variant': metrics.SSIM_VARIANT}
-  data_dir = data_dir or data.data_dir
   if images:
-    splits = datasets.open_images(images, data_dir=data_dir)
+    place = data_dir or data.data_dir
+    splits = datasets.open_images(images, data_dir=place)
     split = 'all' if 'all' in splits else split
     if split not in splits:
       names = f'{", ".join(splits)} of {images}'
@@ -230,10 +230,7 @@ def _open_source(workdir, data, split, step, images, data_dir):
       'images: expected a folder or a data set (--input): an export does not '
       'tell where the images of its run lie, nor which it was trained on'
     )
-  file = Path(workdir) / datasets.SPLIT_FILE
-  dataset = datasets.open_dataset(
-    data.name, split=data.split, data_dir=data_dir, split_file=file
-  )
+  dataset = data.open_dataset(Path(workdir) / datasets.SPLIT_FILE, data_dir)
   if dataset.note:
     logging.info('%s', dataset.note)
   source = getattr(dataset, split)

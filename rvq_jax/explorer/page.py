@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rvq_jax.data.datasets import open_dataset, open_images
+from rvq_jax.data.datasets import open_images
 from rvq_jax.data.decoding import decode_record
 from rvq_jax.data.transforms import decode_crop, decode_image
 from rvq_jax.explorer import content
@@ -36,7 +36,7 @@ def example_images(
     source: an image, a folder or a data set, shown at its own size (cropped
       for multi-scale tokens); None: the test images of the run, cropped as in
       evaluation.
-    data_dir: where tfds keeps prepared data; None: as in training.
+    data_dir: where the data set is now; None: where it was in training.
     split_file: of the run; see `open_dataset`.
 
   Raises:
@@ -52,12 +52,7 @@ def example_images(
     images = splits.get('test') or next(iter(splits.values()))
   else:
     try:
-      images = open_dataset(
-        data.name,
-        split=data.split,
-        data_dir=data_dir or data.data_dir,
-        split_file=split_file,
-      ).test
+      images = data.open_dataset(split_file, data_dir).test
     except ValueError as error:
       raise ValueError(f'{error}; or name images by --input') from error
   rows, shown = np.random.default_rng(0).permutation(len(images)), []

@@ -57,7 +57,7 @@ class RunData:
   """What programs other than training read of a flat config.
 
   Attributes:
-    name: of the data, which split and data_dir open with `open_dataset`.
+    name: of the data; see `open_dataset`.
     image_size: side of the training images, in pixels.
     quantize_after: the last step without a codebook.
     keeps_averages: checkpoints hold averages of variables.
@@ -70,6 +70,31 @@ class RunData:
     self.batch_size = flat.get('batch_size')
     self.quantize_after = flat.get('model.quantize_after', 0)
     self.keeps_averages = bool(flat.get('optimizer.params_ema'))
+
+  def open_dataset(self, split_file, data_dir: str | None = None):
+    """The `Dataset`, divided as in training; `data_dir` is its place now.
+
+    split_file: of a run that was begun; None for a new one.
+    """
+    from rvq_jax.data.datasets import open_dataset
+
+    folder = self.name.startswith('folder:')
+    name = f'folder:{data_dir}' if folder and data_dir else self.name
+    try:
+      return open_dataset(
+        name,
+        split=self.split,
+        data_dir=data_dir or self.data_dir,
+        split_file=split_file,
+      )
+    except ValueError as error:
+      path = os.path.expanduser(name.removeprefix('folder:'))
+      if not split_file or not folder or os.path.exists(path):
+        raise
+      raise ValueError(
+        f'{error}; where the images of the run are now is said by --data_dir='
+        'FOLDER, or in training by --config.data.name=folder:FOLDER'
+      ) from error
 
 
 def shared_config(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,16 +155,13 @@ def build_model(flat: Mapping[str, Any]) -> VQVAE:
 def build_data(flat: Mapping[str, Any], workdir=None):
   """The `Dataset` and its `TrainLoader`, which may decode it into memory.
 
-  A folder is divided as WORKDIR/split.json says, if a run wrote it.
+  A folder must hold the images of WORKDIR/split.json, if a run wrote it, and is
+  divided as it says.
   """
   from rvq_jax.data import datasets, loaders
 
-  dataset = datasets.open_dataset(
-    flat['data.name'],
-    split=flat['data.split'],
-    data_dir=flat['data.data_dir'],
-    split_file=workdir and Path(workdir) / datasets.SPLIT_FILE,
-  )
+  split_file = workdir and Path(workdir) / datasets.SPLIT_FILE
+  dataset = RunData(flat).open_dataset(split_file)
   return dataset, loaders.make_train_loader(
     dataset.train,
     batch_size=flat['batch_size'],

@@ -166,8 +166,13 @@ def check_devices(flat: Mapping[str, Any], devices: int) -> None:
     )
 
 
-def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
+def check_resume(
+  new: Mapping[str, Any], old: Mapping[str, Any], *, same_images: bool = False
+) -> None:
   """Refuses to resume `old` with another model, optimizer or data.
+
+  Args:
+    same_images: the folders of both configs are known to hold the same images.
 
   Raises:
     ValueError: another version made the checkpoint, or fields that must not
@@ -180,10 +185,11 @@ def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
       'it opens for encoding and evaluation, but cannot be resumed; use '
       f'another --workdir (config.{", config.".join(unknown)})'
     )
+  may = RESUMABLE | ({'data.name'} if same_images else set())
   differ = [
     f'config.{name}: checkpoint {old[name]!r}, now {new[name]!r}'
     for name in new
-    if old[name] != new[name] and name not in RESUMABLE
+    if old[name] != new[name] and name not in may
   ]
   if differ:
     raise ValueError(

@@ -26,9 +26,9 @@ from rvq_jax.training.step import MAX_SKIPPED, compile_init, compile_step
 def train(config, workdir, *, init=None) -> dict[str, float]:
   """Trains a model, or resumes the run in workdir.
 
-  Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, where it
-  divides a folder of images, split.json. An interrupted run ends in the same
-  bits as any other: on CPU, and on GPUs with config.deterministic=True.
+  Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, for a
+  folder of images, which may move, split.json. An interrupted run ends in the
+  same bits as any other: on CPU, and on GPUs with config.deterministic=True.
 
   Args:
     config: ConfigDict or nested mapping; see rvq_jax.configs.cifar10.
@@ -60,7 +60,10 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
 
 def _train(config, workdir, init):
   mesh = sharding.data_mesh()
-  dataset, loader = build.build_data(config, workdir)
+  begun = has_checkpoints(workdir)
+  dataset, loader = build.build_data(config, workdir if begun else None)
+  # Then they have been compared: a folder may have moved.
+  recorded = begun and dataset.names and (workdir / SPLIT_FILE).exists()
   epochs = config['num_epochs'] * loader.steps_per_epoch
   step = build.build_step(config, config['num_steps'] or epochs)
   num_steps = step.objective.num_steps
@@ -69,7 +72,7 @@ def _train(config, workdir, init):
   first_state = compile_init(step, mesh, *sizes)
   key, variables = jax.random.key(config['seed']), None
   template = first_state.eval_shape(key)
-  if not has_checkpoints(workdir):
+  if not begun:
     variables = build.build_start(config, init, template)
   with (
     StopSignal() as stop,  # until the last save is complete
@@ -77,7 +80,10 @@ def _train(config, workdir, init):
     contextlib.closing(loader),
   ):
     restored = checkpoints.restore_newest(
-      template, lambda meta: config_lib.check_resume(config, meta['config'])
+      template,
+      lambda meta: config_lib.check_resume(
+        config, meta['config'], same_images=bool(recorded)
+      ),
     )
     if restored:
       state, meta = restored

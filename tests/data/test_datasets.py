@@ -105,8 +105,8 @@ def test_a_record_refuses_over_one_percent_missing_and_damage(
 ):
   root, parts, file = divided
   _fill(tmp_path / 'other', *(f'{i}.png' for i in range(10)))
-  # A record of another folder is not used.
-  assert [len(x) for x in _divide(tmp_path / 'other', file)] == [7, 2, 1]
+  with one_line('other: 200 of the 200 images that the run divided are miss'):
+    _divide(tmp_path / 'other', file)
   for name in sorted(parts[0])[:3]:
     (root / name).unlink()
   with one_line('3 of the 200 images .* over 1%'):
@@ -175,6 +175,24 @@ def test_a_recorded_split_keeps_both_names_of_an_image(tmp_path):
   split.write_text(json.dumps(record))
   counts = _open(tmp_path, 'paper', split_file=split)
   assert [len(x) for x in _parts(counts)] == [21, 20, 20]
+
+
+@pytest.mark.parametrize('split', ['paper', 'official'])
+def test_a_moved_folder_is_known_by_its_images(tmp_path, split):
+  old, new, file = (tmp_path / x for x in ('old', 'new', 'split.json'))
+  names = [f'train/{i}.png' for i in range(30)] + ['val/a.png', 'test/b.png']
+  _fill(old, *names)
+  dataset = _open(old, split)
+  dataset.write_split(file)
+  expected = [*map(_names, _parts(dataset))]
+  old.rename(new)
+  moved = _open(new, split, split_file=file)
+  assert [*map(_names, _parts(moved))] == expected
+  Image.new('RGB', (5, 5)).save(new / names[0])  # one may be retouched
+  _open(new, split, split_file=file)
+  Image.new('RGB', (5, 5)).save(new / names[1])
+  with one_line('2 of 32 images .* not those .* such as train/.*; put them'):
+    _open(new, split, split_file=file)
 
 
 def test_the_paper_split_unites_all_images_that_have_a_class(tmp_path, caplog):

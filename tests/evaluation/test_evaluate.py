@@ -1,6 +1,7 @@
 """Evaluation of a run over a split."""
 
 import json
+import re
 import shutil
 from unittest import mock
 
@@ -16,6 +17,8 @@ from rvq_jax.data.sources import SPLITS
 from rvq_jax.evaluation import evaluate, perceptual
 from rvq_jax.evaluation.evaluate import evaluate_run, format_table
 from rvq_jax.metrics import to_float
+from rvq_jax.tokenizer import export
+from rvq_jax.training.build import RunData
 from rvq_jax.training.loop import train
 from rvq_jax.training.validation import UNITS
 
@@ -209,6 +212,7 @@ def test_each_input_has_results_of_its_own(
   for name in ('a/set', 'b/set'):
     shutil.copytree(image_folder / 'test', tmp_path / name)
   monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(evaluate, '_measure', lambda *_: ({}, np.zeros(1)))
   before = {*(run / 'evaluation').iterdir()}
   for images in ('a/set', f'{tmp_path}/a/../a/set/', 'b/set'):
     evaluate_run(run, images=images)
@@ -219,6 +223,23 @@ def test_each_input_has_results_of_its_own(
     [(f'{tmp_path}/{x}/set', 'all') for x in 'ab']
     + [(str(image_folder), x) for x in ('test', 'validation')]
   )
+  card = export._results(run, tmp_path, 6)
+  assert re.findall(r'\| (\S+) split \|', card) == ['test']  # of the run only
+
+
+def test_images_of_a_run_that_were_moved_are_measured(
+  run, image_folder, measured, no_figures, tmp_path
+):
+  moved = shutil.copytree(image_folder, tmp_path / 'moved')
+  result = evaluate_run(run, data_dir=str(moved))
+  assert result['mse'] == measured['mse']
+  data = RunData({'data.name': 'folder:/no', 'data.split': 'official'})
+  with one_line('/no: No such file .*; where the images .* --data_dir'):
+    data.open_dataset('split.json')
+  for path in moved.glob('test/*/*'):
+    Image.new('RGB', (20, 16)).save(path)
+  with one_line('11 of .* not those that the run was started with'):
+    evaluate_run(run, data_dir=str(moved))
 
 
 @pytest.mark.slow

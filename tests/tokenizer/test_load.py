@@ -82,9 +82,9 @@ def test_a_run_of_another_version_is_refused_in_one_line(run, monkeypatch):
 
 
 def test_missing_runs_and_steps_are_named(run, tmp_path):
-  missing = tmp_path / 'none'
+  missing = tmp_path / 'my run'
   command = 'with rvq train --config=NAME'
-  with one_line(f'{command} --workdir={missing}$', FileNotFoundError):
+  with one_line(f"{command} '--workdir={missing}'$", FileNotFoundError):
     load(missing)
   with one_line('step 99', FileNotFoundError):
     load(run, 99)

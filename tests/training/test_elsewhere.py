@@ -1,7 +1,10 @@
 """A run that resumes elsewhere: other devices, workers or config."""
 
+import shutil
+
 import pytest
 from errors import one_line
+from PIL import Image
 
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
@@ -39,6 +42,27 @@ def test_another_number_of_workers_is_exact(tiny_config, tmp_path, final_bits):
   tiny_config.data.num_workers = 2
   loop.train(tiny_config, parts)
   assert final_bits(tiny_config, parts) == final_bits(tiny_config, whole)
+
+
+@pytest.mark.usefixtures('one_device')
+def test_a_run_goes_on_with_its_images_wherever_they_lie(
+  tiny_config, tiny_run, image_folder, tmp_path, monkeypatch
+):
+  run = shutil.copytree(tiny_run, tmp_path / 'run')
+  moved = shutil.copytree(image_folder, tmp_path / 'moved')
+  loop.train(tiny_config, run)
+  tiny_config.data.name = f'folder:{moved}'
+  loop.train(tiny_config, run)
+  for path in moved.glob('*/*/*'):
+    Image.new('RGB', (20, 16)).save(path)
+  for name in (moved, tmp_path / 'none'):
+    tiny_config.data.name = f'folder:{name}'
+    with one_line('not those that the run was started with|No such file'):
+      loop.train(tiny_config, run)
+  (run / 'split.json').unlink()  # of an earlier version
+  tiny_config.data.name = f'folder:{moved}'
+  with one_line(f"config.data.name: checkpoint 'folder:{image_folder}'"):
+    loop.train(tiny_config, run)
 
 
 @pytest.mark.parametrize(
