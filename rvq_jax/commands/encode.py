@@ -52,10 +52,11 @@ def _encode_image(flags, source, output):
 
 def _encode_data_set(flags):
   program.prepare_backend(flags)
-  from rvq_jax.data.datasets import open_images
+  from rvq_jax.data.datasets import check_apart, full_name, open_images
   from rvq_jax.tokenizer.encoding import encode_dataset
   from rvq_jax.tokenizer.load import load
 
+  check_apart(full_name(flags.input), flags.output, '--output')
   splits = open_images(flags.input, data_dir=flags.data_dir, split=flags.split)
   tokenizer = load(flags.workdir, flags.step)
   for split, images in splits.items():

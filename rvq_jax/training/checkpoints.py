@@ -14,13 +14,14 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from rvq_jax.io import tree_digest
+from rvq_jax.io import read_json, tree_digest
 from rvq_jax.training.state import TrainState
 
-# Private to Orbax: the suffix of a step that is written. Old steps move to
-# _DELETED before they are removed, so that a step without one of its files is a
-# damaged one.
+# Two private facts of Orbax: the suffix of a step that is being written, and
+# the file of the JSON item. Old steps move to _DELETED before they are removed,
+# so that a step without one of its files is a damaged one.
 _UNFINISHED = ocp.path.atomicity.TMP_DIR_SUFFIX
+_META_FILE = 'meta/metadata'
 _DELETED = '.deleted'
 
 
@@ -247,6 +248,24 @@ class Checkpoints:
 def has_checkpoints(workdir) -> bool:
   """Whether a run has any checkpoint, sound or not."""
   return any(p.name.isdecimal() for p in Path(workdir).glob('checkpoints/*'))
+
+
+def is_run(folder) -> bool:
+  """Whether a folder is a run of `train`, or what is left of one.
+
+  config.json tells, else the checkpoints; a run that was killed early has
+  neither, but nothing else.
+  """
+  config = Path(folder) / 'config.json'
+  if config.exists():
+    return 'model.codebook_size' in (read_json(config) or {})
+  metas = Path(folder).glob(f'checkpoints/*/{_META_FILE}')
+  if any('digests' in (read_json(path) or {}) for path in metas):
+    return True
+  early = '.lock', 'checkpoints', '.config.json.'  # the last: half written
+  names = [path.name for path in Path(folder).iterdir()]
+  saved = any(Path(folder).glob('checkpoints/*'))
+  return all(name.startswith(early) for name in names) and not saved
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:

@@ -97,6 +97,12 @@ VALUES = [
   ('encode --workdir={tmp} {png} y.npz', 'a run with checkpoints'),
   ('encode --workdir=x --input=~/no --output=~/new', 'no {tmp}/no: exp'),
   ('encode --workdir=x --input={images} --output=y --split=s', 'split: ex'),
+  (
+    'encode --workdir=x --input={images} --output={images}/y',
+    'expected --output outside of the images in {images}, got {images}/y',
+  ),
+  ('reproduce --config=photos --workdir=.', '--workdir: expected a new or'),
+  ('train --config=photos --workdir=.', '--workdir: expected a new or empty'),
   ('explore --workdir=x --output={tmp}/x.html', 'a run with checkpoints'),
   ('explore --workdir=x --output=mine.png', 'not a page of the explorer'),
 ]
