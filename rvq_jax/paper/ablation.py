@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rvq_jax.evaluation.evaluate import evaluate_run
 from rvq_jax.evaluation.perceptual import load_metrics
-from rvq_jax.io import check_folder, write_atomic
+from rvq_jax.io import check_folder, read_json, write_atomic
 from rvq_jax.training import config as config_lib
 from rvq_jax.training.checkpoints import is_run
 from rvq_jax.training.loop import train
@@ -138,7 +138,9 @@ def run_grid(
       train(cell_config(config, cell, seed), folder)
       metrics = evaluate_run(folder, perceptual=perceptual)
       write_atomic(result, json.dumps(metrics, indent=2) + '\n')
-    run['metrics'] = json.loads(result.read_text())
+    run['metrics'] = read_json(result)
+    if run['metrics'] is None:
+      raise ValueError(f'{result} is damaged; remove it to evaluate again')
   return runs
 
 
@@ -152,7 +154,7 @@ def _is_grid(folder) -> bool:
 def _check_same(folder, config):
   """Refuses a run of another config or length."""
   path = folder / 'config.json'
-  saved = json.loads(path.read_text()) if path.exists() else config
+  saved = read_json(path) if path.exists() else config
   differ = '; '.join(
     f'config.{name}: {saved.get(name)} there, {value} wanted'
     for name, value in config.items()

@@ -88,9 +88,20 @@ def encode_dataset(
     return encode(tokenizer, source, folder, meta)
 
 
+def check_output(folder) -> None:
+  """Raises ValueError unless `encode_dataset` may write to a folder."""
+  check_folder(folder, is_ours=_is_ours)
+
+
+def _is_ours(folder) -> bool:
+  """Whether a folder has a META, which `_resume` checks, or shares only."""
+  names = [path.name for path in folder.iterdir()]
+  return META in names or all(map(_PARTIAL.fullmatch, names))
+
+
 def _encode_folder(tokenizer, source, folder, meta, shares=()) -> dict:
   """Encodes the rows that a folder lacks; a new one begins with `shares`."""
-  check_folder(folder, is_ours=_is_ours)
+  check_output(folder)
   new = not folder.exists()
   folder.mkdir(parents=True, exist_ok=True)
   with lock(folder, folder, 'name another output folder'):
@@ -115,7 +126,7 @@ def _encode_shares(tokenizer, source, folder, meta) -> dict[str, Any]:
     for i, rows in enumerate(np.split(np.arange(len(source)), starts))
   }
   place, rows = list(shares.items())[process]
-  check_folder(folder, is_ours=_is_ours)
+  check_output(folder)
   if _is_unfilled(folder) and len(rows):
     share = meta | {'num_images': len(rows)}
     _encode_folder(tokenizer, source.subset(rows), place, share)
@@ -128,12 +139,6 @@ def _encode_shares(tokenizer, source, folder, meta) -> dict[str, Any]:
         shutil.rmtree(place, ignore_errors=True)
   multihost_utils.sync_global_devices('rvq_jax: shares are joined')
   return open_folder(folder)[0]
-
-
-def _is_ours(folder) -> bool:
-  """Whether a folder has a META, which `_resume` checks, or shares only."""
-  names = [path.name for path in folder.iterdir()]
-  return META in names or all(map(_PARTIAL.fullmatch, names))
 
 
 def _is_unfilled(folder) -> bool:
