@@ -13,7 +13,7 @@ from rvq_jax.commands import (
   train,
 )
 from rvq_jax.commands.config_file import MODULES
-from rvq_jax.commands.program import fail
+from rvq_jax.commands.program import doc, fail, show
 
 COMMANDS = {
   module.__name__.rpartition('.')[2]: module
@@ -27,11 +27,12 @@ def main() -> None:
   if command in COMMANDS:
     COMMANDS[command].main(arguments, f'rvq {command}')
   elif command in ('-h', '--help', 'help'):
-    print('rvq COMMAND [flags]; rvq COMMAND --help says which flags:\n')
+    lines = ['rvq COMMAND [flags]; rvq COMMAND --help says which flags:\n']
     for name, module in COMMANDS.items():
-      print(f'  {name:<10} {module.__doc__.splitlines()[0]}')
-    print(f'\nConfigs of train and reproduce: {", ".join(MODULES)}.')
+      lines.append(f'  {name:<10} {doc(module).splitlines()[0]}')
+    lines.append(f'\nConfigs of train and reproduce: {", ".join(MODULES)}.')
+    show('\n'.join(lines))
   elif command == '--version':
-    print(f'rvq_jax {version("rvq_jax")}')
+    show(f'rvq_jax {version("rvq_jax")}')
   else:
     fail(f'expected rvq {", ".join(COMMANDS)} or --help, got {command!r}')

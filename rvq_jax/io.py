@@ -7,8 +7,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +39,65 @@ def write_atomic(path, content: str | bytes) -> None:
       os.fsync(stream.fileno())
     os.replace(partial, path)
   except OSError as error:
-    raise OSError(error.errno, error.strerror, str(path)) from error
+    error.filename, error.filename2 = str(path), None  # as the user knows it
+    raise
   finally:
     with contextlib.suppress(OSError):
       partial.unlink()
 
 
-def check_new(folder, name: str = 'output') -> None:
-  """Raises ValueError, about `name`, unless a folder is missing or empty."""
-  folder = Path(folder)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def check_local(path, name: str = 'output') -> Path:
+  """The path of a local folder or file; ValueError, about `name`, for a URL."""
+  if re.match(r'[a-z][a-z0-9+.-]+:/', str(path), re.I):
     raise ValueError(
-      f'{name}: expected a new or empty folder, got {folder}; name another '
-      'one, or remove it'
+      f'{name}: expected a local path, got {path}; copy it to a local folder, '
+      'or mount it as one'
     )
+  return Path(path)
+
+
+def check_folder(
+  folder, name: str = 'output', is_ours: Callable[[Path], bool] | None = None
+) -> None:
+  """The check of every command before it works: may it write to a folder?
+
+  Raises:
+    ValueError: about `name`, unless the folder is missing, empty or, by
+      `is_ours`, what the command wrote before; or it cannot be written to.
+  """
+  folder = check_local(folder, name)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not (is_ours and folder.is_dir() and is_ours(folder)):
+      raise ValueError(
+        f'{name}: expected a new or empty folder'
+        f'{", or one that this command wrote" if is_ours else ""}, got '
+        f'{folder}; name another one'
+      )
+  _check_writable(folder, folder, name)
+
+
+def check_file(path, name: str = 'output') -> None:
+  """Raises ValueError unless a file can be written to its folder."""
+  path = check_local(path, name)
+  if not path.parent.is_dir():
+    raise ValueError(
+      f'{name}: cannot write {path}: there is no folder {path.parent}'
+    )
+  _check_writable(path.parent, path, name)
+
+
+def _check_writable(folder, path, name):
+  """Makes a nameless file in a folder, or in the one where it is to be."""
+  folder = folder.absolute()
+  where = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+  try:
+    with tempfile.TemporaryFile(dir=where):
+      pass
+  except OSError as error:
+    if error.errno not in _FULL:
+      raise ValueError(
+        f'{name}: cannot write to {path}: {error.strerror}; name another one'
+      ) from error
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from rvq_jax import TokenDataset, load
 from rvq_jax.evaluation import efficientnet
 from rvq_jax.evaluation.perceptual import frechet_distance
-from rvq_jax.io import check_new, read_json, write_atomic
+from rvq_jax.io import check_folder, read_json, write_atomic
 from rvq_jax.metrics import code_statistics, to_uint8
 from rvq_jax.training.backend import prepare_backend
 
@@ -160,7 +160,8 @@ def frechet(samples, real, trained) -> dict[str, float]:
 
 def parse(argv):
   """The arguments, and tokenizer, parts of the tokens, shape of the ids."""
-  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  about = (__doc__ or '').partition('\n')[0]
+  parser = argparse.ArgumentParser(description=about)
   for name in ('tokens', 'workdir'):
     parser.add_argument(f'--{name}', required=True, type=Path)
   parser.add_argument('--tokenizer', help='run or export [that of --tokens]')
@@ -179,7 +180,7 @@ def parse(argv):
   settings = {name: getattr(args, name) for name in list(OPTIONS)[:7]}
   settings |= {'model_hash': tokenizer.model_hash, 'num_images': count}
   if not (path := args.workdir / 'config.json').exists():
-    check_new(args.workdir, 'workdir')
+    check_folder(args.workdir, '--workdir')
     args.workdir.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(settings))
   if read_json(path) != settings:

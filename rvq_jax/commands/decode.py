@@ -28,11 +28,12 @@ def main(flags, *paths):
 def _decode_image(flags, source, output):
   from PIL import Image
 
-  from rvq_jax.io import write_atomic
+  from rvq_jax.io import check_file, write_atomic
   from rvq_jax.tokenizer import tiling
   from rvq_jax.tokenizer.load import load
 
   program.prepare_backend(flags)
+  check_file(output)
   image = tiling.load_image(load(flags.workdir, flags.step), source)
   content = io.BytesIO()
   Image.fromarray(image).save(content, 'PNG')
@@ -41,14 +42,20 @@ def _decode_image(flags, source, output):
 
 
 def _decode_folder(flags):
+  from rvq_jax.io import check_folder
   from rvq_jax.tokenizer import dataset
   from rvq_jax.tokenizer.load import load
 
   program.prepare_backend(flags)
   source = Path(flags.input)
   splits = sorted(path.parent for path in source.glob(f'*/{dataset.META}'))
+  folders = {
+    folder: Path(flags.output) / folder.relative_to(source)
+    for folder in splits or [source]
+  }
+  for output in folders.values():
+    check_folder(output)
   tokenizer = load(flags.workdir, flags.step)
-  for folder in splits or [source]:
-    output = Path(flags.output) / folder.relative_to(source)
+  for folder, output in folders.items():
     count = dataset.decode_dataset(tokenizer, folder, output)
     program.show(f'{output}: {count} images')

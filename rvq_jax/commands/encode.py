@@ -34,10 +34,12 @@ def _encode_image(flags, source, output):
     program.fail(f'expected an image file, got {source}')
   from rvq_jax import metrics
   from rvq_jax.data.transforms import decode_image
+  from rvq_jax.io import check_file
   from rvq_jax.tokenizer import tiling
   from rvq_jax.tokenizer.load import load
 
   program.prepare_backend(flags)
+  check_file(output)
   image = decode_image(Path(source).read_bytes(), name=source)
   tokenizer = load(flags.workdir, flags.step)
   ids = tiling.save_image(tokenizer, image, output)
@@ -52,17 +54,23 @@ def _encode_image(flags, source, output):
 
 def _encode_data_set(flags):
   program.prepare_backend(flags)
-  from rvq_jax.data.datasets import open_images
-  from rvq_jax.tokenizer.encoding import encode_dataset
+  from rvq_jax.data.datasets import check_apart, full_name, open_images
+  from rvq_jax.tokenizer.encoding import check_output, encode_dataset
   from rvq_jax.tokenizer.load import load
 
+  check_apart(full_name(flags.input), flags.output, '--output')
   splits = open_images(flags.input, data_dir=flags.data_dir, split=flags.split)
+  folders = {
+    split: Path(flags.output) / ('' if list(splits) == ['all'] else split)
+    for split in splits
+  }
+  for folder in folders.values():
+    check_output(folder)
   tokenizer = load(flags.workdir, flags.step)
-  for split, images in splits.items():
-    folder = Path(flags.output) / ('' if list(splits) == ['all'] else split)
+  for split, folder in folders.items():
     about = {'input': flags.input, 'split': split, 'model': flags.workdir}
     meta = encode_dataset(
-      tokenizer, images, folder, image_size=flags.image_size, about=about
+      tokenizer, splits[split], folder, image_size=flags.image_size, about=about
     )
     count, skipped = meta['num_images'], len(meta['skipped'])
     if program.is_first():

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import re
+import select
 import shlex
 import sys
 import time
@@ -21,9 +22,9 @@ from ml_collections.config_flags import tuple_parser
 
 from rvq_jax.commands import config_file
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 _HELP = {'-h', '-help', '--help', '--helpfull', '--helpshort'}
 _EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
+_READERS = tuple('PIL numpy.lib codecs json pathlib shutil zipfile'.split())
 _NOISY = ('jax', 'orbax', 'tensorboardX', 'absl', 'asyncio', 'matplotlib')
 _LOST = 75  # EX_TEMPFAIL: the same command resumes the run
 
@@ -99,14 +100,15 @@ def command(*options, paths: bool = False):
 
   The docstring of its module is the help. `flags` holds the values of
   `options`, and with CONFIG the `command` as typed and the `run_name`, such as
-  cifar10_f4. A bad flag or an error that rvq_jax raises ends in one line and
-  exit code 2; the loss of another process or of a data worker in one line and
-  code 75. A traceback means a fault in the program.
+  cifar10_f4. A bad flag, an error that rvq_jax raises and an OSError from
+  anywhere end in one line and exit code 2; the loss of another process or of a
+  data worker in one line and code 75. A traceback means a fault in the program.
   """
   return lambda function: functools.partial(_main, function, options, paths)
 
 
 def _main(function, options, paths, arguments=None, program=''):
+  _open_streams()
   arguments = sys.argv[1:] if arguments is None else arguments
   program = program or f'python {sys.argv[0]}'
   values = flags.FlagValues()  # absl's own would be shared by all commands
@@ -120,8 +122,14 @@ def _main(function, options, paths, arguments=None, program=''):
   else:
     module = sys.modules[function.__module__]
     usual = f'rvq {module.__name__.rpartition(".")[2]} '
-    show(module.__doc__.replace(usual, f'{program} '))
-    print(values.get_help(include_special_flags=False))
+    text = doc(module).replace(usual, f'{program} ')
+    show(f'{text}\n{values.get_help(include_special_flags=False)}')
+
+
+def doc(module) -> str:
+  """The docstring of a module, which `python -OO` leaves out."""
+  source = Path(module.__file__).read_text('utf-8')
+  return ast.get_docstring(ast.parse(source), clean=False)
 
 
 def _read(values, arguments, paths, typed):
@@ -148,9 +156,12 @@ def _read(values, arguments, paths, typed):
 
 
 def _expand(argument):
-  """Replaces a leading ~, which shells leave in --name=~/value."""
+  """Replaces a leading ~, which shells leave in --name=~/value; no URL."""
   start = argument.find('=') + 1 if argument.startswith('-') else 0
   value = os.path.expanduser(argument[start:])
+  if re.match(r'(folder:)?(?!folder:)[a-z][a-z0-9+.-]*://', value, re.I):
+    reason = 'expected a local path; copy the files here, or mount the bucket'
+    raise ValueError(f'{argument}: {reason}')
   if value == '~' or value.startswith('~/'):
     reason = 'expected a whole path, for there is no home directory'
     raise ValueError(f'{argument}: {reason}')
@@ -181,8 +192,19 @@ class _Formatter(logging.Formatter):
 
 
 def show(text) -> None:
-  """Prints text for the reader; see `_shown`."""
-  print(_shown(text))
+  """Prints `_shown` text, or ends the program as `_run` does."""
+  try:
+    print(_shown(text), flush=True)
+  except OSError as error:
+    _stop(error)
+
+
+def _open_streams():
+  """Opens the standard streams that are closed, for files get their numbers."""
+  for name in ('stdin', 'stdout', 'stderr'):
+    if getattr(sys, name) is None:
+      mode = 'r' if name == 'stdin' else 'w'
+      setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - to the end
 
 
 def _prepare_logs():
@@ -211,13 +233,8 @@ def _run(function, values, paths):
     sys.stdout.flush()
     os._exit(130)  # at once: without waiting for threads that still save
   except Exception as error:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    ours = _PACKAGE in Path(frame.filename).resolve().parents
-    if ours and isinstance(error, BrokenPipeError):  # its reader has ended
-      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is buffered
-      sys.exit(1)
-    if ours and isinstance(error, _EXPECTED):
-      fail(error, _LOST if isinstance(error, ChildProcessError) else 2)
+    if _is_expected(error):
+      _stop(error)
     if _process() is None:
       raise
     from rvq_jax.training.multihost import peer_is_lost
@@ -231,6 +248,39 @@ def _run(function, values, paths):
       )
     traceback.print_exc()
     fail(error, 1)
+
+
+def _is_expected(error) -> bool:
+  """Whether the user or the machine is the cause, not a fault of ours.
+
+  That is an OSError, whoever raised it, and what rvq_jax raises itself or
+  passes on from a library that reads a file for it.
+  """
+  names = [
+    frame.f_globals['__name__']
+    for frame, _ in traceback.walk_tb(error.__traceback__)
+  ]
+  name = next(name for name in reversed(names) if not name.startswith(_READERS))
+  ours = name.startswith('rvq_jax.') and isinstance(error, _EXPECTED)
+  return ours or isinstance(error, OSError)
+
+
+def _stop(error):
+  """Ends the program with the line and code of an expected error."""
+  output = select.poll()
+  output.register(1, 0)  # of errors only: its reader has ended
+  quiet = isinstance(error, BrokenPipeError) and output.poll(0)
+  try:
+    sys.stdout.flush()
+  except OSError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is buffered
+  if quiet:
+    sys.exit(1)
+  text = str(error)
+  if isinstance(error, OSError) and error.strerror:
+    names = filter(None, (error.filename, error.filename2))
+    text = ': '.join([*map(str, names), error.strerror])
+  fail(text, _LOST if isinstance(error, ChildProcessError) else 2)
 
 
 def prepare_backend(flags, *, share_gpus: bool = False) -> None:

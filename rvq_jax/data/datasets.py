@@ -90,14 +90,27 @@ def open_dataset(
   return _paper(name, list(sources.values()), record)
 
 
-def check_apart(name: str, workdir) -> None:
-  """Refuses a workdir among the images of a folder, which its figures join."""
-  kind, _, folder = name.partition(':')
-  inside = Path(workdir).resolve().is_relative_to(Path(folder).resolve())
-  if kind == 'folder' and inside:
+def check_apart(name: str, output, flag: str = '--workdir') -> None:
+  """Refuses an output among the images of a folder: its figures would be read.
+
+  `name` is as for `open_dataset`, `flag` the flag of the output.
+  """
+  kind, _, path = name.partition(':')
+  folder = Path(os.path.expanduser(path)).resolve()
+  inside = Path(output).resolve().is_relative_to(folder)
+  if kind == 'folder' and folder.is_dir() and inside:
     raise ValueError(
-      f'expected a --workdir outside of the images in {folder}, got {workdir}'
+      f'expected {flag} outside of the images in {path}, got {output}'
     )
+
+
+def full_name(name: str) -> str:
+  """The name for `open_dataset` of images as `open_images` takes them."""
+  if name == 'photos' and Path(name).exists():
+    return 'folder:photos'
+  if name in _PHOTOS or name.startswith(('tfds:', 'folder:')):
+    return name
+  return f'folder:{name}'
 
 
 def open_images(name: str, *, data_dir=None, split=None) -> dict[str, Source]:
@@ -106,16 +119,13 @@ def open_images(name: str, *, data_dir=None, split=None) -> dict[str, Source]:
   `name` is an image, a folder, or a name for `open_dataset`. 'photos' means a
   folder of this name if there is one; 'tfds:photos' is the embedded set.
   """
-  full = name
-  if name == 'photos' and Path(name).exists():
+  full = full_name(name)
+  if full == 'folder:photos' != name:
     logging.info('photos is the folder ./photos; tfds:photos is the data set')
-    full = 'folder:photos'
-  elif name not in _PHOTOS and not name.startswith(('tfds:', 'folder:')):
-    if not os.path.exists(os.path.expanduser(name)):
-      raise ValueError(
-        f'there is no {name}: expected an image, a folder, tfds:NAME or photos'
-      )
-    full = f'folder:{name}'
+  elif full != name and not os.path.exists(os.path.expanduser(name)):
+    raise ValueError(
+      f'there is no {name}: expected an image, a folder, tfds:NAME or photos'
+    )
   sources = _open(full, data_dir)
   if split not in (None, *sources):
     raise ValueError(

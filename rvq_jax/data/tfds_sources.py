@@ -12,7 +12,7 @@ from tensorflow_datasets.core import read_only_builder
 
 from rvq_jax.data import prepare
 from rvq_jax.data.sources import SPLITS, Record, Source
-from rvq_jax.io import write_atomic
+from rvq_jax.io import check_local, write_atomic
 
 _NAME_FEATURES = ('id', 'file_name', 'filename')
 _LABEL_CHUNK = 256
@@ -113,6 +113,7 @@ def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
   """
   default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
   data_dir = os.path.expanduser(data_dir or default)
+  check_local(data_dir, 'data_dir')
   if data_dir.startswith('~'):
     raise ValueError(
       f'there is no home directory for {data_dir}; pass a folder as '

@@ -18,7 +18,7 @@ from rvq_jax.data import datasets, loaders
 from rvq_jax.data.sources import SPLITS
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation import perceptual as perceptual_lib
-from rvq_jax.io import check_new, write_atomic
+from rvq_jax.io import check_folder, read_json, write_atomic
 from rvq_jax.metrics import prepare_images
 from rvq_jax.tokenizer.load import HUB, is_export, load
 from rvq_jax.tokenizer.tokenizer import Tokenizer
@@ -62,23 +62,18 @@ def evaluate_run(
     (`PREFIX_UNITS` of each); roundtrip_error, on process 0; those asked for.
 
   Raises:
-    ValueError: no such split, no data, a folder that is not empty or writable.
+    ValueError: no such split, no data; a folder that is not empty, writable or
+      outside of the images.
     FileNotFoundError: there is no such run or step.
     ImportError: `perceptual` finds no package to measure with.
   """
   folder = _checked(workdir, split, images, output, save_images, perceptual)
   functions = perceptual_lib.load_metrics() if perceptual else {}
   tokenizer = load(workdir, step)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    reason = '' if os.access(folder, os.W_OK) else 'Permission denied'
-  except OSError as error:
-    reason = error.strerror
-  if reason:
-    raise ValueError(
-      f'output: cannot write to {folder}: {reason}; name another folder'
-    )
   data, mesh = RunData(tokenizer.config), sharding.data_mesh()
+  read = datasets.full_name(images) if images else data.name
+  datasets.check_apart(read, folder, 'output')
+  datasets.check_apart(read, save_images or folder, 'save_images')
   source, about = _open_source(workdir, data, split, step, images, data_dir)
   batches = loaders.eval_batches(
     source,
@@ -88,6 +83,7 @@ def evaluate_run(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+  folder.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory() as scratch:
     if pairs := save_images or (scratch if perceptual else None):
       batches = perceptual_lib.save_pairs(pairs, batches, tokenizer)
@@ -186,13 +182,12 @@ def _checked(workdir, split, images, output, save_images, perceptual) -> Path:
       f'{jax.process_count()}; evaluate the checkpoint on one host'
     )
   if save_images:
-    check_new(save_images, 'save_images')
+    check_folder(save_images, 'save_images')
   if str(workdir).startswith(HUB) and not output:
     raise ValueError(f'output: expected a folder for the results of {workdir}')
   folder = Path(output or Path(workdir) / 'evaluation')
   folder /= _input_name(images, split) if images else split
-  if output:
-    check_new(folder, 'output')
+  check_folder(folder, is_ours=None if output else _is_evaluation)
   return folder
 
 
@@ -208,6 +203,11 @@ def _whole(images: str) -> str:
   """The same name for the same images, wherever the program is started."""
   path = Path(images).expanduser()
   return str(path.resolve()) if path.exists() else images
+
+
+def _is_evaluation(folder: Path) -> bool:
+  file = folder / 'metrics.json'
+  return file.exists() and 'split' in (read_json(file) or {})
 
 
 def _open_source(workdir, data, split, step, images, data_dir):

@@ -13,7 +13,7 @@ from rvq_jax.data.datasets import open_images
 from rvq_jax.data.decoding import decode_record
 from rvq_jax.data.transforms import decode_crop, decode_image
 from rvq_jax.explorer import content
-from rvq_jax.io import write_atomic
+from rvq_jax.io import check_file, write_atomic
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.build import RunData
 
@@ -96,7 +96,11 @@ def page_html(data: dict[str, Any]) -> str:
 
 
 def check_output(path) -> None:
-  """Raises ValueError if the path is taken, but not by such a page."""
+  """Raises ValueError if the path is taken, but not by such a page.
+
+  Also if it cannot be written.
+  """
+  check_file(path)
   path = Path(path)
   begin = path.read_bytes() if path.is_file() else b''
   if path.exists() and not begin.startswith(MARKER.encode()):

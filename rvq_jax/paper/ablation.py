@@ -11,8 +11,9 @@ from pathlib import Path
 
 from rvq_jax.evaluation.evaluate import evaluate_run
 from rvq_jax.evaluation.perceptual import load_metrics
-from rvq_jax.io import write_atomic
+from rvq_jax.io import check_folder, read_json, write_atomic
 from rvq_jax.training import config as config_lib
+from rvq_jax.training.checkpoints import is_run
 from rvq_jax.training.loop import train
 
 # The paper's method, whatever the config has.
@@ -110,8 +111,8 @@ def run_grid(
   with perceptual ones if asked for.
 
   Raises:
-    ValueError: workdir holds a run of another config, or the config has no
-      discriminator for the cell 'adversarial'.
+    ValueError: workdir holds a run of another config or something other than
+      a grid, or the config has no discriminator for the cell 'adversarial'.
     ImportError: `perceptual` finds no package to measure with.
   """
   if 'adversarial' in cells and not config.objective.adversarial_weight:
@@ -121,10 +122,12 @@ def run_grid(
     )
   if perceptual:
     load_metrics()  # before hours of training
+  check_folder(workdir, '--workdir', _is_grid)
   runs = []
   for seed, cell in itertools.product(range(seeds), cells):
     changed = cell_config(config, cell, seed)
     folder = Path(workdir) / cell / f'seed_{seed}'
+    check_folder(folder, '--workdir', is_run)
     _check_same(folder, config_lib.check_config(changed))
     runs.append({'cell': cell, 'seed': seed, 'workdir': str(folder)})
   for i, run in enumerate(runs, 1):
@@ -135,14 +138,23 @@ def run_grid(
       train(cell_config(config, cell, seed), folder)
       metrics = evaluate_run(folder, perceptual=perceptual)
       write_atomic(result, json.dumps(metrics, indent=2) + '\n')
-    run['metrics'] = json.loads(result.read_text())
+    run['metrics'] = read_json(result)
+    if run['metrics'] is None:
+      raise ValueError(f'{result} is damaged; remove it to evaluate again')
   return runs
+
+
+def _is_grid(folder) -> bool:
+  """Whether a folder holds a run of a cell, or nothing but cells."""
+  runs = [path for cell in CELLS for path in folder.glob(f'{cell}/seed_*')]
+  names = {path.name for path in folder.iterdir()}
+  return any(map(is_run, runs)) or names <= {*CELLS}
 
 
 def _check_same(folder, config):
   """Refuses a run of another config or length."""
   path = folder / 'config.json'
-  saved = json.loads(path.read_text()) if path.exists() else config
+  saved = read_json(path) if path.exists() else config
   saved = config_lib.completed(saved, folder)
   differ = '; '.join(
     f'config.{name}: {saved.get(name)} there, {value} wanted'

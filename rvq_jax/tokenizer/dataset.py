@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rvq_jax.io import check_new, explain_full_disk, read_json
+from rvq_jax.io import check_folder, explain_full_disk, read_json
 from rvq_jax.tokenizer import tiling
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 META, FORMAT = 'meta.json', 'rvq_jax tokens 2'
-_MAX_META_BYTES = 2**26
+MAX_META_BYTES = 2**26
 
 
 def batch_size(image_size: int) -> int:
@@ -33,7 +33,7 @@ def open_folder(folder):
   """Opens and checks a folder: meta, ids (memory-mapped), labels, names."""
   folder = Path(folder)
   try:
-    meta = read_json(folder / META, _MAX_META_BYTES) or {}
+    meta = read_json(folder / META, MAX_META_BYTES) or {}
     if meta.get('format') != FORMAT:
       raise ValueError(f'expected {META} of format {FORMAT!r}')
     ids = np.load(folder / 'ids.npy', mmap_mode='r', allow_pickle=False)
@@ -105,7 +105,7 @@ def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
   """
   dataset, output = TokenDataset(folder), Path(output)
   tokenizer.check_encoder(dataset.meta['encoder_hash'], folder)
-  check_new(output)
+  check_folder(output)
   size = dataset.meta['image_size']
   batch, skipped = batch_size(size), {x['row'] for x in dataset.meta['skipped']}
   with explain_full_disk(output, 'decode to another folder'):

@@ -1,10 +1,12 @@
 """Encoding a data set: decoding, the model and the files overlap."""
 
+import contextlib
 import copy
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +20,25 @@ from tqdm import tqdm
 from rvq_jax import sharding
 from rvq_jax.data.decoding import DecodeErrors, decode_ahead, map_ahead
 from rvq_jax.data.sources import Source
-from rvq_jax.io import check_new, explain_full_disk, lock, write_atomic
+from rvq_jax.io import (
+  check_folder,
+  explain_full_disk,
+  lock,
+  read_json,
+  write_atomic,
+)
 from rvq_jax.tokenizer import tiling
-from rvq_jax.tokenizer.dataset import FORMAT, META, batch_size, open_folder
+from rvq_jax.tokenizer.dataset import (
+  FORMAT,
+  MAX_META_BYTES,
+  META,
+  batch_size,
+  open_folder,
+)
 from rvq_jax.tokenizer.tokenizer import Tokenizer
+
+# The folder of one of several processes, and the first file of a killed one.
+_PARTIAL = re.compile(r'\.\d+of\d+|\.meta\.json\.\d+\.partial')
 
 
 def encode_dataset(
@@ -69,27 +86,32 @@ def encode_dataset(
     return encode(tokenizer, source, folder, meta)
 
 
+def check_output(folder) -> None:
+  """Raises ValueError unless `encode_dataset` may write to a folder."""
+  check_folder(folder, is_ours=_is_ours)
+
+
+def _is_ours(folder) -> bool:
+  """Whether a folder has a META, which `_resume` checks, or shares only."""
+  names = [path.name for path in folder.iterdir()]
+  return META in names or all(map(_PARTIAL.fullmatch, names))
+
+
 def _encode_folder(tokenizer, source, folder, meta, shares=()) -> dict:
   """Encodes the rows that a folder lacks; a new one begins with `shares`."""
-  place = folder
-  if not (folder / META).exists():
-    check_new(folder)
-    place = folder.with_name(f'.{folder.name}.partial')
-    try:
-      place.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-      raise ValueError(f'cannot write to {folder}: {error.strerror}') from error
-  # The lock stays with the folder when it is renamed.
-  with lock(place, folder, 'name another output folder'):
-    if place != folder:
-      _create(place, folder, source, meta, shares)
+  check_output(folder)
+  new = not folder.exists()
+  folder.mkdir(parents=True, exist_ok=True)
+  with lock(folder, folder, 'name another output folder'):
+    if _is_unfilled(folder):
+      _create(folder, new, source, meta, shares)
     meta = _resume(folder, meta)
     _encode_rows(tokenizer, source, folder, meta)
   return meta
 
 
 def _encode_shares(tokenizer, source, folder, meta) -> dict[str, Any]:
-  """Each process encodes neighbouring batches into a folder beside the output.
+  """Each process encodes neighbouring batches into a folder in the output.
 
   The first joins them, and completes a folder that a single process began.
   """
@@ -98,34 +120,46 @@ def _encode_shares(tokenizer, source, folder, meta) -> dict[str, Any]:
   batches = -(-len(source) // batch)
   starts = [i * batches // count * batch for i in range(1, count)]
   shares = {
-    folder.with_name(f'.{folder.name}.{i}of{count}'): rows
+    folder / f'.{i}of{count}': rows
     for i, rows in enumerate(np.split(np.arange(len(source)), starts))
   }
   place, rows = list(shares.items())[process]
-  if not (folder / META).exists():
-    check_new(folder)
-    if len(rows):
-      share = meta | {'num_images': len(rows)}
-      _encode_folder(tokenizer, source.subset(rows), place, share)
+  check_output(folder)
+  if _is_unfilled(folder) and len(rows):
+    share = meta | {'num_images': len(rows)}
+    _encode_folder(tokenizer, source.subset(rows), place, share)
   multihost_utils.sync_global_devices('rvq_jax: shares are encoded')
   if process == 0:
     filled = [place for place, rows in shares.items() if len(rows)]
     _encode_folder(tokenizer, source, folder, meta, filled)
-    for place in shares:
-      shutil.rmtree(place, ignore_errors=True)
+    for place in folder.iterdir():  # also of another number of processes
+      if _PARTIAL.fullmatch(place.name):
+        shutil.rmtree(place, ignore_errors=True)
   multihost_utils.sync_global_devices('rvq_jax: shares are joined')
   return open_folder(folder)[0]
 
 
-def _create(partial, folder, source, meta, shares) -> None:
-  """Fills a new folder: ids are 0, or of `shares`; a failure leaves nothing."""
+def _is_unfilled(folder) -> bool:
+  """Whether a folder lacks files of tokens, as `_create` leaves if killed."""
+  if not (folder / META).exists():
+    return True
+  about = read_json(folder / META, MAX_META_BYTES) or {}
+  return about.get('format') == FORMAT and about.get('rows_done') == -1
+
+
+def _create(folder, new, source, meta, shares) -> None:
+  """Fills a folder: ids are 0, or of `shares`; a failure leaves nothing.
+
+  From its first META on, whose rows_done is -1, the folder is ours.
+  """
   names, skipped = [], []
   errors = _Skipped(source, {'skipped': skipped})
   try:
+    write_atomic(folder / META, json.dumps(meta | {'rows_done': -1}))
     shape = (meta['num_images'], *meta['grid'])
     dtype = np.min_scalar_type(meta['codebook_size'] - 1)
-    ids = np.lib.format.open_memmap(partial / 'ids.npy', 'w+', dtype, shape)
-    with open(partial / 'ids.npy', 'r+b') as file:
+    ids = np.lib.format.open_memmap(folder / 'ids.npy', 'w+', dtype, shape)
+    with open(folder / 'ids.npy', 'r+b') as file:
       file.seek(-ids.nbytes, os.SEEK_END)
       for share in shares:
         about, share_ids, _, share_names = open_folder(share)
@@ -135,13 +169,16 @@ def _create(partial, folder, source, meta, shares) -> None:
           errors.add(len(names) + row, share_names[row], reason)
         names += share_names
     labels = np.asarray(source.labels, np.int32)
-    np.save(partial / 'labels.npy', labels, allow_pickle=False)
-    write_atomic(partial / 'names.txt', ''.join(f'{x}\n' for x in names))
+    np.save(folder / 'labels.npy', labels, allow_pickle=False)
+    write_atomic(folder / 'names.txt', ''.join(f'{x}\n' for x in names))
     meta = meta | {'rows_done': len(names), 'skipped': skipped}
-    write_atomic(partial / META, json.dumps(meta))
-    os.rename(partial, folder)
+    write_atomic(folder / META, json.dumps(meta))
   except (OSError, ValueError):
-    shutil.rmtree(partial, ignore_errors=True)
+    for name in ('ids.npy', 'labels.npy', 'names.txt', META):
+      (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      if new:
+        folder.rmdir()
     raise
 
 
@@ -154,8 +191,9 @@ def _resume(folder, wanted) -> dict[str, Any]:
         f'{folder} has another {name} ({meta.get(name)}, not {wanted[name]}); '
         'name another output folder'
       )
-  for path in folder.glob('.*.partial'):  # from a killed write
-    path.unlink()
+  for name in (META, 'names.txt'):
+    for path in folder.glob(f'.{name}.*.partial'):  # from a killed write
+      path.unlink()
   done = meta['rows_done']
   meta['skipped'] = [x for x in meta['skipped'] if x['row'] < done]
   write_atomic(folder / 'names.txt', ''.join(f'{x}\n' for x in names[:done]))

@@ -1,5 +1,6 @@
 """A run as a folder that others can use: weights, config and a model card."""
 
+import contextlib
 import json
 import math
 import re
@@ -12,7 +13,7 @@ import flax
 import jax
 import numpy as np
 
-from rvq_jax.io import check_new, read_json
+from rvq_jax.io import check_folder, read_json
 from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.layers import num_groups
 from rvq_jax.quantize.fsq import fsq_levels
@@ -65,24 +66,28 @@ def export_run(
       'license: expected an identifier of the Hugging Face Hub, as apache-2.0, '
       f'cc-by-4.0 or unknown, got {license!r}'
     )
-  check_new(output)
-  tokenizer = load(workdir, step)
+  check_folder(output)
+  tokenizer, new = load(workdir, step), not output.exists()
   try:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-      prefix=f'.{output.name}-', dir=output.parent
-    ) as partial:
-      folder = Path(partial) / 'export'
-      folder.mkdir()
+    output.mkdir(parents=True, exist_ok=True)
+    # Inside, for `output` may be a volume of its own.
+    with tempfile.TemporaryDirectory(prefix='.', dir=output) as partial:
+      folder = Path(partial)
       write_export(folder, tokenizer)
       if stablehlo:
         write_stablehlo(folder, tokenizer)
       results = _results(workdir, folder, tokenizer.step)
       card = _card(tokenizer, name or workdir.resolve().name, license, results)
       (folder / 'README.md').write_text(card)
-      folder.rename(output)
+      # Without its weights, which come last, a folder is no export.
+      for path in sorted(folder.iterdir(), key=lambda x: x.name == WEIGHTS):
+        path.rename(output / path.name)
   except OSError as error:
     raise ValueError(f'cannot write to {output}: {error}') from error
+  finally:
+    with contextlib.suppress(OSError):  # it holds the export
+      if new:
+        output.rmdir()
   return output
 
 

@@ -15,7 +15,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.io import read_json
+from rvq_jax.io import check_local, read_json
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.build import RunData, build_model
@@ -51,6 +51,7 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
   """
   if str(workdir).startswith(HUB):
     workdir = _download(str(workdir).removeprefix(HUB))
+  check_local(workdir, 'workdir')
   if is_export(workdir):
     return _load_export(Path(workdir), step)
   return _load_run(workdir, step)

@@ -1,5 +1,6 @@
 """Process-wide settings, applied before JAX starts its backend."""
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import jax
 
-# Private: JAX has no public question about its backends that starts none.
+# Private: JAX has no public question about its backends that starts none, and
+# no public way to drop an entry of its cache.
+from jax._src import compilation_cache
 from jax._src.xla_bridge import backends_are_initialized
 
 DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
@@ -33,6 +36,7 @@ def prepare_backend(*, share_gpus: bool = False) -> None:
   if not jax.config.jax_compilation_cache_dir and os.path.isabs(home):
     folder = Path(home, 'rvq_jax', 'compiled', _kind_of_cpu())
     jax.config.update('jax_compilation_cache_dir', str(folder))
+    _replace_damaged(folder)
   option = '--xla_cpu_experimental_ynn_fusion_type='
   flags = os.environ.get('XLA_FLAGS', '')
   if option not in flags:
@@ -50,10 +54,28 @@ def prepare_backend(*, share_gpus: bool = False) -> None:
     logging.warning('%s', advice)
 
 
+def _replace_damaged(folder: Path) -> None:
+  """Has JAX compile anew what it cannot read in the cache, as after a kill.
+
+  JAX by itself keeps such an entry, and warns of it in every run.
+  """
+  read = compilation_cache.get_executable_and_time
+
+  def read_or_drop(key, *arguments, **options):
+    try:
+      return read(key, *arguments, **options)
+    except Exception:  # a dozen types: of zlib, zstandard, the compiler
+      with contextlib.suppress(OSError):
+        (folder / f'{key}-cache').unlink()
+      return None, None
+
+  compilation_cache.get_executable_and_time = read_or_drop
+
+
 def _kind_of_cpu() -> str:
   info = Path('/proc/cpuinfo')
   text = info.read_text() if info.exists() else ''
-  flags = re.search('^flags.*|$', text, re.M)[0].encode()
+  flags = re.search(r'^flags.*|\Z', text, re.M)[0].encode()
   return f'{platform.machine()}-{hashlib.sha256(flags).hexdigest()[:8]}'
 
 

@@ -14,13 +14,15 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from rvq_jax.io import tree_digest
+from rvq_jax.io import read_json, tree_digest
 from rvq_jax.training.state import TrainState
 
 # Two private facts of Orbax: the suffix of a step that is being written, and
-# the file of the JSON item, which a half deleted step may lack.
+# the file of the JSON item. Old steps move to _DELETED before they are removed,
+# so that a step without one of its files is a damaged one.
 _UNFINISHED = ocp.path.atomicity.TMP_DIR_SUFFIX
 _META_FILE = 'meta/metadata'
+_DELETED = '.deleted'
 
 
 class DamagedError(ValueError):
@@ -42,11 +44,12 @@ class Checkpoints:
   def __init__(self, workdir, *, keep: int = 2, read_only: bool = False):
     self._path = Path(workdir).resolve() / 'checkpoints'
     self._read_only, self._keep = read_only, keep
-    self._on_first_process(self._remove_unfinished)
+    self._on_first_process(self._remove_rest)
     self._manager = ocp.CheckpointManager(
       self._path,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self,  # see `should_preserve`
+        todelete_subdir=None if read_only else _DELETED,
         create=not read_only,
         read_only=read_only,
         lightweight_initialize=True,
@@ -66,7 +69,7 @@ class Checkpoints:
     finally:
       # On a full disk, an unfinished save takes room.
       if not self._read_only and jax.process_index() == 0:
-        self._remove_unfinished()
+        self._remove_rest()
 
   @property
   def steps(self) -> list[int]:
@@ -106,6 +109,9 @@ class Checkpoints:
     self._scores[step] = score
     args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args)
+    self._manager.wait_until_finished()
+    if jax.process_index() == 0:
+      shutil.rmtree(self._path / _DELETED, ignore_errors=True)
     if not self._manager.save(step, args=args, force=True):
       raise RuntimeError(f'the checkpoint of step {step} was not saved')
 
@@ -134,24 +140,28 @@ class Checkpoints:
   ) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest sound state and its meta; None without checkpoints.
 
-    Damaged newer steps are moved to WORKDIR/corrupt. `check` is called with the
-    meta of a step before its state is read; see `restore` for `state`.
+    Damaged newer steps, and older ones with a damaged meta, are moved to
+    WORKDIR/corrupt. `check` is called with the meta of a step before its state
+    is read; see `restore` for `state`.
 
     Raises:
       ValueError: none is sound, or `check` raises it; no file is changed.
     """
-    damaged = {}
+    damaged, newest = {}, None
     for step in reversed(self.steps):
       try:
         meta = self.meta(step)
-        check(meta)
-        state = self.restore(state, step)
+        if newest is None:
+          check(meta)
+          newest = self.restore(state, step), meta
+          resumed = step
       except DamagedError as error:
         damaged[step] = str(error).partition(';')[0]
-        continue
-      self._on_first_process(functools.partial(self._quarantine, damaged, step))
+    if newest:
+      move = functools.partial(self._quarantine, damaged, resumed)
+      self._on_first_process(move)
       self._manager.reload()
-      return state, meta
+      return newest
     if damaged:
       raise ValueError(
         'no checkpoint is sound; put back a copy of one, or start in another '
@@ -217,22 +227,19 @@ class Checkpoints:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('rvq_jax: checkpoints changed')
 
-  def _remove_unfinished(self) -> None:
-    """Removes steps that a killed process had half written or deleted."""
-    partial = [*self._path.glob(f'*{_UNFINISHED}*')]
-    steps = [p for p in self._path.glob('*') if p.name.isdecimal()]
-    steps.sort(key=lambda path: int(path.name))  # Orbax never deletes the last
-    partial += [p for p in steps[:-1] if not (p / _META_FILE).exists()]
-    for path in partial:
+  def _remove_rest(self) -> None:
+    """Removes steps that are half written or to be deleted."""
+    for path in (*self._path.glob(f'*{_UNFINISHED}*'), self._path / _DELETED):
       shutil.rmtree(path, ignore_errors=True)
 
   def _quarantine(self, damaged: dict[int, str], resumed: int) -> None:
     """Moves damaged steps, given with their messages, to WORKDIR/corrupt."""
     for step, message in damaged.items():
       target = self._path.parent / 'corrupt' / str(step)
-      shutil.rmtree(target, ignore_errors=True)
       target.parent.mkdir(exist_ok=True)
-      (self._path / str(step)).rename(target)
+      while target.exists():
+        target = target.with_name(f'{target.name}-again')
+      shutil.move(self._path / str(step), target)  # maybe to another disk
       logging.warning(
         '%s; moved to %s, resuming from step %d', message, target, resumed
       )
@@ -241,6 +248,24 @@ class Checkpoints:
 def has_checkpoints(workdir) -> bool:
   """Whether a run has any checkpoint, sound or not."""
   return any(p.name.isdecimal() for p in Path(workdir).glob('checkpoints/*'))
+
+
+def is_run(folder) -> bool:
+  """Whether a folder is a run of `train`, or what is left of one.
+
+  config.json tells, else the checkpoints; a run that was killed early has
+  neither, but nothing else.
+  """
+  config = Path(folder) / 'config.json'
+  if config.exists():
+    return 'model.codebook_size' in (read_json(config) or {})
+  metas = Path(folder).glob(f'checkpoints/*/{_META_FILE}')
+  if any('digests' in (read_json(path) or {}) for path in metas):
+    return True
+  early = '.lock', 'checkpoints', '.config.json.'  # the last: half written
+  names = [path.name for path in Path(folder).iterdir()]
+  saved = any(Path(folder).glob('checkpoints/*'))
+  return all(name.startswith(early) for name in names) and not saved
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from rvq_jax.data.datasets import SPLIT_FILE, check_apart
 from rvq_jax.training import build, validation, writers
 from rvq_jax.training import config as config_lib
 from rvq_jax.training.backend import make_deterministic
-from rvq_jax.training.checkpoints import Checkpoints, has_checkpoints
+from rvq_jax.training.checkpoints import Checkpoints, has_checkpoints, is_run
 from rvq_jax.training.preemption import StopSignal
 from rvq_jax.training.state import parameter_table
 from rvq_jax.training.step import MAX_SKIPPED, compile_init, compile_step
@@ -41,7 +41,8 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
 
   Raises:
     ValueError: the config is not valid or not the checkpoint's, the model of
-      `init` does not fit it, workdir is in use, or no checkpoint is sound.
+      `init` does not fit it, workdir is in use or holds something other than a
+      run, or no checkpoint is sound.
     OSError: the disk is full.
     FloatingPointError: ten steps in a row were not finite.
     SystemExit: a signal asked to stop; the state is saved.
@@ -184,11 +185,13 @@ class Stepper:
 def lock(workdir) -> Iterator[None]:
   """Makes a workdir and holds its lock; removes it if nothing was written.
 
-  ValueError: another process trains there, or the folder cannot be made.
+  ValueError: the folder holds something other than a run or cannot be written,
+  or another process trains there.
   """
   if jax.process_index():  # the first one does it for all
     yield
     return
+  io.check_folder(workdir, '--workdir', is_run)
   workdir = Path(workdir)
   new = [p for p in (workdir, *workdir.parents) if not p.exists()]
   path = workdir / '.lock'

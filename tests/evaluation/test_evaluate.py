@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tempfile
 from unittest import mock
 
 import jax
@@ -186,10 +187,30 @@ def test_wrong_requests_end_before_the_work(
 
 
 def test_a_folder_that_cannot_be_written_ends_before_the_work(run, monkeypatch):
-  monkeypatch.setattr(evaluate, '_measure', None)
-  monkeypatch.setattr(evaluate.os, 'access', lambda *_: False)
-  with one_line('evaluation/test: Permission denied'):
+  denied = mock.Mock(side_effect=PermissionError(13, 'Permission denied'))
+  monkeypatch.setattr(tempfile, 'TemporaryFile', denied)
+  monkeypatch.setattr(evaluate, 'load', None)
+  with one_line('output: cannot write to .*evaluation/test: Permission denied'):
     evaluate_run(run)
+
+
+def test_results_of_another_program_are_not_replaced(tmp_path):
+  (tmp_path / 'evaluation/test').mkdir(parents=True)
+  (tmp_path / 'evaluation/test/metrics.json').write_text('{"loss": 1}')
+  with one_line('output: expected a new or empty folder, or one that this'):
+    evaluate_run(tmp_path)
+
+
+@pytest.mark.parametrize('given', [True, False])  # else those of the run
+@pytest.mark.parametrize('name', ['output', 'save_images'])
+def test_results_do_not_go_among_the_images(
+  run, image_folder, monkeypatch, name, given
+):
+  monkeypatch.setattr(evaluate, '_measure', None)
+  images = {'images': str(image_folder)} if given else {}
+  with one_line(f'expected {name} outside of the images in {image_folder}'):
+    evaluate_run(run, **images, **{name: image_folder / 'new'})
+  assert not (image_folder / 'new').exists()
 
 
 def test_an_export_measures_the_images_it_is_given(
@@ -270,7 +291,7 @@ def test_a_divided_folder_stays_divided_in_resume_and_evaluation(
 
 
 def test_a_workdir_among_the_images_is_refused(tiny_config, image_folder):
-  with one_line('a --workdir outside of the images'):
+  with one_line('expected --workdir outside of the images'):
     train(tiny_config, image_folder / 'runs/x')
   assert not (image_folder / 'runs').exists()
 

@@ -1,6 +1,7 @@
 """Freed memory stays, programs are kept on disk, XLA has its fast kernels."""
 
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -27,6 +28,18 @@ for _ in range(5):
 print(min(after - before for before, after in zip(faults, faults[1:])))
 """
 CACHE = 'print(jax.config.jax_compilation_cache_dir)'
+CUT_OFF = """
+import os, pathlib, warnings
+warnings.simplefilter('error')
+for _ in range(3):
+  jax.clear_caches()
+  jax.jit(lambda x: x * 3)(jnp.ones(3))
+  folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
+  entries = [*folder.glob('*-cache')]
+  print(min(path.stat().st_size for path in entries))
+  for path in entries:
+    os.truncate(path, 100)
+"""
 CONVOLUTION = """
 same = lambda *a: jax.lax.conv_general_dilated(*a, (1, 1), 'SAME')
 arrays = jnp.ones((8, 64, 32, 32)), jnp.ones((64, 64, 3, 3))
@@ -61,8 +74,16 @@ def test_kept_memory_is_not_faulted_in_again(run):
 def test_programs_are_kept_per_cpu_unless_the_user_says_where(run, tmp_path):
   folder = run(CACHE, XDG_CACHE_HOME=str(tmp_path))
   assert Path(folder).parent == tmp_path / 'rvq_jax' / 'compiled'
+  if platform.machine() == 'x86_64':
+    assert not folder.endswith('-e3b0c442'), 'SHA-256 of nothing'
   mine = str(tmp_path / 'mine')
   assert run(CACHE, JAX_COMPILATION_CACHE_DIR=mine) == mine
+
+
+def test_a_cut_off_program_is_compiled_anew_without_a_warning(run, tmp_path):
+  always = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  sizes = run(CUT_OFF, XDG_CACHE_HOME=str(tmp_path), **always).split()
+  assert len(sizes) == 3 and min(map(int, sizes)) > 100
 
 
 @pytest.mark.slow

@@ -1,15 +1,23 @@
 """A wrong command ends in one line and exit code 2, and writes nothing."""
 
+import functools
 import os
 import pwd
+import sys
 from pathlib import Path
 
 import pytest
+from errors import one_line
 
+from rvq_jax import io, load
 from rvq_jax.cli import COMMANDS
 from rvq_jax.commands import program
+from rvq_jax.data.datasets import open_dataset
 from rvq_jax.training import backend
+from rvq_jax.training.loop import train
 
+ROOT = Path(__file__).resolve().parents[2]
+RVQ = 'from rvq_jax.cli import main; main()'
 FILES = {
   'mine.py': 'def get_config():\n  raise ValueError("a fault of mine")',
   'empty.py': '',
@@ -107,6 +115,14 @@ VALUES = [
   ('encode --workdir={tmp} {png} y.npz', 'a run with checkpoints'),
   ('encode --workdir=x --input=~/no --output=~/new', 'no {tmp}/no: exp'),
   ('encode --workdir=x --input={images} --output=y --split=s', 'split: ex'),
+  (
+    'encode --workdir=x --input={images} --output={images}/y',
+    'expected --output outside of the images in {images}, got {images}/y',
+  ),
+  ('encode --workdir={tmp} {png} no/y.npz', 'no/y.npz: there is no folder no'),
+  ('decode --workdir={tmp} mine.npz no/y.png', 'there is no folder no'),
+  ('reproduce --config=photos --workdir=.', '--workdir: expected a new or'),
+  ('train --config=photos --workdir=.', '--workdir: expected a new or empty'),
   ('explore --workdir=x --output={tmp}/x.html', 'a run with checkpoints'),
   ('explore --workdir=x --output=mine.png', 'not a page of the explorer'),
 ]
@@ -146,6 +162,77 @@ def test_a_wrong_flag_or_value_is_named(
   png = next(image_folder.rglob('*.png'))
   names = {'tmp': tmp_path, 'png': png, 'images': image_folder}
   assert message.format(**names) in refused(command.format(**names))
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+@pytest.mark.parametrize('argument', ['--workdir=gs://b/x', 's3://b/x'])
+def test_a_bucket_is_refused(command, argument, refused):
+  line = refused(f'{command} {argument}')
+  assert line.startswith(f'error: {argument}: expected a local path; copy')
+
+
+def test_the_library_refuses_a_bucket(tiny_config, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  bucket = 'gs://b/x'
+  for call in (
+    lambda: load(bucket),
+    lambda: train(tiny_config, bucket),
+    lambda: io.check_folder(bucket),
+    lambda: io.check_file(Path(bucket)),
+    lambda: open_dataset('tfds:cifar10', data_dir=bucket),
+  ):
+    with one_line('expected a local path, got gs:/+b/x'):
+      call()
+  assert not list(tmp_path.iterdir())
+
+
+READ = {
+  'open(file + "/x")': '{file}/x: Not a directory',
+  'pathlib.Path(file).mkdir()': '{file}: File exists',
+  'PIL.Image.open(file)': 'cannot identify image file',
+  'json.loads("{{")': 'Expecting property name',
+  'numpy.load(file)': 'pickled',
+  'os.rename(file, file + "/x")': '{file}: {file}/x: Not a directory',
+  'numpy.stack([])': None,  # a fault of ours
+  '[][0]': None,
+}
+
+
+@pytest.mark.parametrize('call', READ)
+def test_what_the_machine_denies_is_one_line_and_a_fault_is_not(
+  call, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(program, '_prepare_logs', lambda: None)
+  (tmp_path / 'file').write_text('no image')
+  names = {'__name__': 'rvq_jax.x', 'file': str(tmp_path / 'file')}
+  exec('import json, os, pathlib, numpy, PIL.Image', names)
+  run = functools.partial(eval, call.replace('{{', '{'), names)
+  kind = SystemExit if READ[call] else (ValueError, IndexError)
+  with pytest.raises(kind):
+    program._run(lambda _: run(), None, ())
+  lines = capsys.readouterr().err.splitlines()
+  if READ[call]:
+    assert len(lines) == 1 and lines[0].startswith('error: ')
+    assert READ[call].format(file=tmp_path / 'file') in lines[0]
+  else:
+    assert not lines
+
+
+@pytest.mark.parametrize(
+  ('output', 'code', 'message'),
+  [('>&-', 0, ''), ('>/dev/full', 2, 'error: No space left on device\n')],
+)
+@pytest.mark.parametrize('arguments', ['--help', 'encode --help'])
+def test_a_closed_or_full_output_and_no_docstrings(
+  output, code, message, arguments, one_device_python, tmp_path
+):
+  script = tmp_path / 'rvq.sh'
+  script.write_text(
+    f'{sys.executable} -OO -c "{RVQ}" {arguments} {output}\nexit $?'
+  )
+  shell = f'import subprocess; exit(subprocess.call(["sh", {str(script)!r}]))'
+  done = one_device_python(shell, PYTHONPATH=str(ROOT))
+  assert (done.returncode, done.stderr) == (code, message)
 
 
 def test_a_user_without_a_home_is_told(refused, monkeypatch):

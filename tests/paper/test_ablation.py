@@ -88,6 +88,17 @@ def test_what_cannot_run_is_refused_before_the_first_run(run_grid, tiny_config):
   assert len(run_grid.calls) == 1
 
 
+@pytest.mark.parametrize('name', ['report/report.md', 'fsq/seed_0/notes.md'])
+def test_a_grid_does_not_start_in_a_folder_of_the_user(
+  run_grid, tmp_path, name
+):
+  (tmp_path / name).parent.mkdir(parents=True)
+  (tmp_path / name).write_text('mine')
+  with one_line('--workdir: expected a new or empty folder, or one that'):
+    run_grid('simvq', 'fsq')
+  assert not run_grid.calls
+
+
 def test_a_summary_has_mean_and_sample_deviation():
   values = [0.1, 0.3, 0.2]
   metrics = [METRICS | {'mse': value} for value in values]

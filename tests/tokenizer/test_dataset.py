@@ -289,15 +289,13 @@ def test_a_folder_or_file_of_the_user_is_not_written_to(
   assert {x.name for x in tmp_path.iterdir()} == {'mine', 'tokens'}
 
 
-@pytest.mark.parametrize(
-  ('name', 'locked'), [('new', '.new.partial'), ('tokens', 'tokens')]
-)
+@pytest.mark.parametrize('name', ['new', 'tokens'])
 def test_a_folder_that_another_process_encodes_is_refused(
-  tokens, source, tmp_path, name, locked
+  tokens, source, tmp_path, name
 ):
-  (tmp_path / locked).mkdir(exist_ok=True)
+  (tmp_path / name).mkdir(exist_ok=True)
   before = content(tokens[1])
-  with lock(tmp_path / locked, 'it', 'wait'):  # as the other process does
+  with lock(tmp_path / name, 'it', 'wait'):  # as the other process does
     with one_line(f'/{name} is in use'):
       encode_dataset(tokens[0], source, tmp_path / name)
   assert content(tokens[1]) == before
@@ -307,8 +305,6 @@ def test_a_folder_that_another_process_encodes_is_refused(
 def test_a_folder_is_locked_until_its_encoding_ends(
   make_tokenizer, source, tmp_path, monkeypatch
 ):
-  """The lock is taken before the folder has its name, and stays with it."""
-
   def encode_rows(tokenizer, source, folder, meta):
     with one_line('is in use'):
       encode_dataset(tokenizer, source, folder)
@@ -317,6 +313,25 @@ def test_a_folder_is_locked_until_its_encoding_ends(
   monkeypatch.setattr(encoding, '_encode_rows', encode_rows)
   with pytest.raises(KeyboardInterrupt):
     encode_dataset(make_tokenizer(), source, tmp_path / 'tokens')
+
+
+def test_a_volume_takes_tokens_and_images(make_tokenizer, source, volume):
+  encode_dataset(make_tokenizer(), source, volume)
+  assert sorted(content(volume)) == FILES
+  decode_dataset(make_tokenizer(), volume, volume / 'images')
+
+
+@pytest.mark.parametrize('rest', ['.meta.json.7.partial', 'meta.json'])
+def test_an_encoding_that_was_killed_while_it_began_resumes(
+  tokens, source, tmp_path, rest
+):
+  folder = tmp_path / 'killed'
+  folder.mkdir()
+  meta = json.loads((tokens[1] / 'meta.json').read_text()) | {'rows_done': -1}
+  (folder / rest).write_text(json.dumps(meta))
+  (folder / 'ids.npy').write_text('half') if rest == 'meta.json' else None
+  encode_dataset(tokens[0], source, folder)
+  assert content(folder) == content(tokens[1])
 
 
 def test_a_folder_that_cannot_be_filled_leaves_nothing(

@@ -99,6 +99,13 @@ def test_metrics_of_another_step_are_left_out(run, tmp_path):
   assert 'Not evaluated' in (tmp_path / 'x' / 'README.md').read_text()
 
 
+def test_a_volume_takes_an_export(run, exported, volume):
+  export_run(run, volume, name='Tiny', license='cc-by-4.0')
+  names = {path.name for path in exported.iterdir()}
+  assert {path.name for path in volume.iterdir()} == names
+  assert load(volume).model_hash == load(run).model_hash
+
+
 def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
   full = mock.Mock(side_effect=OSError('no space left'))
   monkeypatch.setattr('rvq_jax.tokenizer.export._card', full)

@@ -13,6 +13,7 @@ from errors import one_line
 from tiny_step import Run
 
 from rvq_jax import load
+from rvq_jax.training import checkpoints as checkpoints_lib
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import Checkpoints
 
@@ -139,12 +140,45 @@ def test_a_run_resumes_from_the_step_before_and_saves_the_bad_one_anew(
 def test_what_a_killed_run_left_is_removed(run, template):
   folder = run / 'checkpoints'
   shutil.copytree(folder / '6', folder / '8.orbax-checkpoint-tmp')
-  shutil.rmtree(folder / '4/meta')  # half deleted
+  shutil.copytree(folder / '6', folder / '.deleted' / '2')
+  with Checkpoints(run) as checkpoints:
+    checkpoints.restore_newest(template, lambda meta: None)
+    assert checkpoints.steps == [3, 4, 6]
+  assert sorted(p.name for p in folder.iterdir()) == ['3', '4', '6']
+  assert not (run / 'corrupt').exists()
+
+
+@pytest.mark.parametrize('again', [False, True])
+def test_an_older_step_without_meta_is_named_and_moved(
+  run, template, caplog, again
+):
+  shutil.rmtree(run / 'checkpoints/4/meta')
+  if again:
+    (run / 'corrupt/4').mkdir(parents=True)
+    (run / 'corrupt/4/mine').touch()
   with Checkpoints(run) as checkpoints:
     checkpoints.restore_newest(template, lambda meta: None)
     assert checkpoints.steps == [3, 6]
-  assert sorted(p.name for p in folder.iterdir()) == ['3', '6']
-  assert not (run / 'corrupt').exists()
+  [warning] = warnings_of(caplog)
+  assert 'step 4' in warning and 'is damaged: meta' in warning
+  name = '4-again' if again else '4'
+  assert f'moved to {run}/corrupt/{name}, resuming from step 6' in warning
+  assert {p.name for p in run.glob(f'corrupt/{name}/*')} >= {'model'}
+  assert (run / 'corrupt/4/mine').exists() == again
+
+
+def test_a_kill_while_a_step_is_deleted_leaves_no_damaged_step(
+  run, state, monkeypatch
+):
+  """An old step leaves the others by one rename."""
+  kept = []
+  monkeypatch.setattr(checkpoints_lib, '_DELETED', '.kept')
+  monkeypatch.setattr(shutil, 'rmtree', lambda path, **_: kept.append(path))
+  with Checkpoints(run, keep=1) as checkpoints:
+    save(checkpoints, state, 7)
+  assert {p.name for p in (run / 'checkpoints/.kept').iterdir()} >= {'4'}
+  for step in (run / 'checkpoints/.kept').iterdir():
+    assert {p.name for p in step.iterdir()} >= {*ITEMS}
 
 
 def test_a_run_without_a_sound_step_is_refused_and_left_alone(run, template):

@@ -88,7 +88,7 @@ def test_a_second_process_is_refused_before_it_opens_the_data(
 
 def test_a_workdir_that_cannot_be_made_is_named(tmp_path, tiny_config):
   (tmp_path / 'file').write_text('')
-  with one_line('cannot make the folder .*/file/run'):
+  with one_line('--workdir: cannot write to .*/file/run'):
     loop.train(tiny_config, tmp_path / 'file' / 'run')
 
 
