@@ -42,7 +42,9 @@ def open_folder(folder):
     dtype = np.min_scalar_type(meta['codebook_size'] - 1)
     expected = dtype, (meta['num_images'], *meta['grid']), np.int32
     if (ids.dtype, ids.shape, labels.dtype) != expected or not (
-      meta['rows_done'] <= min(len(names), len(ids)) and len(ids) == len(labels)
+      meta['rows_done'] <= min(len(names), len(ids))
+      and len(ids) == len(labels)
+      and all(0 <= x['row'] < len(ids) for x in meta['skipped'])
     ):
       raise ValueError(f'{META} does not describe the other files')
   except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
@@ -55,7 +57,8 @@ def open_folder(folder):
 class TokenDataset:
   """A complete folder of tokens with random access, also a Grain source.
 
-  Item i is {'ids': [H, W], [H, W, L] or [T], 'label': int32, 'name': str}.
+  Item i is {'ids': [H, W], [H, W, L] or [T], 'label': int32, 'name': str}. Rows
+  whose images could not be decoded are no items.
 
   >>> from rvq_jax import TokenDataset
   >>> tokens = TokenDataset('tokens')  # from launch/encode.py
@@ -64,7 +67,7 @@ class TokenDataset:
 
   Args:
     folder: from `encoding.encode_dataset`. Its four files are the attributes
-      meta, ids (memory-mapped), labels and names.
+      meta, ids (memory-mapped), labels and names; item i is their row rows[i].
 
   Raises:
     ValueError: the folder is incomplete, damaged, or holds something else.
@@ -73,22 +76,25 @@ class TokenDataset:
   def __init__(self, folder):
     self._folder = folder
     self.meta, self.ids, self.labels, self.names = open_folder(folder)
-    if self.meta['rows_done'] != len(self):
+    count, skipped = len(self.ids), [x['row'] for x in self.meta['skipped']]
+    self.rows = np.delete(np.arange(count), skipped)
+    if self.meta['rows_done'] != count:
       raise ValueError(
-        f'{folder} has {self.meta["rows_done"]} of {len(self)} rows; run the '
+        f'{folder} has {self.meta["rows_done"]} of {count} rows; run the '
         'same launch/encode.py again to complete it'
       )
 
   def __len__(self):
-    return len(self.ids)
+    return len(self.rows)
 
   def __getitem__(self, index) -> dict[str, Any]:
-    ids, size = np.array(self.ids[index]), self.meta['codebook_size']
+    row, size = self.rows[index], self.meta['codebook_size']
+    ids = np.array(self.ids[row])
     if ids.max() >= size:
       raise ValueError(
         f'{self._folder} is damaged: expected ids below {size}, got {ids.max()}'
       )
-    return {'ids': ids, 'label': self.labels[index], 'name': self.names[index]}
+    return {'ids': ids, 'label': self.labels[row], 'name': self.names[row]}
 
   def __reduce__(self):
     return TokenDataset, (self._folder,)
@@ -107,15 +113,15 @@ def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
   tokenizer.check_encoder(dataset.meta['encoder_hash'], folder)
   check_new(output)
   size = dataset.meta['image_size']
-  batch, skipped = batch_size(size), {x['row'] for x in dataset.meta['skipped']}
+  batch, read = batch_size(size), set(dataset.rows.tolist())
   with explain_full_disk(output, 'decode to another folder'):
     output.mkdir(parents=True, exist_ok=True)
-    for start in tqdm(range(0, len(dataset), batch), disable=None):
+    for start in tqdm(range(0, len(dataset.ids), batch), disable=None):
       ids = dataset.ids[start : start + batch]
       # The last batch is filled up: another shape would compile again.
       filled = np.resize(ids, (batch, *ids.shape[1:]))
       images = tiling.decode_ids(tokenizer, filled, size, size)
       for row, image in enumerate(images[: len(ids)], start):
-        if row not in skipped:
+        if row in read:
           Image.fromarray(image).save(output / f'{row:08d}.png')
-  return len(dataset) - len(skipped)
+  return len(dataset)

@@ -338,8 +338,14 @@ def test_an_undecodable_image_has_ids_0_and_a_reason(
   assert skipped['row'] == 5 and '005.png' in skipped['reason']
   assert len(caplog.messages) == 1 and skipped['reason'] in caplog.text
   stored = TokenDataset(folder)
-  assert len(stored) == 120 and stored[5]['name'] == '005.png'
   assert not stored.ids[5].any() and stored.ids[6].any()
+  # It is no item: a generative model would learn it as an image.
+  rows = [i for i in range(120) if i != 5]
+  assert len(stored) == 119 and stored.rows.tolist() == rows
+  batch = grain.MapDataset.source(stored).batch(119)[0]
+  assert batch['name'].tolist() == [f'{i:03}.png' for i in rows]
+  np.testing.assert_array_equal(batch['ids'], stored.ids[rows])
+  assert stored[-1]['name'] == '119.png'
   assert decode_dataset(tokenizer, folder, tmp_path / 'out') == 119
   assert not (tmp_path / 'out' / '00000005.png').exists()
 
@@ -368,6 +374,7 @@ def test_a_folder_decodes_to_reconstructions(tokens, make_tokenizer, tmp_path):
 LIES = [('format', 'x'), ('num_images', 41), ('num_images', '40')]
 LIES += [('codebook_size', 257), ('codebook_size', None), ('grid', [4, 5])]
 LIES += [('grid', 4), ('rows_done', 50), ('rows_done', '40')]
+LIES += [('skipped', [{'row': 40}]), ('skipped', [5])]
 
 
 @pytest.mark.parametrize(('field', 'value'), LIES)
