@@ -39,8 +39,9 @@ def encode_dataset(
   of which at most 1 % may be skipped; the files are those of a single process.
 
   Args:
-    folder: new, empty, or of an earlier call with the same arguments; the same
-      for all processes.
+    folder: new, empty, or of an earlier call with the same model, image size
+      and images (names, labels, sizes, times of change), wherever they lie; the
+      same for all processes.
     image_size: of the scaled and center-cropped images; None: as in training.
     about: `source` in meta.json, which is returned; JSON values.
 
@@ -53,6 +54,7 @@ def encode_dataset(
   size = image_size or tokenizer.image_size
   names = '\0'.join(source.identity() or ()).encode('utf-8', 'replace')
   labels = np.asarray(source.labels, np.int32)
+  stamps = source.stamps()
   meta = {
     'format': FORMAT,
     **tokenizer.about_ids(),
@@ -61,6 +63,9 @@ def encode_dataset(
     'grid': list(tokenizer.ids_shape(size, size)),
     'source': dict(about or {}),
     'source_digest': hashlib.sha256(names + labels.tobytes()).hexdigest(),
+    'source_files': hashlib.sha256(
+      b'' if stamps is None else stamps.tobytes()
+    ).hexdigest(),
     'rows_done': 0,
     'skipped': [],
   }
@@ -148,8 +153,10 @@ def _create(partial, folder, source, meta, shares) -> None:
 def _resume(folder, wanted) -> dict[str, Any]:
   """Checks the folder of an earlier call; drops rows after rows_done."""
   meta, _, _, names = open_folder(folder)
+  meta.setdefault('source_files', wanted['source_files'])  # new in its format
+  may_differ = 'rows_done', 'skipped', 'source'
   for name in wanted:
-    if name not in ('rows_done', 'skipped') and meta.get(name) != wanted[name]:
+    if name not in may_differ and meta.get(name) != wanted[name]:
       raise ValueError(
         f'{folder} has another {name} ({meta.get(name)}, not {wanted[name]}); '
         'name another output folder'

@@ -262,12 +262,46 @@ def test_the_folder_of_another_encoding_is_refused_and_kept(
   for name, *arguments, changed in (
     ('model_hash', other, source, {}),
     ('image_size', tokenizer, source, {'image_size': 12}),
-    ('source', tokenizer, source, {'about': {'input': 'x'}}),
     ('source_digest', tokenizer, renamed, {}),
   ):
     with one_line(f'has another {name} '):
       encode_dataset(*arguments, folder, **changed)
   assert content(folder) == before
+
+
+@pytest.mark.parametrize('change', ['where', 'pixels', 'earlier'])
+def test_a_source_is_what_its_files_are_and_not_where_they_lie(
+  make_tokenizer, numbered, tmp_path, monkeypatch, change
+):
+  numbered(9)
+  tokenizer, folder = make_tokenizer(), tmp_path / 'tokens'
+
+  def encode(name):
+    source = open_images(name)['all']
+    encode_dataset(tokenizer, source, folder, about={'input': name})
+
+  encode(str(tmp_path / 'in'))
+  meta, before = folder / 'meta.json', content(folder)
+  if change == 'earlier':  # folders had no such field
+    about = json.loads(meta.read_text())
+    del about['source_files']
+    meta.write_text(json.dumps(about))
+  if change == 'pixels':
+    path = tmp_path / 'in/003.png'
+    path.write_bytes((tmp_path / 'in/004.png').read_bytes())
+    with one_line('has another source_files '):
+      encode(str(tmp_path / 'in'))
+    assert content(folder) == before
+    return
+  monkeypatch.chdir(tmp_path)
+  for name in ('in', 'in/', './in', 'folder:in'):
+    encode(name)
+  (tmp_path / 'in').rename('moved')
+  encode('moved')
+  assert content(folder).keys() == before.keys()
+  after = json.loads(meta.read_text())
+  first = json.loads(before['meta.json'])
+  assert first == first | after
 
 
 @pytest.mark.parametrize('processes', [1, 2])
