@@ -68,14 +68,21 @@ class TokenDataset:
   Args:
     folder: from `encoding.encode_dataset`. Its four files are the attributes
       meta, ids (memory-mapped), labels and names; item i is their row rows[i].
+    dtype: of the ids of an item, an integer that holds K - 1; None: as stored.
+      PyTorch's embeddings take no unsigned integers of 16 bits.
 
   Raises:
     ValueError: the folder is incomplete, damaged, or holds something else.
   """
 
-  def __init__(self, folder):
-    self._folder = folder
+  def __init__(self, folder, dtype=None):
+    self._folder, self._dtype = folder, dtype
     self.meta, self.ids, self.labels, self.names = open_folder(folder)
+    if dtype is not None and not _holds(dtype, self.meta['codebook_size'] - 1):
+      raise ValueError(
+        'dtype: expected an integer type that holds '
+        f'{self.meta["codebook_size"] - 1}, got {dtype!r}'
+      )
     count, skipped = len(self.ids), [x['row'] for x in self.meta['skipped']]
     self.rows = np.delete(np.arange(count), skipped)
     if self.meta['rows_done'] != count:
@@ -89,7 +96,7 @@ class TokenDataset:
 
   def __getitem__(self, index) -> dict[str, Any]:
     row, size = self.rows[index], self.meta['codebook_size']
-    ids = np.array(self.ids[row])
+    ids = np.array(self.ids[row], self._dtype)
     if ids.max() >= size:
       raise ValueError(
         f'{self._folder} is damaged: expected ids below {size}, got {ids.max()}'
@@ -97,10 +104,18 @@ class TokenDataset:
     return {'ids': ids, 'label': self.labels[row], 'name': self.names[row]}
 
   def __reduce__(self):
-    return TokenDataset, (self._folder,)
+    return TokenDataset, (self._folder, self._dtype)
 
   def __repr__(self):
     return f'TokenDataset({str(self._folder)!r})'
+
+
+def _holds(dtype, number: int) -> bool:
+  """Whether a dtype is an integer one that holds 0 ... number."""
+  try:
+    return np.iinfo(dtype).max >= number
+  except (TypeError, ValueError):
+    return False
 
 
 def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:

@@ -140,6 +140,20 @@ def test_it_is_a_grain_source_also_for_worker_processes(tokens):
   assert repr(stored) == repr(function(*arguments))
 
 
+def test_ids_come_in_the_dtype_asked_for_also_in_pytorch(tokens):
+  assert TokenDataset(tokens[1])[0]['ids'].dtype == np.uint8  # as stored
+  stored = TokenDataset(tokens[1], dtype=np.int32)
+  function, arguments = stored.__reduce__()
+  assert function(*arguments)[0]['ids'].dtype == np.int32
+  for dtype in (np.float32, bool, 'x'):
+    with one_line('dtype: expected an integer .* holds 15, got '):
+      TokenDataset(tokens[1], dtype=dtype)
+  data = pytest.importorskip('torch.utils.data')
+  batch = next(iter(data.DataLoader(stored, batch_size=4)))
+  assert str(batch['ids'].dtype) == 'torch.int32'
+  np.testing.assert_array_equal(batch['ids'].numpy(), stored.ids[:4])
+
+
 def test_an_interrupted_encoding_resumes_to_the_same_files(
   make_tokenizer, numbered, tmp_path, monkeypatch
 ):
