@@ -4,6 +4,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from rvq_jax import sharding
 from rvq_jax.data.decoding import DecodeErrors, decode_ahead, map_ahead
 from rvq_jax.data.sources import Source
+from rvq_jax.data.transforms import MAX_PIXELS
 from rvq_jax.io import check_new, explain_full_disk, lock, write_atomic
 from rvq_jax.tokenizer import tiling
 from rvq_jax.tokenizer.dataset import FORMAT, META, batch_size, open_folder
@@ -42,16 +44,21 @@ def encode_dataset(
     folder: new, empty, or of an earlier call with the same model, image size
       and images (names, labels, sizes, times of change), wherever they lie; the
       same for all processes.
-    image_size: of the scaled and center-cropped images; None: as in training.
+    image_size: of the scaled and center-cropped images, at most 8,192 pixels;
+      None: as in training.
     about: `source` in meta.json, which is returned; JSON values.
 
   Raises:
-    ValueError: the folder holds something else or is in use, or more than 1 %
-      of the whole set cannot be decoded.
+    ValueError: the folder holds something else or is in use, image_size is too
+      large, or more than 1 % of the whole set cannot be decoded.
     OSError: the disk is full.
   """
   folder = Path(folder).resolve()
-  size = image_size or tokenizer.image_size
+  size = tokenizer.image_size if image_size is None else image_size
+  if not 1 <= size <= math.isqrt(MAX_PIXELS):
+    raise ValueError(
+      f'image_size: expected 1 to {math.isqrt(MAX_PIXELS)} pixels, got {size}'
+    )
   names = '\0'.join(source.identity() or ()).encode('utf-8', 'replace')
   labels = np.asarray(source.labels, np.int32)
   stamps = source.stamps()

@@ -419,6 +419,15 @@ def test_a_folder_decodes_to_reconstructions(tokens, make_tokenizer, tmp_path):
     np.testing.assert_array_equal(image, expected[i])
 
 
+@pytest.mark.parametrize('size', [20000, 8196, 0, -4])
+def test_a_size_that_would_fill_the_memory_is_refused_first(
+  make_tokenizer, source, tmp_path, size
+):
+  with one_line(f'image_size: expected 1 to 8192 pixels, got {size}'):
+    encode_dataset(make_tokenizer(), source, tmp_path / 'x', image_size=size)
+  assert not list(tmp_path.iterdir())
+
+
 LIES = [('format', 'x'), ('num_images', 41), ('num_images', '40')]
 LIES += [('codebook_size', 257), ('codebook_size', None), ('grid', [4, 5])]
 LIES += [('grid', 4), ('rows_done', 50), ('rows_done', '40')]
