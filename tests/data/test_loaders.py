@@ -71,6 +71,13 @@ def test_epochs_of_all_seeds_are_different_permutations(
   assert len(set(map(tuple, orders))) == 12
 
 
+@both
+def test_a_set_of_exactly_one_batch_is_an_epoch(make, in_memory):
+  loader = make(4, in_memory=in_memory)
+  assert (loader.num_examples, loader.steps_per_epoch) == (4, 1)
+  assert [sorted(ids(batch)) for batch in _take(loader, 3)] == [[*range(4)]] * 3
+
+
 WORKERS = {'crop': 'random_resized', 'num_workers': 2}
 
 
