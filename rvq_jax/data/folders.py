@@ -110,7 +110,7 @@ def _list_images(root: str, split: str, left_out, again) -> list[tuple]:
   def class_of(path):
     return path[depth:].partition('/')[0] if folders else ''
 
-  read = {*map(class_of, [*listed, *repeated])}
+  read = {*map(class_of, [*listed, *repeated] if listed else [])}
   if empty := sorted({*(folders or [''])} - read):
     where = os.path.normpath(os.path.join(where, empty[0]))
     raise ValueError(

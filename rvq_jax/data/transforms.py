@@ -106,6 +106,8 @@ def decode_crop(data: bytes, size: int, box=center_box, *, name: str = ''):
   by 41 dB at worst (photographs of 288 pixels, crops of 12 to 36).
   """
   with _open(data, name) as image:
+    if image.format not in ('JPEG', 'MPO'):
+      image.load()  # in PNG, to look for EXIF would load and hide damage
     width, height = image.size
     if _orientation(image) > 4:  # as of a camera held upright
       width, height = height, width

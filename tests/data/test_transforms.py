@@ -1,5 +1,6 @@
 """Decoding a zoo of formats and damage; crops, the scale, flips and colours."""
 
+import functools
 import struct
 import zlib
 from unittest import mock
@@ -18,6 +19,7 @@ from rvq_jax.data.sources import Record
 from rvq_jax.data.transforms import (
   CROPS,
   ImageError,
+  decode_crop,
   decode_image,
   random_box,
   random_resized_crop,
@@ -316,6 +318,7 @@ def _linear_grey():
 
 FLOAT = encoded(np.full((4, 4), 200, np.float32), 'TIFF')
 DEEP = encoded(np.full((4, 4), 2**20, np.int32), 'TIFF')
+REFUSED_PNG = encoded(noise(96, 128))
 REFUSED = {
   'empty': (b'', 'is empty'),
   'text': (b'this is not an image\n' * 10, 'no format that Pillow reads'),
@@ -328,6 +331,7 @@ REFUSED = {
   'large': (_png(2**13 + 1, 2**13, 8, 2, b''), 'expected at most 67108864'),
   'wide': (_png(2**12 + 1, 2**12, 16, 0, b''), 'expected at most 16777216'),
 }
+REFUSED['PNG of zeros'] = REFUSED_PNG[:-20] + bytes(20), 'cannot be decoded'
 for fmt in ('JPEG', 'PNG', 'WEBP', 'GIF'):
   REFUSED[fmt] = encoded(noise(64, 64), fmt)[:-400], 'cannot be decoded'
 
@@ -335,8 +339,9 @@ for fmt in ('JPEG', 'PNG', 'WEBP', 'GIF'):
 @pytest.mark.parametrize('kind', REFUSED)
 def test_damage_is_an_image_error_that_names_the_image(kind):
   data, message = REFUSED[kind]
-  with one_line(f"'train/7' .*{message}", ImageError):
-    decode_image(data, name='train/7')
+  for decode in (decode_image, functools.partial(decode_crop, size=8)):
+    with one_line(f"'train/7' .*{message}", ImageError):
+      decode(data, name='train/7')
 
 
 # Pillow warns about the block; here that is the expected outcome.

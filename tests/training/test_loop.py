@@ -48,7 +48,7 @@ def test_corrupt_validation_images_do_not_cost_the_run(
   images = shutil.copytree(image_folder, tmp_path / 'images')
   for i in range(2):  # of 63: over 1 %
     (images / f'validation/class0/{2 * i:03d}.png').write_bytes(b'')
-  tiny_config.data.name, tiny_config.num_steps = f'folder:{images}', 1
+  tiny_config.data.name, tiny_config.num_steps = f'folder:{images}', 5
   result = loop.train(tiny_config, tmp_path / 'run')
   assert result['images'] == 10 and 'left out image validation/' in caplog.text
 
