@@ -63,10 +63,8 @@ def open_tokens(folder, tokenizer, seed: int, share: float):
     shape = tokens.ids.shape[1:]
     if tokenizer.codes_per_position:
       raise ValueError(f'{folder}: expected one id per position, got {shape}')
-    rows = [x['row'] for x in tokens.meta['skipped']]
-    rows = np.setdiff1d(np.arange(len(tokens)), rows)
-    ids = np.int32(tokens.ids[rows]).reshape(len(rows), -1)
-    parts.append((ids, tokens.labels[rows]))
+    ids = np.int32(tokens.ids[tokens.rows]).reshape(len(tokens), -1)
+    parts.append((ids, tokens.labels[tokens.rows]))
   if len(parts) == 1:
     order = np.random.default_rng(seed).permutation(len(parts[0][0]))
     end = round(share * len(order))

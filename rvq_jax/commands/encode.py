@@ -19,7 +19,9 @@ from rvq_jax.commands.program import COUNT, Flag
   Flag('input', 'Folder or data set.'),
   Flag('output', 'Folder of the tokens.'),
   Flag('split', 'One split; default: each.'),
-  Flag('image_size', 'Pixels per side; default: that of the run.', None, COUNT),
+  Flag(
+    'image_size', 'Pixels, up to 8192; default: that of the run.', None, COUNT
+  ),
   *program.PROCESSES,
   paths=True,
 )

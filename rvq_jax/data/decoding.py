@@ -110,10 +110,12 @@ class LoadImage:
     crop = functools.partial(CROPS[self.crop], rng=rng, scale=self.crop_scale)
     decode = functools.partial(decode_crop, size=self.size, box=crop)
     for _ in range(_ATTEMPTS):
+      drawn = rng.bit_generator.state
       image, name, reason = decode_record(self.source, row, decode)
       if image is not None:
         return {'image': image, 'failures': box}
       failures.append((row, name, reason))
+      rng.bit_generator.state = drawn  # whether or not a crop was drawn
       row = int(rng.integers(len(self.source)))
     reasons = '; '.join(f'{name}: {reason}' for _, name, reason in failures)
     raise OSError(

@@ -116,6 +116,12 @@ class GrainLoader(TrainLoader):
       self.close()  # otherwise Grain would end the epoch silently
       if 'terminated unexpectedly' not in str(error):
         raise
+      if 'exit code 1.' in str(error):  # of Python, after an exception
+        raise ValueError(
+          'a data worker could not work, see its error above; each worker runs '
+          'the script once more: put what it does under '
+          "if __name__ == '__main__':"
+        ) from error
       raise ChildProcessError(
         f'a data worker died ({error}); if it ran out of memory or /dev/shm, '
         'lower data.num_workers or batch_size; the same command resumes from '

@@ -30,6 +30,10 @@ class Source:
     """Names that differ if the records do; None if they are not known."""
     return None
 
+  def stamps(self) -> np.ndarray | None:
+    """What changes with the bytes of the records: int64 [n, 2], or None."""
+    return None
+
   def subset(self, indices: np.ndarray) -> 'Source':
     """Returns the records at `indices`, in that order, as a source."""
     return Selection([self], indices)

@@ -26,7 +26,7 @@ def stratified_split(labels: np.ndarray) -> list[np.ndarray]:
   """Splits indices: each part has its share of every class, within one image.
 
   Each class is permuted by a fixed seed and cut at the rounded cumulative
-  fractions. `labels` are integers [n], at least -1; any value is a class.
+  fractions. `labels` are integers [n]; any value is a class.
   Returns the sorted int64 indices of train, validation and test.
   """
   edges = np.cumsum(FRACTIONS)[:-1]
@@ -35,7 +35,8 @@ def stratified_split(labels: np.ndarray) -> list[np.ndarray]:
   classes, starts = np.unique(labels[order], return_index=True)
   for value, members in zip(classes, np.split(order, starts)[1:], strict=True):
     # SeedSequence takes no negative words, and -1 is the label of "none".
-    shuffled = members[seeded_permutation(members.size, 0, int(value) + 1)]
+    word = (int(value) + 1) % 2**64
+    shuffled = members[seeded_permutation(members.size, 0, word)]
     cuts = np.floor(edges * members.size + 0.5).astype(np.int64)
     pieces.append(np.split(shuffled, cuts))
   return [np.sort(np.concatenate(part)) for part in zip(*pieces, strict=True)]

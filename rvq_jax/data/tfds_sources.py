@@ -95,6 +95,12 @@ class TfdsSource(Source):
           f'{error}; put back a copy of its files or prepare it again'
         ) from error
       labels += [int(example['label']) for example in chunk]
+    first, last = min(labels, default=-1), max(labels, default=-1)
+    if first < -(2**31) or last >= 2**31:
+      raise ValueError(
+        f'the labels of {self._split} of {self._directory} are from {first} to '
+        f'{last}: expected integers from {-(2**31)} to {2**31 - 1}'
+      )
     return np.array(labels or [-1] * len(self), np.int32)
 
   def identity(self):

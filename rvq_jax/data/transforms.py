@@ -84,12 +84,14 @@ def decode_image(data: bytes, *, name: str = '') -> np.ndarray:
   """Decodes an encoded image to RGB as a viewer would show it.
 
   EXIF orientation is applied, a colour profile is converted to sRGB,
-  transparency is composited over white, CMYK is converted, 16 bits are scaled
-  to 8, and an animation gives its first frame.
+  transparency is composited over white, every mode of Pillow is converted, 16
+  bits and floats on [0, 1] are scaled to 8, and an animation gives its first
+  frame.
 
   Raises:
-    ImageError: it is corrupt, in none of `formats()`, has float pixels, or more
-      than `MAX_PIXELS` pixels, a quarter of that with 16 bits; names `name`.
+    ImageError: it is corrupt, in none of `formats()`, has floats outside [0, 1]
+      or integers outside [0, 65535], or more than `MAX_PIXELS` pixels, a
+      quarter of that with 16 bits or more; names `name`.
   """
   with _open(data, name) as image:
     return _pixels(image)
@@ -104,6 +106,8 @@ def decode_crop(data: bytes, size: int, box=center_box, *, name: str = ''):
   by 41 dB at worst (photographs of 288 pixels, crops of 12 to 36).
   """
   with _open(data, name) as image:
+    if image.format not in ('JPEG', 'MPO'):
+      image.load()  # in PNG, to look for EXIF would load and hide damage
     width, height = image.size
     if _orientation(image) > 4:  # as of a camera held upright
       width, height = height, width
@@ -125,16 +129,14 @@ def _open(data: bytes, name: str):
     raise ImageError(f'{label} is empty (0 bytes)')
   try:
     with Image.open(io.BytesIO(data), formats=formats()) as image:
-      if image.mode == 'F':
-        raise ImageError(f'{label} has float pixels: expected integers')
-      limit = MAX_PIXELS // (4 if image.mode.startswith('I') else 1)
+      limit = MAX_PIXELS // (4 if image.mode.startswith(('I', 'F')) else 1)
       if image.width * image.height > limit:
         raise ImageError(
-          f'{label} has {image.width} x {image.height} pixels: expected at '
+          f'it has {image.width} x {image.height} pixels: expected at '
           f'most {limit}'
         )
       yield image
-  except (ImageError, MemoryError):
+  except MemoryError:
     raise
   except Exception as error:  # Pillow reports damage through a dozen types
     reason = ' '.join(str(error).split()) or type(error).__name__
@@ -146,7 +148,8 @@ def _open(data: bytes, name: str):
 def _pixels(image: Image.Image) -> np.ndarray:
   image.load()
   turn = _TURNS.get(_orientation(image))
-  return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
+  image = _to_rgb(image)
+  return np.asarray(image if turn is None else image.transpose(turn))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -162,32 +165,63 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
   """Converts any Pillow mode to RGB over a white background."""
-  if image.mode.startswith('I'):  # 16-bit grey: convert('L') would clip at 255
-    wide = np.clip(np.asarray(image), 0, 65535).astype(np.int32)
-    grey = ((wide + 128) // 257).astype(np.uint8)
-    return Image.fromarray(grey).convert('RGB')
-  if image.has_transparency_data:
-    rgba = _to_srgb(image.convert('RGBA'))
-    white = Image.new('RGBA', rgba.size, 'white')
-    return Image.alpha_composite(white, rgba).convert('RGB')
-  image = _to_srgb(image.convert('RGB') if image.mode == 'P' else image)
-  return image if image.mode == 'RGB' else image.convert('RGB')
-
-
-def _to_srgb(image: Image.Image) -> Image.Image:
-  """Applies an ICC profile; a damaged one is ignored."""
-  data = image.info.get('icc_profile')
-  if not data or image.mode not in ('RGB', 'RGBA', 'L', 'CMYK'):
+  profile, alpha = image.info.get('icc_profile'), None
+  if image.mode.startswith(('I', 'F')):
+    image, alpha = _eight_bits(image)
+  elif image.has_transparency_data:
+    grey = image.mode in ('1', 'L', 'LA', 'La')
+    if image.mode == '1':
+      image = image.convert('L')  # keeps the transparent value
+    image = image.convert('LA' if grey else 'RGBA')
+    alpha, image = image.getchannel('A'), image.convert('L' if grey else 'RGB')
+  image = _to_srgb(image, profile)
+  if alpha is None:
     return image
-  mode = 'RGBA' if image.mode == 'RGBA' else 'RGB'
+  image.putalpha(alpha)
+  white = Image.new('RGBA', image.size, 'white')
+  return Image.alpha_composite(white, image).convert('RGB')
+
+
+def _eight_bits(image: Image.Image):
+  """Grey of more than 8 bits as mode L, and the mask of what is not clear.
+
+  `convert('L')` would clip at 255. Floats are read on [0, 1].
+  """
+  wide, tags = np.asarray(image), getattr(image, 'tag_v2', {})
+  top = 1 if image.mode == 'F' else 65535
+  if tags.get(258) == (12,):
+    top = 4095
+  if not (wide.min() >= 0 and wide.max() <= top):
+    raise ImageError(
+      f'it has pixels from {wide.min()} to {wide.max()}: expected [0, {top}]'
+    )
+  value = wide.astype(np.float64) * (255 / top)
+  if tags.get(262) == 0:  # white is 0, which Pillow heeds in 8 bits only
+    value = 255 - value
+  clear, alpha = image.info.get('transparency'), None
+  if clear is not None:
+    alpha = Image.fromarray(np.where(wide == clear, 0, 255).astype(np.uint8))
+  return Image.fromarray((value + 0.5).astype(np.uint8)), alpha
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+  """Converts to RGB, by an ICC profile; a damaged one is ignored."""
   try:
-    profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
-    if ImageCms.getProfileDescription(profile).strip() in _SRGB:
-      return image
+    if image.mode == 'LAB':
+      source = ImageCms.createProfile('LAB')
+    elif profile and image.mode in ('RGB', 'L', 'CMYK', 'P'):
+      source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+      if ImageCms.getProfileDescription(source).strip() in _SRGB:
+        return image.convert('RGB')
+      space = source.profile.xcolor_space
+      if space == 'RGB ' and image.mode != 'CMYK':
+        image = image.convert('RGB')
+    else:
+      return image.convert('RGB')
     srgb = ImageCms.createProfile('sRGB')
-    return ImageCms.profileToProfile(image, profile, srgb, outputMode=mode)
+    return ImageCms.profileToProfile(image, source, srgb, outputMode='RGB')
   except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-    return image
+    return image.convert('RGB')
 
 
 def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:

@@ -42,7 +42,9 @@ def open_folder(folder):
     dtype = np.min_scalar_type(meta['codebook_size'] - 1)
     expected = dtype, (meta['num_images'], *meta['grid']), np.int32
     if (ids.dtype, ids.shape, labels.dtype) != expected or not (
-      meta['rows_done'] <= min(len(names), len(ids)) and len(ids) == len(labels)
+      meta['rows_done'] <= min(len(names), len(ids))
+      and len(ids) == len(labels)
+      and all(0 <= x['row'] < len(ids) for x in meta['skipped'])
     ):
       raise ValueError(f'{META} does not describe the other files')
   except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
@@ -55,7 +57,8 @@ def open_folder(folder):
 class TokenDataset:
   """A complete folder of tokens with random access, also a Grain source.
 
-  Item i is {'ids': [H, W], [H, W, L] or [T], 'label': int32, 'name': str}.
+  Item i is {'ids': [H, W], [H, W, L] or [T], 'label': int32, 'name': str}. Rows
+  whose images could not be decoded are no items.
 
   >>> from rvq_jax import TokenDataset
   >>> tokens = TokenDataset('tokens')  # from rvq encode
@@ -64,37 +67,55 @@ class TokenDataset:
 
   Args:
     folder: from `encoding.encode_dataset`. Its four files are the attributes
-      meta, ids (memory-mapped), labels and names.
+      meta, ids (memory-mapped), labels and names; item i is their row rows[i].
+    dtype: of the ids of an item, an integer that holds K - 1; None: as stored.
+      PyTorch's embeddings take no unsigned integers of 16 bits.
 
   Raises:
     ValueError: the folder is incomplete, damaged, or holds something else.
   """
 
-  def __init__(self, folder):
-    self._folder = folder
+  def __init__(self, folder, dtype=None):
+    self._folder, self._dtype = folder, dtype
     self.meta, self.ids, self.labels, self.names = open_folder(folder)
-    if self.meta['rows_done'] != len(self):
+    if dtype is not None and not _holds(dtype, self.meta['codebook_size'] - 1):
       raise ValueError(
-        f'{folder} has {self.meta["rows_done"]} of {len(self)} rows; run the '
+        'dtype: expected an integer type that holds '
+        f'{self.meta["codebook_size"] - 1}, got {dtype!r}'
+      )
+    count, skipped = len(self.ids), [x['row'] for x in self.meta['skipped']]
+    self.rows = np.delete(np.arange(count), skipped)
+    if self.meta['rows_done'] != count:
+      raise ValueError(
+        f'{folder} has {self.meta["rows_done"]} of {count} rows; run the '
         'same rvq encode again to complete it'
       )
 
   def __len__(self):
-    return len(self.ids)
+    return len(self.rows)
 
   def __getitem__(self, index) -> dict[str, Any]:
-    ids, size = np.array(self.ids[index]), self.meta['codebook_size']
+    row, size = self.rows[index], self.meta['codebook_size']
+    ids = np.array(self.ids[row], self._dtype)
     if ids.max() >= size:
       raise ValueError(
         f'{self._folder} is damaged: expected ids below {size}, got {ids.max()}'
       )
-    return {'ids': ids, 'label': self.labels[index], 'name': self.names[index]}
+    return {'ids': ids, 'label': self.labels[row], 'name': self.names[row]}
 
   def __reduce__(self):
-    return TokenDataset, (self._folder,)
+    return TokenDataset, (self._folder, self._dtype)
 
   def __repr__(self):
     return f'TokenDataset({str(self._folder)!r})'
+
+
+def _holds(dtype, number: int) -> bool:
+  """Whether a dtype is an integer one that holds 0 ... number."""
+  try:
+    return np.iinfo(dtype).max >= number
+  except (TypeError, ValueError):
+    return False
 
 
 def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
@@ -107,15 +128,15 @@ def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
   tokenizer.check_encoder(dataset.meta['encoder_hash'], folder)
   check_folder(output)
   size = dataset.meta['image_size']
-  batch, skipped = batch_size(size), {x['row'] for x in dataset.meta['skipped']}
+  batch, read = batch_size(size), set(dataset.rows.tolist())
   with explain_full_disk(output, 'decode to another folder'):
     output.mkdir(parents=True, exist_ok=True)
-    for start in tqdm(range(0, len(dataset), batch), disable=None):
+    for start in tqdm(range(0, len(dataset.ids), batch), disable=None):
       ids = dataset.ids[start : start + batch]
       # The last batch is filled up: another shape would compile again.
       filled = np.resize(ids, (batch, *ids.shape[1:]))
       images = tiling.decode_ids(tokenizer, filled, size, size)
       for row, image in enumerate(images[: len(ids)], start):
-        if row not in skipped:
+        if row in read:
           Image.fromarray(image).save(output / f'{row:08d}.png')
-  return len(dataset) - len(skipped)
+  return len(dataset)

@@ -5,6 +5,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from rvq_jax import sharding
 from rvq_jax.data.decoding import DecodeErrors, decode_ahead, map_ahead
 from rvq_jax.data.sources import Source
+from rvq_jax.data.transforms import MAX_PIXELS
 from rvq_jax.io import (
   check_folder,
   explain_full_disk,
@@ -56,20 +58,27 @@ def encode_dataset(
   of which at most 1 % may be skipped; the files are those of a single process.
 
   Args:
-    folder: new, empty, or of an earlier call with the same arguments; the same
-      for all processes.
-    image_size: of the scaled and center-cropped images; None: as in training.
+    folder: new, empty, or of an earlier call with the same model, image size
+      and images (names, labels, sizes, times of change), wherever they lie; the
+      same for all processes.
+    image_size: of the scaled and center-cropped images, at most 8,192 pixels;
+      None: as in training.
     about: `source` in meta.json, which is returned; JSON values.
 
   Raises:
-    ValueError: the folder holds something else or is in use, or more than 1 %
-      of the whole set cannot be decoded.
+    ValueError: the folder holds something else or is in use, image_size is too
+      large, or more than 1 % of the whole set cannot be decoded.
     OSError: the disk is full.
   """
   folder = Path(folder).resolve()
-  size = image_size or tokenizer.image_size
+  size = tokenizer.image_size if image_size is None else image_size
+  if not 1 <= size <= math.isqrt(MAX_PIXELS):
+    raise ValueError(
+      f'image_size: expected 1 to {math.isqrt(MAX_PIXELS)} pixels, got {size}'
+    )
   names = '\0'.join(source.identity() or ()).encode('utf-8', 'replace')
   labels = np.asarray(source.labels, np.int32)
+  stamps = source.stamps()
   meta = {
     'format': FORMAT,
     **tokenizer.about_ids(),
@@ -78,6 +87,9 @@ def encode_dataset(
     'grid': list(tokenizer.ids_shape(size, size)),
     'source': dict(about or {}),
     'source_digest': hashlib.sha256(names + labels.tobytes()).hexdigest(),
+    'source_files': hashlib.sha256(
+      b'' if stamps is None else stamps.tobytes()
+    ).hexdigest(),
     'rows_done': 0,
     'skipped': [],
   }
@@ -185,8 +197,10 @@ def _create(folder, new, source, meta, shares) -> None:
 def _resume(folder, wanted) -> dict[str, Any]:
   """Checks the folder of an earlier call; drops rows after rows_done."""
   meta, _, _, names = open_folder(folder)
+  meta.setdefault('source_files', wanted['source_files'])  # new in its format
+  may_differ = 'rows_done', 'skipped', 'source'
   for name in wanted:
-    if name not in ('rows_done', 'skipped') and meta.get(name) != wanted[name]:
+    if name not in may_differ and meta.get(name) != wanted[name]:
       raise ValueError(
         f'{folder} has another {name} ({meta.get(name)}, not {wanted[name]}); '
         'name another output folder'

@@ -157,6 +157,13 @@ def test_links_to_elsewhere_are_read_in_the_order_of_their_names(tmp_path):
   assert _names(open_images(str(root))['all']) == names
 
 
+def test_a_folder_of_only_a_link_to_its_parent_holds_no_images(tmp_path):
+  _link(tmp_path / 'set', 'up', '..')
+  _fill(tmp_path, 'x.png')
+  with one_line('set/up holds no images'):
+    open_images(str(tmp_path / 'set'))
+
+
 def test_splits_that_share_images_are_named_and_divided_once(tmp_path, caplog):
   _fill(tmp_path, *(f'train/a/{i:02d}.png' for i in range(20)))
   _link(tmp_path, 'test', 'train')

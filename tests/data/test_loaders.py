@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from rvq_jax.data.folders import open_folder
 from rvq_jax.data.loaders import eval_batches, make_train_loader
 from rvq_jax.data.sources import SPLITS
 
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {'batch_size': 4, 'image_size': 8}
 KINDS = [{'in_memory': True}, {'in_memory': False}]
 KINDS += [{'crop': 'random'}, {'crop': 'random_resized'}]
@@ -67,6 +69,13 @@ def test_epochs_of_all_seeds_are_different_permutations(
   assert all(len(set(order)) == 4 * steps for order in orders)
   assert set().union(*orders) == set(range(n))
   assert len(set(map(tuple, orders))) == 12
+
+
+@both
+def test_a_set_of_exactly_one_batch_is_an_epoch(make, in_memory):
+  loader = make(4, in_memory=in_memory)
+  assert (loader.num_examples, loader.steps_per_epoch) == (4, 1)
+  assert [sorted(ids(batch)) for batch in _take(loader, 3)] == [[*range(4)]] * 3
 
 
 WORKERS = {'crop': 'random_resized', 'num_workers': 2}
@@ -221,6 +230,22 @@ def test_a_worker_ends_with_its_loader_but_by_no_stop_signal(make_source):
   gc.collect()
   worker.join(timeout=10)
   assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_named_as_the_cause(
+  run_python, make_source, tmp_path
+):
+  script = tmp_path / 'script.py'
+  script.write_text(f"""
+from rvq_jax.data.folders import open_folder
+from rvq_jax.data.loaders import make_train_loader
+source = open_folder({make_source(8).root!r})['all']
+next(make_train_loader(source, in_memory=False, num_workers=1, **{OPTIONS}))
+""")
+  ended = run_python(script, PYTHONPATH=str(ROOT))
+  cause = ended.stderr.splitlines()[-1]
+  assert "if __name__ == '__main__':" in cause and 'memory' not in cause
 
 
 def _valid(batches):

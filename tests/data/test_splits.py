@@ -12,7 +12,7 @@ from rvq_jax.data.splits import (
   stratified_split,
 )
 
-LABELS = st.lists(st.integers(-1, 6), min_size=0, max_size=200)
+LABELS = st.lists(st.integers(-9, 6), min_size=0, max_size=200)
 
 
 @settings(max_examples=60, deadline=None)

@@ -107,6 +107,19 @@ def test_a_number_is_a_name_a_text_no_class_and_val_is_validation(
   assert train.labels.tolist() == [-1] * 9
 
 
+@pytest.mark.parametrize('split', ['official', 'paper'])
+@pytest.mark.parametrize('label', [-(2**31), -2, 2**31 - 1, 2**31, -(2**40)])
+def test_a_label_is_any_number_of_32_bits(tmp_path, split, label):
+  _prepare(tmp_path, (20, 10), fields={'label': np.int64} | ID, label=label)
+  if abs(label + 0.5) > 2**31:
+    with one_line(f'labels .* from {label} to {label}: expected .* 2147483647'):
+      list(_open(tmp_path, split=split).train.labels)
+    return
+  data = _open(tmp_path, split=split)
+  assert set(data.train.labels) == {label}
+  assert len(data.train) == (20 if split == 'official' else 21)
+
+
 @pytest.mark.parametrize('cache', ['valid', 'outdated', 'hostile'])
 def test_only_a_valid_cache_of_labels_is_read(tmp_path, monkeypatch, cache):
   monkeypatch.setattr(tfds_sources, '_CACHE_LABELS_FROM', 1)

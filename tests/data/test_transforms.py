@@ -1,5 +1,6 @@
 """Decoding a zoo of formats and damage; crops, the scale, flips and colours."""
 
+import functools
 import struct
 import zlib
 from unittest import mock
@@ -18,6 +19,7 @@ from rvq_jax.data.sources import Record
 from rvq_jax.data.transforms import (
   CROPS,
   ImageError,
+  decode_crop,
   decode_image,
   random_box,
   random_resized_crop,
@@ -27,7 +29,7 @@ from rvq_jax.data.transforms import (
 from rvq_jax.metrics import to_float, to_uint8
 
 
-def _png(width, height, bits, kind, rows):
+def _png(width, height, bits, kind, rows, **chunks):
   """A PNG written by hand, so that Pillow is not its own oracle."""
 
   def chunk(name, payload):
@@ -35,7 +37,9 @@ def _png(width, height, bits, kind, rows):
     return struct.pack('>I', len(payload)) + name + payload + crc
 
   header = struct.pack('>IIBBBBB', width, height, bits, kind, 0, 0, 0)
-  data = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows))
+  data = chunk(b'IHDR', header)
+  data += b''.join(chunk(x.encode(), chunks[x]) for x in chunks)
+  data += chunk(b'IDAT', zlib.compress(rows))
   return b'\x89PNG\r\n\x1a\n' + data + chunk(b'IEND', b'')
 
 
@@ -168,18 +172,166 @@ def test_only_a_whole_colour_profile_is_converted_to_srgb(mode, length):
   assert np.abs(decode_image(data).astype(int) - expected).max() <= 1
 
 
-FLOAT = encoded(np.ones((4, 4), np.float32), 'TIFF')
+def _tiff(pixels, photometric, *, extra=None, bits=None, kind=1, profile=b''):
+  """A TIFF written by hand, of pixels [h, w, c]; kind 2 is signed, 3 float."""
+  height, width, channels = pixels.shape
+  depth = bits or 8 * pixels.itemsize
+  data = pixels.astype(pixels.dtype.newbyteorder('<')).tobytes()
+  if depth == 12:
+    (a, b), data = pixels.reshape(-1, 2).T.astype(int), b''
+    packed = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1)
+    data = packed.astype(np.uint8).tobytes()
+  tags = {256: width, 257: height, 258: [depth] * channels, 259: 1}
+  tags |= {262: photometric, 273: 1000, 277: channels, 278: height}
+  tags |= {279: len(data)} | ({} if extra is None else {338: extra})
+  tags |= {339: [kind] * channels} | ({34675: list(profile)} if profile else {})
+  body, later = struct.pack('<H', len(tags)), b''
+  for tag, value in sorted(tags.items()):
+    value = value if isinstance(value, list) else [value]
+    form, type_ = ('B', 7) if tag == 34675 else ('I', 4)
+    packed = struct.pack(f'<{len(value)}{form}', *value)
+    if len(packed) > 4:
+      later += packed
+      packed = struct.pack('<I', 1000 + len(data) + len(later) - len(packed))
+    body += struct.pack('<HHI', tag, type_, len(value)) + packed.ljust(4, b'\0')
+  head = b'II*\0' + struct.pack('<I', 8) + body + bytes(4)
+  return head.ljust(1000, b'\0') + data + later
+
+
+def _over_white(colour, alpha):
+  return colour * alpha + 255 * (1 - alpha)
+
+
+def _modes():
+  """Mode -> (file, what a viewer shows, how far each pixel may be from it)."""
+  rgb = noise(6, 8)
+  grey, alpha = rgb[..., :1], rgb[..., 2:]
+  share = alpha / 255
+  wide = grey.astype(np.uint16) * 257 + np.uint16(100) * (grey < 255)
+  shown, both = _over_white(grey, share), np.concatenate([grey, alpha], -1)
+  low = np.round(grey * share).astype(np.uint8)
+  pre = np.round(rgb * share).astype(np.uint8)
+  palette = Image.fromarray(grey[..., 0] % 4, 'L').convert('P')
+  palette.putpalette([9, 99, 199, 40, 50, 60, 0, 0, 255, 1, 2, 3])
+  colours = np.reshape(palette.getpalette()[:12], (4, 3))[grey[..., 0] % 4]
+  pa = palette.convert('PA')
+  pa.putalpha(Image.fromarray(alpha[..., 0]))
+  cmyk = np.concatenate([rgb, np.zeros_like(grey)], -1)
+  lab = np.full((6, 8, 3), (138, 81, 70), np.uint8)  # red, of signed a and b
+  black = Image.fromarray(grey[..., 0]).convert('1')
+  bits = np.asarray(black)[..., None] * 255
+  rows = b''.join(b'\0' + x.astype('>u2').tobytes() for x in wide)
+  first = struct.pack('>H', wide[0, 0, 0])
+  clear = np.where(wide == wide[0, 0, 0], 255, grey)
+  deep = b''.join(b'\0' + x.tobytes() for x in (rgb.astype('>u2') * 257))
+  third = (rgb[2, 2].astype('>u2') * 257).tobytes()
+  third_clear = np.where((rgb == rgb[2, 2]).all(-1, keepdims=True), 255, rgb)
+  save = {'fmt': 'TIFF'}
+  big = Image.frombytes('I;16B', (8, 6), wide.astype('>u2').tobytes())
+  return {
+    '1': (encoded(black), bits, 0),
+    '1, clear': (encoded(black, transparency=0), bits * 0 + 255, 0),
+    'L': (_tiff(grey, 1), grey, 0),
+    'L, white is 0': (_tiff(255 - grey, 0), grey, 0),
+    'L, clear': (
+      encoded(Image.fromarray(grey[..., 0]), transparency=int(grey[0, 0, 0])),
+      np.where(grey == grey[0, 0, 0], 255, grey),
+      0,
+    ),
+    'LA': (_tiff(both, 1, extra=2), shown, 1),
+    'La': (_tiff(np.concatenate([low, alpha], -1), 1, extra=1), shown, 1.5),
+    'P': (encoded(palette, **save), colours, 0),
+    'PA': (encoded(pa, **save), _over_white(colours, share), 1),
+    'RGB': (_tiff(rgb, 2), rgb, 0),
+    'RGBA': (
+      _tiff(np.concatenate([rgb, alpha], -1), 2, extra=2),
+      _over_white(rgb, share),
+      1,
+    ),
+    'RGBa': (
+      _tiff(np.concatenate([pre, alpha], -1), 2, extra=1),
+      _over_white(rgb, share),
+      1.5,
+    ),
+    'RGBX': (_tiff(np.concatenate([rgb, alpha], -1), 2, extra=0), rgb, 0),
+    'CMYK': (_tiff(cmyk, 5), 255 - rgb.astype(int), 0),
+    'YCbCr': (encoded(Image.fromarray(rgb).convert('YCbCr'), **save), rgb, 3),
+    'LAB': (_tiff(lab, 8), lab * 0 + (255, 0, 0), 5),
+    'RGB 16': (_tiff(rgb.astype(np.uint16) * 257, 2), rgb, 0),
+    'RGBA 16': (
+      _tiff(
+        np.concatenate([rgb, alpha], -1).astype(np.uint16) * 257, 2, extra=2
+      ),
+      _over_white(rgb, share),
+      1,
+    ),
+    'I;16': (_tiff(wide, 1), wide / 257, 0.5),
+    'I;16, white is 0': (_tiff(65535 - wide, 0), wide / 257, 0.5),
+    'I;16, clear': (_png(8, 6, 16, 0, rows, tRNS=first), clear, 1),
+    'I;16B': (encoded(big, **save), wide / 257, 0.5),
+    'RGB 16, clear': (_png(8, 6, 16, 2, deep, tRNS=third), third_clear, 0),
+    'I;12': (_tiff(wide >> 4, 1, bits=12), grey, 1),
+    'I': (_tiff(wide.astype(np.int32), 1, kind=2), wide / 257, 0.5),
+    'F': (_tiff(grey.astype(np.float32) / 255, 1, kind=3), grey, 0),
+    'F, white is 0': (
+      _tiff(1 - grey.astype(np.float32) / 255, 0, kind=3),
+      grey,
+      1,
+    ),
+  }
+
+
+MODES = _modes()
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_each_mode_shows_its_pixels_over_white(mode):
+  data, expected, error = MODES[mode]
+  decoded = decode_image(data).astype(float)
+  assert np.abs(decoded - expected).max() <= error
+
+
+@pytest.mark.parametrize('channels', [1, 2])
+def test_a_profile_of_grey_is_converted_with_and_without_alpha(channels):
+  """A curve of gamma 1: 0.5 of the light is 188 of 255 in sRGB."""
+  pixels = np.full((2, 2, channels), 128, np.uint8)
+  extra = 2 if channels == 2 else None
+  data = _tiff(pixels, 1, extra=extra, profile=_linear_grey())
+  expected = 188 if channels == 1 else _over_white(188, 128 / 255)
+  assert np.abs(decode_image(data).astype(float) - expected).max() <= 1
+
+
+def _linear_grey():
+  """An ICC profile of grey, written by hand, of which values are light."""
+  white = b'XYZ \0\0\0\0' + struct.pack('>3i', 63190, 65536, 54061)
+  curve = b'curv' + bytes(8)
+  text = b'desc\0\0\0\0\0\0\0\5grey\0' + bytes(79)
+  tags, body, start = [], b'', 128 + 4 + 3 * 12
+  for name, data in ((b'wtpt', white), (b'kTRC', curve), (b'desc', text)):
+    tags.append(name + struct.pack('>II', start + len(body), len(data)))
+    body += data
+  head = struct.pack('>I', start + len(body)) + bytes(4) + b'\2\x20\0\0'
+  head += b'mntrGRAYXYZ ' + bytes(12) + b'acsp' + bytes(28)
+  head += struct.pack('>3i', 63190, 65536, 54061)
+  return head.ljust(128, b'\0') + struct.pack('>I', 3) + b''.join(tags) + body
+
+
+FLOAT = encoded(np.full((4, 4), 200, np.float32), 'TIFF')
+DEEP = encoded(np.full((4, 4), 2**20, np.int32), 'TIFF')
+REFUSED_PNG = encoded(noise(96, 128))
 REFUSED = {
   'empty': (b'', 'is empty'),
   'text': (b'this is not an image\n' * 10, 'no format that Pillow reads'),
   'jpeg magic only': (b'\xff\xd8\xff', 'cannot be decoded'),
   'postscript': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'no f'),
-  'float': (FLOAT, 'float pixels'),
+  'float': (FLOAT, r'pixels from 200.0 to 200.0: expected \[0, 1\]'),
+  'deep': (DEEP, r'pixels from 1048576 to 1048576: expected \[0, 65535\]'),
   # Huge headers, before anything is decoded; the first limit is Pillow's own.
   'bomb': (_png(2**14, 2**13, 8, 2, b''), 'exceeds limit'),
   'large': (_png(2**13 + 1, 2**13, 8, 2, b''), 'expected at most 67108864'),
   'wide': (_png(2**12 + 1, 2**12, 16, 0, b''), 'expected at most 16777216'),
 }
+REFUSED['PNG of zeros'] = REFUSED_PNG[:-20] + bytes(20), 'cannot be decoded'
 for fmt in ('JPEG', 'PNG', 'WEBP', 'GIF'):
   REFUSED[fmt] = encoded(noise(64, 64), fmt)[:-400], 'cannot be decoded'
 
@@ -187,8 +339,9 @@ for fmt in ('JPEG', 'PNG', 'WEBP', 'GIF'):
 @pytest.mark.parametrize('kind', REFUSED)
 def test_damage_is_an_image_error_that_names_the_image(kind):
   data, message = REFUSED[kind]
-  with one_line(f"'train/7' .*{message}", ImageError):
-    decode_image(data, name='train/7')
+  for decode in (decode_image, functools.partial(decode_crop, size=8)):
+    with one_line(f"'train/7' .*{message}", ImageError):
+      decode(data, name='train/7')
 
 
 # Pillow warns about the block; here that is the expected outcome.

@@ -140,6 +140,20 @@ def test_it_is_a_grain_source_also_for_worker_processes(tokens):
   assert repr(stored) == repr(function(*arguments))
 
 
+def test_ids_come_in_the_dtype_asked_for_also_in_pytorch(tokens):
+  assert TokenDataset(tokens[1])[0]['ids'].dtype == np.uint8  # as stored
+  stored = TokenDataset(tokens[1], dtype=np.int32)
+  function, arguments = stored.__reduce__()
+  assert function(*arguments)[0]['ids'].dtype == np.int32
+  for dtype in (np.float32, bool, 'x'):
+    with one_line('dtype: expected an integer .* holds 15, got '):
+      TokenDataset(tokens[1], dtype=dtype)
+  data = pytest.importorskip('torch.utils.data')
+  batch = next(iter(data.DataLoader(stored, batch_size=4)))
+  assert str(batch['ids'].dtype) == 'torch.int32'
+  np.testing.assert_array_equal(batch['ids'].numpy(), stored.ids[:4])
+
+
 def test_an_interrupted_encoding_resumes_to_the_same_files(
   make_tokenizer, numbered, tmp_path, monkeypatch
 ):
@@ -262,12 +276,46 @@ def test_the_folder_of_another_encoding_is_refused_and_kept(
   for name, *arguments, changed in (
     ('model_hash', other, source, {}),
     ('image_size', tokenizer, source, {'image_size': 12}),
-    ('source', tokenizer, source, {'about': {'input': 'x'}}),
     ('source_digest', tokenizer, renamed, {}),
   ):
     with one_line(f'has another {name} '):
       encode_dataset(*arguments, folder, **changed)
   assert content(folder) == before
+
+
+@pytest.mark.parametrize('change', ['where', 'pixels', 'earlier'])
+def test_a_source_is_what_its_files_are_and_not_where_they_lie(
+  make_tokenizer, numbered, tmp_path, monkeypatch, change
+):
+  numbered(9)
+  tokenizer, folder = make_tokenizer(), tmp_path / 'tokens'
+
+  def encode(name):
+    source = open_images(name)['all']
+    encode_dataset(tokenizer, source, folder, about={'input': name})
+
+  encode(str(tmp_path / 'in'))
+  meta, before = folder / 'meta.json', content(folder)
+  if change == 'earlier':  # folders had no such field
+    about = json.loads(meta.read_text())
+    del about['source_files']
+    meta.write_text(json.dumps(about))
+  if change == 'pixels':
+    path = tmp_path / 'in/003.png'
+    path.write_bytes((tmp_path / 'in/004.png').read_bytes())
+    with one_line('has another source_files '):
+      encode(str(tmp_path / 'in'))
+    assert content(folder) == before
+    return
+  monkeypatch.chdir(tmp_path)
+  for name in ('in', 'in/', './in', 'folder:in'):
+    encode(name)
+  (tmp_path / 'in').rename('moved')
+  encode('moved')
+  assert content(folder).keys() == before.keys()
+  after = json.loads(meta.read_text())
+  first = json.loads(before['meta.json'])
+  assert first == first | after
 
 
 @pytest.mark.parametrize('processes', [1, 2])
@@ -353,8 +401,14 @@ def test_an_undecodable_image_has_ids_0_and_a_reason(
   assert skipped['row'] == 5 and '005.png' in skipped['reason']
   assert len(caplog.messages) == 1 and skipped['reason'] in caplog.text
   stored = TokenDataset(folder)
-  assert len(stored) == 120 and stored[5]['name'] == '005.png'
   assert not stored.ids[5].any() and stored.ids[6].any()
+  # It is no item: a generative model would learn it as an image.
+  rows = [i for i in range(120) if i != 5]
+  assert len(stored) == 119 and stored.rows.tolist() == rows
+  batch = grain.MapDataset.source(stored).batch(119)[0]
+  assert batch['name'].tolist() == [f'{i:03}.png' for i in rows]
+  np.testing.assert_array_equal(batch['ids'], stored.ids[rows])
+  assert stored[-1]['name'] == '119.png'
   assert decode_dataset(tokenizer, folder, tmp_path / 'out') == 119
   assert not (tmp_path / 'out' / '00000005.png').exists()
 
@@ -380,9 +434,19 @@ def test_a_folder_decodes_to_reconstructions(tokens, make_tokenizer, tmp_path):
     np.testing.assert_array_equal(image, expected[i])
 
 
+@pytest.mark.parametrize('size', [20000, 8196, 0, -4])
+def test_a_size_that_would_fill_the_memory_is_refused_first(
+  make_tokenizer, source, tmp_path, size
+):
+  with one_line(f'image_size: expected 1 to 8192 pixels, got {size}'):
+    encode_dataset(make_tokenizer(), source, tmp_path / 'x', image_size=size)
+  assert not list(tmp_path.iterdir())
+
+
 LIES = [('format', 'x'), ('num_images', 41), ('num_images', '40')]
 LIES += [('codebook_size', 257), ('codebook_size', None), ('grid', [4, 5])]
 LIES += [('grid', 4), ('rows_done', 50), ('rows_done', '40')]
+LIES += [('skipped', [{'row': 40}]), ('skipped', [5])]
 
 
 @pytest.mark.parametrize(('field', 'value'), LIES)

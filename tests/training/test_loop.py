@@ -1,6 +1,7 @@
 """Runs: their files, their end by signal, what they refuse."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,17 @@ def test_a_run_leaves_its_files_and_once_finished_stays(tiny_config, tmp_path):
   assert list((tmp_path / 'tensorboard').iterdir())
   loop.train(tiny_config, tmp_path)
   assert read_jsonl(tmp_path / 'metrics.jsonl') == records
+
+
+def test_corrupt_validation_images_do_not_cost_the_run(
+  tiny_config, image_folder, tmp_path, caplog
+):
+  images = shutil.copytree(image_folder, tmp_path / 'images')
+  for i in range(2):  # of 63: over 1 %
+    (images / f'validation/class0/{2 * i:03d}.png').write_bytes(b'')
+  tiny_config.data.name, tiny_config.num_steps = f'folder:{images}', 5
+  result = loop.train(tiny_config, tmp_path / 'run')
+  assert result['images'] == 10 and 'left out image validation/' in caplog.text
 
 
 def test_a_second_interrupt_stops_at_once(default_signals):
