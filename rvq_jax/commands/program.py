@@ -1,12 +1,9 @@
 """The frame of every command: its flags, help, logs and one-line errors."""
 
-import ast
-import contextlib
 import faulthandler
 import functools
 import logging
 import os
-import re
 import select
 import shlex
 import sys
@@ -18,9 +15,10 @@ from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
-from ml_collections.config_flags import tuple_parser
 
 from rvq_jax.commands import config_file
+from rvq_jax.commands.parsers import Parser, StepParser, TupleParser
+from rvq_jax.commands.shown import Formatter, shown
 
 _HELP = {'-h', '-help', '--help', '--helpfull', '--helpshort'}
 _EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
@@ -29,46 +27,16 @@ _NOISY = ('jax', 'orbax', 'tensorboardX', 'absl', 'asyncio', 'matplotlib')
 _LOST = 75  # EX_TEMPFAIL: the same command resumes the run
 
 
-class _StepParser(flags.ArgumentParser):
-  def parse(self, argument):
-    if argument != 'best' and not argument.isdecimal():
-      raise ValueError(f'expected a number or best, got {argument!r}')
-    return argument if argument == 'best' else int(argument)
-
-
-class _Parser(flags.ArgumentParser):
-  """Parses as one of absl's parsers; an error says what is expected."""
-
-  def __init__(self, parser, expected: str):
-    self._parser, self._expected = parser, expected
-
-  def parse(self, argument):
-    try:
-      return self._parser.parse(argument)
-    except (TypeError, ValueError) as error:
-      reason = f'expected {self._expected}, got {argument!r}'
-      raise ValueError(reason) from error
-
-
-class _TupleParser(tuple_parser.TupleParser):  # else 32 would become (32,)
-  def parse(self, argument):
-    with contextlib.suppress(SyntaxError, ValueError):
-      value = ast.literal_eval(str(argument))
-      if isinstance(value, tuple | list):
-        return tuple(value)
-    raise ValueError(f'expected integers, as (64,), got {argument!r}')
-
-
 TEXT, SWITCH = (
   flags.ArgumentParser(),
-  _Parser(flags.BooleanParser(), 'true or false'),
+  Parser(flags.BooleanParser(), 'true or false'),
 )
-INTEGER = _Parser(flags.IntegerParser(), 'an integer')
-COUNT = _Parser(flags.IntegerParser(1), 'an integer from 1 up')
-NUMBER = _Parser(flags.FloatParser(), 'a number')
+INTEGER = Parser(flags.IntegerParser(), 'an integer')
+COUNT = Parser(flags.IntegerParser(1), 'an integer from 1 up')
+NUMBER = Parser(flags.FloatParser(), 'a number')
 for _type, _parser in (
   *((int, INTEGER), (float, NUMBER), (bool, SWITCH)),
-  (tuple, _TupleParser()),
+  (tuple, TupleParser()),
 ):
   config_flags.register_flag_parser_for_type(_type, _parser)  # of a config
 
@@ -83,7 +51,7 @@ class Flag(NamedTuple):
 
 
 CONFIG = Flag('config', 'NAME[:VARIANT] or PATH.py, and --config.FIELD=VALUE.')
-STEP = Flag('step', 'Saved step or best; default: newest.', None, _StepParser())
+STEP = Flag('step', 'Saved step or best; default: newest.', None, StepParser())
 MODEL = (Flag('workdir', 'Run, export or hf:OWNER/NAME.'), STEP)
 DATA_DIR = Flag('data_dir', 'Where the data of the run, or of tfds, is now.')
 PROCESSES = (
@@ -168,33 +136,10 @@ def _expand(argument):
   return argument[:start] + value
 
 
-def _shown(text) -> str:
-  """Text for the reader: no control characters, commands as they are started.
-
-  Messages name commands as `rvq train`; launch/main.py shows its own kind.
-  """
-  folder = Path(sys.argv[0]).parent
-
-  def as_started(match):
-    file = folder / f'{match[1].replace("train", "main")}.py'
-    started = (folder / 'checkout.py').is_file() and file.is_file()
-    return f'python {shlex.quote(str(file))}' if started else match[0]
-
-  text = re.sub(r'\brvq ([a-z]+)', as_started, str(text))
-  return ''.join(
-    c if c.isprintable() or c in '\n\t' else ascii(c)[1:-1] for c in text
-  )
-
-
-class _Formatter(logging.Formatter):
-  def format(self, record):
-    return _shown(super().format(record))
-
-
 def show(text) -> None:
-  """Prints `_shown` text, or ends the program as `_run` does."""
+  """Prints `shown` text, or ends the program as `_run` does."""
   try:
-    print(_shown(text), flush=True)
+    print(shown(text), flush=True)
   except OSError as error:
     _stop(error)
 
@@ -210,7 +155,7 @@ def _open_streams():
 def _prepare_logs():
   faulthandler.enable()
   logging.basicConfig(level=logging.INFO, force=True)
-  form = _Formatter('%(asctime)s %(message)s', '%H:%M:%S')
+  form = Formatter('%(asctime)s %(message)s', '%H:%M:%S')
   logging.getLogger().handlers[0].setFormatter(form)
   for name in _NOISY:  # they log each file, and errors that they raise as well
     logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -313,7 +258,7 @@ def is_first() -> bool:
 
 def fail(message, code: int = 2) -> None:
   """Ends the program: one line on standard error, and an exit code."""
-  print('error: ' + _shown(' '.join(str(message).split())), file=sys.stderr)
+  print('error: ' + shown(' '.join(str(message).split())), file=sys.stderr)
   if _process() is None:
     sys.exit(code)
   if is_first():

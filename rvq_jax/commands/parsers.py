@@ -1,0 +1,44 @@
+"""How the text of a flag becomes a value."""
+
+import ast
+import contextlib
+
+from absl import flags
+from ml_collections.config_flags import tuple_parser
+
+
+class StepParser(flags.ArgumentParser):
+  """A step's number, or best."""
+
+  def parse(self, argument):
+    """The value of a text; ValueError says what is expected."""
+    if argument != 'best' and not argument.isdecimal():
+      raise ValueError(f'expected a number or best, got {argument!r}')
+    return argument if argument == 'best' else int(argument)
+
+
+class Parser(flags.ArgumentParser):
+  """Parses as one of absl's parsers; an error says what is expected."""
+
+  def __init__(self, parser, expected: str):
+    self._parser, self._expected = parser, expected
+
+  def parse(self, argument):
+    """The value of a text; ValueError says what is expected."""
+    try:
+      return self._parser.parse(argument)
+    except (TypeError, ValueError) as error:
+      reason = f'expected {self._expected}, got {argument!r}'
+      raise ValueError(reason) from error
+
+
+class TupleParser(tuple_parser.TupleParser):
+  """A tuple; the one of ml_collections takes 32 as (32,)."""
+
+  def parse(self, argument):
+    """The value of a text; ValueError says what is expected."""
+    with contextlib.suppress(SyntaxError, ValueError):
+      value = ast.literal_eval(str(argument))
+      if isinstance(value, tuple | list):
+        return tuple(value)
+    raise ValueError(f'expected integers, as (64,), got {argument!r}')
