@@ -136,6 +136,8 @@ def test_both_layouts_and_both_dtypes_are_taken(real, test_images):
   ids = tokenizer.encode(images)
   floats = (images.double() / 127.5 - 1).permute(0, 3, 1, 2)
   assert torch.equal(tokenizer.encode(floats), ids)
+  with pytest.warns(UserWarning, match=r'in \[0, 1\] are taken as \[-1, 1\]'):
+    tokenizer.encode(images / 255)
   # As files of tokens hold them.
   pictures = tokenizer.decode(ids.numpy().astype(np.uint16))
   assert pictures.shape == images.shape
