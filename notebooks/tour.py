@@ -105,7 +105,8 @@ print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
 # scikit-image and matplotlib, in colors drawn at random. 800 of its 1,000
 # steps take two and a half minutes on two CPU cores. From a shell:
 # `python launch/main.py --config=configs/photos.py`.
-# The cell resumes from the last checkpoint when it runs again.
+# The cell resumes from the last checkpoint when it runs again, also with more
+# steps.
 
 # %%
 steps = int(os.environ.get('RVQ_JAX_STEPS', 800))
@@ -114,7 +115,8 @@ workdir = Path(os.environ.get('RVQ_JAX_WORKDIR', 'runs/notebook'))
 if not RUN:
   config = photos.get_config()
   config.num_steps = steps
-  config.model.quantize_after = steps // 5
+  # It may not change when the cell runs again with other steps.
+  config.model.quantize_after = 160 if steps > 160 else steps // 5
   config.eval_every = steps
   config.checkpoint_every = steps
   _ = train(config, workdir)

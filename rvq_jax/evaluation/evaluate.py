@@ -95,7 +95,10 @@ def evaluate_run(
     text = json.dumps(about | result, indent=2) + '\n'
     write_atomic(folder / 'metrics.json', text)
     np.save(folder / 'code_counts.npy', counts, allow_pickle=False)
-    log, name = Path(workdir) / 'metrics.jsonl', f'step {tokenizer.step:,}'
+    log, name = (
+      Path(workdir) / 'metrics.jsonl',
+      f'reconstruction\nat step {tokenizer.step:,}',
+    )
     _draw(folder, log, name, result, counts, *pictures)
     logging.info('the results are in %s', folder)
   return result

@@ -20,6 +20,14 @@ _OBJECTIVE_PANELS = {
   'adversarial_ramp': 'r(t), weight of the adversarial loss',
 }
 _SPLITS = {'train': '-', 'validation': '.:'}
+_CURVES_NOTE = (
+  'train: the mean since the point before, over augmented images, by the model '
+  'as it was at each step.\n'
+  'validation: the model at the point, with averaged parameters where the run '
+  'has them, on the whole split; so it may lie below train.\n'
+  'Usage and perplexity count the codes of these images: they rise with the '
+  'number of tokens, which differs between the two.'
+)
 
 
 def reconstructions(
@@ -69,7 +77,8 @@ def curves(by_method) -> Figure:
   """Metrics over the steps: mean over the seeds, band from least to greatest.
 
   The data are the records of metrics.jsonl of each seed. Metrics of the
-  objective are drawn where a run logged them.
+  objective are drawn where a run logged them. A vertical line stands where a
+  run begins to quantize.
   """
   runs = [run for seeds in by_method.values() for run in seeds]
   logged = {name for run in runs for record in run for name in record}
@@ -93,11 +102,26 @@ def curves(by_method) -> Figure:
     ax.set(xlabel='step', ylabel=title)
     ax.set_yscale('log' if metric == 'mse' else 'linear')
     ax.grid(alpha=0.25)
+  starts = sorted({step for run in runs if (step := _first_codes(run))})
+  for panel in ax.figure.axes:
+    for step in starts:
+      panel.axvline(step, color='0.5', linewidth=1, linestyle='--')
   for i, name in enumerate(by_method):
     ax.plot([], [], color=f'C{i}', label=name)
   for split, style in _SPLITS.items():
     ax.plot([], [], style, color='0.5', label=split)
+  if starts:
+    ax.plot([], [], '--', color='0.5', label='from here on quantized')
+  ax.figure.supxlabel(_CURVES_NOTE, fontsize=8, color='0.3')
   return _finish(ax)
+
+
+def _first_codes(records) -> int | None:
+  """The last logged step of plain autoencoding; None if there was none."""
+  error = 'train/quantization_error'
+  steps = {r['step']: error in r for r in records if 'train/mse' in r}
+  before = [step for step, has in steps.items() if not has]
+  return max(before, default=None) if any(steps.values()) else None
 
 
 def _series(records, name: str) -> np.ndarray:

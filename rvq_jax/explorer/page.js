@@ -53,9 +53,18 @@ function decodedColor(code) {
   return colorCache[code];
 }
 
+const useColor = (share) => `hsl(${220 - 190 * share} 75% ${28 + 35 * share}%)`;
+
+// The colors of a scale, and what the last of them means.
+function legend(name, most, stops) {
+  $(`${name}-scale`).style.background = `linear-gradient(90deg, ${stops.join()})`;
+  $(`${name}-most`).textContent = most;
+}
+
 // A function of a code, for the tokens of one level.
 function colors(level) {
   const kind = $('colors').value, counts = {};
+  $('use-legend').hidden = kind !== 'used';
   if (kind === 'decoded' && codesOf(level).swatches) return decodedColor;
   if (kind !== 'used') {
     return (code) => {
@@ -64,11 +73,9 @@ function colors(level) {
     };
   }
   for (const { ids } of images) ids[level].forEach((id) => { counts[id] = (counts[id] || 0) + 1; });
-  const most = Math.log(Math.max(2, ...Object.values(counts)));
-  return (code) => {
-    const share = Math.log(counts[code]) / most;
-    return `hsl(${220 - 190 * share} 75% ${28 + 35 * share}%)`;
-  };
+  const most = Math.max(2, ...Object.values(counts));
+  legend('use', `${most} times`, [0, 0.25, 0.5, 0.75, 1].map(useColor));
+  return (code) => useColor(Math.log(counts[code]) / Math.log(most));
 }
 
 // Gives a canvas the image's size times an integer.
@@ -89,6 +96,7 @@ function drawError(image, made) {
     return { context, pixels: context.getImageData(0, 0, width, height) };
   });
   const gain = Number($('gain').value), stops = [[8, 8, 20], [181, 54, 122], [252, 253, 191]];
+  legend('error', `${Math.round(255 / gain)} of 255`, stops.map((color) => `rgb(${color.join()})`));
   const from = a.pixels.data, to = b.pixels.data;
   for (let i = 0; i < from.length; i += 4) {
     let error = 0;

@@ -23,6 +23,7 @@ from rvq_jax.paper.ablation import CELLS, PAPER_TABLES, TABLES, TITLES
 from rvq_jax.paper.rate_distortion import codec_points, gaussian_bound
 from rvq_jax.training.writers import read_jsonl
 
+PAPER_EPOCHS = 300
 CODEC_IMAGES = 256
 CURVE_PIXELS = 20_000 * 32**2  # of the training split, for the covariance
 _COLUMNS = {  # title, format, factor, text beside pictures
@@ -95,6 +96,11 @@ def _about(config, records, tables) -> dict[str, str]:
     'measured': f'{datetime.date.today()}, {hardware()}, {packages}',
     'tables of the paper not run': ', '.join(missing) or 'none',
   }
+  if data.name not in _PAPER_DATA or steps or config.num_epochs < PAPER_EPOCHS:
+    about["the paper's numbers"] = (
+      f'after {PAPER_EPOCHS} epochs of batch 128 on CIFAR-10 or ImageNet: not '
+      f'to be compared with these runs of {length} on {data.name}'
+    )
   for record in records:
     log = read_jsonl(Path(record['workdir']) / 'metrics.jsonl')
     lines = [line for line in log if line.get('train/adversarial_ramp')]

@@ -162,7 +162,8 @@ def _results(workdir, folder, step) -> str:
     if metrics.get('step') == step and metrics.get('data_split'):
       text += f'| {split} split | value | |\n|---|---|---|\n'
       for name in (n for n in UNITS if n in metrics):
-        text += f'| {name} | {metrics[name]:.6g} | {UNITS[name]} |\n'
+        unit = UNITS[name].replace('|', '\\|')
+        text += f'| {name} | {metrics[name]:.6g} | {unit} |\n'
       for name, caption in _FIGURES.items():
         if (path.parent / name).is_file():
           shown = f'{split}_{Path(name).name}'

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import warnings
 from typing import Any
 
 import jax
@@ -14,6 +15,11 @@ from rvq_jax.metrics import prepare_images
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize.codebook import COUNTS
 from rvq_jax.training.build import RunData, architecture
+
+UNIT_RANGE = (
+  'float images whose values all lie in [0, 1] are taken as [-1, 1], from grey '
+  'to white; if 0 is black, pass 2 * x - 1'
+)
 
 
 class Tokenizer:
@@ -163,7 +169,8 @@ class Tokenizer:
     """Token ids of images: int32 of `axes`, H = h / factor, W = w / factor.
 
     Args:
-      images: [B, h, w, 3], uint8 or float in [-1, 1]; `factor` divides h, w.
+      images: [B, h, w, 3], uint8 or float in [-1, 1]; `factor` divides h, w. A
+        warning tells of floats that all lie in [0, 1].
         A multi-scale tokenizer takes only `image_size`.
 
     Raises:
@@ -182,6 +189,8 @@ class Tokenizer:
         f'to {images.max():.4g}, {jnp.isnan(images).sum()} of them NaN; pass '
         'uint8, or x / 127.5 - 1'
       )
+    if images.size and 0 <= jnp.min(images) < jnp.max(images):
+      warnings.warn(UNIT_RANGE, stacklevel=2)
     return self._encode(self.variables, images.astype(jnp.float32))
 
   def decode(self, ids) -> jax.Array:

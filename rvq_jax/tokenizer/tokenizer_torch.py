@@ -13,6 +13,7 @@ import ctypes
 import hashlib
 import json
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -75,6 +76,11 @@ class Tokenizer:
     if not x.is_floating_point() or not x.abs().max() <= 1.001:
       got = f'{x.dtype} from {x.min().item():.4g} to {x.max().item():.4g}'
       raise ValueError(f'expected uint8 or float images in [-1, 1], got {got}')
+    if torch.as_tensor(images).is_floating_point() and 0 <= x.min() < x.max():
+      text = (
+        'float images in [0, 1] are taken as [-1, 1]; if 0 is black: 2x - 1'
+      )
+      warnings.warn(text, stacklevel=2)
     z = self._encoder(x.float()).movedim(1, -1)
     return self._quantizer.ids(_dense(self.arrays, 'vq.project_in', z))
 

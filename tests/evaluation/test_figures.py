@@ -44,6 +44,19 @@ def test_curves_show_mean_and_band_of_the_seeds():
   assert {(1, 1), (1, 3), (2, 2), (2, 6)} <= {*map(tuple, band)}
 
 
+def test_curves_say_where_codes_begin_and_what_train_and_validation_are():
+  error = {'train/quantization_error': 0.1}
+  late = [{'step': s, 'train/mse': 1.0} for s in (1, 2)]
+  late += [late[0] | error | {'step': 3}, {'step': 2, 'validation/psnr': 9.0}]
+  figure = figures.curves({'late': [late], 'at once': [[late[2]]]})
+  for ax in figure.axes:
+    assert (2, 2) in lines(ax)
+  assert labels(figure)[-1] == 'from here on quantized'
+  assert 'augmented images' in figure.get_supxlabel()
+  figure = figures.curves({'at once': [[late[2]]]})
+  assert labels(figure) == ['at once', 'train', 'validation']
+
+
 def test_curves_show_the_objective_where_it_was_logged():
   names = ('lpips', 'logits_real', 'logits_fake', 'discriminator_loss')
   names = 'usage', *names, 'adversarial_ramp'

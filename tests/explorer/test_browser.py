@@ -141,3 +141,17 @@ def test_colors_by_use_run_from_rare_to_frequent(open_file):
     lightness = (max(color) + min(color)) / 510
     share = np.log(counts[code]) / np.log(max(2, counts.max()))
     assert abs(lightness - (0.28 + 0.35 * share)) < 0.01
+  assert tab.inner_text('#use-legend') == f'used once {counts.max()} times'
+  tab.locator('#colors').select_option('random')
+  assert tab.locator('#use-legend').is_hidden()
+
+
+def test_the_scale_of_the_error_follows_its_gain(open_file):
+  tab, _ = open_file()
+  assert tab.inner_text('#error-most') == '64 of 255'
+  tab.locator('#gain').fill('8')
+  assert tab.inner_text('#error-most') == '32 of 255'
+  gradient = (
+    "getComputedStyle(document.getElementById('error-scale')).background"
+  )
+  assert 'rgb(252, 253, 191)' in tab.evaluate(gradient)

@@ -15,8 +15,10 @@ import skimage.data
 from errors import one_line
 from PIL import Image
 
+from rvq_jax.configs import photos
 from rvq_jax.data.transforms import decode_image
 from rvq_jax.tokenizer.export import export_run
+from rvq_jax.training import config as config_lib
 from rvq_jax.training import loop
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / 'notebooks'
@@ -97,6 +99,18 @@ def test_the_first_cell_finds_its_clone_after_a_restart(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, 'path', list(sys.path))
   exec(''.join(first['source']), {})
   assert Path.cwd() == tmp_path / 'rvq_jax'
+
+
+def test_the_training_cell_runs_again_with_other_steps(monkeypatch):
+  [cell] = (x for x in load(STORED) if 'train(config' in ''.join(x['source']))
+  seen = []
+  for steps in ('200', '800', '1200'):
+    monkeypatch.setenv('RVQ_JAX_STEPS', steps)
+    values = {'os': os, 'Path': Path, 'RUN': '', 'photos': photos}
+    values['train'] = lambda config, _: seen.append(config_lib.flatten(config))
+    exec(''.join(cell['source']), values)
+  for config in seen[1:]:
+    config_lib.check_resume(config, seen[0])
 
 
 def own_image(name, **modules):

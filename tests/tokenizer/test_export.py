@@ -44,6 +44,9 @@ def test_the_card_has_license_data_metrics_and_its_figures(run, exported):
   assert f'| psnr | {metrics["psnr"]:.6g} |' in text
   for name in ('test_reconstructions.png', 'test_curves.png'):
     assert f']({name})' in text and (exported / name).is_file()
+  rows = [line for line in text.splitlines() if line.startswith('|')]
+  assert {len(re.findall(r'(?<!\\)\|', row)) for row in rows} == {4}
+  assert r'codes / \|z\|^2 |' in text
 
 
 @pytest.mark.slow

@@ -91,6 +91,15 @@ def test_every_quantizer_decodes_its_ids_to_the_forward_pass(
   assert evaluate_run(tmp_path)['bits_per_image'] == tokens * 4  # log2 K
 
 
+def test_floats_from_0_to_1_are_taken_with_a_warning(make_tokenizer):
+  ramp = np.linspace(0, 1, 256, dtype='f').reshape(1, 16, 16, 1)
+  images, tokenizer = ramp.repeat(3, -1), make_tokenizer()
+  with pytest.warns(UserWarning, match=r'lie in \[0, 1\].* pass 2 \* x - 1'):
+    tokenizer.encode(images)
+  for quiet in (2 * images - 1, 0 * images, (255 * images).astype(np.uint8)):
+    tokenizer.encode(quiet)  # a warning is an error
+
+
 def test_floats_are_encoded_too(run, test_images):
   tokenizer = load(run)
   floats = (test_images / 127.5 - 1).astype(np.float32)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from doc_blocks import ROOT, blocks
 from errors import one_line
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -100,6 +101,21 @@ def test_a_model_gives_our_ids_and_pictures(changed, open_torch, test_images):
     assert getattr(theirs, name) == getattr(ours, name), name
 
 
+@pytest.mark.parametrize('page', ['README.md', 'export/README.md'])
+def test_the_lines_shown_run_where_the_export_was_typed(
+  page, exported, test_images, run_python
+):
+  folder = exported.parent
+  text = ((ROOT if page == 'README.md' else folder) / page).read_text()
+  [lines] = (x for _, x in blocks(text, 'python') if 'tokenizer_torch' in x)
+  np.save(folder / 'images.npy', test_images)
+  given = f'import numpy\nimages = numpy.load({str(folder / "images.npy")!r})'
+  # In the folder where the export was typed; the card means its own.
+  cwd = folder if page == 'README.md' else exported
+  done = run_python(f'{given}\n{lines}\nprint(ids.shape)', cwd=cwd)
+  assert 'Size([11, 4, 4])' in done.stdout, done.stderr
+
+
 def test_a_run_gives_our_ids_and_our_pictures_at_any_size(real, test_images):
   check_same(*real, test_images)
   check_same(*real, test_images[:, :12, :8])
@@ -120,6 +136,8 @@ def test_both_layouts_and_both_dtypes_are_taken(real, test_images):
   ids = tokenizer.encode(images)
   floats = (images.double() / 127.5 - 1).permute(0, 3, 1, 2)
   assert torch.equal(tokenizer.encode(floats), ids)
+  with pytest.warns(UserWarning, match=r'in \[0, 1\] are taken as \[-1, 1\]'):
+    tokenizer.encode(images / 255)
   # As files of tokens hold them.
   pictures = tokenizer.decode(ids.numpy().astype(np.uint16))
   assert pictures.shape == images.shape
