@@ -12,7 +12,7 @@ from rvq_jax.quantize import fields
 from rvq_jax.quantize.codebook import count_codes, row_weights
 from rvq_jax.quantize.fields import MAX_INT32, field
 from rvq_jax.quantize.gradients import ESTIMATORS, geometry
-from rvq_jax.quantize.search import nearest_codes
+from rvq_jax.quantize.search import nearest_codes, search
 
 
 @flax.struct.dataclass
@@ -176,6 +176,14 @@ class NearestQuantizer(Quantizer):
     """The ids [...] int32 of z [..., C], as the call gives them."""
     e = self.normed(self.bound('project_in', self.rows(z)))
     return nearest_codes(e, self.codes()).reshape(z.shape[:-1])
+
+  def nearest(
+    self, e: jax.Array, codes: jax.Array, mask: jax.Array, train: bool
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Ids [N] of e [N, D] in codes [K, D]; ambiguous_share unless `train`."""
+    ids, ambiguous = search(e, codes)
+    share = masked_mean(ambiguous.astype(jnp.float32), mask)
+    return ids, {} if train else {'ambiguous_share': share}
 
   def estimate(
     self, e: jax.Array, q: jax.Array, ids: jax.Array | None, mask: jax.Array
