@@ -1,6 +1,7 @@
 """`Quantizer`, the base of all quantizers: output, loss and metrics."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,10 @@ from rvq_jax.quantize.codebook import count_codes, row_weights
 from rvq_jax.quantize.fields import MAX_INT32, field
 from rvq_jax.quantize.gradients import ESTIMATORS, geometry
 from rvq_jax.quantize.search import nearest_codes, search
+
+# The layers that ids depend on; GPUs would multiply in TF32.
+HIGHEST = jax.lax.Precision.HIGHEST
+Dense = functools.partial(nn.Dense, precision=HIGHEST)
 
 
 @flax.struct.dataclass
@@ -87,14 +92,14 @@ class Quantizer(nn.Module):
 
   def project_in(self, e: jax.Array, dim: int) -> jax.Array:
     """e [N, C] as [N, dim], in a call: by a linear layer if dim is not C."""
-    return e if dim == e.shape[-1] else nn.Dense(dim, name='project_in')(e)
+    return e if dim == e.shape[-1] else Dense(dim, name='project_in')(e)
 
   def bound(self, name: str, x: jax.Array) -> jax.Array:
     """x [..., A] through the linear layer `name` of bound variables, if any."""
     if not self.has_variable('params', name):
       return x
     params = self.get_variable('params', name)
-    dense = nn.Dense(params['kernel'].shape[1], parent=None)
+    dense = Dense(params['kernel'].shape[1], parent=None)
     return dense.apply({'params': params}, x)
 
   @property
@@ -136,7 +141,7 @@ class Quantizer(nn.Module):
     """
     quantized = quantized.reshape(z.shape[:-1] + quantized.shape[1:])
     if project or quantized.shape[-1] != z.shape[-1]:
-      quantized = nn.Dense(z.shape[-1], name='project_out')(quantized)
+      quantized = Dense(z.shape[-1], name='project_out')(quantized)
     quantized = quantized.astype(z.dtype)
     metrics = jax.lax.stop_gradient(metrics)
     return QuantizerOutput(quantized, ids, loss, counts, metrics)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 from rvq_jax.metrics import diversity
 from rvq_jax.quantize.base import (
+  HIGHEST,
+  Dense,
   NearestQuantizer,
   QuantizerOutput,
   direction_metrics,
@@ -48,7 +50,7 @@ class SimVQ(NearestQuantizer):
       lambda: draw_codes(self.make_rng('params'), (self.codebook_size, dim)),
     )
     eye = lambda _, shape, dtype: jnp.eye(*shape, dtype=dtype)  # noqa: E731
-    linear = nn.Dense(dim, use_bias=False, kernel_init=eye, name='map')
+    linear = Dense(dim, use_bias=False, kernel_init=eye, name='map')
     codes = linear(jax.lax.stop_gradient(frozen.value))
     ids, ambiguous = self.nearest(e, codes, mask, train)
     q = jnp.take(codes, ids, axis=0)
@@ -62,4 +64,5 @@ class SimVQ(NearestQuantizer):
   def codes(self) -> jax.Array:
     """The codes C W [K, D] of bound variables."""
     kernel = self.get_variable('params', 'map')['kernel']
-    return self.get_variable('codebook', 'embedding') @ kernel
+    codes = self.get_variable('codebook', 'embedding')
+    return jnp.dot(codes, kernel, precision=HIGHEST)

@@ -1,6 +1,7 @@
 """What holds for every quantizer: a table of layers and their properties."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,18 @@ def test_ids_decode_to_quantized_and_come_without_the_rest(name, dtype):
   assert_same_bits(encode(layer, variables, z.astype(np.float32)), out.ids)
   for x in (out.loss, *out.metrics.values()):
     assert (x.dtype, x.shape) == (jnp.float32, ()) and np.isfinite(x)
+
+
+@EVERY
+def test_no_id_depends_on_a_product_in_tf32(name):
+  lowered = encode.trace(LAYERS[name], trained(name), Z).lower(
+    lowering_platforms=('cuda',)
+  )
+  lines = lowered.as_text().splitlines()
+  products = [
+    x for x in lines if re.search(r'stablehlo\.(dot_general|convolution)', x)
+  ]
+  assert products and all(len(re.findall('HIGHEST', x)) == 2 for x in products)
 
 
 @EACH
