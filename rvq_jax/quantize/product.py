@@ -82,6 +82,11 @@ class ProductQuantizer(PartsQuantizer):
     ]
     return self.bound('project_out', jnp.concatenate(pieces, axis=-1))
 
+  def normed(self, x: jax.Array) -> jax.Array:
+    """x [..., heads D], each piece of unit norm if cosine is set."""
+    pieces = x.reshape(*x.shape[:-1], self.heads, -1)
+    return super().normed(pieces).reshape(x.shape)
+
   def _pieces(self, e):
     """e [N, C] cut into [N, heads, C / heads]."""
     return e.reshape(len(e), self.heads, e.shape[1] // self.heads)
