@@ -83,7 +83,8 @@ class VQVAE(nn.Module):
         mutable.
       mask: [B], bool: images that the quantizer's counts, losses and metrics
         include.
-      quantize: False: the decoder gets the latents themselves.
+      quantize: False: the decoder gets the latents themselves, of unit norm
+        where codes are (cosine).
 
     Raises:
       ValueError: the images have another shape, or a layer refuses its fields.
@@ -91,7 +92,8 @@ class VQVAE(nn.Module):
     check_mask(mask, images.shape[:1])
     z = self.latents(images, train=train)
     if not quantize:
-      return VQVAEOutput(self.decoder(z, train=train), None, z)
+      x = self.vq.normed(z.astype(jnp.float32)).astype(z.dtype)
+      return VQVAEOutput(self.decoder(x, train=train), None, z)
     if mask is not None:
       mask = jnp.broadcast_to(mask[:, None, None], z.shape[:-1])
     out = self.vq(z, train=train, mask=mask)

@@ -1,6 +1,7 @@
 """`Quantizer`, the base of all quantizers: output, loss and metrics."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,11 @@ from rvq_jax.quantize import fields
 from rvq_jax.quantize.codebook import count_codes, row_weights
 from rvq_jax.quantize.fields import MAX_INT32, field
 from rvq_jax.quantize.gradients import ESTIMATORS, geometry
-from rvq_jax.quantize.search import nearest_codes
+from rvq_jax.quantize.search import nearest_codes, search
+
+# The layers that ids depend on; GPUs would multiply in TF32.
+HIGHEST = jax.lax.Precision.HIGHEST
+Dense = functools.partial(nn.Dense, precision=HIGHEST)
 
 
 @flax.struct.dataclass
@@ -90,14 +95,14 @@ class Quantizer(nn.Module):
 
   def project_in(self, e: jax.Array, dim: int) -> jax.Array:
     """e [N, C] as [N, dim], in a call: by a linear layer if dim is not C."""
-    return e if dim == e.shape[-1] else nn.Dense(dim, name='project_in')(e)
+    return e if dim == e.shape[-1] else Dense(dim, name='project_in')(e)
 
   def bound(self, name: str, x: jax.Array) -> jax.Array:
     """x [..., A] through the linear layer `name` of bound variables, if any."""
     if not self.has_variable('params', name):
       return x
     params = self.get_variable('params', name)
-    dense = nn.Dense(params['kernel'].shape[1], parent=None)
+    dense = Dense(params['kernel'].shape[1], parent=None)
     return dense.apply({'params': params}, x)
 
   @property
@@ -139,7 +144,7 @@ class Quantizer(nn.Module):
     """
     quantized = quantized.reshape(z.shape[:-1] + quantized.shape[1:])
     if project or quantized.shape[-1] != z.shape[-1]:
-      quantized = nn.Dense(z.shape[-1], name='project_out')(quantized)
+      quantized = Dense(z.shape[-1], name='project_out')(quantized)
     quantized = quantized.astype(z.dtype)
     metrics = jax.lax.stop_gradient(metrics)
     return QuantizerOutput(quantized, ids, loss, counts, metrics)
@@ -179,6 +184,14 @@ class NearestQuantizer(Quantizer):
     """The ids [...] int32 of z [..., C], as the call gives them."""
     e = self.normed(self.bound('project_in', self.rows(z)))
     return nearest_codes(e, self.codes()).reshape(z.shape[:-1])
+
+  def nearest(
+    self, e: jax.Array, codes: jax.Array, mask: jax.Array, train: bool
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Ids [N] of e [N, D] in codes [K, D]; ambiguous_share unless `train`."""
+    ids, ambiguous = search(e, codes)
+    share = masked_mean(ambiguous.astype(jnp.float32), mask)
+    return ids, {} if train else {'ambiguous_share': share}
 
   def estimate(
     self, e: jax.Array, q: jax.Array, ids: jax.Array | None, mask: jax.Array

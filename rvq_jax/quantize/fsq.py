@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from rvq_jax.metrics import diversity
 from rvq_jax.quantize.base import (
+  Dense,
   Quantizer,
   QuantizerOutput,
   direction_metrics,
@@ -83,7 +84,7 @@ class FSQ(Quantizer):
     del train
     e, mask = self.inputs(z, mask)
     levels = self._levels()
-    bounded = _bound(nn.Dense(len(levels), name='project_in')(e), levels)
+    bounded = _bound(Dense(len(levels), name='project_in')(e), levels)
     ids, digits = _round(bounded, levels)
     bounded = bounded / _halves(levels).astype(jnp.float32)
     q = _values(digits, levels)

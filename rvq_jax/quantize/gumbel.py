@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.metrics import diversity
-from rvq_jax.quantize.base import Quantizer, QuantizerOutput, masked_mean
+from rvq_jax.quantize.base import Dense, Quantizer, QuantizerOutput, masked_mean
 from rvq_jax.quantize.codebook import Axis, draw_codes
 from rvq_jax.quantize.fields import MAX_INT32, field
 
@@ -57,7 +57,7 @@ class GumbelQuantizer(Quantizer):
     """Quantizes z [..., C]; see `VectorQuantizer.__call__`."""
     e, mask = self.inputs(z, mask)
     dim = self.code_dim or z.shape[-1]
-    logits = nn.Dense(self.codebook_size, name='logits')(e)
+    logits = Dense(self.codebook_size, name='logits')(e)
     codes = self.param('embedding', draw_codes, (self.codebook_size, dim))
     step = self.variable('codebook', 'step', lambda: jnp.zeros((), jnp.int32))
     temperature = self._temperature(step.value)

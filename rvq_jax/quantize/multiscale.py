@@ -6,9 +6,13 @@ import jax.numpy as jnp
 
 from rvq_jax.metrics import diversity
 from rvq_jax.quantize import scales
-from rvq_jax.quantize.base import QuantizerOutput, direction_metrics
+from rvq_jax.quantize.base import (
+  QuantizerOutput,
+  direction_metrics,
+  masked_mean,
+)
 from rvq_jax.quantize.fields import field
-from rvq_jax.quantize.search import nearest_codes
+from rvq_jax.quantize.search import search
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
 PHIS = 4  # convolutions phi at most; scales next to each other share one
@@ -88,10 +92,10 @@ class MultiscaleQuantizer(VectorQuantizer):
     book = self._begin(train, first, (len(areas), dim))
     weight = 0.0 if self.freeze else self.codebook_weight
     tokens, parts, counts = [], [], []
-    for rows, valid, ids, total in _walk(
+    for rows, valid, ids, close, total in _walk(
       grid, mask_grid, book.embedding, phis, sides
     ):
-      tokens.append((rows, valid, ids))
+      tokens.append((rows, valid, ids, close))
       total = total.reshape(e.shape)
       q = jax.lax.stop_gradient(total) if self.freeze else total
       parts.append(self.loss(e, q, mask, weight))
@@ -101,9 +105,12 @@ class MultiscaleQuantizer(VectorQuantizer):
     metrics = self._metrics([part for _, part in parts], counts)
     metrics |= direction_metrics(e, total, mask)
     # Image by image, so that the rows of a device are next to each other.
-    rows, valid, ids = (
+    rows, valid, ids, close = (
       jnp.concatenate(x, 1) for x in zip(*tokens, strict=True)
     )
+    if not train:
+      close = close.astype(jnp.float32).reshape(-1)
+      metrics['ambiguous_share'] = masked_mean(close, valid.reshape(-1))
     rows, share = weighted(rows, valid)
     metrics |= self._end(train, book, rows, ids.reshape(-1), share)
     loss, counts = sum(loss for loss, _ in parts) / len(parts), sum(counts)
@@ -116,7 +123,7 @@ class MultiscaleQuantizer(VectorQuantizer):
     grid = _grid(self.bound('project_in', self.rows(z)), z)
     mask = jnp.ones(grid.shape[:-1], bool)
     walk = _walk(grid, mask, self.codes(), self._phis(sides), sides)
-    ids = jnp.concatenate([ids for _, _, ids, _ in walk], axis=1)
+    ids = jnp.concatenate([ids for _, _, ids, *_ in walk], axis=1)
     return ids.reshape(*z.shape[:-3], ids.shape[1])
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
@@ -198,11 +205,11 @@ def _grid(e, z):
 
 
 def _walk(grid, mask, codes, phis, sides):
-  """Scale by scale: rows [B, s^2, D], their validity, ids, and z^ so far."""
+  """Scale by scale: rows [B, s^2, D]; validity, ids, ambiguity; z^ so far."""
   total = jnp.zeros_like(grid)
   for number, side in enumerate(sides):
     rows, valid = scales.pool(grid - total, mask, side)
-    ids = nearest_codes(rows.reshape(-1, rows.shape[-1]), codes)
-    ids = ids.reshape(valid.shape)
+    found = search(rows.reshape(-1, rows.shape[-1]), codes)
+    ids, close = (x.reshape(valid.shape) for x in found)
     total += _addend(phis, jnp.take(codes, ids, axis=0), number, sides)
-    yield rows, valid, ids, total
+    yield rows, valid, ids, close, total

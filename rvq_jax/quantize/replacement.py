@@ -174,8 +174,11 @@ def replace_codes(
     ids: codes of the vectors e, [N].
     expected_size: cluster_size that a replaced code starts with.
     split_by: 'count'; or 'distortion', which multiplies the cluster_size of c
-      by the mean squared error of its vectors: at high rate the cells of the
-      best codebook have equal distortions (Gersho 1979).
+      by the mean squared error of its vectors. A code with N vectors is so
+      drawn in proportion to N^2 or N^2 times that error: codes of equal
+      distortion, as the best codebook has them at high rate (Gersho 1979), by
+      their N. Without the square the error of 16 dimensions of photographs'
+      patches is the same within 0.05 dB.
     split_fraction: how far from the code c to the vector e, in (0, 1].
 
   Returns:

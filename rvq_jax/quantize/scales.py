@@ -87,6 +87,7 @@ def phi(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
   y = jax.lax.conv_general_dilated(
     *(x, params['kernel'], (1, 1), 'SAME'),
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    precision=jax.lax.Precision.HIGHEST,  # finer ids depend on it
   )
   return 0.5 * (x + (y + params['bias'][None, None, None]))
 

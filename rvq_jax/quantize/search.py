@@ -1,13 +1,16 @@
-"""Exact nearest-code search without an N x K array (paper eq. 3).
+"""Nearest-code search in float32 without an N x K array (paper eq. 3).
 
 The nearest code has the highest score e.c - |c|^2 / 2: one matmul and a running
-maximum over tiles. Two things make that safe in float32 for any finite input:
+maximum over tiles. Two things keep its rounding small for any finite input:
 
 - the score cancels when the codes lie far from the origin, and distances do
   not change when e and c are translated together, so the mean of the codebook
   is subtracted from both (`centering`; a codebook around the origin stays);
 - both are multiplied by a power of two where squares would leave the range of
   float32, which rounds nothing.
+
+The rounding that is left decides between codes whose distances from a row are
+nearly equal beside their distance from that mean: `search` marks such rows.
 """
 
 import functools
@@ -22,10 +25,12 @@ _SAMPLE = 1024  # codes that the mean of the codebook is estimated from
 def nearest_codes(e: jax.Array, embedding: jax.Array) -> jax.Array:
   """Index of the code nearest to each row by squared distance.
 
-  Exact in float32 on every backend, never TF32. Ties go to the lowest index. A
-  row with NaN or Inf gets some valid id; a code with NaN or Inf is never chosen
-  while another is finite. ids carry no gradient. Rows may be sharded (over the
-  rows of e, embedding replicated): nothing of e is gathered.
+  In float32 on every backend, never TF32. With |e| and |c| measured from the
+  mean of the codebook, the squared distance of the chosen code c exceeds the
+  least by at most about 2^-23 (4 + sqrt(D)) |c| (|c| + |e|). Ties go to the
+  lowest index. A row with NaN or Inf gets some valid id; a code with NaN or Inf
+  is never chosen while another is finite. ids carry no gradient. Rows may be
+  sharded (over the rows of e, embedding replicated): nothing of e is gathered.
 
   >>> import jax.numpy as jnp
   >>> from rvq_jax import nearest_codes
@@ -44,6 +49,17 @@ def nearest_codes(e: jax.Array, embedding: jax.Array) -> jax.Array:
   Raises:
     ValueError: the shapes do not fit, or K is 0.
   """
+  return search(e, embedding)[0]
+
+
+@jax.jit
+def search(e: jax.Array, embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """As `nearest_codes`, and which rows are ambiguous.
+
+  Returns:
+    ids [N], int32, and bool [N]: whether the two best scores of a row lie
+    within their rounding errors, so that another code may be as near or nearer.
+  """
   if e.ndim != 2 or embedding.ndim != 2 or e.shape[1] != embedding.shape[1]:
     raise ValueError(
       'nearest_codes expects e [N, D] and embedding [K, D], got '
@@ -52,7 +68,7 @@ def nearest_codes(e: jax.Array, embedding: jax.Array) -> jax.Array:
   if len(embedding) == 0:
     raise ValueError('nearest_codes expects at least one code, got K = 0.')
   if len(e) == 0:
-    return jnp.zeros(0, jnp.int32)
+    return jnp.zeros(0, jnp.int32), jnp.zeros(0, bool)
   e = jax.lax.stop_gradient(e.astype(jnp.float32))
   embedding = jax.lax.stop_gradient(embedding.astype(jnp.float32))
   return jax.lax.platform_dependent(
@@ -64,14 +80,18 @@ def nearest_codes(e: jax.Array, embedding: jax.Array) -> jax.Array:
 
 
 def _search(e, embedding, *, backend):
-  """Ids [N] of rows e [N, D], in the tiles of a backend."""
+  """Ids and ambiguity [N] of rows e [N, D], in the tiles of a backend."""
   shift, scale = centering(embedding)
   bias = _bias(embedding, shift, scale)
   rows, codes = tile_sizes(len(e), len(embedding), backend)
 
   def search_rows(block):
     x = _center_rows(block, shift, scale)
-    return _best(x, embedding, bias, shift, scale, codes)
+    ids, gap = _best(x, embedding, bias, shift, scale, codes)
+    # The rounding of two scores, seen to be at most half of this for each.
+    norm = jnp.sqrt(-2 * bias[ids])
+    error = norm * (norm + jnp.linalg.norm(x, axis=1))
+    return ids, gap < 2.0**-24 * (4 + e.shape[1] ** 0.5) * error
 
   return _over_blocks(search_rows, e, rows)
 
@@ -148,7 +168,7 @@ def _bias(embedding, shift, scale):
 
 
 def _best(x, embedding, bias, shift, scale, codes):
-  """The best code of each centered row, by a running maximum over tiles.
+  """Best code of each centered row, and its lead; a running maximum over tiles.
 
   The last tile starts early enough to be full, so nothing is padded; the codes
   that it shares with the one before are masked. Scores are [codes, rows]:
@@ -173,15 +193,21 @@ def _best(x, embedding, bias, shift, scale, codes):
     score = score + offset[:, None]
     top = jnp.max(score, axis=0)
     lane = jnp.where(score == top[None], lanes[:, None], codes - 1)
+    lane = jnp.min(lane, axis=0)
+    # XLA leaves the second best out where only ids are asked for.
+    rest = jnp.where(lanes[:, None] == lane[None], -jnp.inf, score)
+    rest = jnp.maximum(jnp.max(rest, axis=0), jnp.minimum(top, best[0]))
     better = top > best[0]
     return (
       jnp.where(better, top, best[0]),
-      jnp.where(better, first + jnp.min(lane, axis=0), best[1]),
+      jnp.where(better, first + lane, best[1]),
+      jnp.maximum(rest, best[2]),
     )
 
   zeros = x[:, 0] * 0  # from x, so that shard_map sees it vary as x does
-  start = (zeros - jnp.inf, zeros.astype(jnp.int32))
-  return jax.lax.fori_loop(0, -(-k // codes), visit, start)[1]
+  start = (zeros - jnp.inf, zeros.astype(jnp.int32), zeros - jnp.inf)
+  top, ids, second = jax.lax.fori_loop(0, -(-k // codes), visit, start)
+  return ids, top - second
 
 
 def _over_blocks(search, e, rows):
@@ -201,5 +227,5 @@ def _over_blocks(search, e, rows):
   def visit(_, b):
     return None, search(jax.lax.dynamic_index_in_dim(strided, b, 1, False))
 
-  _, ids = jax.lax.scan(visit, None, jnp.arange(blocks, dtype=jnp.int32))
-  return ids.T.reshape(-1)[:n]
+  _, found = jax.lax.scan(visit, None, jnp.arange(blocks, dtype=jnp.int32))
+  return jax.tree.map(lambda x: x.T.reshape(-1)[:n], found)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 from rvq_jax.metrics import diversity
 from rvq_jax.quantize.base import (
+  HIGHEST,
+  Dense,
   NearestQuantizer,
   QuantizerOutput,
   direction_metrics,
@@ -13,7 +15,6 @@ from rvq_jax.quantize.base import (
 from rvq_jax.quantize.codebook import draw_codes
 from rvq_jax.quantize.fields import field
 from rvq_jax.quantize.gradients import ESTIMATORS
-from rvq_jax.quantize.search import nearest_codes
 
 
 class SimVQ(NearestQuantizer):
@@ -26,9 +27,9 @@ class SimVQ(NearestQuantizer):
   code changes W and with it every code, so no code falls behind. The loss is
   commitment_weight MSE(e, sg(q)) + codebook_weight MSE(sg(e), q).
 
-  Each call computes C W, K D^2 multiplications, in evaluation too. `train`
-  changes nothing. `metrics` are as in `VectorQuantizer`, without dead_codes and
-  replaced_codes.
+  Each call computes C W, K D^2 multiplications, in evaluation too. `train` only
+  leaves out ambiguous_share. `metrics` are as in `VectorQuantizer`, without
+  dead_codes and replaced_codes.
 
   Attributes: as `VectorQuantizer`; codebook_weight trains W.
   """
@@ -40,7 +41,6 @@ class SimVQ(NearestQuantizer):
     self, z: jax.Array, *, train: bool = False, mask: jax.Array | None = None
   ) -> QuantizerOutput:
     """Quantizes z [..., C]; see `VectorQuantizer.__call__`."""
-    del train
     e, mask = self.inputs(z, mask)
     e = self.project_in(e, self.code_dim or z.shape[-1])
     dim = e.shape[1]
@@ -50,18 +50,19 @@ class SimVQ(NearestQuantizer):
       lambda: draw_codes(self.make_rng('params'), (self.codebook_size, dim)),
     )
     eye = lambda _, shape, dtype: jnp.eye(*shape, dtype=dtype)  # noqa: E731
-    linear = nn.Dense(dim, use_bias=False, kernel_init=eye, name='map')
+    linear = Dense(dim, use_bias=False, kernel_init=eye, name='map')
     codes = linear(jax.lax.stop_gradient(frozen.value))
-    ids = nearest_codes(e, codes)
+    ids, ambiguous = self.nearest(e, codes, mask, train)
     q = jnp.take(codes, ids, axis=0)
     quantized = self.estimate(e, q, ids, mask)
     loss, metrics = self.loss(e, q, mask, self.codebook_weight)
     counts = self.count(ids, e, mask)
-    metrics |= diversity(counts) | direction_metrics(e, q, mask)
+    metrics |= diversity(counts) | direction_metrics(e, q, mask) | ambiguous
     ids = ids.reshape(z.shape[:-1])
     return self.finish(z, quantized, ids, loss, counts, metrics)
 
   def codes(self) -> jax.Array:
     """The codes C W [K, D] of bound variables."""
     kernel = self.get_variable('params', 'map')['kernel']
-    return self.get_variable('codebook', 'embedding') @ kernel
+    codes = self.get_variable('codebook', 'embedding')
+    return jnp.dot(codes, kernel, precision=HIGHEST)

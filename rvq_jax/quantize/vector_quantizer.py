@@ -23,7 +23,6 @@ from rvq_jax.quantize.codebook import (
 )
 from rvq_jax.quantize.fields import field
 from rvq_jax.quantize.replacement import fill_codebook, replace_codes
-from rvq_jax.quantize.search import nearest_codes
 
 
 class VectorQuantizer(NearestQuantizer):
@@ -47,7 +46,8 @@ class VectorQuantizer(NearestQuantizer):
   commitment_loss, codebook_loss, usage and perplexity (of this batch only),
   dead_codes (share of codes under the threshold), replaced_codes (how many),
   mean_angle (degrees between e and q), fallback_share (of vectors without a
-  rotation), encoder_norm and code_norm (mean |e| and |q|).
+  rotation), encoder_norm and code_norm (mean |e| and |q|); out of training
+  ambiguous_share (of vectors with two codes too close for `search` to tell).
 
   >>> import jax
   >>> from rvq_jax import VectorQuantizer
@@ -126,13 +126,13 @@ class VectorQuantizer(NearestQuantizer):
     e, mask = self.inputs(z, mask)
     e = self.normed(self.project_in(e, self.code_dim or z.shape[-1]))
     book = self._begin(train, lambda: (e, mask), e.shape)
-    ids = nearest_codes(e, book.embedding)
+    ids, ambiguous = self.nearest(e, book.embedding, mask, train)
     q = jnp.take(book.embedding, ids, axis=0)
     quantized = self.estimate(e, q, ids, mask)
     weight = 0.0 if self.ema or self.freeze else self.codebook_weight
     loss, metrics = self.loss(e, q, mask, weight)
     counts = self.count(ids, e, mask)
-    metrics |= diversity(counts) | direction_metrics(e, q, mask)
+    metrics |= diversity(counts) | direction_metrics(e, q, mask) | ambiguous
     metrics |= self._end(train, book, e, ids, mask)
     ids = ids.reshape(z.shape[:-1])
     return self.finish(z, quantized, ids, loss, counts, metrics)

@@ -28,6 +28,7 @@ UNITS = {
   'entropy_bits_per_pixel': 'tokens x entropy_bits / pixels',
   'quantization_error': 'mean squared distance to the code, per dimension',
   'relative_error': 'squared distance of the latents to their codes / |z|^2',
+  'ambiguous_share': 'share of the tokens with two codes too close for float32',
   'latent_dimension': 'effective dimension of the latents',
   'code_dimension': 'effective dimension of these codes',
   'images': 'images in the split that could be read',
@@ -60,9 +61,10 @@ def make_eval_step(
   Returns:
     A function of the model's variables and {'image': [B, h, w, 3] uint8 or
     float in [-1, 1], 'mask': bool [B]}. Its float32 sums are images, mse, psnr,
-    ssim, tokens, positions, quantization_error, latent_error (|z - q|^2),
-    'latents' and 'codes' (`_moments`), counts [K], and for each of 'prefixes'
-    mse, psnr, quantization_error and the counts [K] of the codes that it adds.
+    ssim, tokens, positions, quantization_error, ambiguous, latent_error
+    (|z - q|^2), 'latents' and 'codes' (`_moments`), counts [K], and for each of
+    'prefixes' mse, psnr, quantization_error and the counts [K] of the codes
+    that it adds.
   """
 
   def eval_step(variables, batch):
@@ -81,6 +83,7 @@ def make_eval_step(
       'positions': z[0, ..., 0].size * count,
       'quantization_error': tokens
       * out.quantizer.metrics['quantization_error'],
+      'ambiguous': tokens * out.quantizer.metrics.get('ambiguous_share', 0.0),
       'latent_error': jnp.sum(jnp.where(mask, errors, 0.0)),
       'latents': _moments(z, mask),
       'codes': _moments(q, mask),
@@ -183,6 +186,7 @@ def _metrics(total, pixels):
     'mse_01': result['mse'] / 4,
     'quantization_error': float(total['quantization_error'] / tokens),
     'relative_error': float(total['latent_error'] / size),
+    'ambiguous_share': float(total['ambiguous'] / tokens),
     'images': int(images),
     'tokens': int(tokens),
   }

@@ -51,6 +51,23 @@ def test_decode_of_encode_is_the_reconstruction_bit_exact(dtype, ema):
   assert np.abs(got).max() <= 1
 
 
+@pytest.mark.parametrize('name', ['vq', 'product'])
+def test_without_codes_the_decoder_gets_latents_in_the_form_of_codes(name):
+  model = tiny_vqvae({'name': name, 'cosine': True})
+  variables = init(model, IMAGES)
+  out = jax.jit(functools.partial(model.apply, quantize=False))(
+    variables, IMAGES
+  )
+  z = np.asarray(out.latents)
+  pieces = z.reshape(*z.shape[:-1], 2 if name == 'product' else 1, -1)
+  unit = pieces / np.linalg.norm(pieces, axis=-1, keepdims=True)
+  want = model.decoder.apply(
+    {key: x['decoder'] for key, x in variables.items() if 'decoder' in x},
+    unit.reshape(z.shape),
+  )
+  np.testing.assert_allclose(out.reconstruction, want, atol=1e-5)
+
+
 def test_evaluation_leaves_every_collection_as_it_was():
   model, x = build(), IMAGES
   variables = init(model, x, train=True)

@@ -54,6 +54,14 @@ def test_gumbel_temperature_follows_half_a_cosine():
     assert after['codebook']['step'] == step + 1
 
 
+def test_gumbel_temperature_falls_from_1_to_a_sixteenth():
+  """In 10,000 steps, unless told otherwise: as in DALL-E."""
+  layer = GumbelQuantizer(K)
+  for step, want in ((0, 1.0), (10_000, 1 / 16), (20_000, 1 / 16)):
+    out, _ = train(layer, at_step(start(GUMBEL), step), Z)
+    np.testing.assert_allclose(out.metrics['temperature'], want, rtol=1e-6)
+
+
 def test_gumbel_mixture_hardens_as_the_temperature_falls():
   codes = start(GUMBEL)['params']['embedding']
   warm, _ = train(GUMBEL, start(GUMBEL), Z)

@@ -1,6 +1,7 @@
 """What holds for every quantizer: a table of layers and their properties."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,7 @@ LAYERS = {
   'simvq projected': SimVQ(K, code_dim=3, estimator='rotation'),
 }
 KINDS = [*('vq', 'residual', 'product', 'multiscale', 'gumbel', 'fsq', 'simvq')]
+NO_SEARCH = ('gumbel', 'fsq')
 EVERY = pytest.mark.parametrize('name', LAYERS)
 EACH = pytest.mark.parametrize('name', KINDS)
 
@@ -98,6 +100,18 @@ def test_ids_decode_to_quantized_and_come_without_the_rest(name, dtype):
     assert (x.dtype, x.shape) == (jnp.float32, ()) and np.isfinite(x)
 
 
+@EVERY
+def test_no_id_depends_on_a_product_in_tf32(name):
+  lowered = encode.trace(LAYERS[name], trained(name), Z).lower(
+    lowering_platforms=('cuda',)
+  )
+  lines = lowered.as_text().splitlines()
+  products = [
+    x for x in lines if re.search(r'stablehlo\.(dot_general|convolution)', x)
+  ]
+  assert products and all(len(re.findall('HIGHEST', x)) == 2 for x in products)
+
+
 @EACH
 def test_counts_usage_and_perplexity_follow_from_the_ids(name):
   layer = LAYERS[name]
@@ -109,6 +123,21 @@ def test_counts_usage_and_perplexity_follow_from_the_ids(name):
     np.testing.assert_allclose(out.metrics['usage'], np.mean(counts > 0))
   got, want = out.metrics['perplexity'], np.exp(entropy).mean()
   np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', [n for n in KINDS if n not in NO_SEARCH])
+def test_evaluation_counts_vectors_with_two_nearest_codes(name):
+  layer, variables = LAYERS[name], trained(name)
+  twice = jax.tree_util.tree_map_with_path(
+    lambda path, x: np.repeat(x[::2], 2, 0) if 'embedding' in str(path) else x,
+    variables,
+  )
+  few, all_ = (
+    evaluate(layer, of, Z)[0].metrics['ambiguous_share']
+    for of in (variables, twice)
+  )
+  assert few < 0.05 and all_ == 1
+  assert 'ambiguous_share' not in train(layer, variables, Z)[0].metrics
 
 
 @EVERY

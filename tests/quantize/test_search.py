@@ -13,7 +13,12 @@ from jax.sharding import PartitionSpec
 from layer_programs import nearest
 
 from rvq_jax import sharding
-from rvq_jax.quantize.search import centering, nearest_codes, tile_sizes
+from rvq_jax.quantize.search import (
+  centering,
+  nearest_codes,
+  search,
+  tile_sizes,
+)
 
 COMPILE = """
 import jax, jax.numpy as jnp
@@ -100,6 +105,40 @@ def test_rows_and_codes_of_very_different_norm(e_scale, code_scale):
   score = np.float64(e) @ np.float64(codes).T  # the distance rounds off
   score -= 0.5 * np.sum(np.float64(codes) ** 2, axis=1)
   np.testing.assert_array_equal(nearest_codes(e, codes), score.argmax(1))
+
+
+def clusters(groups, norm, spread, k, dim):
+  """Rows and codes around a few centers; nothing is in common but these."""
+  e, codes = draw(256, k, dim, scale=spread)
+  centers = draw(1, groups, dim)[1]
+  centers *= norm / np.linalg.norm(centers, axis=1, keepdims=True)
+  return e + centers[np.arange(256) % groups], codes + centers[
+    np.arange(k) % groups
+  ]
+
+
+@pytest.mark.parametrize(
+  'shape', [(64, 16, 1e-3, 4096, 256), (4, 1e4, 1e-3, 128, 64)]
+)
+def test_row_with_another_code_is_ambiguous_and_within_the_bound(shape):
+  e, codes = clusters(*shape)
+  ids, ambiguous = search(e, codes)
+  best = nearest(e, codes)
+  assert np.sum(ids != best) > 5
+  assert np.all(np.asarray(ambiguous)[ids != best])
+  excess = [
+    np.sum((np.float64(e) - np.float64(codes[of])) ** 2, axis=1)
+    for of in (ids, best)
+  ]
+  e, codes = np.float64(e), np.float64(codes) - np.float64(codes).mean(0)
+  norm = np.linalg.norm(codes[np.asarray(ids)], axis=1)
+  bound = 2.0**-23 * (4 + shape[-1] ** 0.5) * norm * (norm + shape[1] * 1.1)
+  assert np.all(excess[0] - excess[1] < bound)
+
+
+@pytest.mark.parametrize('dim', [2, 16, 256])
+def test_few_rows_are_ambiguous(dim):
+  assert np.mean(search(*draw(1000, 1500, dim))[1]) < 0.002
 
 
 def test_non_finite_row_gets_a_valid_id_and_spoils_no_other():
