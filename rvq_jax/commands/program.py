@@ -1,9 +1,11 @@
 """The frame of every command: its flags, help, logs and one-line errors."""
 
+import ast
 import faulthandler
 import functools
 import logging
 import os
+import re
 import select
 import shlex
 import sys
