@@ -20,10 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rvq_jax.data.images import prepare_images
 from rvq_jax.data.transforms import MAX_PIXELS
 from rvq_jax.io import write_atomic
-from rvq_jax.metrics import to_uint8
+from rvq_jax.metrics import prepare_images, to_uint8
 from rvq_jax.models.layers import SelfAttention
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
