@@ -39,8 +39,8 @@ def write_atomic(path, content: str | bytes) -> None:
       os.fsync(stream.fileno())
     os.replace(partial, path)
   except OSError as error:
-    error.filename, error.filename2 = str(path), None  # as the user knows it
-    raise
+    # The file as the user knows it.
+    raise OSError(error.errno, error.strerror, str(path)) from error
   finally:
     with contextlib.suppress(OSError):
       partial.unlink()
