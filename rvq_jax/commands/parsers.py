@@ -4,7 +4,6 @@ import ast
 import contextlib
 
 from absl import flags
-from ml_collections.config_flags import tuple_parser
 
 
 class StepParser(flags.ArgumentParser):
@@ -32,8 +31,8 @@ class Parser(flags.ArgumentParser):
       raise ValueError(reason) from error
 
 
-class TupleParser(tuple_parser.TupleParser):
-  """A tuple; the one of ml_collections takes 32 as (32,)."""
+class TupleParser(flags.ArgumentParser):
+  """A tuple; ml_collections would take 32 as (32,), and join repeated flags."""
 
   def parse(self, argument):
     """The value of a text; ValueError says what is expected."""

@@ -94,12 +94,14 @@ def read(monkeypatch):
 def test_a_command_is_given_the_config_and_its_fields(given, read):
   flags = read(
     *('--config.batch_size=8', f'--config={given}', '--noconfig.data.flip'),
-    *('--config.model.widths=(4,8)', '--config.num_steps', '3'),
+    *('--config.model.widths=(4,)', '--config.model.widths=4,8'),
+    *('--config.num_steps', '3', '--config.model.sides=[1, 4]'),
   )
   config, model = flags.config, flags.config.model
   assert flags.run_name == 'cifar10_f4_best'
   assert (model.factor, model.estimator, model.widths) == (4, 'ste', (4, 8))
   assert (config.batch_size, config.num_steps) == (8, 3)
+  assert model.sides == (1, 4)
   assert not config.data.flip
 
 
