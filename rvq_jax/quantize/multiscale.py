@@ -43,7 +43,8 @@ class MultiscaleQuantizer(VectorQuantizer):
   of K and its tokens in the batch), `perplexity_l` and `quantization_error_l`
   (the error after the scales 1 to l).
 
-  Masked positions are excluded from the area means of coarse tokens, too.
+  Masked positions are excluded from the area means of coarse tokens, too, and
+  from the areas that they weigh by.
 
   >>> import jax
   >>> from rvq_jax import MultiscaleQuantizer
@@ -84,35 +85,35 @@ class MultiscaleQuantizer(VectorQuantizer):
     mask_grid = mask.reshape(grid.shape[:-1])
     areas = jnp.tile(scales.token_weights(sides), len(grid))
 
-    def weighted(rows, valid):
+    def weighted(rows, share):
       """[B, T, D] and [B, T] as [B T, D] and the weights of the tokens."""
-      return rows.reshape(-1, dim), jnp.where(valid.reshape(-1), areas, 0.0)
+      return rows.reshape(-1, dim), share.reshape(-1) * areas
 
     first = lambda: weighted(*scales.pyramid(grid, mask_grid, sides))  # noqa: E731
     book = self._begin(train, first, (len(areas), dim))
     weight = 0.0 if self.freeze else self.codebook_weight
     tokens, parts, counts = [], [], []
-    for rows, valid, ids, close, total in _walk(
+    for rows, share, ids, close, total in _walk(
       grid, mask_grid, book.embedding, phis, sides
     ):
-      tokens.append((rows, valid, ids, close))
+      tokens.append((rows, share, ids, close))
       total = total.reshape(e.shape)
       q = jax.lax.stop_gradient(total) if self.freeze else total
       parts.append(self.loss(e, q, mask, weight))
-      flat = ids.reshape(-1), rows.reshape(-1, dim), valid.reshape(-1)
+      flat = ids.reshape(-1), rows.reshape(-1, dim), share.reshape(-1) > 0
       counts.append(self.count(*flat))
     quantized = self.estimate(e, total, None, mask)
     metrics = self._metrics([part for _, part in parts], counts)
     metrics |= direction_metrics(e, total, mask)
     # Image by image, so that the rows of a device are next to each other.
-    rows, valid, ids, close = (
+    rows, share, ids, close = (
       jnp.concatenate(x, 1) for x in zip(*tokens, strict=True)
     )
     if not train:
       close = close.astype(jnp.float32).reshape(-1)
-      metrics['ambiguous_share'] = masked_mean(close, valid.reshape(-1))
-    rows, share = weighted(rows, valid)
-    metrics |= self._end(train, book, rows, ids.reshape(-1), share)
+      metrics['ambiguous_share'] = masked_mean(close, share.reshape(-1) > 0)
+    rows, weights = weighted(rows, share)
+    metrics |= self._end(train, book, rows, ids.reshape(-1), weights)
     loss, counts = sum(loss for loss, _ in parts) / len(parts), sum(counts)
     ids = ids.reshape(*z.shape[:-3], ids.shape[1])
     return self.finish(z, quantized, ids, loss, counts, metrics)
@@ -205,11 +206,11 @@ def _grid(e, z):
 
 
 def _walk(grid, mask, codes, phis, sides):
-  """Scale by scale: rows [B, s^2, D]; validity, ids, ambiguity; z^ so far."""
+  """Scale by scale: rows [B, s^2, D]; valid share, ids, ambiguity; z^."""
   total = jnp.zeros_like(grid)
   for number, side in enumerate(sides):
-    rows, valid = scales.pool(grid - total, mask, side)
+    rows, share = scales.pool(grid - total, mask, side)
     found = search(rows.reshape(-1, rows.shape[-1]), codes)
-    ids, close = (x.reshape(valid.shape) for x in found)
+    ids, close = (x.reshape(share.shape) for x in found)
     total += _addend(phis, jnp.take(codes, ids, axis=0), number, sides)
-    yield rows, valid, ids, close, total
+    yield rows, share, ids, close, total

@@ -65,14 +65,14 @@ def pool(
   """Means over side^2 areas of z [B, n, n, D] in the mask [B, n, n].
 
   Returns:
-    [B, side^2, D]; and where the mask has positions, bool [B, side^2].
+    [B, side^2, D]; and the valid share of each area, [B, side^2] in [0, 1].
   """
   weights, mask = area_weights(z.shape[1], side), mask[..., None]
   total = _resize(jnp.where(mask, z, 0.0), weights)
   share = _resize(mask.astype(jnp.float32), weights)
-  # Whole areas are not divided: their share is 1 up to rounding.
-  e = total / jnp.where((share == 0) | (share > 1 - 1e-5), 1.0, share)
-  return e.reshape(len(z), -1, z.shape[-1]), (share > 0).reshape(len(z), -1)
+  share = jnp.where(share > 1 - 1e-5, 1.0, share)  # up to rounding
+  e = total / jnp.where(share == 0, 1.0, share)
+  return e.reshape(len(z), -1, z.shape[-1]), share.reshape(len(z), -1)
 
 
 def expand(q: jax.Array, grid: int) -> jax.Array:
@@ -104,11 +104,12 @@ def pyramid(
 ) -> tuple[jax.Array, jax.Array]:
   """The inputs of all scales without quantization, phi being the identity.
 
-  z is [B, n, n, D], the mask bool [B, n, n]. Returns [B, T, D], bool [B, T].
+  z is [B, n, n, D], the mask bool [B, n, n]. Returns [B, T, D] and the valid
+  share [B, T], as `pool`.
   """
   scales = []
   for side in sides:
     scales.append(pool(z, mask, side))
     z = z - expand(scales[-1][0], z.shape[1])
-  rows, valid = (jnp.concatenate(x, axis=1) for x in zip(*scales, strict=True))
-  return rows, valid
+  rows, share = (jnp.concatenate(x, axis=1) for x in zip(*scales, strict=True))
+  return rows, share

@@ -184,6 +184,16 @@ def test_the_moving_average_weighs_tokens_by_the_area_that_they_cover():
   assert np.any(after['codebook']['embedding'] != old['embedding'])
 
 
+def test_a_token_weighs_by_the_valid_positions_that_it_covers():
+  mask = np.zeros(Z.shape[:-1], bool)
+  mask[0], mask[1, 0, 0] = True, True  # a whole image, and 1 of 9 positions
+  variables = trained()
+  _, after = train(LAYER, variables, Z, mask)
+  old, new = (x['codebook']['cluster_size'] for x in (variables, after))
+  weight = np.sum(new - 0.8 * np.float64(old)) / 0.2
+  np.testing.assert_allclose(weight, T * (1 + 1 / 9), rtol=1e-5)
+
+
 def distances(rows, variables):
   codes = variables['codebook']['embedding']
   return np.linalg.norm(rows[:, None] - codes[None], axis=-1)
@@ -258,17 +268,17 @@ def test_areas_are_weighted_by_what_they_cover(grid, side):
   x, mask = random(0, 1, grid, grid, 2), np.ones((1, grid, grid), bool)
   e, valid = pool(x, mask, side=side)
   np.testing.assert_allclose(e[0], area(x[0], side), atol=1e-5)
-  assert valid.all()
+  np.testing.assert_array_equal(valid, 1)
 
 
 def test_areas_are_means_over_the_positions_in_the_mask():
   x, mask = random(0, 8, 8, 2), random(1, 8, 8) < 0
   mask[:3, :3] = False
-  e, valid = pool(x[None], mask[None], side=3)
+  e, valid = pool(x[None], mask[None], side=3)  # the valid share of each area
   share = area(np.float64(mask[..., None]), 3)
   want = area(np.where(mask[..., None], x, 0.0), 3) / share.clip(1e-9)
   np.testing.assert_allclose(e[0], want, atol=1e-5)
-  np.testing.assert_array_equal(valid[0], share[:, 0] > 0)
+  np.testing.assert_allclose(valid[0], share[:, 0], atol=1e-6)
   assert not valid[0, 0] and valid[0, 1:].all()
 
 
