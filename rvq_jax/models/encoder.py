@@ -50,6 +50,16 @@ class Coder(nn.Module):
     check(self)
     return stage_plan(self.widths, self.factor)
 
+  @property
+  def reach(self) -> int:
+    """Latent positions on each side of one that its convolutions see, at most.
+
+    One for each 3x3 convolution at their resolution. Those of higher resolution
+    see less than two together.
+    """
+    strides = [stride for _, stride in stage_plan(self.widths, self.factor)]
+    return 2 * self.num_res_blocks + strides.count(1) + 2
+
   def norm_and_act(self, x: jax.Array, name: str, train: bool) -> jax.Array:
     """The activation of the layer `Norm`, called `name`, of x."""
     norm = Norm(self.dtype, self.axis_name, self.norm, name=name)

@@ -96,22 +96,31 @@ class SelfAttention(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps x [B, H, W, C] to the same shape."""
-    batch, height, width, channels = x.shape
+  def __call__(self, x: jax.Array, whole: jax.Array | None = None) -> jax.Array:
+    """Maps x [B, H, W, C] to the same shape.
+
+    whole: positions [B, h, w, C] that give keys and values; None: those of x.
+    """
+    channels = x.shape[-1]
     if channels % self.num_heads:
       raise ValueError(
         f'num_heads: expected a divisor of the {channels} channels, the last '
         f'width, got {self.num_heads}'
       )
-    y = nn.LayerNorm(dtype=self.dtype, name='norm')(x)
-    y = y.reshape(batch, height * width, channels)
+    norm = nn.LayerNorm(dtype=self.dtype, name='norm')
+    y = jax.lax.collapse(norm(x), 1, 3)
+    z = y if whole is None else jax.lax.collapse(norm(whole), 1, 3)
     heads = (self.num_heads, channels // self.num_heads)
     query, key, value = (
-      nn.DenseGeneral(heads, dtype=self.dtype, name=name)(y)
-      for name in ('query', 'key', 'value')
+      nn.DenseGeneral(heads, dtype=self.dtype, name=name)(inputs)
+      for name, inputs in (('query', y), ('key', z), ('value', z))
     )
-    y = attend(query, key, value)
+    if whole is None:
+      y = attend(query, key, value)
+    else:  # by rows: the scores of all would leave every cache
+      rows = query.reshape(len(x), x.shape[1], -1, *heads).swapaxes(0, 1)
+      y = jax.lax.map(lambda row: attend(row, key, value), rows)
+      y = y.swapaxes(0, 1).reshape(query.shape)
     y = nn.DenseGeneral(channels, (-2, -1), dtype=self.dtype, name='out')(y)
     return x + y.reshape(x.shape)
 
@@ -124,7 +133,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   MiB on CPU, 256 MiB on other devices), a loop attends a few heads at a time
   and computes their scores again in the backward pass.
 
-  All arrays are [B, T, H, d]: H heads of d channels.
+  query is [B, T, H, d], H heads of d channels; key and value [B, S, H, d].
   """
   on_cpu = functools.partial(_attend_in_tiles, scores=2**20)
   return jax.lax.platform_dependent(
@@ -159,12 +168,12 @@ def _attend_in_tiles(query, key, value, *, scores):
   """
   batch, tokens, heads, dim = query.shape
   count = batch * heads
-  most = max(1, scores // tokens**2)
+  most = max(1, scores // (tokens * key.shape[1]))
   tile = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
   def split(x):
-    x = x.transpose(0, 2, 1, 3).reshape(tile, -1, tokens, dim)
+    x = x.transpose(0, 2, 1, 3).reshape(tile, -1, x.shape[1], dim)
     return jnp.moveaxis(x, 1, 0)
 
   def attend_tile(qkv):

@@ -1,53 +1,170 @@
 """Images of any size to ids and back, in bounded memory.
 
-Attention costs the square of the number of positions. A grid of at most
-WINDOW x WINDOW is coded in one piece and equals `Tokenizer.reconstruct`
-bit-exactly. A larger grid is coded in windows that overlap: each keeps only
-positions at least HALO from its inner borders: no seams show. Encoder and
-decoder use the same windows. Multi-scale tokens have none.
+A grid of at most WINDOW x WINDOW positions is coded in one piece and equals
+`Tokenizer.reconstruct` bit-exactly. A larger grid is coded in windows, which
+give the ids and the picture of one piece up to float32 rounding: they overlap
+by the reach of the convolutions, GroupNorm takes its statistics over the whole
+image, and attention its keys and values. Only where a grid has more than KEYS
+positions are these of every second (third ...) row and column. Multi-scale
+tokens are of one size and have no windows.
 """
 
+import functools
 import io
 import itertools
+import math
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from rvq_jax.data.images import prepare_images
 from rvq_jax.data.transforms import MAX_PIXELS
 from rvq_jax.io import write_atomic
 from rvq_jax.metrics import to_uint8
+from rvq_jax.models.layers import SelfAttention
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
-WINDOW, HALO = 64, 8
+WINDOW, HALO, KEYS = 64, 8, 2**14
 _MAX_BYTES = 2**28
 
 
-def spans(size: int) -> list[tuple[int, int, int]]:
-  """The windows (start, first, last) along a side of `size` positions.
+def spans(size: int, side: int, halo: int) -> list[tuple[int, int, int]]:
+  """The windows (start, first, last) along `size` positions.
 
-  One is min(size, WINDOW) long and keeps the positions first ... last - 1.
+  One is min(size, side) long and keeps the positions first ... last - 1, at
+  least `halo` from its inner borders.
   """
-  if size <= WINDOW:
+  if size <= side:
     return [(0, 0, size)]
   windows, first = [], 0
   while first < size:
-    start = min(max(first - HALO, 0), size - WINDOW)
-    last = size if start + WINDOW == size else start + WINDOW - HALO
+    start = min(max(first - halo, 0), size - side)
+    last = size if start + side == size else start + side - halo
     windows.append((start, first, last))
     first = last
   return windows
 
 
-def _by_windows(function, x, f, result, g):
-  """Fills `result`, g pixels per position, by windows of x, f per position."""
-  windows = itertools.product(*(spans(side // f) for side in x.shape[1:3]))
+def _encode(model, images):
+  return model.encode(prepare_images(images))
+
+
+def _decode(model, ids):
+  return to_uint8(model.decode(ids))
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'method'))
+def _code(variables, x, *, model, method):
+  with nn.intercept_methods(functools.partial(_layer, None)):
+    return model.apply(variables, x, method=method)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'method'))
+def _survey(variables, x, kept, *, model, method):
+  """The collection 'whole' as one window x knows it; see `_layer`."""
+  with nn.intercept_methods(functools.partial(_layer, kept)):
+    _, written = model.apply(variables, x, method=method, mutable='whole')
+  return written.get('whole', {})
+
+
+def _layer(kept, call, args, kwargs, context):
+  """Calls a layer; GroupNorm and attention use the collection 'whole'.
+
+  Its variable 'map' is, for a GroupNorm, the means [2, B, groups] of x and x^2,
+  for attention the positions [B, h, w, C] that give keys and values; without it
+  a layer sees only x. With kept, bool [H, W], it is written: the means over
+  those positions of a window, or all positions of the window.
+  """
+  layer = context.module
+  if not isinstance(layer, nn.GroupNorm | SelfAttention):
+    return call(*args, **kwargs)
+  (x,), whole = args, layer.get_variable('whole', 'map')
+  if isinstance(layer, SelfAttention):
+    own, y = x, call(x, whole)
+  else:
+    own = None if kept is None else _means(layer, x, kept)
+    y = call(x) if whole is None else _normalize(layer, x, whole)
+  if kept is not None:
+    layer.put_variable('whole', 'map', own)
+  return y
+
+
+def _groups(norm, x):
+  return x.astype(jnp.float32).reshape(*x.shape[:3], norm.num_groups, -1)
+
+
+def _means(norm, x, kept):
+  zoom, groups = x.shape[1] // kept.shape[0], _groups(norm, x)
+  kept = kept.repeat(zoom, 0).repeat(zoom, 1)[None, :, :, None, None]
+  means = [y.mean((1, 2, 4), where=kept) for y in (groups, groups**2)]
+  return jnp.stack(means)
+
+
+def _normalize(norm, x, means):
+  mean, square = means[:, :, None, None, :, None]
+  variance = jnp.maximum(square - mean**2, 0)
+  y = (_groups(norm, x) - mean) * jax.lax.rsqrt(variance + norm.epsilon)
+  scale, bias = (norm.get_variable('params', n) for n in ('scale', 'bias'))
+  y = y.reshape(-1, x.shape[-1]) * scale[None] + bias[None]
+  return y.reshape(x.shape).astype(norm.dtype)
+
+
+def _by_windows(tokenizer, method, x, result, placement=None):
+  """Fills `result`: the ids of images x by `_encode`, or back by `_decode`."""
+  model, f, g = tokenizer.model, tokenizer.factor, 1  # pixels per position
+  coder = model.encoder
+  if method is _decode:
+    coder, f, g = model.decoder, 1, f
+  halo = max(HALO, coder.reach)
+  side, grid = max(WINDOW, 4 * halo), [n // f for n in x.shape[1:3]]
+  windows = list(itertools.product(*(spans(n, side, halo) for n in grid)))
+  options = {'model': model, 'method': method}
+
+  def window(y, z):
+    part = x[:, y * f : (y + side) * f, z * f : (z + side) * f]
+    return jax.device_put(part, placement)
+
+  def survey(variables, rows, columns):
+    (y, top, bottom), (z, left, right) = rows, columns
+    kept = np.zeros([min(n, side) for n in grid], bool)
+    kept[top - y : bottom - y, left - z : right - z] = True
+    return _survey(variables, window(y, z), kept, **options)
+
+  variables = dict(tokenizer.variables)
+  layers = jax.eval_shape(functools.partial(survey, variables, *windows[0]))
+  for _ in jax.tree.leaves(layers):  # each pass makes one more layer right
+    parts = (survey(variables, *pair) for pair in windows)
+    whole = _join(zip(windows, parts, strict=True), grid)
+    variables['whole'] = jax.device_put(whole)
   for (y, top, bottom), (z, left, right) in windows:
-    part = function(x[:, y * f : (y + WINDOW) * f, z * f : (z + WINDOW) * f])
-    rows = slice((top - y) * g, (bottom - y) * g)
-    columns = slice((left - z) * g, (right - z) * g)
+    part = np.asarray(_code(variables, window(y, z), **options))
+    part = part[:, (top - y) * g : (bottom - y) * g]
     kept = result[:, top * g : bottom * g, left * g : right * g]
-    kept[:] = np.asarray(part)[:, rows, columns]
+    kept[:] = part[:, :, (left - z) * g : (right - z) * g]
   return result
+
+
+def _join(surveys, grid):
+  """The collection 'whole' of a grid, from (window, its `_survey`)."""
+  step, joined = math.ceil(math.sqrt(math.prod(grid) / KEYS)), {}
+  for ((y, top, bottom), (z, left, right)), survey in surveys:
+    share = (bottom - top) * (right - left) / math.prod(grid)
+    for name, own in flatten_dict(survey).items():
+      own = np.asarray(own, np.float32)
+      if own.ndim == 3:
+        joined[name] = joined.get(name, 0) + share * own.astype(np.float64)
+        continue
+      shape = own.shape[0], *(-(-n // step) for n in grid), own.shape[3]
+      keys = joined.setdefault(name, np.empty(shape, np.float32))
+      row, column = -(-top // step), -(-left // step)
+      own = own[:, row * step - y : bottom - y : step]
+      own = own[:, :, column * step - z : right - z : step]
+      height, width = own.shape[1:3]
+      keys[:, row : row + height, column : column + width] = own
+  return unflatten_dict({n: np.float32(x) for n, x in joined.items()})
 
 
 def encode_images(
@@ -63,15 +180,12 @@ def encode_images(
   f, (height, width) = tokenizer.factor, images.shape[1:3]
   padding = (0, 0), (0, -height % f), (0, -width % f), (0, 0)
   images = np.pad(images, padding, 'edge')
-
-  def encode(x):
-    return tokenizer.encode(jax.device_put(x, placement))
-
-  if not tokenizer.any_size:
-    return np.asarray(encode(images), tokenizer.ids_dtype)
+  if not tokenizer.any_size or max(images.shape[1:3]) <= WINDOW * f:
+    ids = tokenizer.encode(jax.device_put(images, placement))
+    return np.asarray(ids, tokenizer.ids_dtype)
   shape = len(images), *tokenizer.ids_shape(height, width)
   ids = np.empty(shape, tokenizer.ids_dtype)
-  return _by_windows(encode, images, f, ids, 1)
+  return _by_windows(tokenizer, _encode, images, ids, placement)
 
 
 def decode_ids(
@@ -81,15 +195,13 @@ def decode_ids(
 
   height is at most H factor, width at most W factor: more pixels are cropped.
   """
-
-  def decode(x):
-    return np.asarray(to_uint8(tokenizer.decode(x)))
-
-  if not tokenizer.any_size:
-    return decode(ids)[:, :height, :width]
-  f, (rows, columns) = tokenizer.factor, ids.shape[1:3]
-  images = np.empty((len(ids), rows * f, columns * f, 3), np.uint8)
-  return _by_windows(decode, ids, 1, images, f)[:, :height, :width]
+  f, ids = tokenizer.factor, np.asarray(tokenizer.check_ids(ids), np.int32)
+  if not tokenizer.any_size or max(ids.shape[1:3]) <= WINDOW:
+    images = np.asarray(to_uint8(tokenizer.decode(ids)))
+  else:
+    shape = len(ids), ids.shape[1] * f, ids.shape[2] * f, 3
+    images = _by_windows(tokenizer, _decode, ids, np.empty(shape, np.uint8))
+  return images[:, :height, :width]
 
 
 def save_image(tokenizer: Tokenizer, image: np.ndarray, path) -> np.ndarray:

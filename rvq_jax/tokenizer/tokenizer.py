@@ -192,6 +192,11 @@ class Tokenizer:
     Raises:
       ValueError: another shape or dtype, or an id out of range.
     """
+    ids = jnp.asarray(self.check_ids(ids), jnp.int32)
+    return self._decode(self.variables, ids)
+
+  def check_ids(self, ids) -> np.ndarray | jax.Array:
+    """The ids as an array; ValueError if `decode` refuses them."""
     # Not through jnp: it would wrap 64 bits to 32 before the check.
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     axes = self.axes.count(',') + 1
@@ -206,7 +211,7 @@ class Tokenizer:
         f'expected ids from 0 to {last}, got {ids.min()} to {ids.max()}; are '
         'they of another model?'
       )
-    return self._decode(self.variables, jnp.asarray(ids, jnp.int32))
+    return ids
 
   def reconstruct(self, images) -> jax.Array:
     """decode(encode(images)); see there."""

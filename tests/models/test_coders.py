@@ -12,6 +12,7 @@ from tiny_model import init
 
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder, stage_plan
+from rvq_jax.models.layers import SelfAttention
 
 PARTS = pytest.mark.parametrize(
   'part', [Encoder, functools.partial(Decoder, num_heads=2)]
@@ -52,6 +53,37 @@ def test_impossible_encoders_and_decoders_are_refused(part, fields, message):
 def test_heads_that_do_not_divide_the_channels_are_refused(heads):
   with pytest.raises(ValueError, match=f'^num_heads: .*, got {heads}'):
     init.eval_shape(Decoder(widths=(4, 6), num_heads=heads), IMAGES)
+
+
+@PARTS
+@pytest.mark.parametrize(
+  ('fields', 'reach'),
+  [((2, 8, 0), 2), ((3, 2, 1), 6)],
+)
+def test_convolutions_see_no_further_than_their_reach(part, fields, reach):
+  widths, factor, blocks = fields
+  module = part(widths=(4,) * widths, factor=factor, num_res_blocks=blocks)
+  assert module.reach == reach
+  encodes = isinstance(module, Encoder)
+  x = np.random.default_rng(0).standard_normal((1, 19, 19, 3)).astype('f4')
+  x = x.repeat(factor, 1).repeat(factor, 2) if encodes else x
+  f, g = (factor, 1) if encodes else (1, factor)
+  changed = x.copy()
+  changed[:, 9 * f : 10 * f, 9 * f : 10 * f] += 1  # of position 9, 9
+
+  def alone(call, args, kwargs, context):
+    attends = isinstance(context.module, SelfAttention)
+    return args[0] if attends else call(*args, **kwargs)
+
+  variables = init(module, x)
+  # The last norm of a block starts at 0: then its convolutions do nothing.
+  variables = jax.tree.map(lambda w: w + (w == 0), variables)
+  with nn.intercept_methods(alone):
+    apply = jax.jit(module.apply)
+    y, z = apply(variables, x), apply(variables, changed)
+  _, rows, columns = np.nonzero((y != z).any(-1))
+  far = np.abs(np.stack([rows, columns]) // g - 9).max()
+  assert reach - 2 <= far <= reach
 
 
 @PARTS

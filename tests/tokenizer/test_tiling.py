@@ -1,9 +1,14 @@
 """Images of any size to ids and back, and as one file."""
 
+import copy
+from unittest import mock
+
+import jax
 import numpy as np
 import pytest
 from errors import one_line
 
+from rvq_jax import sharding
 from rvq_jax.metrics import to_uint8
 from rvq_jax.tokenizer import tiling
 
@@ -16,13 +21,13 @@ def reconstruct(tokenizer, image):
 @pytest.mark.parametrize('size', [1, 63, 64, 65, 100, 112, 113, 500])
 def test_windows_keep_each_position_once_and_from_well_inside(size):
   kept = []
-  for start, first, last in tiling.spans(size):
-    assert 0 <= start and start + min(size, tiling.WINDOW) <= size
+  for start, first, last in tiling.spans(size, 64, 8):
+    assert 0 <= start and start + min(size, 64) <= size
     kept += range(first, last)
     if start:
-      assert first - start >= tiling.HALO
-    if start + tiling.WINDOW < size:
-      assert start + tiling.WINDOW - last >= tiling.HALO
+      assert first - start >= 8
+    if start + 64 < size:
+      assert start + 64 - last >= 8
   assert kept == list(range(size))
 
 
@@ -55,24 +60,75 @@ def test_multi_scale_tokens_are_those_of_one_size(make_tokenizer, photograph):
     reconstruct(make_tokenizer(quantizer='multiscale'), photograph(21, 21))
 
 
-def test_a_large_image_is_coded_in_windows(
-  make_tokenizer, photograph, monkeypatch
-):
-  monkeypatch.setattr(tiling, 'WINDOW', 8)
-  monkeypatch.setattr(tiling, 'HALO', 2)
+@pytest.mark.parametrize(('side', 'windows'), [(64, 0), (65, 1)])
+def test_64_positions_are_one_piece(make_tokenizer, side, windows):
   tokenizer = make_tokenizer()
-  image = photograph(61, 90)
-  ids = tiling.encode_images(tokenizer, image[None])
-  assert ids.shape == (1, 16, 23)
-  # The first window begins in the corner and keeps all but its halo.
-  corner = np.asarray(tokenizer.encode(image[None, :32, :32]))
-  np.testing.assert_array_equal(ids[:, :6, :6], corner[:, :6, :6])
-  made = tiling.decode_ids(tokenizer, ids, 61, 90)
-  assert made.shape == (1, 61, 90, 3)
-  corner = to_uint8(tokenizer.decode(ids[:, :8, :8]))
-  np.testing.assert_array_equal(made[:, :24, :24], corner[:, :24, :24])
-  last = to_uint8(tokenizer.decode(ids[:, -8:, -8:]))
-  np.testing.assert_array_equal(made[:, -10:, -10:], last[:, 19:29, 20:30])
+  image = np.zeros((1, side * 4, 4, 3), np.uint8)
+  with mock.patch.object(
+    tiling, '_by_windows', wraps=tiling._by_windows
+  ) as by_windows:
+    ids = tiling.encode_images(tokenizer, image)
+    tiling.decode_ids(tokenizer, ids, side * 4, 4)
+  assert by_windows.call_count == 2 * windows
+
+
+@pytest.fixture
+def make_active(make_tokenizer):
+  """Returns a function: model fields -> a tokenizer whose norms all count."""
+
+  def make(**fields):
+    tokenizer = copy.copy(make_tokenizer(**fields))
+    rng = np.random.default_rng(0)
+    tokenizer.variables = jax.tree_util.tree_map_with_path(
+      lambda path, x: (
+        rng.uniform(0.5, 1.5, x.shape).astype(x.dtype)
+        if path[-1].key in ('scale', 'var')
+        else x
+      ),
+      tokenizer.variables,
+    )
+    return tokenizer
+
+  return make
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {},
+    {'norm': 'group', 'num_res_blocks': 1, 'remat': True},
+    {'norm': 'group', 'factor': 2, 'quantizer': 'residual'},
+  ],
+  ids=str,
+)
+def test_windows_give_the_ids_and_the_picture_of_one_piece(
+  make_active, photograph, monkeypatch, fields
+):
+  tokenizer, f = make_active(**fields), fields.get('factor', 4)
+  images = np.stack([photograph(38 * f, 35 * f, seed) for seed in (0, 1)])
+  images[:, : 16 * f] //= 4  # parts of an image have other statistics
+  monkeypatch.setattr(tiling, 'WINDOW', 8)
+  monkeypatch.setattr(tiling, 'HALO', 0)
+  two = sharding.by_rows(sharding.data_mesh(jax.devices()[:2]))
+  ids = tiling.encode_images(tokenizer, images, placement=two)
+  np.testing.assert_array_equal(ids, tokenizer.encode(images))
+  whole = np.asarray(to_uint8(tokenizer.decode(ids)), int)
+  made = tiling.decode_ids(tokenizer, ids, *images.shape[1:3])
+  assert np.abs(made - whole).max() <= 1 < np.ptp(whole)
+
+
+def test_more_positions_than_keys_show_no_seams(
+  make_active, photograph, monkeypatch
+):
+  tokenizer, made = make_active(norm='group'), []
+  ids = tokenizer.encode(photograph(37 * 4, 41 * 4)[None])
+  whole = np.asarray(to_uint8(tokenizer.decode(ids)), int)
+  monkeypatch.setattr(tiling, 'KEYS', 500)
+  for window in (8, 20):
+    monkeypatch.setattr(tiling, 'WINDOW', window)
+    made.append(tiling.decode_ids(tokenizer, ids, 148, 164).astype(int))
+  assert np.abs(made[0] - made[1]).max() <= 1
+  assert 0 < np.abs(made[0] - whole).mean() < 2
 
 
 @pytest.mark.parametrize(
