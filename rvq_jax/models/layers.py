@@ -115,7 +115,12 @@ class SelfAttention(nn.Module):
       nn.DenseGeneral(heads, dtype=self.dtype, name=name)(inputs)
       for name, inputs in (('query', y), ('key', z), ('value', z))
     )
-    y = attend(query, key, value)
+    if whole is None:
+      y = attend(query, key, value)
+    else:  # by rows: the scores of all would leave every cache
+      rows = query.reshape(len(x), x.shape[1], -1, *heads).swapaxes(0, 1)
+      y = jax.lax.map(lambda row: attend(row, key, value), rows)
+      y = y.swapaxes(0, 1).reshape(query.shape)
     y = nn.DenseGeneral(channels, (-2, -1), dtype=self.dtype, name='out')(y)
     return x + y.reshape(x.shape)
 
