@@ -43,25 +43,6 @@ def _png(width, height, bits, kind, rows, **chunks):
   return b'\x89PNG\r\n\x1a\n' + data + chunk(b'IEND', b'')
 
 
-@pytest.mark.parametrize('mode', ['L', '1'])
-def test_grey_is_repeated_in_three_channels(mode):
-  image = Image.fromarray(noise()[..., 0]).convert(mode)
-  decoded = decode_image(encoded(image))
-  expected = np.asarray(image.convert('L'))
-  for channel in range(3):
-    np.testing.assert_array_equal(decoded[..., channel], expected)
-
-
-@pytest.mark.parametrize('mode', ['RGBA', 'LA'])
-def test_transparency_is_composited_over_white(mode):
-  alpha = np.arange(54, dtype=np.uint8).reshape(6, 9, 1) * 4
-  colour = noise() if mode == 'RGBA' else noise()[..., :1]
-  image = Image.fromarray(np.concatenate([colour, alpha], -1))
-  assert image.mode == mode
-  expected = colour * (alpha / 255) + 255 * (1 - alpha / 255)
-  assert np.abs(decode_image(encoded(image)) - expected).max() <= 1
-
-
 @pytest.mark.parametrize(
   'mode, transparent, first',
   [('P', b'\0\xff', 255), ('P', None, 9), ('RGB', (9, 9, 9), 255)],
