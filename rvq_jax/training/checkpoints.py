@@ -21,6 +21,8 @@ from rvq_jax.training.state import TrainState
 # the file of the JSON item, which a half deleted step may lack.
 _UNFINISHED = ocp.path.atomicity.TMP_DIR_SUFFIX
 _META_FILE = 'meta/metadata'
+# Of the arrays in the item `optimizer`; the other items open in any version.
+_LAYOUT = 2
 
 
 class DamagedError(ValueError):
@@ -101,6 +103,7 @@ class Checkpoints:
       score = None  # NaN is neither better nor worse than a number
     items = _items(state)
     meta = {'config': config, 'position': position, 'score': score}
+    meta['layout'] = _LAYOUT
     meta['digests'] = {name: tree_digest(item) for name, item in items.items()}
     meta['digest'] = _digest(meta)
     self._scores[step] = score
@@ -138,13 +141,20 @@ class Checkpoints:
     meta of a step before its state is read; see `restore` for `state`.
 
     Raises:
-      ValueError: none is sound, or `check` raises it; no file is changed.
+      ValueError: none is sound, another version wrote it, or `check` raises it;
+        no file is changed.
     """
     damaged = {}
     for step in reversed(self.steps):
       try:
         meta = self.meta(step)
         check(meta)
+        if meta.get('layout') != _LAYOUT:
+          raise ValueError(
+            'the checkpoint in this workdir was made by another version of '
+            'rvq_jax: it opens for encoding and evaluation, but cannot be '
+            'resumed; use another --workdir'
+          )
         state = self.restore(state, step)
       except DamagedError as error:
         damaged[step] = str(error).partition(';')[0]

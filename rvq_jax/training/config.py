@@ -7,6 +7,7 @@ config's field.
 
 import difflib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -151,6 +152,8 @@ def check_devices(flat: Mapping[str, Any], devices: int) -> None:
 def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
   """Refuses to resume `old` with another model, optimizer or data.
 
+  A line of the log names the other fields that differ.
+
   Raises:
     ValueError: another version made the checkpoint, or fields that must not
       differ do; lists them.
@@ -161,16 +164,18 @@ def check_resume(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
       'it opens for encoding and evaluation, but cannot be resumed; use '
       'another --workdir'
     )
-  differ = [
-    f'config.{name}: checkpoint {old[name]!r}, now {new[name]!r}'
+  differ = {
+    name: f'config.{name}: checkpoint {old[name]!r}, now {new[name]!r}'
     for name in new
-    if old[name] != new[name] and name not in RESUMABLE
-  ]
-  if differ:
+    if old[name] != new[name]
+  }
+  if refused := [differ[name] for name in differ if name not in RESUMABLE]:
     raise ValueError(
       'the checkpoint in this workdir was made with another config; use '
-      'another --workdir, or undo: ' + '; '.join(differ)
+      'another --workdir, or undo: ' + '; '.join(refused)
     )
+  if differ:
+    logging.info('resumes with another config: %s', '; '.join(differ.values()))
 
 
 def to_json(flat: Mapping[str, Any]) -> str:
