@@ -121,7 +121,8 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   optimizer.warmup_steps = 0
   optimizer.clip_norm = 0.0  # 0: gradients are not clipped
   optimizer.b2 = 0.999  # decay of the second moment
-  optimizer.params_ema = 0.0  # decay of averages for evaluation; 0: none
+  # Decay of averages for evaluation, lower in the first steps; 0: none.
+  optimizer.params_ema = 0.0
   if 'best' in parts:
     use_best(config, quantize_after=10_000)
   if variant == 'multiscale':

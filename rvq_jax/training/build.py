@@ -214,7 +214,6 @@ def build_step(flat: Mapping[str, Any], num_steps: int):
     weight_decay=flat['optimizer.weight_decay'],
     clip_norm=flat['optimizer.clip_norm'],
     b2=flat['optimizer.b2'],
-    freeze=flat['freeze'],
   )
   return TrainStep(
     build_model(flat),
@@ -225,6 +224,7 @@ def build_step(flat: Mapping[str, Any], num_steps: int):
     colors=flat['data.colors'],
     params_ema_decay=flat['optimizer.params_ema'],
     accumulate_steps=flat['accumulate_steps'],
+    freeze=flat['freeze'],
     adversarial=objective.adversarial_weight > 0,
   )
 
@@ -236,7 +236,8 @@ def build_start(flat: Mapping[str, Any], init, template):
 
   Raises:
     ValueError: the model does not fit, the encoder would drift away from its
-      codes (`quantize_after`), or a new encoder would be frozen.
+      codes (`quantize_after`), a new encoder would be frozen, or a frozen one
+      would give other tokens.
   """
   from rvq_jax.training import initial
 
@@ -253,7 +254,12 @@ def build_start(flat: Mapping[str, Any], init, template):
       '--init: expected config.model.quantize_after = 0, for the codes are '
       f'there from the start, got {late}'
     )
-  model = init()
+  model, sides = init(), getattr(build_model(flat).vq, 'sides', None)
+  if 'encoder' in freeze and sides != model.sides:
+    raise ValueError(
+      f'config.model.sides: expected {model.sides}, the scales whose tokens a '
+      f'frozen encoder keeps, got {sides}'
+    )
   # Vectors per codebook update: microbatch size times positions.
   ours, theirs = (
     config['batch_size']

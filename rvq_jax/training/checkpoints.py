@@ -23,6 +23,8 @@ from rvq_jax.training.state import TrainState
 _UNFINISHED = ocp.path.atomicity.TMP_DIR_SUFFIX
 _META_FILE = 'meta/metadata'
 _DELETED = '.deleted'
+# Of the arrays in the item `optimizer`; the other items open in any version.
+_LAYOUT = 2
 
 
 class DamagedError(ValueError):
@@ -104,6 +106,7 @@ class Checkpoints:
       score = None  # NaN is neither better nor worse than a number
     items = _items(state)
     meta = {'config': config, 'position': position, 'score': score}
+    meta['layout'] = _LAYOUT
     meta['digests'] = {name: tree_digest(item) for name, item in items.items()}
     meta['digest'] = _digest(meta)
     self._scores[step] = score
@@ -145,7 +148,8 @@ class Checkpoints:
     is read; see `restore` for `state`.
 
     Raises:
-      ValueError: none is sound, or `check` raises it; no file is changed.
+      ValueError: none is sound, another version wrote it, or `check` raises it;
+        no file is changed.
     """
     damaged, newest = {}, None
     for step in reversed(self.steps):
@@ -153,6 +157,12 @@ class Checkpoints:
         meta = self.meta(step)
         if newest is None:
           check(meta)
+          if meta.get('layout') != _LAYOUT:
+            raise ValueError(
+              'the checkpoint in this workdir was made by another version of '
+              'rvq_jax: it opens for encoding and evaluation, but cannot be '
+              'resumed; use another --workdir'
+            )
           newest = self.restore(state, step), meta
           resumed = step
       except DamagedError as error:

@@ -171,6 +171,8 @@ def check_resume(
 ) -> None:
   """Refuses to resume `old` with another model, optimizer or data.
 
+  A line of the log names the other fields that differ.
+
   Args:
     same_images: the folders of both configs are known to hold the same images.
 
@@ -186,16 +188,18 @@ def check_resume(
       f'another --workdir (config.{", config.".join(unknown)})'
     )
   may = RESUMABLE | ({'data.name'} if same_images else set())
-  differ = [
-    f'config.{name}: checkpoint {old[name]!r}, now {new[name]!r}'
+  differ = {
+    name: f'config.{name}: checkpoint {old[name]!r}, now {new[name]!r}'
     for name in new
-    if old[name] != new[name] and name not in may
-  ]
-  if differ:
+    if old[name] != new[name]
+  }
+  if refused := [differ[name] for name in differ if name not in may]:
     raise ValueError(
       'the checkpoint in this workdir was made with another config; use '
-      'another --workdir, or undo: ' + '; '.join(differ)
+      'another --workdir, or undo: ' + '; '.join(refused)
     )
+  if differ:
+    logging.info('resumes with another config: %s', '; '.join(differ.values()))
 
 
 def to_json(flat: Mapping[str, Any]) -> str:

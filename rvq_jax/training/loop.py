@@ -1,6 +1,7 @@
 """The training loop: data, step, evaluation, checkpoints, log."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -73,7 +74,10 @@ def _train(config, workdir, init):
   first_state = compile_init(step, mesh, *sizes)
   key, variables = jax.random.key(config['seed']), None
   template = first_state.eval_shape(key)
-  if not begun:
+  if begun:
+    if init:
+      logging.info('--init is not read: %s resumes its own run', workdir)
+  else:
     variables = build.build_start(config, init, template)
   with (
     StopSignal() as stop,  # until the last save is complete
@@ -89,6 +93,8 @@ def _train(config, workdir, init):
     if restored:
       state, meta = restored
       loader.seek(meta['position'])
+      objective = step.objective.resumed(state.discriminator)
+      step = dataclasses.replace(step, objective=objective)
     else:
       state = first_state(key, variables)
     start, kinds = int(state.step), ()
@@ -105,7 +111,7 @@ def _train(config, workdir, init):
         _validate, config, dataset.validation, mesh, writer, progress
       )
       saving = writer, progress, checkpoints, stop
-      result = _steps(config, step, state, take, validate, *saving)
+      result = _steps(config, num_steps, step, state, take, validate, *saving)
   if stop.exit_code is not None:
     logging.info(
       'stopped by a signal and saved in %s; the same command resumes', workdir
@@ -115,10 +121,19 @@ def _train(config, workdir, init):
 
 
 def _steps(
-  config, step, state, take, validate, writer, progress, checkpoints, stop
+  config,
+  num_steps,
+  step,
+  state,
+  take,
+  validate,
+  writer,
+  progress,
+  checkpoints,
+  stop,
 ):
   """Steps from `state.step` to the end of the run or a signal."""
-  num_steps, late = step.objective.num_steps, config['model.quantize_after']
+  late = config['model.quantize_after']
   schedule = jax.jit(build.build_schedule(config, num_steps))
   intervals = [
     config[f'{name}_every'] for name in ('log', 'eval', 'checkpoint')

@@ -36,7 +36,7 @@ class Objective:
     adversarial_weight: w_a; 0: there is no D.
     lecam_weight: w_l.
     discriminator_learning_rate: of Adam (0.9, 0.95), constant.
-    num_steps: of the run.
+    num_steps: of the run as it was begun, see `resumed`.
     dtype: compute dtype of D and of LPIPS.
   """
 
@@ -80,14 +80,28 @@ class Objective:
     return sharding.replicate(lpips_weights.load(), mesh)
 
   def init_discriminator(self, key: jax.Array, image_size: int):
-    """D's part of the state: params, opt_state, LeCAM's averages; or None."""
+    """D's part of the state, or None: params, opt_state, LeCAM's averages.
+
+    And num_steps, int32, with which a run that is made longer goes on.
+    """
     if not self.adversarial_weight:
       return None
     images = jnp.zeros((1, image_size, image_size, 3))
     params = Discriminator(dtype=self.dtype).init(key, images)['params']
     averages = {name: jnp.zeros(()) for name in LOGITS}
     opt_state = self._optimizer.init(params)
-    return {'params': params, 'opt_state': opt_state, **averages}
+    num_steps = jnp.asarray(self.num_steps, jnp.int32)
+    return averages | {
+      'params': params,
+      'opt_state': opt_state,
+      'num_steps': num_steps,
+    }
+
+  def resumed(self, discriminator) -> 'Objective':
+    """With s and w as the run was begun; discriminator: D's part, or None."""
+    if discriminator is None:
+      return self
+    return dataclasses.replace(self, num_steps=int(discriminator['num_steps']))
 
   def generator_loss(
     self, x, y, step, discriminator=None, lpips_weights=None
@@ -140,7 +154,7 @@ class Objective:
     new, before = ({n: x[n] for n in LOGITS} for x in (metrics, old))
     averages = optax.incremental_update(new, before, 1 - AVERAGES_DECAY)
     params = optax.apply_updates(old['params'], steps)
-    return {'params': params, 'opt_state': opt_state, **averages}
+    return old | {'params': params, 'opt_state': opt_state, **averages}
 
   @property
   def _optimizer(self):

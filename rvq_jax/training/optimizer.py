@@ -1,9 +1,10 @@
 """AdamW with cosine annealing (paper 4.1)."""
 
-import functools
-
 import jax
+import jax.numpy as jnp
 import optax
+
+from rvq_jax.training.state import PARTS, part_of
 
 
 def make_schedule(
@@ -38,54 +39,77 @@ def decay_mask(params):
   )
 
 
-def freeze_mask(params, freeze: str):
-  """True for the parameters of a `VQVAE` that stay as they are.
-
-  freeze is '': none; 'codes': learned codes (`embedding`; the `map` of SimVQ)
-  and the phi of multi-scale ones; or 'encoder,codes': the encoder and the whole
-  quantizer, so that an image keeps its ids.
-  """
-
-  def is_frozen(path, _):
-    names = [key.key for key in path]
-    if 'encoder' in freeze:
-      return names[0] in ('encoder', 'vq')
-    codes = 'embedding', 'map', 'phi_'
-    return freeze == 'codes' and any(name.startswith(codes) for name in names)
-
-  return jax.tree_util.tree_map_with_path(is_frozen, params)
-
-
 def make_optimizer(
   schedule: optax.Schedule,
   *,
   weight_decay: float = 0.01,
   clip_norm: float = 0.0,
   b2: float = 0.999,
-  freeze: str = '',
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW (beta 0.9, b2) with decoupled decay of the kernels only.
 
-  `update(grads, state, params, step=)` takes the step of the schedule: it
-  counts skipped steps too, which the optimizer does not see. The state has the
-  same arrays for every `freeze` (see `freeze_mask`), so that a run may resume
-  with another one. clip_norm bounds the global gradient norm; 0 does not clip.
+  `update(grads, state, params, step=, idle=())` takes the step of the schedule:
+  it counts skipped steps too, which the optimizer does not see. A part that is
+  `idle` (see `state.idle_parts`) keeps its parameters and moments and counts no
+  step, so that its moments, and their debiasing, start with its gradients. The
+  state has the same arrays whatever is idle: a run may resume with another
+  `freeze`. clip_norm bounds the global gradient norm; 0 does not clip.
   """
-  freeze_frozen = optax.masked(
-    optax.set_to_zero(), functools.partial(freeze_mask, freeze=freeze)
-  )
   return optax.chain(
-    freeze_frozen,  # they do not count towards the clipped norm
+    _drop_idle(),  # they do not count towards the clipped norm
     optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-    optax.scale_by_adam(b2=b2),
+    _scale_by_adam(b2),
     optax.add_decayed_weights(weight_decay, decay_mask),
     _scale_by_rate(schedule),
-    freeze_frozen,  # momentum and weight decay do not move them
+    _drop_idle(),  # weight decay does not move them
   )
+
+
+def _drop_idle():
+  def update(updates, state, params=None, *, idle=(), **_):
+    del params
+
+    def drop(path, x):
+      return jnp.zeros_like(x) if part_of(path) in idle else x
+
+    return jax.tree_util.tree_map_with_path(drop, updates), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _scale_by_adam(b2):
+  """optax's, with a count of steps for each part."""
+  adam = optax.scale_by_adam(b2=b2)
+
+  def init(params):
+    zeros = {part: jnp.zeros((), jnp.int32) for part in PARTS}
+    return adam.init(params)._replace(count=zeros)
+
+  def take(part, tree):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: x if part_of(path) == part else None, tree
+    )
+
+  def put(old, new):
+    return jax.tree.map(lambda x, y: x if y is None else y, old, new)
+
+  def update(grads, state, params=None, *, idle=(), **_):
+    del params
+    count, *trees = dict(state.count), grads, state.mu, state.nu
+    for part in PARTS:
+      if part not in idle:
+        grad, *moments = (take(part, tree) for tree in trees)
+        old = optax.ScaleByAdamState(count[part], *moments)
+        grad, (count[part], *moments) = adam.update(grad, old)
+        trees = list(map(put, trees, (grad, *moments)))
+    grads, mu, nu = trees
+    return grads, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _scale_by_rate(schedule):
-  def update(updates, state, params=None, *, step):
+  def update(updates, state, params=None, *, step, **_):
     del params
     rate = -schedule(step)
     return jax.tree.map(lambda x: rate * x, updates), state

@@ -11,6 +11,9 @@ FAST_COMPILE = {'xla_backend_optimization_level': 1}
 """For a program that runs once: compiles in a third of the time, to the same
 bits on CPU (docs/scale.md)."""
 
+PARTS = 'encoder', 'codes', 'quantizer', 'decoder'
+"""The parts of a `VQVAE` that may stand still by themselves."""
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -47,6 +50,61 @@ class TrainState:
   def eval_variables(self) -> dict[str, Any]:
     """The model's collections, averaged where there are averages."""
     return self.variables | (self.averages or {})
+
+  def with_settled(self, idle) -> 'TrainState':
+    """The `idle` parts take their averages, which are what is evaluated.
+
+    The decoder then learns from the codes that it will be given, and the
+    average of what does not change does not move.
+    """
+
+    def pick(path, x, average):
+      return average if part_of(path) in idle else x
+
+    settled = {
+      name: jax.tree_util.tree_map_with_path(pick, getattr(self, name), tree)
+      for name, tree in (self.averages or {}).items()
+    }
+    return self.replace(**settled)
+
+  def next_averages(self, new, decay: float):
+    """The averages, if any, after a step from this state that gave `new`.
+
+    After t steps their decay is min(decay, (1 + t)/(10 + t)), so that the first
+    parameters do not linger.
+    """
+    decay = jnp.minimum(decay, (1 + self.step) / (10 + self.step))
+    # In this form, the average of a constant stays that constant.
+    return self.averages and jax.tree.map(
+      lambda a, x: a + (1 - decay) * (x - a), self.averages, new
+    )
+
+
+def part_of(path) -> str:
+  """Which of `PARTS` of a `VQVAE` a parameter or a statistic belongs to.
+
+  'codes' are learned codes (`embedding`; the `map` of SimVQ) and the phi of
+  multi-scale ones; 'quantizer' is all else in the quantizer.
+  """
+  first, *names = (key.key for key in path)
+  if first != 'vq':
+    return 'encoder' if first == 'encoder' else 'decoder'
+  codes = 'embedding', 'map', 'phi_'
+  return 'codes' if any(n.startswith(codes) for n in names) else 'quantizer'
+
+
+def idle_parts(freeze: str, *, quantize: bool = True) -> tuple[str, ...]:
+  """The parts of a `VQVAE` that a step leaves as they are.
+
+  freeze is '': none; 'codes'; or 'encoder,codes': the encoder and the whole
+  quantizer, so that an image keeps its ids. A step that does not quantize has
+  no gradient for the quantizer.
+  """
+  if 'encoder' in freeze:
+    return PARTS[:3]
+  if not quantize:
+    return PARTS[1:3]
+  return ('codes',) if freeze else ()
 
 
 def create_state(

@@ -20,7 +20,12 @@ from rvq_jax.data.images import random_colors, random_flip
 from rvq_jax.metrics import diversity, prepare_images
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.training.objective import MSE, Objective
-from rvq_jax.training.state import FAST_COMPILE, TrainState, create_state
+from rvq_jax.training.state import (
+  FAST_COMPILE,
+  TrainState,
+  create_state,
+  idle_parts,
+)
 
 MAX_SKIPPED = 10
 """Steps in a row that may be skipped; after them no further step is taken."""
@@ -54,13 +59,14 @@ class TrainStep:
 
   Attributes:
     model: a `VQVAE`, made with the same axis_name.
-    optimizer: from `make_optimizer`, or any of optax.
+    optimizer: from `make_optimizer`, or any of optax, which does not freeze.
     objective: the losses other than the quantizer's.
     seed: of flips, colours and the replacement of codes.
     flip: mirror each image with probability 1/2.
     colors: see `random_colors`.
-    params_ema_decay: of the state's averages, where it has them.
+    params_ema_decay: of the state's averages; see `TrainState.next_averages`.
     accumulate_steps: microbatches per step; see `_accumulated`.
+    freeze: what stays as it is; see `idle_parts`. The model must agree.
     quantize: False: the latents pass on unchanged, and the codebook, its losses
       and metrics stay out of the step (arXiv:2605.06870).
     adversarial: the discriminator D judges the reconstructions and is updated.
@@ -75,12 +81,14 @@ class TrainStep:
   colors: bool = False
   params_ema_decay: float = 0.0
   accumulate_steps: int = 1
+  freeze: str = ''
   quantize: bool = True
   adversarial: bool = False
   axis_name: Any = None
 
   def __call__(self, state: TrainState, batch, lpips_weights=None):
     """See the class."""
+    state = state.with_settled(self._idle)
     key = jax.random.fold_in(jax.random.key(self.seed), state.step)
     flip_key, codebook_key = jax.random.split(key)
     images = self._augment(flip_key, batch['image'])
@@ -94,7 +102,7 @@ class TrainStep:
     metrics = self._mean(result.metrics)
     grad_norm = optax.tree.norm(grads)
     steps, opt_state = optax.with_extra_args_support(self.optimizer).update(
-      grads, state.opt_state, state.params, step=state.step
+      grads, state.opt_state, state.params, step=state.step, idle=self._idle
     )
     averaged = {
       'params': optax.apply_updates(state.params, steps),
@@ -102,9 +110,9 @@ class TrainStep:
     }
     proposed = state.replace(
       **averaged,
-      codebook=result.updates.get('codebook', state.codebook),
+      codebook=self._codebook(state.codebook, result.updates),
       opt_state=opt_state,
-      averages=_average(state.averages, averaged, self.params_ema_decay),
+      averages=state.next_averages(averaged, self.params_ema_decay),
       discriminator=self.objective.update(
         state.discriminator, discriminator_grads, metrics
       ),
@@ -132,6 +140,15 @@ class TrainStep:
       quantize=number > quantize_after,
       adversarial=self.objective.is_adversarial(number),
     )
+
+  @property
+  def _idle(self):
+    return idle_parts(self.freeze, quantize=self.quantize)
+
+  def _codebook(self, old, updates):
+    if 'encoder' in self.freeze:  # a schedule inside the layer stands, too
+      return _with_counters(old, updates.get('codebook', old))
+    return updates.get('codebook', old)
 
   def _augment(self, key, images):
     if self.flip:
@@ -190,11 +207,13 @@ class TrainStep:
     resume with another S. Microbatch s holds the images s, s + S, s + 2S, ...:
     each device works on its own rows.
     """
-    steps = self.accumulate_steps
+    steps, start = self.accumulate_steps, variables['codebook']
 
     def body(carry, microbatch):
       variables, grads = carry
-      result = run_pass(variables, *microbatch)
+      # What follows a schedule inside a layer follows steps, not microbatches.
+      codebook = _with_counters(start, variables['codebook'])
+      result = run_pass(variables | {'codebook': codebook}, *microbatch)
       grads = jax.tree.map(jnp.add, grads, result.grads)
       carry = variables | result.updates, grads
       return carry, result._replace(grads=None, updates=None)
@@ -263,11 +282,13 @@ def compile_step(mesh) -> Callable:
   return take
 
 
-def _average(averages, new, decay):
-  # In this form, the average of a constant stays that constant.
-  return averages and jax.tree.map(
-    lambda a, x: a + (1 - decay) * (x - a), averages, new
-  )
+def _with_counters(old, new):
+  """The collection `new` with the integers of `old`: counts of steps."""
+
+  def pick(x, y):
+    return x if jnp.issubdtype(x.dtype, jnp.integer) else y
+
+  return jax.tree.map(pick, old, new)
 
 
 def _all_finite(tree):

@@ -14,6 +14,7 @@ from tiny_step import (
   first_state,
   jitted,
   kept,
+  take,
   tiny_step,
 )
 
@@ -25,6 +26,7 @@ QUANTIZERS = {
   'residual': {'name': 'residual', 'codebook_size': 20, 'depth': 2},
   'multiscale': {'name': 'multiscale', 'codebook_size': 20, 'sides': (1, 2)},
 }
+GUMBEL = {'name': 'gumbel', 'temperature_steps': 8}
 
 
 def without_batch_norm(next_function, args, kwargs, context):
@@ -71,6 +73,17 @@ def loop_over_microbatches(quantizer, steps):
   mean = jax.tree.map(lambda *g: sum(g) / steps, *grads)
   params = jax.tree.map(lambda p, g: p - RATE * g, state.params, mean)
   return params, codebook, np.mean(losses), np.asarray(counts)
+
+
+def test_a_schedule_inside_a_layer_follows_steps_and_not_microbatches():
+  step = tiny_step(GUMBEL, accumulate_steps=4)
+  state, temperatures = first_state(step), []
+  for _ in range(3):
+    state, metrics = take(step, state)
+    temperatures.append(metrics['temperature'])
+  assert state.codebook['vq']['step'] == 3
+  want = 1 / 16 + 15 / 16 * np.cos(np.pi / 2 * np.arange(3) / 8) ** 2
+  np.testing.assert_allclose(temperatures, want, rtol=1e-5)
 
 
 @pytest.mark.slow

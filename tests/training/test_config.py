@@ -171,9 +171,14 @@ def test_devices_must_divide_the_batch():
     config_lib.check_devices(flat | {'accumulate_steps': 3}, 8)
 
 
-def test_resume_allows_length_and_logging_and_nothing_else():
-  for name, value in (('num_steps', 7), ('log_every', 3), ('num_epochs', 1)):
-    check_resume(FLAT | {name: value}, FLAT)
+def test_resume_allows_length_and_logging_and_says_so(caplog):
+  caplog.set_level('INFO')
+  check_resume(FLAT, FLAT)
+  assert not caplog.text
+  for name, value in (('num_steps', 7), ('log_every', 3), ('freeze', 'codes')):
+    check_resume(FLAT, FLAT | {name: value})
+    line = f'config.{name}: checkpoint {value!r}, now {FLAT[name]!r}'
+    assert f'resumes with another config: {line}' in caplog.text
   differs = FLAT | {'model.codebook_size': 512, 'data.split': 'official'}
   with one_line(
     "undo: config.data.split: checkpoint 'paper', now 'official'; "

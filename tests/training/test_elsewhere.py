@@ -6,7 +6,8 @@ import pytest
 from errors import one_line
 from PIL import Image
 
-from rvq_jax.training import loop
+from rvq_jax import load
+from rvq_jax.training import checkpoints, loop
 from rvq_jax.training.checkpoints import Checkpoints
 
 
@@ -76,3 +77,12 @@ def test_another_model_is_refused_before_anything_is_loaded(
   monkeypatch.setattr(Checkpoints, 'restore', None)
   with one_line(f'model.{name}: checkpoint '):
     loop.train(tiny_config, tiny_run)
+
+
+def test_arrays_of_another_version_open_and_are_not_resumed(
+  tiny_run, tiny_config, monkeypatch
+):
+  monkeypatch.setattr(checkpoints, '_LAYOUT', 1)
+  with one_line('another version .*cannot be resumed'):
+    loop.train(tiny_config, tiny_run)
+  assert load(tiny_run).step == 6

@@ -33,7 +33,11 @@ def model(make_step_config):
   variables = jax.tree.map(draw, run.template.variables)
   variables['codebook']['vq']['embedding'] = rng.normal(size=(8, 8)).astype('f')
   return types.SimpleNamespace(
-    variables=variables, config=run.config, step=1, model_hash='0' * 64
+    variables=variables,
+    config=run.config,
+    step=1,
+    model_hash='0' * 64,
+    sides=None,
   )
 
 
@@ -62,6 +66,35 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_learns(
     new = leaves(getattr(state, name))
     same = {path for path in new if new[path] == old[name][path]}
     assert same == {path for path in new if any(k in path for k in kept)}, name
+
+
+@pytest.mark.parametrize('quantizer', ['vq', 'gumbel'])
+def test_what_is_frozen_on_resume_stays_in_every_copy(
+  quantizer, make_step_config
+):
+  fields = SMALL | {'model.quantizer': quantizer}
+  run = Run(make_step_config(fields | {'freeze': 'encoder,codes'}))
+  state = Run(make_step_config(fields)).init(run.key)
+  state = state.replace(  # parameters and averages differ, as after some steps
+    averages=jax.tree.map(lambda x: 0.9 * x, state.averages),
+    codebook=jax.tree.map(lambda x: x + 1, state.codebook),
+  )
+  old = leaves(state.eval_variables)
+  for i in range(3):
+    state, metrics = run.train_step(i + 1, state, {'image': IMAGES})
+    assert metrics['skipped'] == 0
+  same = lambda path: "['vq']" in path or "['encoder']" in path  # noqa: E731
+  for variables in (state.eval_variables, state.variables):
+    new = leaves(variables)
+    assert {p for p in new if new[p] == old[p]} == set(filter(same, new))
+
+
+def test_a_frozen_encoder_keeps_the_scales_of_its_tokens(make_step_config):
+  fields = {'model.quantizer': 'multiscale', 'model.sides': (1, 4)}
+  config = make_step_config(SMALL | fields | {'freeze': 'encoder,codes'})
+  other = types.SimpleNamespace(sides=(1, 2, 4))
+  with one_line(r'model.sides: expected \(1, 2, 4\), .*got \(1, 4\)'):
+    Run(config, init=lambda: other).initial()
 
 
 def test_a_frozen_encoder_uses_stored_statistics_in_training(
@@ -108,8 +141,9 @@ def test_a_larger_batch_leaves_the_codes_alive(model, make_step_config):
 
 @pytest.mark.slow
 def test_the_decoder_adapts_and_the_tokens_stay(
-  tiny_run, tiny_config, tmp_path
+  tiny_run, tiny_config, tmp_path, caplog
 ):
+  caplog.set_level('INFO')
   tiny_config.num_steps, tiny_config.freeze = 2, 'encoder,codes'
   tiny_config.optimizer.learning_rate = 0.01
   tiny_config.optimizer.schedule = 'constant'  # the same program of any length
@@ -126,6 +160,7 @@ def test_the_decoder_adapts_and_the_tokens_stay(
   )
   tiny_config.num_steps = 3
   train(tiny_config, workdir, init=lambda: pytest.fail('read again'))
+  assert f'--init is not read: {workdir} resumes its own run' in caplog.text
   resumed = load(workdir)
   assert resumed.step == 3
   np.testing.assert_array_equal(resumed.encode(IMAGES), ids)

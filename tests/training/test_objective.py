@@ -76,10 +76,12 @@ def test_a_discriminator_of_images_not_quantized_is_refused(adversarial):
 @pytest.mark.slow
 def test_a_run_logs_the_discriminator_and_the_ramp(adversarial, tmp_path):
   loop.train(adversarial, tmp_path)
+  adversarial.num_steps = 32  # a longer run keeps its ramp
+  loop.train(adversarial, tmp_path)
   records = read_jsonl(tmp_path / 'metrics.jsonl')
   logged = {r['step']: r for r in records if 'train/loss' in r}
   names = ('discriminator_loss', 'logits_real', 'logits_fake', 'lecam')
   for step, record in logged.items():
     assert [f'train/{n}' in record for n in names] == 4 * [step >= 8]
-  ramp = [logged[i]['train/adversarial_ramp'] for i in (11, 12, 13, 14, 30)]
-  np.testing.assert_allclose(ramp, [0, 1 / 3, 2 / 3, 1, 1], rtol=1e-6)
+  ramp = [logged[i]['train/adversarial_ramp'] for i in (11, 12, 13, 14, 30, 32)]
+  np.testing.assert_allclose(ramp, [0, 1 / 3, 2 / 3, 1, 1, 1], rtol=1e-6)

@@ -27,7 +27,7 @@ def test_repeated_steps_lower_the_loss():
   assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
 
 
-def test_the_averages_of_parameters_and_statistics_follow_at_their_decay():
+def test_the_averages_follow_at_a_decay_that_grows_to_theirs():
   state = first_state(STEP)
   after, _ = take(STEP, state)
   for name, averages in after.averages.items():
@@ -36,8 +36,13 @@ def test_the_averages_of_parameters_and_statistics_follow_at_their_decay():
       jax.tree.leaves(state.variables[name]),
       strict=True,
     ):
-      np.testing.assert_allclose(average, 0.5 * old + 0.5 * new, atol=1e-6)
+      np.testing.assert_allclose(average, 0.1 * old + 0.9 * new, atol=1e-6)
   assert after.eval_variables == after.variables | after.averages
+  new = {'x': np.float32(1)}
+  for step, decay in ((3, 4 / 13), (7, 8 / 17), (8, 0.5), (9999, 0.5)):
+    state = state.replace(step=np.int32(step), averages={'x': np.float32(0)})
+    average = state.next_averages(new, 0.5)['x']
+    np.testing.assert_allclose(average, 1 - decay, rtol=1e-6)
 
 
 def evaluate(images, mask):

@@ -48,6 +48,13 @@ def test_the_schedule_is_that_of_hand_numbers(num_steps, start, ramp, values):
   assert got == values
 
 
+def test_a_run_that_is_made_longer_keeps_its_ramp():
+  longer = dataclasses.replace(STEP.objective, num_steps=300)
+  after, _ = advance(state_at(12))
+  assert longer.resumed(after.discriminator) == STEP.objective
+  assert longer.resumed(None) == longer  # without a discriminator
+
+
 def test_the_losses_and_lecams_averages_are_those_of_numpy():
   state = state_at(12)  # r = 2/3
   after, metrics = advance(state)
