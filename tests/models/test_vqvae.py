@@ -107,8 +107,8 @@ def test_every_parameter_gets_a_gradient():
   ('shape', 'message'),
   [
     ((1, 15, 16, 3), '.* multiples of 4, got 15x16; crop or pad'),
-    ((1, 16, 16, 1), r'expected \[B, h, w, 3\]'),
-    ((16, 16, 3), r'expected \[B, h, w, 3\]'),
+    ((1, 16, 16, 1), r'expected float \[B, h, w, 3\]'),
+    ((16, 16, 3), r'expected float \[B, h, w, 3\]'),
     ((1, 0, 16, 3), '.* multiples of 4, got 0x16'),
   ],
 )
