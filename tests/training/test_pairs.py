@@ -15,7 +15,7 @@ import pytest
 from tiny_step import Run, named_bits
 
 from rvq_jax import sharding
-from rvq_jax.data.images import prepare_images
+from rvq_jax.metrics import prepare_images
 from rvq_jax.models.discriminator import Discriminator
 from rvq_jax.tokenizer import tiling
 from rvq_jax.tokenizer.export import write_export
