@@ -77,9 +77,8 @@ def features(example, monkeypatch):
   monkeypatch.setattr(net, 'features', lambda w, x: w * x.mean((1, 2)))
 
 
-@pytest.mark.parametrize(
-  'kind', [pytest.param('vq', marks=pytest.mark.slow), 'multiscale']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['vq', 'multiscale'])
 def test_tokens_become_a_sheet_and_numbers(arrange, features, tmp_path, kind):
   run = arrange(kind)
   result = run()
@@ -215,6 +214,7 @@ def test_masked_steps_keep_the_ids_of_a_cosine(example):
   assert len(np.unique(ids, axis=0)) > 1  # the noise chooses which
 
 
+@pytest.mark.slow
 def test_scales_are_drawn_as_often_as_likelihoods_say(example, make_tokenizer):
   """All 32 ids of 2 codes on the sides 1 and 2."""
   tokenizer = make_tokenizer(

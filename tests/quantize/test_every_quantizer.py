@@ -58,7 +58,10 @@ LAYERS = {
 }
 KINDS = [*('vq', 'residual', 'product', 'multiscale', 'gumbel', 'fsq', 'simvq')]
 NO_SEARCH = ('gumbel', 'fsq')
-EVERY = pytest.mark.parametrize('name', LAYERS)
+SLOW = [f'{name} learned' for name in ('residual', 'product', 'multiscale')]
+NAMES = [n for n in LAYERS if n not in SLOW]
+NAMES += [pytest.param(n, marks=pytest.mark.slow) for n in SLOW]
+EVERY = pytest.mark.parametrize('name', NAMES)
 EACH = pytest.mark.parametrize('name', KINDS)
 
 
@@ -82,10 +85,10 @@ def assert_counts(ids, counts):
 
 
 @pytest.mark.parametrize(
-  ('name', 'dtype'),
-  [(name, jnp.float32) for name in LAYERS]
-  + [(name, jnp.bfloat16) for name in KINDS],
+  'dtype',
+  [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)],
 )
+@EVERY
 def test_ids_decode_to_quantized_and_come_without_the_rest(name, dtype):
   layer, variables, z = LAYERS[name], trained(name), Z.astype(dtype)
   out, _ = evaluate(layer, variables, z)
@@ -211,12 +214,13 @@ def share(layer, key, variables, z, mask):
 
 ROUTES = [(name, 'shard_map') for name in KINDS if name != 'multiscale']
 SLOW_ROUTES = [('vq', 'jit'), ('residual', 'jit'), ('multiscale', 'shard_map')]
+SLOW_ROUTES += [('multiscale', 'jit')]
 SLOW_ROUTES += [('vq learned', 'shard_map'), ('product learned', 'shard_map')]
 
 
 @pytest.mark.parametrize(
   ('name', 'route'),
-  [*ROUTES, ('multiscale', 'jit')]
+  ROUTES
   + [pytest.param(*route, marks=pytest.mark.slow) for route in SLOW_ROUTES],
 )
 def test_eight_devices_do_as_one(name, route):

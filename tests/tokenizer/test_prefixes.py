@@ -17,7 +17,9 @@ from rvq_jax.training.validation import (
 pytestmark = pytest.mark.usefixtures('one_device')
 
 
-@pytest.mark.parametrize('name', ['multiscale', 'residual'])
+@pytest.mark.parametrize(
+  'name', [pytest.param('multiscale', marks=pytest.mark.slow), 'residual']
+)
 def test_prefixes_are_measured_over_a_split(make_tokenizer, test_images, name):
   tokenizer = make_tokenizer(quantizer=name, depth=2)
   images = np.resize(test_images, (2, 6, *test_images.shape[1:]))

@@ -68,7 +68,9 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_learns(
     assert same == {path for path in new if any(k in path for k in kept)}, name
 
 
-@pytest.mark.parametrize('quantizer', ['vq', 'gumbel'])
+@pytest.mark.parametrize(
+  'quantizer', ['vq', pytest.param('gumbel', marks=pytest.mark.slow)]
+)
 def test_what_is_frozen_on_resume_stays_in_every_copy(
   quantizer, make_step_config
 ):

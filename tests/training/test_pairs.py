@@ -211,13 +211,21 @@ def test_what_is_frozen_stays_in_every_copy(seed, story):
   freeze, late = (told.config[n] for n in ('freeze', 'model.quantize_after'))
   frozen = {'': (), 'codes': ("['embedding", "['offset", "['map", "['phi_")}
   frozen = frozen.get(freeze, ("['encoder']", "['vq']"))
-  for name in ('params', 'batch_stats', 'averages', 'codebook'):
+  for name in ('params', 'batch_stats', 'codebook'):
     before = told.start
     if name == 'codebook':  # the first step that quantizes fills it
       before = told.stopped if told.stop > late else told.end
-    old, new = (named_bits(getattr(x, name)) for x in (before, told.end))
+    # What is frozen takes its averages: they are what is evaluated.
+    old = named_bits(before.eval_variables[name])
+    evaluated = named_bits(told.end.eval_variables[name])
+    assert [p for p in old if old[p] != evaluated[p] and _in(p, frozen)] == []
+    new = named_bits(told.end.variables[name])
     moved = [path for path in new if new[path] != old[path]]
-    assert [p for p in moved if any(x in p for x in frozen)] == [], name
+    assert [p for p in moved if _in(p, frozen)] == [], name
+
+
+def _in(path, parts):
+  return any(part in path for part in parts)
 
 
 @pairs
@@ -260,7 +268,9 @@ def test_windows_give_the_ids_of_one_piece(seed, story, images, monkeypatch):
   x = images(tokenizer, 16, 20)
   ids = tiling.encode_images(tokenizer, x)
   share = np.mean(ids == np.asarray(tokenizer.encode(x)))
-  assert share == 1, f'{1 - share:.1%} of the ids are others'
+  # In bfloat16 some latents round to the other side of two codes.
+  least = 0.98 if tokenizer.config['model.dtype'] == 'bfloat16' else 1
+  assert share >= least, f'{1 - share:.1%} of the ids are others'
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('torch'), reason='no torch')

@@ -33,9 +33,12 @@ def dense_maps(estimator, e, q):
   return scale * (eye - 2 * outer(w, w) + 2 * outer(v, u))
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
   'estimator',
-  ['rotation', 'ste', pytest.param('reflection', marks=pytest.mark.slow)],
+  ['rotation', *(pytest.param(x, marks=SLOW) for x in ('ste', 'reflection'))],
 )
 def test_the_encoders_gradient_is_that_of_the_estimators_matrix(estimator):
   step = tiny_step({'estimator': estimator, 'init_from': 'normal'}, flip=False)

@@ -48,6 +48,7 @@ def test_the_schedule_is_that_of_hand_numbers(num_steps, start, ramp, values):
   assert got == values
 
 
+@pytest.mark.slow
 def test_a_run_that_is_made_longer_keeps_its_ramp():
   longer = dataclasses.replace(STEP.objective, num_steps=300)
   after, _ = advance(state_at(12))
