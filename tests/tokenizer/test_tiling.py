@@ -97,7 +97,10 @@ def make_active(make_tokenizer):
   [
     {},
     {'norm': 'group', 'num_res_blocks': 1, 'remat': True},
-    {'norm': 'group', 'factor': 2, 'quantizer': 'residual'},
+    pytest.param(
+      {'norm': 'group', 'factor': 2, 'quantizer': 'residual'},
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=str,
 )

@@ -75,6 +75,7 @@ def loop_over_microbatches(quantizer, steps):
   return params, codebook, np.mean(losses), np.asarray(counts)
 
 
+@pytest.mark.slow
 def test_a_schedule_inside_a_layer_follows_steps_and_not_microbatches():
   step = tiny_step(GUMBEL, accumulate_steps=4)
   state, temperatures = first_state(step), []

@@ -42,6 +42,7 @@ def test_a_run_leaves_its_files_and_once_finished_stays(tiny_config, tmp_path):
   assert read_jsonl(tmp_path / 'metrics.jsonl') == records
 
 
+@pytest.mark.slow
 def test_corrupt_validation_images_do_not_cost_the_run(
   tiny_config, image_folder, tmp_path, caplog
 ):
