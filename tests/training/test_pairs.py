@@ -233,7 +233,8 @@ def test_eight_devices_take_the_step_of_one(seed, story):
   told = story(seed)
   (want, scalars), (got, others) = told.one, told.eight
   # In bfloat16 some latents round to the other side of two codes.
-  rtol = 0.3 if told.config['model.dtype'] == 'bfloat16' else 1e-2
+  loose = told.config['model.dtype'] == 'bfloat16'
+  rtol, share = (0.3, 0.1) if loose else (1e-2, 0.01)
   assert others['mse'] == pytest.approx(scalars['mse'], rel=rtol)
   # Adam's moments show the gradient.
   for part in ('batch_stats', 'codebook', 'opt_state'):
@@ -244,7 +245,7 @@ def test_eight_devices_take_the_step_of_one(seed, story):
       leaves, jax.tree.leaves(getattr(got, part)), strict=True
     ):
       error = norm(np.subtract(y, x, dtype=float))
-      assert error <= rtol * (norm(x) + 0.01 * total), (part, path)
+      assert error <= rtol * (norm(x) + share * total), (part, path)
 
 
 @pairs
