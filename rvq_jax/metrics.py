@@ -64,9 +64,9 @@ def _levels(images):
 def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
   """Peak signal-to-noise ratio of each image in dB, after rounding to uint8.
 
-  10 log10(255^2 / MSE) of x and y [B, h, w, 3]: [B], float32. Equal
-  images have no finite PSNR; they get the PSNR of images that differ by one
-  level in one value.
+  10 log10(255^2 / MSE) of x and y [B, h, w, 3]: [B], float32. Equal images
+  have no finite PSNR; they get that of images that differ by one level in one
+  value.
   """
   x, y = _levels(x), _levels(y)
   floor = 1.0 / math.prod(x.shape[1:])
@@ -76,8 +76,7 @@ def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
 def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
   """Structural similarity of each image; see `SSIM_VARIANT`.
 
-  x and y [B, h, w, 3]: [B], float32. NaN for images smaller than the
-  window.
+  x and y [B, h, w, 3]: [B], float32. NaN for images smaller than the window.
   """
   if min(x.shape[1:3]) < _WINDOW:
     return jnp.full(x.shape[0], jnp.nan, jnp.float32)

@@ -219,8 +219,7 @@ def _open_source(workdir, data, split, step, images, data_dir):
   about |= {'chosen_on_these_images': False}
   about |= {'ssim_variant': metrics.SSIM_VARIANT}
   if images:
-    place = data_dir or data.data_dir
-    splits = datasets.open_images(images, data_dir=place)
+    splits = datasets.open_images(images, data_dir=data_dir or data.data_dir)
     split = 'all' if 'all' in splits else split
     if split not in splits:
       names = f'{", ".join(splits)} of {images}'

@@ -169,9 +169,9 @@ class Tokenizer:
     """Token ids of images: int32 of `axes`, H = h / factor, W = w / factor.
 
     Args:
-      images: [B, h, w, 3], uint8 or float in [-1, 1]; `factor` divides h, w. A
-        warning tells of floats that all lie in [0, 1].
-        A multi-scale tokenizer takes only `image_size`.
+      images: [B, h, w, 3], uint8 or float in [-1, 1]; `factor` divides h, w.
+        A multi-scale tokenizer takes only `image_size`. A warning tells of
+        floats that all lie in [0, 1].
 
     Raises:
       ValueError: another shape, dtype or range.
@@ -179,10 +179,7 @@ class Tokenizer:
     images = jnp.asarray(images)
     if images.dtype == jnp.uint8:
       return self._encode(self.variables, images)
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-      raise ValueError(
-        f'expected images as uint8 or float in [-1, 1], got {images.dtype}'
-      )
+    images = prepare_images(images)
     if images.size and not jnp.all(jnp.abs(images) <= 1.001):
       raise ValueError(
         f'expected float images in [-1, 1], got values from {images.min():.4g} '
@@ -191,7 +188,7 @@ class Tokenizer:
       )
     if images.size and 0 <= jnp.min(images) < jnp.max(images):
       warnings.warn(UNIT_RANGE, stacklevel=2)
-    return self._encode(self.variables, images.astype(jnp.float32))
+    return self._encode(self.variables, images)
 
   def decode(self, ids) -> jax.Array:
     """Images of token ids: float32 [B, H factor, W factor, 3] in [-1, 1].

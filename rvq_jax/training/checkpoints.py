@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from rvq_jax.io import read_json, tree_digest
+from rvq_jax.training.config import other_version
 from rvq_jax.training.state import TrainState
 
 # Two private facts of Orbax: the suffix of a step that is being written, and
@@ -158,11 +159,7 @@ class Checkpoints:
         if newest is None:
           check(meta)
           if meta.get('layout') != _LAYOUT:
-            raise ValueError(
-              'the checkpoint in this workdir was made by another version of '
-              'rvq_jax: it opens for encoding and evaluation, but cannot be '
-              'resumed; use another --workdir'
-            )
+            raise other_version()
           newest = self.restore(state, step), meta
           resumed = step
       except DamagedError as error:

@@ -166,6 +166,15 @@ def check_devices(flat: Mapping[str, Any], devices: int) -> None:
     )
 
 
+def other_version(detail: str = '') -> ValueError:
+  """The error of a checkpoint that this version opens, but cannot resume."""
+  return ValueError(
+    'the checkpoint in this workdir was made by another version of rvq_jax: '
+    'it opens for encoding and evaluation, but cannot be resumed; use '
+    f'another --workdir{detail}'
+  )
+
+
 def check_resume(
   new: Mapping[str, Any], old: Mapping[str, Any], *, same_images: bool = False
 ) -> None:
@@ -182,11 +191,7 @@ def check_resume(
   """
   old = _BEFORE | old
   if unknown := sorted(new.keys() ^ old.keys()):
-    raise ValueError(
-      'the checkpoint in this workdir was made by another version of rvq_jax: '
-      'it opens for encoding and evaluation, but cannot be resumed; use '
-      f'another --workdir (config.{", config.".join(unknown)})'
-    )
+    raise other_version(f' (config.{", config.".join(unknown)})')
   may = RESUMABLE | ({'data.name'} if same_images else set())
   differ = {
     name: f'config.{name}: checkpoint {old[name]!r}, now {new[name]!r}'
