@@ -78,6 +78,17 @@ def test_a_set_of_exactly_one_batch_is_an_epoch(make, in_memory):
   assert [sorted(ids(batch)) for batch in _take(loader, 3)] == [[*range(4)]] * 3
 
 
+@both
+def test_a_large_jpeg_has_the_pixels_of_evaluation(make, tmp_path, in_memory):
+  for i in range(4):
+    coarse = Image.fromarray(np.roll(noise(8, 10), i))
+    coarse.resize((160, 128)).save(tmp_path / f'{i}.jpg')
+  source = open_folder(str(tmp_path))['all']
+  [trained] = _take(make(source, in_memory=in_memory), 1)
+  [batch] = eval_batches(source, **OPTIONS)
+  assert {x.tobytes() for x in trained} == {x.tobytes() for x in batch['image']}
+
+
 WORKERS = {'crop': 'random_resized', 'num_workers': 2}
 
 
@@ -236,11 +247,12 @@ def test_a_worker_ends_with_its_loader_but_by_no_stop_signal(make_source):
 def test_a_script_without_a_guard_is_named_as_the_cause(
   run_python, make_source, tmp_path
 ):
+  make_source(8)
   script = tmp_path / 'script.py'
   script.write_text(f"""
 from rvq_jax.data.folders import open_folder
 from rvq_jax.data.loaders import make_train_loader
-source = open_folder({make_source(8).root!r})['all']
+source = open_folder({str(tmp_path / 'set8')!r})['all']
 next(make_train_loader(source, in_memory=False, num_workers=1, **{OPTIONS}))
 """)
   ended = run_python(script, PYTHONPATH=str(ROOT))

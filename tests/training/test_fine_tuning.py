@@ -92,11 +92,24 @@ def test_what_is_frozen_on_resume_stays_in_every_copy(
 
 
 def test_a_frozen_encoder_keeps_the_scales_of_its_tokens(make_step_config):
-  fields = {'model.quantizer': 'multiscale', 'model.sides': (1, 4)}
-  config = make_step_config(SMALL | fields | {'freeze': 'encoder,codes'})
-  other = types.SimpleNamespace(sides=(1, 2, 4))
-  with one_line(r'model.sides: expected \(1, 2, 4\), .*got \(1, 4\)'):
-    Run(config, init=lambda: other).initial()
+  fields = {'model.quantizer': 'multiscale', 'freeze': 'encoder,codes'}
+  run, other = (
+    Run(make_step_config(SMALL | fields | {'model.sides': sides}))
+    for sides in ((1, 3, 4), (1, 2, 4))
+  )
+  model = types.SimpleNamespace(
+    variables=jax.tree.map(
+      lambda x: np.ones(x.shape, x.dtype), other.template.variables
+    ),
+    config=other.config,
+    step=1,
+    model_hash='0' * 64,
+    sides=(1, 2, 4),
+  )
+  other._given = run._given = lambda: model
+  other.initial()
+  with one_line(r'model.sides: expected \(1, 2, 4\), .*got \(1, 3, 4\)'):
+    run.initial()
 
 
 def test_a_frozen_encoder_uses_stored_statistics_in_training(

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from errors import one_line
-from tiny_step import Run
+from tiny_step import Run, run_until
 
 from rvq_jax.models import lpips_weights
 from rvq_jax.training import loop
@@ -76,8 +76,8 @@ def test_a_discriminator_of_images_not_quantized_is_refused(adversarial):
 @pytest.mark.slow
 def test_a_run_logs_the_discriminator_and_the_ramp(adversarial, tmp_path):
   loop.train(adversarial, tmp_path)
-  adversarial.num_steps = 32  # a longer run keeps its ramp
-  loop.train(adversarial, tmp_path)
+  adversarial.num_steps = 300  # a longer run keeps its ramp
+  run_until(adversarial, tmp_path, 32)
   records = read_jsonl(tmp_path / 'metrics.jsonl')
   logged = {r['step']: r for r in records if 'train/loss' in r}
   names = ('discriminator_loss', 'logits_real', 'logits_fake', 'lecam')
