@@ -36,3 +36,7 @@ def main() -> None:
     show(f'rvq_jax {version("rvq_jax")}')
   else:
     fail(f'expected rvq {", ".join(COMMANDS)} or --help, got {command!r}')
+
+
+if __name__ == '__main__':  # python -m rvq_jax.cli, where rvq is not on PATH
+  main()

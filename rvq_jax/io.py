@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import json
 import logging
@@ -57,16 +58,25 @@ def check_local(path, name: str = 'output') -> Path:
 
 
 def check_folder(
-  folder, name: str = 'output', is_ours: Callable[[Path], bool] | None = None
+  folder,
+  name: str = 'output',
+  is_ours: Callable[[Path], bool] | None = None,
+  rest: str = '',
 ) -> None:
   """The check of every command before it works: may it write to a folder?
+
+  What a killed command left there, by a pattern of names, is `rest`: a folder
+  of nothing else is empty.
 
   Raises:
     ValueError: about `name`, unless the folder is missing, empty or, by
       `is_ours`, what the command wrote before; or it cannot be written to.
   """
   folder = check_local(folder, name)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+  if folder.exists() and (
+    not folder.is_dir()
+    or any(not fnmatch.fnmatchcase(x.name, rest) for x in folder.iterdir())
+  ):
     if not (is_ours and folder.is_dir() and is_ours(folder)):
       raise ValueError(
         f'{name}: expected a new or empty folder'
@@ -98,6 +108,36 @@ def _check_writable(folder, path, name):
       raise ValueError(
         f'{name}: cannot write to {path}: {error.strerror}; name another one'
       ) from error
+
+
+@contextlib.contextmanager
+def claim(
+  folder,
+  advice: str,
+  is_ours: Callable[[Path], bool] | None = None,
+  rest: str = '',
+) -> Iterator[None]:
+  """Makes a folder and holds its lock while a command fills it.
+
+  One that was new and is empty in the end is removed. Arguments and errors are
+  those of `check_folder`, `lock` and `explain_full_disk`.
+  """
+  folder = Path(folder)
+  check_folder(folder, is_ours=is_ours, rest=rest)
+  new = not folder.exists()
+  with explain_full_disk(folder, advice):
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder, folder, 'name another one'):
+      # Another process may have filled it since.
+      check_folder(folder, is_ours=is_ours, rest=rest)
+      try:
+        for path in folder.glob(rest) if rest else ():
+          shutil.rmtree(path)
+        yield
+      finally:
+        with contextlib.suppress(OSError):  # it holds something
+          if new:
+            folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -190,14 +230,20 @@ def full_disk_reason(error: BaseException | None) -> str | None:
   return None
 
 
+class FullDiskError(OSError):
+  """A write without room, in one line."""
+
+
 @contextlib.contextmanager
 def explain_full_disk(folder, advice: str) -> Iterator[None]:
-  """Turns a write without room into a one-line OSError.
+  """Turns a write without room into a one-line `FullDiskError`.
 
   It names the folder, the free space there, and `advice` for what follows.
   """
   try:
     yield
+  except FullDiskError:  # which names a folder already
+    raise
   except (Exception, SystemExit) as error:
     reason = full_disk_reason(error)
     if reason is None:
@@ -205,7 +251,7 @@ def explain_full_disk(folder, advice: str) -> Iterator[None]:
     path = Path(folder).resolve()
     where = next(p for p in (path, *path.parents) if p.exists())
     free = shutil.disk_usage(where).free / 1e6
-    raise OSError(
+    raise FullDiskError(
       f'{reason} while writing to {folder}, where {free:,.1f} MB are free; '
       f'make room and {advice}'
     ) from error

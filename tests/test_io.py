@@ -49,3 +49,25 @@ def test_a_lock_excludes_others_and_makes_its_folder(tmp_path):
     pass  # free again; another lock is another
   with one_line('cannot make the folder .*lock/b'), lock(path / 'b' / '.lock'):
     pass
+
+
+def test_a_folder_that_is_filled_is_held_and_an_empty_one_removed(tmp_path):
+  folder, claim = tmp_path / 'a/b', functools.partial(io.claim, rest='.x-??')
+  with claim(folder, 'go'), one_line('b is in use'), claim(folder, 'go'):
+    pass
+  assert not folder.exists()
+  (folder / '.x-12/left').mkdir(parents=True)  # by a killed command
+  with claim(folder, 'try again'):
+    (folder / 'mine').touch()
+  assert [path.name for path in folder.iterdir()] == ['mine']
+  with one_line('expected a new or empty folder'), claim(folder, 'go'):
+    pass
+
+
+def test_a_full_disk_is_explained_once_by_the_folder_that_is_full(tmp_path):
+  with (
+    one_line(f'^No space left while writing to {tmp_path}/in', OSError),
+    io.explain_full_disk(tmp_path, 'do this'),
+    io.explain_full_disk(tmp_path / 'in', 'do that'),
+  ):
+    raise OSError(28, 'No space left on device')

@@ -1,5 +1,6 @@
 """Evaluates a checkpoint over a split: metrics as JSON, figures, images."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -18,7 +19,7 @@ from rvq_jax.data import datasets, loaders
 from rvq_jax.data.sources import SPLITS
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation import perceptual as perceptual_lib
-from rvq_jax.io import check_folder, read_json, write_atomic
+from rvq_jax.io import check_folder, claim, read_json, write_atomic
 from rvq_jax.metrics import prepare_images
 from rvq_jax.tokenizer.load import HUB, is_export, load
 from rvq_jax.tokenizer.tokenizer import Tokenizer
@@ -83,24 +84,23 @@ def evaluate_run(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  folder.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory() as scratch:
+  with _writing(folder, output), tempfile.TemporaryDirectory() as scratch:
     if pairs := save_images or (scratch if perceptual else None):
       batches = perceptual_lib.save_pairs(pairs, batches, tokenizer)
     result, counts, *pictures = _measure(tokenizer, batches, mesh, definitions)
     if perceptual:
       result |= perceptual_lib.perceptual_metrics(pairs, functions)
-  if jax.process_index() == 0:
-    about = {'step': tokenizer.step} | about
-    text = json.dumps(about | result, indent=2) + '\n'
-    write_atomic(folder / 'metrics.json', text)
-    np.save(folder / 'code_counts.npy', counts, allow_pickle=False)
-    log, name = (
-      Path(workdir) / 'metrics.jsonl',
-      f'reconstruction\nat step {tokenizer.step:,}',
-    )
-    _draw(folder, log, name, result, counts, *pictures)
-    logging.info('the results are in %s', folder)
+    if jax.process_index() == 0:
+      about = {'step': tokenizer.step} | about
+      text = json.dumps(about | result, indent=2) + '\n'
+      write_atomic(folder / 'metrics.json', text)
+      np.save(folder / 'code_counts.npy', counts, allow_pickle=False)
+      log, name = (
+        Path(workdir) / 'metrics.jsonl',
+        f'reconstruction\nat step {tokenizer.step:,}',
+      )
+      _draw(folder, log, name, result, counts, *pictures)
+      logging.info('the results are in %s', folder)
   return result
 
 
@@ -192,6 +192,14 @@ def _checked(workdir, split, images, output, save_images, perceptual) -> Path:
   folder /= _input_name(images, split) if images else split
   check_folder(folder, is_ours=None if output else _is_evaluation)
   return folder
+
+
+def _writing(folder: Path, output):
+  """Holds the folder of the results, in the process that writes them."""
+  if jax.process_index():
+    return contextlib.nullcontext()
+  advice = 'name another output' if output else 'start the same command again'
+  return claim(folder, advice, is_ours=None if output else _is_evaluation)
 
 
 def _input_name(images: str, split: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from rvq_jax.evaluation import efficientnet
+from rvq_jax.io import explain_full_disk
 from rvq_jax.metrics import to_uint8
 from rvq_jax.models import lpips, lpips_weights
 
@@ -33,11 +34,12 @@ def save_pairs(folder, batches: Iterable[dict], tokenizer) -> Iterator[dict]:
   for batch in batches:
     decoded = tokenizer.reconstruct(batch['image'])
     pairs = batch['image'], np.asarray(to_uint8(decoded))
-    for kind, images in zip(KINDS, pairs, strict=True):
-      (Path(folder) / kind).mkdir(parents=True, exist_ok=True)
-      for row in np.flatnonzero(batch['mask']):
-        path = Path(folder) / kind / f'{position + row:06d}.png'
-        Image.fromarray(images[row]).save(path, compress_level=1)
+    with explain_full_disk(folder, 'name another folder'):
+      for kind, images in zip(KINDS, pairs, strict=True):
+        (Path(folder) / kind).mkdir(parents=True, exist_ok=True)
+        for row in np.flatnonzero(batch['mask']):
+          path = Path(folder) / kind / f'{position + row:06d}.png'
+          Image.fromarray(images[row]).save(path, compress_level=1)
     position += len(batch['mask'])
     yield batch
 

@@ -103,7 +103,7 @@ class VQVAE(nn.Module):
     """Encoder outputs z [B, H, W, D] before quantization."""
     shape = images.shape
     floating = jnp.issubdtype(images.dtype, jnp.floating)
-    if len(shape) != 4 or shape[-1] != 3 or not floating:
+    if len(shape) != 4 or shape[-1] != 3 or not floating or not shape[0]:
       raise ValueError(
         'images: expected float [B, h, w, 3] in [-1, 1], got '
         f'{images.dtype} {shape}'

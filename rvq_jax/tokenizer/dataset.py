@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rvq_jax.io import check_folder, explain_full_disk, read_json
+from rvq_jax.io import claim, read_json
 from rvq_jax.tokenizer import tiling
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
@@ -126,11 +126,9 @@ def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
   """
   dataset, output = TokenDataset(folder), Path(output)
   tokenizer.check_encoder(dataset.meta['encoder_hash'], folder)
-  check_folder(output)
   size = dataset.meta['image_size']
   batch, read = batch_size(size), set(dataset.rows.tolist())
-  with explain_full_disk(output, 'decode to another folder'):
-    output.mkdir(parents=True, exist_ok=True)
+  with claim(output, 'decode to another folder'):
     for start in tqdm(range(0, len(dataset.ids), batch), disable=None):
       ids = dataset.ids[start : start + batch]
       # The last batch is filled up: another shape would compile again.

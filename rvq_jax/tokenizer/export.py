@@ -1,6 +1,5 @@
 """A run as a folder that others can use: weights, config and a model card."""
 
-import contextlib
 import json
 import math
 import re
@@ -13,7 +12,7 @@ import flax
 import jax
 import numpy as np
 
-from rvq_jax.io import check_folder, read_json
+from rvq_jax.io import FullDiskError, check_folder, claim, read_json
 from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.layers import num_groups
 from rvq_jax.quantize.fsq import fsq_levels
@@ -29,6 +28,7 @@ _FIGURES = {
   'prefixes.png': 'error of the first codes',
   '../curves.png': 'training',
 }
+_PARTIAL = '.export-'  # the folder of an export that is being written
 _TORCH = 'tokenizer_torch.py'  # the file beside this one, which needs no JAX
 _LICENSE = re.compile(r'[a-z0-9][a-z0-9.+-]*')
 
@@ -66,28 +66,28 @@ def export_run(
       'license: expected an identifier of the Hugging Face Hub, as apache-2.0, '
       f'cc-by-4.0 or unknown, got {license!r}'
     )
-  check_folder(output)
-  tokenizer, new = load(workdir, step), not output.exists()
+  check_folder(output, rest=f'{_PARTIAL}????????')
+  tokenizer = load(workdir, step)
   try:
-    output.mkdir(parents=True, exist_ok=True)
-    # Inside, for `output` may be a volume of its own.
-    with tempfile.TemporaryDirectory(prefix='.', dir=output) as partial:
+    with (
+      claim(output, 'export again', rest=f'{_PARTIAL}????????'),
+      # Inside, for `output` may be a volume of its own.
+      tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=output) as partial,
+    ):
       folder = Path(partial)
       write_export(folder, tokenizer)
       if stablehlo:
         write_stablehlo(folder, tokenizer)
       results = _results(workdir, folder, tokenizer.step)
       card = _card(tokenizer, name or workdir.resolve().name, license, results)
-      (folder / 'README.md').write_text(card)
+      (folder / 'README.md').write_text(card, 'utf-8')
       # Without its weights, which come last, a folder is no export.
       for path in sorted(folder.iterdir(), key=lambda x: x.name == WEIGHTS):
         path.rename(output / path.name)
+  except FullDiskError:
+    raise
   except OSError as error:
     raise ValueError(f'cannot write to {output}: {error}') from error
-  finally:
-    with contextlib.suppress(OSError):  # it holds the export
-      if new:
-        output.rmdir()
   return output
 
 

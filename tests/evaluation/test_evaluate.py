@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import tempfile
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -192,6 +193,21 @@ def test_a_folder_that_cannot_be_written_ends_before_the_work(run, monkeypatch):
   monkeypatch.setattr(evaluate, 'load', None)
   with one_line('output: cannot write to .*evaluation/test: Permission denied'):
     evaluate_run(run)
+
+
+@pytest.mark.parametrize('name', ['output', 'save_images'])
+def test_a_full_disk_is_named_by_its_folder(run, tmp_path, monkeypatch, name):
+  full, save = OSError(28, 'No space left on device'), Image.Image.save
+
+  def write(image, path, *rest, **options):
+    if tmp_path / name in Path(path).parents:
+      raise full
+    save(image, path, *rest, **options)
+
+  monkeypatch.setattr(Image.Image, 'save', write)
+  folders = {x: tmp_path / x for x in ('output', 'save_images')}
+  with one_line(f'left while writing to {tmp_path}/{name}', OSError):
+    evaluate_run(run, **folders)
 
 
 def test_results_of_another_program_are_not_replaced(tmp_path):

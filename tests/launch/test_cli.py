@@ -56,6 +56,11 @@ def test_help_lists_commands_and_configs(show):
   assert ', '.join(shipped) in out
 
 
+def test_the_module_is_the_command(run_python, show, tmp_path):
+  done = run_python('-m', 'rvq_jax.cli', '--version', PYTHONPATH=str(ROOT))
+  assert done.stdout == show('--version')
+
+
 def test_the_help_of_a_command_has_its_flags(show):
   out = show('train', '--help')
   assert show('train', '-h') == out

@@ -110,11 +110,28 @@ def test_a_volume_takes_an_export(run, exported, volume):
 
 
 def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
-  full = mock.Mock(side_effect=OSError('no space left'))
-  monkeypatch.setattr('rvq_jax.tokenizer.export._card', full)
-  with one_line('cannot write to .*no space left'):
+  failed = mock.Mock(side_effect=OSError('I/O error'))
+  monkeypatch.setattr('rvq_jax.tokenizer.export._card', failed)
+  with one_line('cannot write to .*I/O error'):
     export_run(run, tmp_path / 'x')
   assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_no_file_of_the_user(run, tmp_path):
+  (tmp_path / '.export-ab12cd_f').mkdir()
+  (tmp_path / '.export-ab12cd_f/config.json').touch()
+  names = {path.name for path in export_run(run, tmp_path).iterdir()}
+  assert 'model.safetensors' in names and '.export-ab12cd_f' not in names
+
+
+def test_two_exports_do_not_mix_in_a_folder(run, tmp_path, monkeypatch):
+  def card(*_):
+    with one_line('out is in use'):
+      export_run(run, tmp_path / 'out', step=3)
+    return 'card'
+
+  monkeypatch.setattr('rvq_jax.tokenizer.export._card', card)
+  assert load(export_run(run, tmp_path / 'out')).step == 6
 
 
 def test_a_folder_with_files_and_a_long_license_are_refused(run, tmp_path):

@@ -112,6 +112,7 @@ ONE_NAN[0, 0, 1, 2] = np.nan
 ZERO, ONE = np.zeros, np.zeros((1, 4, 4), int)
 BAD = [
   ('encode', ZERO((1, 15, 16, 3), np.uint8), 'multiples of 4, got 15x16'),
+  ('encode', ZERO((0, 16, 16, 3), np.uint8), r'\[B, h, w, 3\].*\(0, 16'),
   ('encode', ZERO((1, 16, 16, 3), np.int32), 'uint8 or float'),
   ('encode', np.full((1, 16, 16, 3), 255.0), r'in \[-1, 1\], got values from'),
   ('encode', np.full((1, 16, 16, 3), np.nan), r'in \[-1, 1\]'),
