@@ -43,7 +43,8 @@ def evaluate_run(
   """Evaluates a checkpoint and writes the results to WORKDIR/evaluation/SPLIT.
 
   Files are metrics.json, code_counts.npy ([K] or [L, K]), and as PNG samples,
-  reconstructions, code_usage, prefixes (several levels) and ../curves (a run).
+  reconstructions, code_usage, prefixes (several levels) and, for a run, curves:
+  in WORKDIR/evaluation, or with `output` beside the others.
 
   Args:
     workdir: directory of a run, an export or a name of the Hub; see `load`.
@@ -95,11 +96,10 @@ def evaluate_run(
       text = json.dumps(about | result, indent=2) + '\n'
       write_atomic(folder / 'metrics.json', text)
       np.save(folder / 'code_counts.npy', counts, allow_pickle=False)
-      log, name = (
-        Path(workdir) / 'metrics.jsonl',
-        f'reconstruction\nat step {tokenizer.step:,}',
-      )
-      _draw(folder, log, name, result, counts, *pictures)
+      log = Path(workdir) / 'metrics.jsonl'
+      name = f'reconstruction\nat step {tokenizer.step:,}'
+      curves = 'curves' if output else '../curves'
+      _draw(folder, curves, log, name, result, counts, *pictures)
       logging.info('the results are in %s', folder)
   return result
 
@@ -143,7 +143,7 @@ def _measure(tokenizer: Tokenizer, batches: Iterable, mesh, definitions: bool):
   return result, counts, originals, reconstructions
 
 
-def _draw(folder, log, name, result, counts, originals, images):
+def _draw(folder, curves, log, name, result, counts, originals, images):
   strip = metrics.reconstruction_grid(originals, images)
   Image.fromarray(strip).save(folder / 'samples.png')
   pictures = figures.reconstructions(originals, {name: images})
@@ -152,7 +152,7 @@ def _draw(folder, log, name, result, counts, originals, images):
   if 'prefixes' in result:
     drawings['prefixes'] = figures.prefixes({name: result['prefixes']})
   if log.exists():
-    drawings['../curves'] = figures.curves({'this run': [read_jsonl(log)]})
+    drawings[curves] = figures.curves({'this run': [read_jsonl(log)]})
   for file, figure in drawings.items():
     figure.savefig(folder / f'{file}.png', dpi=140)
 

@@ -106,14 +106,21 @@ def test_devices_need_not_divide_the_batch(
     np.testing.assert_allclose(got[name], measured[name], rtol=1e-4)
 
 
-def test_files_are_written_and_say_what_they_are(run):
-  result = evaluate_run(run, split='validation', step=3)
-  folder = run / 'evaluation' / 'validation'
+@pytest.mark.parametrize('output', [None, 'mine'])
+def test_files_are_written_and_say_what_they_are(run, tmp_path, output):
+  output = output and tmp_path / output
+  if output:  # a folder of the user, in which the results get one
+    output.mkdir()
+    (output / 'curves.png').write_text('mine')
+  result = evaluate_run(run, split='validation', step=3, output=output)
+  folder = (output or run / 'evaluation') / 'validation'
   about = stored(folder)
   assert about['step'] == 3 and about['split'] == 'validation'
   assert not about['chosen_on_these_images'] and about['mse'] == result['mse']
   assert about['data'].startswith('folder:')
-  for name in ('reconstructions', 'code_usage', '../curves'):
+  curves = 'curves' if output else '../curves'
+  assert not output or (output / 'curves.png').read_text() == 'mine'
+  for name in ('reconstructions', 'code_usage', curves):
     with Image.open(folder / f'{name}.png') as image:
       assert min(image.size) > 200
   counts = np.load(folder / 'code_counts.npy', allow_pickle=False)
