@@ -57,6 +57,19 @@ def check_local(path, name: str = 'output') -> Path:
   return Path(path)
 
 
+def utf8_path(workdir) -> Path:
+  """The whole path of a workdir; ValueError unless TensorStore takes it."""
+  path = Path(workdir).resolve()
+  try:
+    str(path).encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f'--workdir: expected a path whose bytes are UTF-8, got {path}; rename '
+      'its folder, or name another one'
+    ) from error
+  return path
+
+
 def check_folder(
   folder,
   name: str = 'output',

@@ -175,11 +175,11 @@ def _run(function, values, paths):
   try:
     function(values, *paths)
     sys.stdout.flush()
-  except KeyboardInterrupt:
-    print('interrupted; what was finished is kept', file=sys.stderr)
-    sys.stdout.flush()
-    os._exit(130)  # at once: without waiting for threads that still save
-  except Exception as error:
+  except (KeyboardInterrupt, Exception) as error:
+    if _is_interrupt(error):
+      print('interrupted; what was finished is kept', file=sys.stderr)
+      sys.stdout.flush()
+      os._exit(130)  # at once: without waiting for threads that still save
     if _is_expected(error):
       _stop(error)
     if _process() is None:
@@ -195,6 +195,13 @@ def _run(function, values, paths):
       )
     traceback.print_exc()
     fail(error, 1)
+
+
+def _is_interrupt(error) -> bool:
+  """Whether Ctrl-C is the cause; compiled modules import to another error."""
+  while not isinstance(error, KeyboardInterrupt | None):
+    error = error.__cause__ or error.__context__
+  return error is not None
 
 
 def _is_expected(error) -> bool:

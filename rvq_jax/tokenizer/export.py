@@ -12,6 +12,7 @@ import flax
 import jax
 import numpy as np
 
+from rvq_jax.data.folders import printable
 from rvq_jax.io import FullDiskError, check_folder, claim, read_json
 from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.layers import num_groups
@@ -79,7 +80,8 @@ def export_run(
       if stablehlo:
         write_stablehlo(folder, tokenizer)
       results = _results(workdir, folder, tokenizer.step)
-      card = _card(tokenizer, name or workdir.resolve().name, license, results)
+      title = printable(name or workdir.resolve().name)
+      card = _card(tokenizer, title, license, results)
       (folder / 'README.md').write_text(card, 'utf-8')
       # Without its weights, which come last, a folder is no export.
       for path in sorted(folder.iterdir(), key=lambda x: x.name == WEIGHTS):

@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from rvq_jax.io import read_json, tree_digest
+from rvq_jax.io import read_json, tree_digest, utf8_path
 from rvq_jax.training.config import other_version
 from rvq_jax.training.state import TrainState
 
@@ -45,7 +45,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir, *, keep: int = 2, read_only: bool = False):
-    self._path = Path(workdir).resolve() / 'checkpoints'
+    self._path = utf8_path(workdir) / 'checkpoints'
     self._read_only, self._keep = read_only, keep
     self._on_first_process(self._remove_rest)
     self._manager = ocp.CheckpointManager(

@@ -206,6 +206,7 @@ def lock(workdir) -> Iterator[None]:
   if jax.process_index():  # the first one does it for all
     yield
     return
+  io.utf8_path(workdir)
   io.check_folder(workdir, '--workdir', is_run)
   workdir = Path(workdir)
   new = [p for p in (workdir, *workdir.parents) if not p.exists()]

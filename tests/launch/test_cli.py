@@ -160,6 +160,24 @@ def test_all_that_commands_print_is_escaped():
       assert not re.search(r'(?<!\.)\bprint\(', path.read_text()), path
 
 
+INTERRUPTED = """
+from rvq_jax.commands import program
+@program.command()
+def main(flags):
+  try:
+    raise KeyboardInterrupt
+  except KeyboardInterrupt as error:  # as a compiled module does
+    raise ImportError('initializing the extension') from error
+main()
+"""
+
+
+def test_an_interrupt_while_jax_is_imported_is_one_line(rvq, tmp_path):
+  done = rvq(program=INTERRUPTED, cwd=tmp_path)
+  assert done.stderr == 'interrupted; what was finished is kept\n'
+  assert done.returncode == 130
+
+
 MAIN = """
 import logging, sys
 from rvq_jax.commands import program

@@ -124,6 +124,11 @@ def test_what_a_killed_export_left_is_no_file_of_the_user(run, tmp_path):
   assert 'model.safetensors' in names and '.export-ab12cd_f' not in names
 
 
+def test_a_name_that_is_not_utf8_is_escaped_on_the_card(run, tmp_path):
+  folder = export_run(run, tmp_path / 'x', name='caf\udce9\n\x1b')
+  assert 'caf\\xe9\\n\\x1b' in (folder / 'README.md').read_text('utf-8')
+
+
 def test_two_exports_do_not_mix_in_a_folder(run, tmp_path, monkeypatch):
   def card(*_):
     with one_line('out is in use'):

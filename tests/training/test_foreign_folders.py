@@ -1,11 +1,14 @@
 """A folder that is not a run of ours is refused, and stays as it was."""
 
+import functools
 import json
+import os
 import shutil
 
 import pytest
 from errors import one_line
 
+from rvq_jax import load
 from rvq_jax.training import loop
 from rvq_jax.training.checkpoints import is_run
 
@@ -36,6 +39,19 @@ def test_no_run_starts_in_a_folder_of_another_program(
   with one_line(f'^--workdir: expected .* got {tmp_path}; name another one'):
     loop.train(tiny_config, tmp_path)
   assert content(tmp_path) == before
+
+
+def test_a_path_that_orbax_cannot_take_is_no_damage(
+  tiny_config, tiny_run, tmp_path
+):
+  folder = tmp_path / os.fsdecode(b'caf\xe9')
+  try:
+    shutil.copytree(tiny_run, folder)
+  except OSError:
+    pytest.skip('this file system takes UTF-8 names only')
+  for call in (load, functools.partial(loop.train, tiny_config)):
+    with one_line('--workdir: expected a path whose bytes are UTF-8'):
+      call(folder)
 
 
 def test_no_run_starts_in_an_export(tiny_config, exported):
