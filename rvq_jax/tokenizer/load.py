@@ -141,6 +141,8 @@ def _read_weights(path: Path, shapes: dict[str, Any]) -> dict[str, Any]:
   import safetensors.numpy
 
   expected = flax.traverse_util.flatten_dict(shapes, sep='.')
+  with open(path, 'rb'):  # safetensors says of any that it is not there
+    pass
   try:
     arrays = safetensors.numpy.load_file(path)
   except (safetensors.SafetensorError, OSError) as error:

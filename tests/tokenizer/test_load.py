@@ -141,6 +141,15 @@ def test_an_export_of_another_version_opens(exported, caplog):
   assert line.endswith('not read: config.model.new, config.new.b')
 
 
+def test_weights_that_may_not_be_read_are_not_called_damaged(
+  exported, monkeypatch
+):
+  denied = mock.Mock(side_effect=PermissionError(13, 'Permission denied'))
+  monkeypatch.setattr('rvq_jax.tokenizer.load.open', denied, raising=False)
+  with pytest.raises(PermissionError):
+    load(exported)
+
+
 def test_other_tensors_than_those_of_the_config_are_named(exported):
   path = exported / 'model.safetensors'
   arrays = safetensors.numpy.load_file(path)
