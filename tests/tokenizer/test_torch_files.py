@@ -93,7 +93,7 @@ NETWORK = {  # by name: how it is saved, and what comes back
   'brain': (tensor('2', (3, 4), (4, 1)), STORAGES['2'][1].astype(np.float32)),
   'count': (tensor('3', (), (), 1), np.array(3)),
   'mask': (tensor('4', (3, 4), (4, 1)), W > 1),
-  'none': (tensor('5', (0, 4), (4, 1)), W[:0]),
+  'none': (tensor('5', (3, 0), (1, 1)), W[:, :0]),
 }
 SAVED = {name: x for name, (x, _) in NETWORK.items()}
 OTHER = {
