@@ -61,6 +61,8 @@ def read_tensors(path) -> dict[str, np.ndarray]:
   """
   try:
     arrays, room = _read(Path(path)), 4 * Path(path).stat().st_size + 2**20
+    if not arrays:
+      raise _Other('a file without named tensors: save a state_dict')
     for name, x in arrays.items():
       dtype = np.dtype('f4') if x.dtype == ml_dtypes.bfloat16 else x.dtype
       if dtype != x.dtype or not x.flags.c_contiguous:
@@ -227,8 +229,6 @@ def _arrays(tree, storage):
           if len(name) > 1000 or len(todo) > 10**5:
             raise _Other('dicts nested without end')
           todo.append((name, child))
-  if not arrays:
-    raise _Other('a pickle without named tensors: save a state_dict')
   return arrays
 
 

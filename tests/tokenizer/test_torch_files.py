@@ -179,6 +179,7 @@ BAD = {
   'inst': (saved(b'(ios\nsystem\n'), 'names os.system'),
   'bomb': (pickle.dumps(Bomb()), 'names posix.mkdir'),
   'bare': (pickle.dumps([1]), 'a pickle that torch.save did not write'),
+  'void': (save({}), 'without named tensors'),
   'list': (saved([DENSE]), 'without named tensors'),
   'module': (saved(Op((Name('models.Net'), ()), b'\x81')), 'without named'),
   'long': (bad('0', (13,), (1,)), r'\[13\] ends beyond its storage'),
