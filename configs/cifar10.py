@@ -104,6 +104,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   # Sides of the grids of 'multiscale', as (1, 2, 4); default: 1, 2, 3, 4, 5, 6,
   # 8, 10, 13, 16 ... up to the side of the latents.
   model.sides = placeholder(tuple)
+  model.resize = 'keys'  # 'torch': between scales of 'multiscale', as VAR does
   model.temperature_steps = 10_000  # of 'gumbel': steps until it is lowest
 
   config.objective = objective = ConfigDict()

@@ -205,19 +205,26 @@ class _Multiscale(_VQ):  # the codes of grids [B, n, n] of growing side
   def ids(self, e):
     total, ids = torch.zeros_like(e), []
     for scale, side in enumerate(self.config['sides']):
-      parts = torch.eye(len(e[0])).repeat_interleave(side, 0).to(e)
-      weights = parts.unflatten(0, (side, -1)).mean(1)  # of positions in areas
-      rest = torch.einsum('nh,mw,bhwd->bnmd', weights, weights, e - total)
+      rest = self.pool(e - total, side)
       ids.append(super().ids(rest).flatten(1))
       total = total + self.addend(ids[-1], scale)
     return torch.cat(ids, 1)
 
+  def pool(self, x, side):
+    if self.config.get('resize') == 'torch':
+      return F.adaptive_avg_pool2d(x.movedim(-1, 1), side).movedim(1, -1)
+    parts = torch.eye(len(x[0])).repeat_interleave(side, 0).to(x)
+    weights = parts.unflatten(0, (side, -1)).mean(1)  # of positions in areas
+    return torch.einsum('nh,mw,bhwd->bnmd', weights, weights, x)
+
   def addend(self, ids, scale):  # to the whole grid
     sides = self.config['sides']
     x = super().codes(ids).unflatten(1, (sides[scale],) * 2).movedim(-1, 1)
-    x = F.interpolate(x, sides[-1:] * 2, mode='bicubic', antialias=True)
-    phis = sum(name.startswith('vq.phi_') for name in self.arrays) // 2
-    y = _conv(self.arrays, f'vq.phi_{scale * phis // len(sides)}', x)
+    keys = self.config.get('resize') != 'torch'  # for antialias means Keys'
+    x = F.interpolate(x, sides[-1:] * 2, mode='bicubic', antialias=keys)
+    phis = self.config.get('phis')  # of the scales; older exports have none
+    phi = phis[scale] if phis else scale * min(4, len(sides)) // len(sides)
+    y = _conv(self.arrays, f'vq.phi_{phi}', x)
     return ((x + y) / 2).movedim(1, -1)
 
   def codes(self, ids):

@@ -207,8 +207,9 @@ def test_another_function_has_another_hash(make_tokenizer):
     hashes.add(other.model_hash)
   assert len(hashes) == 3
   sides = [{'quantizer': 'multiscale', 'sides': x} for x in ((1, 4), (2, 4))]
-  coarse, fine = (make_tokenizer(**fields).model_hash for fields in sides)
-  assert coarse != fine
+  sides.append(sides[0] | {'resize': 'torch'})
+  assert len({make_tokenizer(**fields).model_hash for fields in sides}) == 3
+  assert make_tokenizer(resize='torch').model_hash in hashes  # not of 'vq'
 
 
 @pytest.mark.parametrize(

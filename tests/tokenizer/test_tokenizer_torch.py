@@ -34,6 +34,8 @@ MODELS += [
   {'quantizer': 'product', 'cosine': True, 'heads': 4},
   {'quantizer': 'fsq', 'codebook_size': 16},
   {'quantizer': 'simvq', 'cosine': True},
+  {'quantizer': 'multiscale', 'resize': 'torch'},
+  {'quantizer': 'multiscale', 'resize': 'torch', 'sides': (1, 2, 3, 4)},
   {'norm': 'group', 'activation': 'swish', 'factor': 2},  # a stage of stride 1
 ]
 

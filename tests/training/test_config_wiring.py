@@ -87,7 +87,8 @@ def trace(model, call, shape, gradient=False):
 
   if gradient:
     total = jax.value_and_grad(total, argnums=(0, 1), allow_int=True)
-  text = str(jax.make_jaxpr(total)(x, variables))
+  program = jax.make_jaxpr(total)(x, variables)
+  text = f'{program} {program.consts}'  # of multi-scale: its matrices
   return modules, re.sub(' at 0x[0-9a-f]+', '', text)
 
 

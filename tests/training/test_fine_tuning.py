@@ -182,6 +182,7 @@ def test_the_decoder_adapts_and_the_tokens_stay(
     ),
     ({'model.activation': 'swish'}, "activation: expected 'swish', got 'leaky"),
     ({'model.cosine': True}, 'config.model.cosine: expected True, got False'),
+    ({'model.resize': 'torch'}, "resize: expected 'torch', got 'keys'"),
     ({'model.codebook_size': 16}, r'embedding: expected \(16, 8\), got \(8, 8'),
     ({'model.quantize_after': 2}, 'expected config.model.quantize_after = 0'),
     ({'freeze': 'encoder,codes'}, 'expected a trained encoder, from --init or'),
