@@ -95,6 +95,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.codebook_weight = 1.0  # used when ema is False
   model.loss_form = 'two_weights'  # 'paper_eq5' or 'paper_eq8'
   model.cosine = False  # unit-norm latents and codes
+  model.inner_product = False  # codes by it; of 'vq' with freeze, as IBQ's
   model.dead_code_threshold = 0.9  # share of the mean count; below: replaced
   model.split_by = 'count'  # or 'distortion': which codes dead ones join
   model.split_fraction = 0.2  # from a code towards its vector; 1: onto it

@@ -58,8 +58,9 @@ class MultiscaleQuantizer(VectorQuantizer):
 
   Attributes:
     sides: s_1 < ... < s_L = n; None: `default_sides(n)`, but `codes_from_ids`
-      needs them. For the others see `VectorQuantizer`; cosine, dynamic_ste and
-      diveq are not possible here. With `freeze` phi does not learn either.
+      needs them. For the others see `VectorQuantizer`; cosine, inner_product,
+      dynamic_ste and diveq are not possible here. With `freeze` phi does not
+      learn either.
     resize: 'keys': fractional areas, and Keys' bicubic kernel. 'torch': what
       VAR does, for weights trained with it: area and bicubic of PyTorch's
       `interpolate`, and its choice of the phi of each scale.
@@ -68,7 +69,7 @@ class MultiscaleQuantizer(VectorQuantizer):
   sides: tuple[int, ...] | None = field(None)
   resize: str = field('keys', choices=scales.RESIZES)
 
-  sums_codes = True
+  sums_codes = several_codes = True
 
   @nn.compact
   def __call__(

@@ -173,7 +173,7 @@ class _VQ:  # `ids` of vectors [..., D], here of the nearest codes; and back
     if 'vq.logits.kernel' in self.arrays:  # of Gumbel-softmax
       return _dense(self.arrays, 'vq.logits', e).argmax(-1)
     e = F.normalize(e, dim=-1) if self.config['cosine'] else e
-    return nearest(e, self.codebook())
+    return nearest(e, self.codebook(), self.config.get('inner_product'))
 
   def codes(self, ids):
     return self.codebook()[ids]
@@ -260,11 +260,15 @@ def _dense(arrays, name, x):  # or x, where the model has no such layer
   return x if kernel is None else x @ kernel + arrays.get(f'{name}.bias', 0)
 
 
-def nearest(e, codes):
-  """Ids of the codes [K, D] nearest to e [..., D]; the lowest of equals."""
+def nearest(e, codes, inner=False):
+  """Ids of the codes [K, D] nearest to e [..., D]; the lowest of equals.
+
+  inner: those of the largest inner product instead.
+  """
   center = codes.mean(0)  # scores cancel where the codes lie far from 0
+  center = torch.zeros_like(center) if inner else center
   codes, rows = codes - center, e.reshape(-1, e.shape[-1]) - center
-  half = codes.square().sum(1) / 2
+  half = 0 if inner else codes.square().sum(1) / 2
   parts = rows.split(max(1, 2**24 // len(codes)))  # 64 MiB of scores each
   ids = [(part @ codes.T - half).argmax(1) for part in parts]
   return torch.cat(ids).view(e.shape[:-1])

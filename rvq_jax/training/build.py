@@ -49,6 +49,7 @@ def architecture(flat: Mapping[str, Any], sides=None) -> str:
   tokenizer gives the `sides` of its scales.
   """
   fields = {name: flat[f'model.{name}'] for name in _HASHED}
+  fields |= {'inner_product': True} if flat.get('model.inner_product') else {}
   if sides:
     fields['sides'] = sides
     if flat.get('model.resize', 'keys') != 'keys':
