@@ -95,6 +95,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.codebook_weight = 1.0  # used when ema is False
   model.loss_form = 'two_weights'  # 'paper_eq5' or 'paper_eq8'
   model.cosine = False  # unit-norm latents and codes
+  model.inner_product = False  # codes by it; of 'vq' with freeze, as IBQ's
   model.dead_code_threshold = 0.9  # share of the mean count; below: replaced
   model.split_by = 'count'  # or 'distortion': which codes dead ones join
   model.split_fraction = 0.2  # from a code towards its vector; 1: onto it
@@ -104,6 +105,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   # Sides of the grids of 'multiscale', as (1, 2, 4); default: 1, 2, 3, 4, 5, 6,
   # 8, 10, 13, 16 ... up to the side of the latents.
   model.sides = placeholder(tuple)
+  model.resize = 'keys'  # 'torch': between scales of 'multiscale', as VAR does
   model.temperature_steps = 10_000  # of 'gumbel': steps until it is lowest
 
   config.objective = objective = ConfigDict()

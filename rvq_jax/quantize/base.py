@@ -13,7 +13,7 @@ from rvq_jax.quantize import fields
 from rvq_jax.quantize.codebook import count_codes, row_weights
 from rvq_jax.quantize.fields import MAX_INT32, field
 from rvq_jax.quantize.gradients import ESTIMATORS, geometry
-from rvq_jax.quantize.search import nearest_codes, search
+from rvq_jax.quantize.search import search
 
 # The layers that ids depend on; GPUs would multiply in TF32.
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -166,10 +166,22 @@ class NearestQuantizer(Quantizer):
   max_scale: float = field(10.0, 1e-30)
 
   loss_form = LOSS_FORMS[0]
+  inner_product = False
+  several_codes = False  # whether a vector has more than one
 
   def check(self) -> None:
     """As of all; 'diveq' must be all that trains the codes."""
     super().check()
+    if self.inner_product and self.several_codes:
+      raise ValueError(
+        f'{type(self).__name__}: expected inner_product=False: a vector has '
+        'several codes'
+      )
+    if self.inner_product and self.cosine:
+      raise ValueError(
+        'inner_product: expected False with cosine=True, which takes the '
+        'largest inner product of unit vectors'
+      )
     if self.estimator == 'diveq' and self.trains_codes():
       raise ValueError(
         "estimator: 'diveq' trains learned codes by itself: expected "
@@ -183,13 +195,20 @@ class NearestQuantizer(Quantizer):
   def ids(self, z: jax.Array) -> jax.Array:
     """The ids [...] int32 of z [..., C], as the call gives them."""
     e = self.normed(self.bound('project_in', self.rows(z)))
-    return nearest_codes(e, self.codes()).reshape(z.shape[:-1])
+    ids, _ = search(e, self.codes(), inner=self.inner_product)
+    return ids.reshape(z.shape[:-1])
 
   def nearest(
     self, e: jax.Array, codes: jax.Array, mask: jax.Array, train: bool
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Ids [N] of e [N, D] in codes [K, D]; ambiguous_share unless `train`."""
-    ids, ambiguous = search(e, codes)
+    if train and self.inner_product and not self.freeze:
+      raise ValueError(
+        "inner_product: expected freeze='codes' or 'encoder,codes' in training "
+        '(freeze=True of the layer): the softmax over all codes that trains '
+        'them by it is not implemented'
+      )
+    ids, ambiguous = search(e, codes, inner=self.inner_product)
     share = masked_mean(ambiguous.astype(jnp.float32), mask)
     return ids, {} if train else {'ambiguous_share': share}
 

@@ -15,8 +15,6 @@ from rvq_jax.quantize.fields import field
 from rvq_jax.quantize.search import search
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
-PHIS = 4  # convolutions phi at most; scales next to each other share one
-
 
 class MultiscaleQuantizer(VectorQuantizer):
   """Quantizes a grid from coarse to fine (VAR; Tian et al. 2024, section 3.2).
@@ -60,13 +58,18 @@ class MultiscaleQuantizer(VectorQuantizer):
 
   Attributes:
     sides: s_1 < ... < s_L = n; None: `default_sides(n)`, but `codes_from_ids`
-      needs them. For the others see `VectorQuantizer`; cosine, dynamic_ste and
-      diveq are not possible here. With `freeze` phi does not learn either.
+      needs them. For the others see `VectorQuantizer`; cosine, inner_product,
+      dynamic_ste and diveq are not possible here. With `freeze` phi does not
+      learn either.
+    resize: 'keys': fractional areas, and Keys' bicubic kernel. 'torch': what
+      VAR does, for weights trained with it: area and bicubic of PyTorch's
+      `interpolate`, and its choice of the phi of each scale.
   """
 
   sides: tuple[int, ...] | None = field(None)
+  resize: str = field('keys', choices=scales.RESIZES)
 
-  sums_codes = True
+  sums_codes = several_codes = True
 
   @nn.compact
   def __call__(
@@ -79,7 +82,7 @@ class MultiscaleQuantizer(VectorQuantizer):
     dim = e.shape[1]
     phis = [
       self.param(f'phi_{i}', scales.identity_phi, dim)
-      for i in range(min(PHIS, len(sides)))
+      for i in range(min(scales.PHIS, len(sides)))
     ]
     grid = jax.lax.stop_gradient(_grid(e, z))
     mask_grid = mask.reshape(grid.shape[:-1])
@@ -89,12 +92,14 @@ class MultiscaleQuantizer(VectorQuantizer):
       """[B, T, D] and [B, T] as [B T, D] and the weights of the tokens."""
       return rows.reshape(-1, dim), share.reshape(-1) * areas
 
-    first = lambda: weighted(*scales.pyramid(grid, mask_grid, sides))  # noqa: E731
+    def first():
+      return weighted(*scales.pyramid(grid, mask_grid, sides, self.resize))
+
     book = self._begin(train, first, (len(areas), dim))
     weight = 0.0 if self.freeze else self.codebook_weight
     tokens, parts, counts = [], [], []
     for rows, share, ids, close, total in _walk(
-      grid, mask_grid, book.embedding, phis, sides
+      grid, mask_grid, book.embedding, phis, sides, self.resize
     ):
       tokens.append((rows, share, ids, close))
       total = total.reshape(e.shape)
@@ -123,7 +128,8 @@ class MultiscaleQuantizer(VectorQuantizer):
     sides = self._checked_sides(z)
     grid = _grid(self.bound('project_in', self.rows(z)), z)
     mask = jnp.ones(grid.shape[:-1], bool)
-    walk = _walk(grid, mask, self.codes(), self._phis(sides), sides)
+    phis = self._phis(sides)
+    walk = _walk(grid, mask, self.codes(), phis, sides, self.resize)
     ids = jnp.concatenate([ids for _, _, ids, *_ in walk], axis=1)
     return ids.reshape(*z.shape[:-3], ids.shape[1])
 
@@ -151,7 +157,7 @@ class MultiscaleQuantizer(VectorQuantizer):
     for number in range(offsets.index(ids.shape[-1])):
       part = ids[..., offsets[number] : offsets[number + 1]]
       q = jnp.take(codes, part.reshape(-1, part.shape[-1]), axis=0)
-      total += _addend(phis, q, number, self.sides)
+      total += _addend(phis, q, number, self.sides, self.resize)
     total = total.reshape(*ids.shape[:-1], *total.shape[1:])
     return self.bound('project_out', total)
 
@@ -176,7 +182,7 @@ class MultiscaleQuantizer(VectorQuantizer):
 
   def _phis(self, sides):
     """The convolutions of bound variables."""
-    numbers = range(min(PHIS, len(sides)))
+    numbers = range(min(scales.PHIS, len(sides)))
     return [self.get_variable('params', f'phi_{i}') for i in numbers]
 
   def _metrics(self, parts, counts):
@@ -193,10 +199,10 @@ class MultiscaleQuantizer(VectorQuantizer):
     return metrics | {'quantization_error': error}
 
 
-def _addend(phis, q, number, sides):
+def _addend(phis, q, number, sides, resize):
   """The part of scale `number`, with codes q [B, side^2, D], in z^."""
-  x = scales.expand(q, sides[-1])
-  return scales.phi(phis[number * len(phis) // len(sides)], x)
+  index = scales.phi_indices(len(sides), resize)[number]
+  return scales.phi(phis[index], scales.expand(q, sides[-1], resize))
 
 
 def _grid(e, z):
@@ -205,12 +211,13 @@ def _grid(e, z):
   return e.reshape(len(e) // side**2, side, side, dim)
 
 
-def _walk(grid, mask, codes, phis, sides):
+def _walk(grid, mask, codes, phis, sides, resize):
   """Scale by scale: rows [B, s^2, D]; valid share, ids, ambiguity; z^."""
   total = jnp.zeros_like(grid)
   for number, side in enumerate(sides):
-    rows, share = scales.pool(grid - total, mask, side)
+    rows, share = scales.pool(grid - total, mask, side, resize)
     found = search(rows.reshape(-1, rows.shape[-1]), codes)
     ids, close = (x.reshape(share.shape) for x in found)
-    total += _addend(phis, jnp.take(codes, ids, axis=0), number, sides)
+    q = jnp.take(codes, ids, axis=0)
+    total += _addend(phis, q, number, sides, resize)
     yield rows, share, ids, close, total

@@ -31,7 +31,7 @@ class ProductQuantizer(PartsQuantizer):
     codebook_size: K, codes per head.
     code_dim: D, dimensions of a piece. Where heads x D differs from the input's
       channels C a linear projection leads in and another out. None: C / heads.
-      For the others see `VectorQuantizer`.
+      For the others see `VectorQuantizer`; inner_product is not possible here.
   """
 
   heads: int = field(2, 1, 64)

@@ -17,6 +17,8 @@ LEAST_RESIDUAL = 1e-5  # share of |e| under which no further level is trained
 class PartsQuantizer(VectorQuantizer):
   """Several `VectorQuantizer`s that share the arguments of one."""
 
+  several_codes = True
+
   def parts(self, number: int) -> list[VectorQuantizer]:
     """`number` quantizers of the channels that they are given."""
     names = {field.name for field in dataclasses.fields(VectorQuantizer)}
@@ -70,7 +72,7 @@ class ResidualQuantizer(PartsQuantizer):
   Attributes:
     depth: codes per position.
     codebook_size: K, codes per level. For the others see `VectorQuantizer`;
-      cosine, dynamic_ste and diveq are not possible here.
+      cosine, inner_product, dynamic_ste and diveq are not possible here.
   """
 
   depth: int = field(4, 1, 64)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+PHIS = 4  # convolutions phi at most; scales next to each other share one
+RESIZES = ('keys', 'torch')
 _SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 51, 64)
 
 
@@ -29,25 +31,50 @@ def token_weights(sides) -> np.ndarray:
   return np.float32(areas).repeat(np.square(sides))
 
 
-def area_weights(grid: int, side: int) -> np.ndarray:
-  """Share of each position in each of `side` cells, float32 [side, grid]."""
+def area_weights(grid: int, side: int, resize: str = 'keys') -> np.ndarray:
+  """Share of each position in each of `side` cells, float32 [side, grid].
+
+  'torch': a cell holds every position that it touches, with equal weights.
+  """
   edges, left = np.arange(side + 1) * grid / side, np.arange(grid)
   end = np.minimum(edges[1:, None], left + 1)
   overlap = np.maximum(end - np.maximum(edges[:-1, None], left), 0)
+  if resize == 'torch':
+    overlap = overlap > 0
+    return np.float32(overlap / overlap.sum(1, keepdims=True))
   return np.float32(overlap * side / grid)
 
 
-def bicubic_weights(side: int, grid: int) -> np.ndarray:
+def bicubic_weights(side: int, grid: int, resize: str = 'keys') -> np.ndarray:
   """Weight of each of `side` cells at each position, float32 [grid, side].
 
   Keys' kernel, a = -1/2, divided by its sum at the edges, as in
-  `jax.image.resize`, which would compile a program for each side.
+  `jax.image.resize`, which would compile a program for each side. 'torch': a =
+  -3/4, and the cells at the edges are repeated beyond them.
   """
+  a, cells = -0.5, np.arange(side)
+  if resize == 'torch':
+    a, cells = -0.75, np.arange(-2, side + 2)
   at = (np.arange(grid)[:, None] + 0.5) * side / grid - 0.5
-  t = abs(at - np.arange(side))
-  near, far = (1.5 * t - 2.5) * t**2 + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
+  t = abs(at - cells)
+  near = ((a + 2) * t - (a + 3)) * t**2 + 1
+  far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
   weights = np.where(t < 1, near, np.where(t < 2, far, 0))
+  weights = weights @ (cells.clip(0, side - 1)[:, None] == np.arange(side))
   return np.float32(weights / weights.sum(1, keepdims=True))
+
+
+def phi_indices(scales: int, resize: str = 'keys') -> list[int]:
+  """Which convolution each of the scales takes.
+
+  'torch': VAR has the convolutions on ticks in [0, 1]; the nearest is taken.
+  """
+  phis, numbers = min(PHIS, scales), range(scales)
+  if resize == 'keys':
+    return [number * phis // scales for number in numbers]
+  edge = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
+  ticks, last = np.linspace(edge, 1 - edge, phis), max(scales - 1, 1)
+  return [int(abs(ticks - number / last).argmin()) for number in numbers]
 
 
 def _resize(x, weights):
@@ -60,14 +87,14 @@ def _resize(x, weights):
 
 
 def pool(
-  z: jax.Array, mask: jax.Array, side: int
+  z: jax.Array, mask: jax.Array, side: int, resize: str = 'keys'
 ) -> tuple[jax.Array, jax.Array]:
   """Means over side^2 areas of z [B, n, n, D] in the mask [B, n, n].
 
   Returns:
     [B, side^2, D]; and the valid share of each area, [B, side^2] in [0, 1].
   """
-  weights, mask = area_weights(z.shape[1], side), mask[..., None]
+  weights, mask = area_weights(z.shape[1], side, resize), mask[..., None]
   total = _resize(jnp.where(mask, z, 0.0), weights)
   share = _resize(mask.astype(jnp.float32), weights)
   share = jnp.where(share > 1 - 1e-5, 1.0, share)  # up to rounding
@@ -75,11 +102,11 @@ def pool(
   return e.reshape(len(z), -1, z.shape[-1]), share.reshape(len(z), -1)
 
 
-def expand(q: jax.Array, grid: int) -> jax.Array:
+def expand(q: jax.Array, grid: int, resize: str = 'keys') -> jax.Array:
   """Codes [B, side^2, D] on the whole grid, bicubic: [B, grid, grid, D]."""
   side = round(q.shape[1] ** 0.5)
   x = q.reshape(len(q), side, side, q.shape[-1])
-  return _resize(x, bicubic_weights(side, grid))
+  return _resize(x, bicubic_weights(side, grid, resize))
 
 
 def phi(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -100,7 +127,7 @@ def identity_phi(key, dim: int) -> dict[str, jax.Array]:
 
 
 def pyramid(
-  z: jax.Array, mask: jax.Array, sides: tuple[int, ...]
+  z: jax.Array, mask: jax.Array, sides: tuple[int, ...], resize: str = 'keys'
 ) -> tuple[jax.Array, jax.Array]:
   """The inputs of all scales without quantization, phi being the identity.
 
@@ -109,7 +136,7 @@ def pyramid(
   """
   scales = []
   for side in sides:
-    scales.append(pool(z, mask, side))
-    z = z - expand(scales[-1][0], z.shape[1])
+    scales.append(pool(z, mask, side, resize))
+    z = z - expand(scales[-1][0], z.shape[1], resize)
   rows, share = (jnp.concatenate(x, axis=1) for x in zip(*scales, strict=True))
   return rows, share

@@ -9,6 +9,9 @@ maximum over tiles. Two things keep its rounding small for any finite input:
 - both are multiplied by a power of two where squares would leave the range of
   float32, which rounds nothing.
 
+The code with the largest inner product with a row is found in the same way
+without |c|^2 / 2. A translation would change it, so nothing is subtracted.
+
 The rounding that is left decides between codes whose distances from a row are
 nearly equal beside their distance from that mean: `search` marks such rows.
 """
@@ -52,9 +55,17 @@ def nearest_codes(e: jax.Array, embedding: jax.Array) -> jax.Array:
   return search(e, embedding)[0]
 
 
-@jax.jit
-def search(e: jax.Array, embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames='inner')
+def search(
+  e: jax.Array, embedding: jax.Array, *, inner: bool = False
+) -> tuple[jax.Array, jax.Array]:
   """As `nearest_codes`, and which rows are ambiguous.
+
+  Args:
+    e: vectors [N, D], cast to float32.
+    embedding: codes [K, D], cast to float32.
+    inner: the code with the largest inner product instead, within about 2^-23
+      (4 + sqrt(D)) |c| |e| of it, c being the longest code.
 
   Returns:
     ids [N], int32, and bool [N]: whether the two best scores of a row lie
@@ -74,23 +85,30 @@ def search(e: jax.Array, embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jax.lax.platform_dependent(
     e,
     embedding,
-    cpu=functools.partial(_search, backend='cpu'),
-    default=functools.partial(_search, backend='gpu'),
+    cpu=functools.partial(_search, inner=inner, backend='cpu'),
+    default=functools.partial(_search, inner=inner, backend='gpu'),
   )
 
 
-def _search(e, embedding, *, backend):
+def _search(e, embedding, *, inner, backend):
   """Ids and ambiguity [N] of rows e [N, D], in the tiles of a backend."""
   shift, scale = centering(embedding)
+  shift = jnp.zeros_like(shift) if inner else shift
   bias = _bias(embedding, shift, scale)
+  # The length of a row decides nothing between inner products.
+  row_scale = jnp.float32(2.0**126) if inner else scale
+  if inner:  # the longest code; a code that is not finite stays at -inf
+    longest = jnp.sqrt(-2 * jnp.min(jnp.where(bias > -jnp.inf, bias, 0)))
+    bias = jnp.where(bias > -jnp.inf, 0, bias)
   rows, codes = tile_sizes(len(e), len(embedding), backend)
 
   def search_rows(block):
-    x = _center_rows(block, shift, scale)
+    x = _center_rows(block, shift, row_scale)
     ids, gap = _best(x, embedding, bias, shift, scale, codes)
     # The rounding of two scores, seen to be at most half of this for each.
-    norm = jnp.sqrt(-2 * bias[ids])
-    error = norm * (norm + jnp.linalg.norm(x, axis=1))
+    norm = longest if inner else jnp.sqrt(-2 * bias[ids])
+    length = jnp.linalg.norm(x, axis=1)
+    error = norm * length if inner else norm * (norm + length)
     return ids, gap < 2.0**-24 * (4 + e.shape[1] ** 0.5) * error
 
   return _over_blocks(search_rows, e, rows)

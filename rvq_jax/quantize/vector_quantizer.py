@@ -81,6 +81,8 @@ class VectorQuantizer(NearestQuantizer):
       MSE(q, sg(e)); 'paper_eq8' beta/2 |e - sg(q)|^2 summed over D, with beta
       = commitment_weight.
     cosine: scale inputs and codes to unit norm first.
+    inner_product: take the code with the largest inner product, not the nearest
+      (IBQ, Emu3.5); training needs `freeze`.
     dead_code_threshold: fraction of the mean count N/K; 0 never replaces.
     split_by: dead codes join the codes with the most vectors ('count') or the
       most squared error ('distortion').
@@ -100,6 +102,7 @@ class VectorQuantizer(NearestQuantizer):
   eps: float = field(1e-5, 1e-30, 1)
   loss_form: str = field('two_weights', choices=LOSS_FORMS)
   cosine: bool = field(False)
+  inner_product: bool = field(False)
   dead_code_threshold: float = field(0.9, 0)
   split_by: str = field('count', choices=('count', 'distortion'))
   split_fraction: float = field(0.2, 1e-30, 1)

@@ -17,6 +17,7 @@ from rvq_jax.io import FullDiskError, check_folder, claim, read_json
 from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.layers import num_groups
 from rvq_jax.quantize.fsq import fsq_levels
+from rvq_jax.quantize.scales import phi_indices
 from rvq_jax.tokenizer.load import CONFIG, FORMAT, WEIGHTS, load
 from rvq_jax.tokenizer.stablehlo import write_stablehlo
 from rvq_jax.tokenizer.tokenizer import Tokenizer
@@ -128,6 +129,8 @@ def _torch(tokenizer) -> dict[str, Any]:
   }
   if encoder.norm == 'group':
     section['groups'] = {str(w): num_groups(w) for w in encoder.widths}
+  if tokenizer.sides:
+    section['phis'] = phi_indices(len(vq.sides), vq.resize)
   if hasattr(vq, 'levels'):
     levels = vq.levels or fsq_levels(vq.codebook_size)
     weights = [math.prod(levels[:i]) for i in range(len(levels))]

@@ -173,7 +173,7 @@ class _VQ:  # `ids` of vectors [..., D], here of the nearest codes; and back
     if 'vq.logits.kernel' in self.arrays:  # of Gumbel-softmax
       return _dense(self.arrays, 'vq.logits', e).argmax(-1)
     e = F.normalize(e, dim=-1) if self.config['cosine'] else e
-    return nearest(e, self.codebook())
+    return nearest(e, self.codebook(), self.config.get('inner_product'))
 
   def codes(self, ids):
     return self.codebook()[ids]
@@ -205,19 +205,26 @@ class _Multiscale(_VQ):  # the codes of grids [B, n, n] of growing side
   def ids(self, e):
     total, ids = torch.zeros_like(e), []
     for scale, side in enumerate(self.config['sides']):
-      parts = torch.eye(len(e[0])).repeat_interleave(side, 0).to(e)
-      weights = parts.unflatten(0, (side, -1)).mean(1)  # of positions in areas
-      rest = torch.einsum('nh,mw,bhwd->bnmd', weights, weights, e - total)
+      rest = self.pool(e - total, side)
       ids.append(super().ids(rest).flatten(1))
       total = total + self.addend(ids[-1], scale)
     return torch.cat(ids, 1)
 
+  def pool(self, x, side):
+    if self.config.get('resize') == 'torch':
+      return F.adaptive_avg_pool2d(x.movedim(-1, 1), side).movedim(1, -1)
+    parts = torch.eye(len(x[0])).repeat_interleave(side, 0).to(x)
+    weights = parts.unflatten(0, (side, -1)).mean(1)  # of positions in areas
+    return torch.einsum('nh,mw,bhwd->bnmd', weights, weights, x)
+
   def addend(self, ids, scale):  # to the whole grid
     sides = self.config['sides']
     x = super().codes(ids).unflatten(1, (sides[scale],) * 2).movedim(-1, 1)
-    x = F.interpolate(x, sides[-1:] * 2, mode='bicubic', antialias=True)
-    phis = sum(name.startswith('vq.phi_') for name in self.arrays) // 2
-    y = _conv(self.arrays, f'vq.phi_{scale * phis // len(sides)}', x)
+    keys = self.config.get('resize') != 'torch'  # for antialias means Keys'
+    x = F.interpolate(x, sides[-1:] * 2, mode='bicubic', antialias=keys)
+    phis = self.config.get('phis')  # of the scales; older exports have none
+    phi = phis[scale] if phis else scale * min(4, len(sides)) // len(sides)
+    y = _conv(self.arrays, f'vq.phi_{phi}', x)
     return ((x + y) / 2).movedim(1, -1)
 
   def codes(self, ids):
@@ -253,11 +260,15 @@ def _dense(arrays, name, x):  # or x, where the model has no such layer
   return x if kernel is None else x @ kernel + arrays.get(f'{name}.bias', 0)
 
 
-def nearest(e, codes):
-  """Ids of the codes [K, D] nearest to e [..., D]; the lowest of equals."""
+def nearest(e, codes, inner=False):
+  """Ids of the codes [K, D] nearest to e [..., D]; the lowest of equals.
+
+  inner: those of the largest inner product instead.
+  """
   center = codes.mean(0)  # scores cancel where the codes lie far from 0
+  center = torch.zeros_like(center) if inner else center
   codes, rows = codes - center, e.reshape(-1, e.shape[-1]) - center
-  half = codes.square().sum(1) / 2
+  half = 0 if inner else codes.square().sum(1) / 2
   parts = rows.split(max(1, 2**24 // len(codes)))  # 64 MiB of scores each
   ids = [(part @ codes.T - half).argmax(1) for part in parts]
   return torch.cat(ids).view(e.shape[:-1])

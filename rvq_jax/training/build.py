@@ -49,7 +49,11 @@ def architecture(flat: Mapping[str, Any], sides=None) -> str:
   tokenizer gives the `sides` of its scales.
   """
   fields = {name: flat[f'model.{name}'] for name in _HASHED}
-  fields |= {'sides': sides} if sides else {}
+  fields |= {'inner_product': True} if flat.get('model.inner_product') else {}
+  if sides:
+    fields['sides'] = sides
+    if flat.get('model.resize', 'keys') != 'keys':
+      fields['resize'] = flat['model.resize']
   return json.dumps(fields, sort_keys=True)
 
 

@@ -123,7 +123,7 @@ def _check_run(flat):
 
 
 def _check_model(flat):
-  """Traces the model's `init`; names the field that a layer refuses."""
+  """Traces `init` as in training; names the field that a layer refuses."""
   # One block stands for all. In bfloat16, attention would ask for the devices:
   # JAX would start its backend before `deterministic` is set.
   blocks, side = min(flat['model.num_res_blocks'], 1), flat['data.image_size']
@@ -131,7 +131,7 @@ def _check_model(flat):
   images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
   try:
     init = build.build_model(flat).init
-    jax.eval_shape(lambda x: init(jax.random.key(0), x), images)
+    jax.eval_shape(lambda x: init(jax.random.key(0), x, train=True), images)
   except ValueError as error:
     name, _, rest = str(error).partition(': ')
     if name == 'images':

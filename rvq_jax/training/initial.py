@@ -10,7 +10,10 @@ from rvq_jax.quantize.codebook import COUNTS
 from rvq_jax.training.state import TrainState
 
 # They change the output with arrays of the same shapes.
-_SAME_SHAPES = 'model.activation', 'model.cosine'
+_SAME_SHAPES = (
+  *('model.activation', 'model.cosine', 'model.inner_product'),
+  'model.resize',
+)
 _SHOWN = 12
 
 

@@ -303,6 +303,11 @@ LEARNED = functools.partial(
     ),
     (SimVQ(K, estimator='diveq'), 'trains learned codes by itself'),
     (SimVQ(K, estimator='soft'), 'estimator: expected one of'),
+    (VectorQuantizer(K, cosine=True, inner_product=True), 'inner_product: exp'),
+    *(
+      (kind(K, inner_product=True), f'{kind.__name__}: .*inner_product=False')
+      for kind in (ResidualQuantizer, ProductQuantizer, MultiscaleQuantizer)
+    ),
     (ResidualQuantizer(K, depth=0), 'depth: expected a value from 1 to 64'),
     (ResidualQuantizer(K, cosine=True), 'ResidualQuantizer: .*cosine=False'),
     (ResidualQuantizer(K, estimator='diveq'), 'for several codes, got .diveq'),

@@ -42,24 +42,38 @@ def trained():
   return variables | {'params': moved(variables['params'])}
 
 
-def area(x, side):
+def area(x, side, resize='keys'):
   """Means over areas of x [n, n, D], on a grid that all sides divide."""
+  if resize == 'torch':  # torch.nn.functional.adaptive_avg_pool2d
+    starts = [i * len(x) // side for i in range(side)]
+    ends = [-((-i * len(x)) // side) for i in range(1, side + 1)]
+    cells = [slice(*x) for x in zip(starts, ends, strict=True)]
+    return np.array([x[a, b].mean((0, 1)) for a in cells for b in cells])
   fine = x.repeat(side, 0).repeat(side, 1)
   cells = fine.reshape(side, len(x), side, len(x), -1)
   return cells.mean((1, 3)).reshape(side * side, -1)
 
 
-def bicubic(q, side, n):
-  """Keys' interpolation, a = -1/2, of q [side^2, D] at n x n positions."""
+def bicubic(q, side, n, resize='keys'):
+  """Bicubic interpolation of q [side^2, D] at n x n positions.
 
-  def keys(t):
+  Keys' a = -1/2, divided by the sum of the weights; PyTorch's a = -3/4, and
+  beyond the edge the cell at the edge.
+  """
+  a, beyond = (-0.5, 0) if resize == 'keys' else (-0.75, 2)
+
+  def kernel(t):
     t = abs(t)
-    near, far = 1.5 * t**3 - 2.5 * t**2 + 1, (-0.5 * t + 2.5) * t**2 - 4 * t + 2
-    return near if t <= 1 else far if t < 2 else 0.0
+    near, far = (a + 2) * t**3 - (a + 3) * t**2 + 1, t**3 - 5 * t**2 + 8 * t - 4
+    return near if t <= 1 else a * far if t < 2 else 0.0
 
-  at = (np.arange(n) + 0.5) * side / n - 0.5
-  weights = np.array([[keys(x - j) for j in range(side)] for x in at])
-  weights /= weights.sum(1, keepdims=True)
+  weights = np.zeros((n, side))
+  for i in range(n):
+    at = (i + 0.5) * side / n - 0.5
+    for j in range(-beyond, side + beyond):
+      weights[i, min(max(j, 0), side - 1)] += kernel(at - j)
+  if resize == 'keys':
+    weights /= weights.sum(1, keepdims=True)
   q = q.reshape(side, side, -1)
   return np.einsum('ia,jb,abd->ijd', weights, weights, q)
 
@@ -74,7 +88,7 @@ def phi(params, x):
   return (x + y) / 2
 
 
-def oracle(variables, images):
+def oracle(variables, images, resize='keys'):
   """Rows and ids of all scales, and the sum after each of them."""
   variables = jax.tree.map(np.float64, variables)
   codes = variables['codebook']['embedding']
@@ -82,10 +96,10 @@ def oracle(variables, images):
   for z in np.float64(images):
     total = np.zeros_like(z)
     for number, side in enumerate(SIDES):
-      rows.append(area(z - total, side))
+      rows.append(area(z - total, side, resize))
       ids.append(nearest(rows[-1], codes))
       params = variables['params'][f'phi_{number}']
-      total = total + phi(params, bicubic(codes[ids[-1]], side, N))
+      total = total + phi(params, bicubic(codes[ids[-1]], side, N, resize))
       sums.append(total)
   rows, ids = (
     np.concatenate(x).reshape(len(images), T, -1) for x in (rows, ids)
@@ -93,10 +107,13 @@ def oracle(variables, images):
   return rows, ids[..., 0], np.reshape(sums, (-1, len(SIDES), N, N, D))
 
 
-def test_each_scale_codes_the_residual_of_the_ones_before():
-  variables = trained()
-  out, _ = evaluate(LAYER, variables, Z)
-  _, ids, sums = oracle(variables, Z)
+@pytest.mark.parametrize('resize', scales.RESIZES)
+def test_each_scale_codes_the_residual_of_the_ones_before(resize):
+  variables, layer = trained(), LAYER.clone(resize=resize)
+  out, _ = evaluate(layer, variables, Z)
+  _, ids, sums = oracle(variables, Z, resize)
+  assert_same_bits(decode(layer, variables, out.ids), out.quantized)
+  assert_same_bits(encode(layer, variables, Z), out.ids)
   np.testing.assert_array_equal(out.ids, ids)
   np.testing.assert_allclose(out.quantized, sums[:, -1], atol=1e-5)
   counts = np.bincount(ids.ravel(), minlength=K)
@@ -199,15 +216,18 @@ def distances(rows, variables):
   return np.linalg.norm(rows[:, None] - codes[None], axis=-1)
 
 
-def test_the_first_batch_fills_the_codebook_from_every_scale():
-  sides = (2, 3)
-  layer = LAYER.clone(sides=sides, codebook_size=8 * 13, decay=1.0)
+@pytest.mark.parametrize(
+  'resize', ['keys', pytest.param('torch', marks=pytest.mark.slow)]
+)
+def test_the_first_batch_fills_the_codebook_from_every_scale(resize):
+  sides, same = (2, 3), {'decay': 1.0, 'resize': resize}
+  layer = LAYER.clone(sides=sides, codebook_size=8 * 13, **same)
   _, variables = train(layer, start(layer), Z)
   rows = []
   for z in np.float64(Z):
     for side in sides:
-      rows.append(area(z, side))
-      z = z - bicubic(rows[-1], side, N)
+      rows.append(area(z, side, resize))
+      z = z - bicubic(rows[-1], side, N, resize)
   distance = distances(np.concatenate(rows), variables)
   assert distance.min(0).max() < 1e-5 and distance.min(1).max() < 1e-5
   np.testing.assert_allclose(variables['codebook']['cluster_size'], 1, 1e-6)
@@ -260,30 +280,68 @@ def test_sides_of_a_grid_grow_up_to_it(grid, tokens):
   assert scales.token_offsets(sides) == [0, *ends] and ends[-1] == tokens
 
 
-pool = jax.jit(scales.pool, static_argnames='side')
+pool = jax.jit(scales.pool, static_argnames=('side', 'resize'))
+RESIZED = pytest.mark.parametrize('resize', scales.RESIZES)
+SHAPES = pytest.mark.parametrize(
+  ('side', 'grid'), [(3, 8), (13, 16), (1, 7), (5, 5), (2, 3), (10, 13)]
+)
 
 
-@pytest.mark.parametrize(('grid', 'side'), [(8, 3), (16, 13), (5, 5), (7, 1)])
-def test_areas_are_weighted_by_what_they_cover(grid, side):
+@RESIZED
+@SHAPES
+def test_areas_are_weighted_by_what_they_cover(side, grid, resize):
   x, mask = random(0, 1, grid, grid, 2), np.ones((1, grid, grid), bool)
-  e, valid = pool(x, mask, side=side)
-  np.testing.assert_allclose(e[0], area(x[0], side), atol=1e-5)
+  e, valid = pool(x, mask, side=side, resize=resize)
+  want = area(np.float64(x[0]), side, resize)
+  np.testing.assert_allclose(e[0], want, atol=1e-5)
   np.testing.assert_array_equal(valid, 1)
 
 
-def test_areas_are_means_over_the_positions_in_the_mask():
+@RESIZED
+def test_areas_are_means_over_the_positions_in_the_mask(resize):
   x, mask = random(0, 8, 8, 2), random(1, 8, 8) < 0
   mask[:3, :3] = False
-  e, valid = pool(x[None], mask[None], side=3)  # the valid share of each area
-  share = area(np.float64(mask[..., None]), 3)
-  want = area(np.where(mask[..., None], x, 0.0), 3) / share.clip(1e-9)
+  # And the valid share of each area.
+  e, valid = pool(x[None], mask[None], side=3, resize=resize)
+  share = area(np.float64(mask[..., None]), 3, resize)
+  want = area(np.where(mask[..., None], x, 0.0), 3, resize) / share.clip(1e-9)
   np.testing.assert_allclose(e[0], want, atol=1e-5)
   np.testing.assert_allclose(valid[0], share[:, 0], atol=1e-6)
   assert not valid[0, 0] and valid[0, 1:].all()
 
 
-@pytest.mark.parametrize(('side', 'grid'), [(3, 8), (13, 16), (1, 7), (5, 5)])
-def test_codes_are_interpolated_by_the_bicubic_kernel(side, grid):
+@RESIZED
+@SHAPES
+def test_codes_are_interpolated_by_the_bicubic_kernel(side, grid, resize):
   q = random(0, 1, side * side, 2)
-  got = jax.jit(scales.expand, static_argnames='grid')(q, grid=grid)
-  np.testing.assert_allclose(got[0], bicubic(q[0], side, grid), atol=1e-5)
+  expand = jax.jit(scales.expand, static_argnames=('grid', 'resize'))
+  got = expand(q, grid=grid, resize=resize)
+  want = bicubic(q[0], side, grid, resize)
+  np.testing.assert_allclose(got[0], want, atol=1e-5)
+
+
+@pytest.mark.parametrize('grid', [1, 2, 4, 7, 16, 40])
+def test_torch_resizes_as_the_field_says(grid):
+  torch = pytest.importorskip('torch', reason='no torch: pip install torch')
+  resize = torch.nn.functional.interpolate
+  for side in range(1, grid + 1):
+    down, up = (torch.eye(n).double()[None] for n in (grid, side))  # [1, C, n]
+    down = resize(down[..., None], (side, 1), mode='area')[0, :, :, 0].T
+    got = scales.area_weights(grid, side, 'torch')
+    np.testing.assert_allclose(got, down, atol=1e-6)
+    up = up[..., None].expand(-1, -1, -1, side)  # constant along the other
+    up = resize(up, (grid, grid), mode='bicubic')[0, :, :, 0].T
+    got = scales.bicubic_weights(side, grid, 'torch')
+    np.testing.assert_allclose(got, up, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('resize', 'indices'),  # of torch: by models/quant.py of FoundationVision/VAR
+  [
+    *(('keys', x) for x in ([0], [0, 1, 2, 3], [0, 0, 0, 1, 1, 2, 2, 2, 3, 3])),
+    *(('torch', x) for x in ([0], [0, 1], [0, 1, 2], [0, 1, 2, 3])),
+    ('torch', [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]),  # VAR's own ten scales
+  ],
+)
+def test_scales_next_to_each_other_share_a_phi(resize, indices):
+  assert scales.phi_indices(len(indices), resize) == indices

@@ -141,6 +141,66 @@ def test_few_rows_are_ambiguous(dim):
   assert np.mean(search(*draw(1000, 1500, dim))[1]) < 0.002
 
 
+def largest_inner(e, codes):
+  """argmax_k e.c_k in float64; NumPy takes the lowest index."""
+  return np.argmax(np.float64(e) @ np.float64(codes).T, axis=1)
+
+
+def inner_cases():
+  """name -> rows and codes."""
+  e, codes = draw(600, 700, 33)
+  integers = np.float32(np.random.default_rng(3).integers(-2, 3, (2400, 6)))
+  few, one, many = (draw(*SHAPES[i]) for i in (0, 2, 5))
+  cases = {'one of each': few, 'one code': one, 'several tiles': many}
+  cases |= {
+    f'norms of {norm:g}': (np.float32(e * norm), np.float32(codes * norm))
+    for norm in (1e-30, 1e-12, 1e12, 3e37)
+  }
+  return cases | {
+    'huge rows': (np.float32(e * 1e30), np.float32(codes * 1e-30)),
+    'huge codes': (np.float32(e * 1e-30), np.float32(codes * 1e30)),
+    'codes of many lengths': (e, codes * 2.0 ** (np.arange(700) % 40)[:, None]),
+    'ties across tiles': (e, np.concatenate([codes] * 4)),
+    'integer ties': (integers[:900], integers[900:]),
+    'codes far from the origin': (e, codes + np.float32(100)),
+    'bfloat16': [jnp.asarray(x, jnp.bfloat16) for x in (e, codes)],
+  }
+
+
+@pytest.mark.parametrize('case', inner_cases())
+def test_largest_inner_product_equals_brute_force(case):
+  e, codes = inner_cases()[case]
+  ids, ambiguous = search(e, codes, inner=True)
+  assert ids.dtype == np.int32
+  np.testing.assert_array_equal(ids, largest_inner(e, codes))
+  if 'ties' not in case:
+    assert np.mean(ambiguous) < (0.2 if 'origin' in case else 0.02)
+
+
+def test_row_with_another_larger_inner_product_is_ambiguous():
+  e, codes = draw(2000, 2, 64)
+  codes[1] = codes[0]
+  codes[1, :2] += np.float32([1e4, -1e4])  # cancels in every product with e
+  e[:, 1] = e[:, 0]
+  ids, ambiguous = (np.asarray(x) for x in search(e, codes, inner=True))
+  best = largest_inner(e, codes)
+  assert np.sum(ids != best) > 5 and np.all(ambiguous[ids != best])
+
+
+def test_what_is_not_finite_has_no_inner_product():
+  e, codes = draw(200, 70, 5)
+  e[3], e[5, 2], codes[0] = np.nan, -np.inf, np.nan
+  codes[9, 1], codes[69, 4] = np.inf, -np.inf
+  ids = np.asarray(search(e, codes, inner=True)[0])
+  kept = np.delete(np.arange(70), [0, 9, 69])
+  rows = np.delete(np.arange(200), [3, 5])
+  want = kept[largest_inner(e[rows], codes[kept])]
+  np.testing.assert_array_equal(ids[rows], want)
+  assert 0 <= ids.min() and ids.max() < 70
+  none = search(e[:4], np.full((3, 5), np.nan), inner=True)[0]
+  np.testing.assert_array_equal(none, np.zeros(4))
+
+
 def test_non_finite_row_gets_a_valid_id_and_spoils_no_other():
   e, codes = draw(200, 70, 5)
   spoilt = e.copy()

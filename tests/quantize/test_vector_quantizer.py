@@ -6,8 +6,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from errors import one_line
 from layer_programs import (
   assert_same_bits,
+  encode,
   evaluate,
   init,
   nearest,
@@ -204,6 +206,23 @@ def test_cosine_codes_have_unit_norm_and_win_by_angle():
   z = Z.reshape(-1, 6)
   cosine = (z @ codes.T) / np.linalg.norm(z, axis=1, keepdims=True)
   np.testing.assert_array_equal(out.ids.reshape(-1), cosine.argmax(1))
+
+
+def test_the_largest_inner_product_wins_and_codes_need_to_be_frozen():
+  layer, variables = make(inner_product=True, freeze=True, init_from='normal')
+  book = variables['codebook']
+  book['embedding'] *= np.float32(2.0) ** (np.arange(8) % 3)[:, None]
+  scores = Z.reshape(-1, 6) @ np.asarray(book['embedding']).T
+  want = scores.argmax(1).reshape(Z.shape[:-1])
+  assert np.any(want.ravel() != nearest(Z.reshape(-1, 6), book['embedding']))
+  out, _ = evaluate(layer, variables, Z)
+  np.testing.assert_array_equal(out.ids, want)
+  np.testing.assert_array_equal(encode(layer, variables, Z), want)
+  trained, after = train(layer, variables, Z)
+  np.testing.assert_array_equal(trained.ids, want)
+  assert_same_bits(after['codebook'], book)
+  with one_line("^inner_product: expected freeze='codes' .* softmax over all"):
+    train(layer.clone(freeze=False), variables, Z)
 
 
 def test_masked_positions_stay_out_of_counts_losses_and_codebook():

@@ -202,14 +202,18 @@ def test_exports_and_tokens_of_before_have_the_same_hashes(
 
 def test_another_function_has_another_hash(make_tokenizer):
   made, hashes = make_tokenizer(), set()
-  for changed in ({}, {'model.num_heads': 1}, {'model.activation': 'swish'}):
+  for changed in (
+    *({}, {'model.num_heads': 1}, {'model.activation': 'swish'}),
+    {'model.inner_product': True},
+  ):
     config = made.config | changed
     other = Tokenizer(made.model, made.variables, config=config, step=1)
     hashes.add(other.model_hash)
-  assert len(hashes) == 3
+  assert len(hashes) == 4
   sides = [{'quantizer': 'multiscale', 'sides': x} for x in ((1, 4), (2, 4))]
-  coarse, fine = (make_tokenizer(**fields).model_hash for fields in sides)
-  assert coarse != fine
+  sides.append(sides[0] | {'resize': 'torch'})
+  assert len({make_tokenizer(**fields).model_hash for fields in sides}) == 3
+  assert make_tokenizer(resize='torch').model_hash in hashes  # not of 'vq'
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,10 @@ MODELS += [
   {'quantizer': 'residual', 'ema': False, 'depth': 3},
   {'quantizer': 'product', 'cosine': True, 'heads': 4},
   {'quantizer': 'fsq', 'codebook_size': 16},
+  {'inner_product': True},
   {'quantizer': 'simvq', 'cosine': True},
+  {'quantizer': 'multiscale', 'resize': 'torch'},
+  {'quantizer': 'multiscale', 'resize': 'torch', 'sides': (1, 2, 3, 4)},
   {'norm': 'group', 'activation': 'swish', 'factor': 2},  # a stage of stride 1
 ]
 
@@ -54,6 +57,7 @@ def open_torch(tiny_config, tmp_path):
   def make(**changed):
     sizes = {'num_res_blocks': 1, 'code_dim': 8, 'codebook_size': 64}
     tiny_config.model.update(sizes | changed)
+    tiny_config.freeze = 'codes'  # else no inner_product
     flat = config_lib.check_config(tiny_config)
     model = build_model(flat)
     images = jnp.zeros((1, 16, 16, 3))

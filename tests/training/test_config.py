@@ -75,6 +75,7 @@ REFUSED = [
     for sides in [(1, 2), (2, 1, 4), (1, 1, 4), (1, 8), (4, 2)]
   ),
   ({**GROUPS, 'model.widths': (30, 130)}, 'model.norm: .* 7 groups .*, got 30'),
+  ({'model.inner_product': True}, "model.inner_product: .*freeze='codes' or"),
   ({'model.estimator': 'diveq'}, "model.estimator: 'diveq' .*ema=False"),
   *(
     ({'model.quantizer': name, f'model.{field}': value}, f'model.*{message}')
@@ -82,6 +83,7 @@ REFUSED = [
     for field, value, message in [
       ('estimator', 'dynamic_ste', "estimator.*'dynamic_ste'"),
       ('cosine', True, 'cosine=False'),
+      ('inner_product', True, 'inner_product=False'),
     ]
   ),
   (
@@ -110,6 +112,7 @@ def test_an_impossible_config_ends_in_one_line(fields, message):
   'fields',
   [
     {'model.sides': (1, 2)},  # of another quantizer
+    {'model.inner_product': True, 'freeze': 'codes'},
     {**MULTISCALE, 'model.sides': (2, 4)},
     {'objective.perceptual_weight': 1.0},
     {'model.num_res_blocks': 1000},

@@ -22,12 +22,14 @@ from rvq_jax.training.config import FIELDS, flatten
 ADVERSARIAL = {'objective.adversarial_weight': 0.5}
 NEEDS = {
   'codebook_weight': {'ema': False},
+  'inner_product': {'freeze': 'codes'},
   'accumulate_steps': {'batch_size': 16},  # for 8 devices
   'objective.perceptual_weight': {'data.image_size': 32},
   'objective.lecam_weight': ADVERSARIAL,
   'objective.discriminator_learning_rate': ADVERSARIAL,
 }
 CANNOT = {('residual', 'cosine'), ('multiscale', 'cosine')}
+CANNOT |= {(x, 'inner_product') for x in ('residual', 'product', 'multiscale')}
 OF_MODEL = [
   name.removeprefix('model.')
   for name in FIELDS
@@ -52,7 +54,9 @@ def flat(make_step_config):
 
 
 def build(flat, **values):
-  return build_model(flat | {f'model.{name}': x for name, x in values.items()})
+  return build_model(
+    flat | {n if n in flat else f'model.{n}': x for n, x in values.items()}
+  )
 
 
 def other(flat, field):
@@ -87,7 +91,8 @@ def trace(model, call, shape, gradient=False):
 
   if gradient:
     total = jax.value_and_grad(total, argnums=(0, 1), allow_int=True)
-  text = str(jax.make_jaxpr(total)(x, variables))
+  program = jax.make_jaxpr(total)(x, variables)
+  text = f'{program} {program.consts}'  # of multi-scale: its matrices
   return modules, re.sub(' at 0x[0-9a-f]+', '', text)
 
 

@@ -195,6 +195,11 @@ def test_the_decoder_adapts_and_the_tokens_stay(
     ),
     ({'model.activation': 'swish'}, "activation: expected 'swish', got 'leaky"),
     ({'model.cosine': True}, 'config.model.cosine: expected True, got False'),
+    (
+      {'model.inner_product': True, 'freeze': 'codes'},
+      'config.model.inner_product: expected True, got False',
+    ),
+    ({'model.resize': 'torch'}, "resize: expected 'torch', got 'keys'"),
     ({'model.codebook_size': 16}, r'embedding: expected \(16, 8\), got \(8, 8'),
     ({'model.quantize_after': 2}, 'expected config.model.quantize_after = 0'),
     ({'freeze': 'encoder,codes'}, 'expected a trained encoder, from --init or'),
@@ -204,7 +209,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
   fields, message, model, make_step_config, tmp_path
 ):
   config, workdir = make_step_config(SMALL | fields), tmp_path / 'new' / 'run'
-  init = None if 'freeze' in fields else lambda: model
+  init = None if 'encoder' in str(fields) else lambda: model
   with one_line(message):
     train(config, workdir, init=init)
   assert not workdir.parent.exists()
