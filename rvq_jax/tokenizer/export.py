@@ -13,6 +13,7 @@ import flax
 import jax
 import numpy as np
 
+from rvq_jax.data.sources import local_path
 from rvq_jax.io import check_folder, read_json
 from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.layers import num_groups
@@ -136,7 +137,7 @@ def _torch(tokenizer) -> dict[str, Any]:
 def _card(tokenizer, name, license, results) -> str:
   """card.md filled in; the Hub reads its first lines."""
   data, size = RunData(tokenizer.config), tokenizer.image_size
-  folder = data.name.startswith('folder:')
+  kind, _ = local_path(data.name)
   sides = f'multiples of {tokenizer.factor} (with `rvq encode` any)'
   text = Path(__file__).with_name('card.md').read_text('utf-8')
   return text.format(
@@ -144,7 +145,7 @@ def _card(tokenizer, name, license, results) -> str:
     name=name,
     license=license,
     data=data,
-    images='a folder of images' if folder else data.name,
+    images='a folder of images' if kind else data.name,
     grid=' x '.join(map(str, tokenizer.ids_shape(size, size))),
     estimator=getattr(tokenizer.model.vq, 'estimator', 'none'),
     parameters=sum(x.size for x in jax.tree.leaves(tokenizer.variables)),
