@@ -165,7 +165,7 @@ def _open_splits(name: str, data_dir: str | None) -> dict[str, Source]:
 
     return open_shards(kind, rest)
   if kind == 'hf' and rest:
-    from rvq_jax.data.hub import open_hub
+    from rvq_jax.data.tables import open_hub
 
     return open_hub(rest)
   raise ValueError(f'expected data set folder:PATH | {_EXPECTED}, got {name!r}')

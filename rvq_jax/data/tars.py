@@ -91,44 +91,50 @@ def open_tars(files: dict[str, list[str]]) -> dict[str, Source]:
   home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   cache = Path(home, 'rvq_jax', 'tars', _digest([here.as_posix(), *names]))
   places = [cache, here / f'.rvq_jax-tars-{_digest(names)}']
-  index = next(filter(None, (_read(place, head) for place in places)), None)
-  if is_new := index is None:
-    index = _build(paths).replace_schema_metadata({_MARK: head})
-    content = pa.BufferOutputStream()
-    with pa.ipc.new_file(content, index.schema) as stream:
-      stream.write_table(index)
-    for place in places:
-      _keep(place, content.getvalue().to_pybytes())
+  for place in places:
+    if index := _read(place, head):
+      return _sources(files, stamps, index)
+  index = _build(paths).replace_schema_metadata({_MARK: head})
+  sources = _sources(files, stamps, index)
+  for source in sources.values():
+    source.refuse_repeated()
+  content = pa.BufferOutputStream()
+  with pa.ipc.new_file(content, index.schema) as stream:
+    stream.write_table(index)
+  for place in places:
+    _keep(place, content.getvalue().to_pybytes())
+  return sources
+
+
+def _sources(files, stamps, index: pa.Table) -> dict[str, Source]:
   ends = np.cumsum([0, *map(len, files.values())])
   rows = np.searchsorted(index['shard'].to_numpy(), ends).tolist()
-  sources = {
+  return {
     split: TarSource(files, split, stamps, index.slice(start, stop - start))
     for split, start, stop in zip(files, rows, rows[1:], strict=False)
   }
-  for source in sources.values() if is_new else ():
-    source.refuse_repeated()
-  return sources
 
 
 def _digest(names: list[str]) -> str:
   return hashlib.sha256(os.fsencode('\0'.join(names))).hexdigest()[:16]
 
 
-def _read(place: Path, head: bytes | None = None) -> pa.Table | None:
-  """The index in a file, as pages of memory that processes share."""
+def _read(place: Path, head: bytes) -> pa.Table | None:
+  """The index of such tars in a file, mapped: processes share its memory."""
   with contextlib.suppress(OSError, ValueError):  # also of Arrow
     index = pa.ipc.open_file(pa.memory_map(str(place))).read_all()
     index.validate(full=True)
     kept = (index.schema.metadata or {}).get(_MARK)
-    if index.schema.equals(_SCHEMA) and kept and head in (None, kept):
+    if kept == head and index.schema.equals(_SCHEMA):
       return index
   return None
 
 
 def _keep(place: Path, content: bytes) -> None:
-  """Writes an index, not over a file that is none."""
+  """Writes an index, if nothing or an Arrow file is there."""
   try:
-    if place.is_absolute() and (not place.exists() or _read(place)):
+    is_free = not place.exists() or place.read_bytes()[:6] == content[:6]
+    if place.is_absolute() and is_free:
       place.parent.mkdir(parents=True, exist_ok=True)
       write_atomic(place, content)
   except OSError as error:
