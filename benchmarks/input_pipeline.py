@@ -1,7 +1,7 @@
 """How fast each input route is, beside pure decoding on all cores.
 
 python benchmarks/input_pipeline.py [--data=tfds:imagenet2012 --data_dir=DIR]
-  [--workers=1,2,4] [--batches=16] [--repeats=5]
+  [--workers=1,2,4] [--batches=16] [--repeats=5] [--formats [--copies=1]]
 
 Without --data it prepares 1,024 JPEG crops of scikit-image's photographs of
 ImageNet's mean size (about 500 x 375, 110 kB) as an ArrayRecord data set.
@@ -11,6 +11,9 @@ ImageNet's mean size (about 500 x 375, 110 kB) as an ArrayRecord data set.
   workers   the same with that many worker processes
   memory    batches of `MemoryLoader` (decoded once, no random crops)
 
+--formats: the images as a folder, tars and Parquet files, `copies` times each,
+with the first of --workers; ratios to the folder.
+
 The routes take turns; printed are the medians of the rates and of their ratios
 to the decoders.
 """
@@ -19,11 +22,15 @@ import io
 import multiprocessing
 import platform
 import statistics
+import tarfile
 import tempfile
 import time
+from pathlib import Path
 
 import common
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import skimage.data
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -110,6 +117,27 @@ def loader_rate(source, size, batch, batches, **options):
     loader.close()
 
 
+def formats(source, folder: str, copies: int) -> dict[str, Source]:
+  """The images as files, in four tars and four Parquet files, as sources."""
+  folder, names = Path(folder), ('folder', 'wds', 'parquet')
+  for name in names:
+    (folder / name).mkdir()
+  images = [record.image for _ in range(copies) for record in source]
+  for part in range(4):
+    rows = range(part, len(images), 4)
+    with tarfile.open(folder / f'wds/{part}.tar', 'w') as archive:
+      for i in rows:
+        (folder / f'folder/{i}.jpg').write_bytes(images[i])
+        archive.add(folder / f'folder/{i}.jpg', f'{i}.jpg')
+    table = [{'bytes': images[i], 'path': f'{i}.jpg'} for i in rows]
+    pq.write_table(
+      pa.table({'image': table}),
+      folder / f'parquet/{part}.parquet',
+      row_group_size=100,  # as `datasets` does
+    )
+  return {x: datasets.open_images(f'{x}:{folder / x}')['all'] for x in names}
+
+
 def main() -> None:
   """Measures and prints."""
   options = common.parser(
@@ -121,6 +149,8 @@ def main() -> None:
     batches=16,
     repeats=5,
     workers='1,2,4',
+    formats=False,
+    copies=1,
   ).parse_args()
   cores = common.cores()
   size, batch, batches = options.size, options.batch, options.batches
@@ -143,14 +173,24 @@ def main() -> None:
     routes['memory'] = lambda: loader_rate(
       source, size, min(batch, len(source)), 8 * batches, in_memory=True
     )
+    base = 'decoders'
+    if options.formats:
+      workers, base = int(options.workers.partition(',')[0]), 'folder'
+      sources = formats(source, folder, options.copies)
+      routes = {
+        name: lambda source=source: loader_rate(
+          source, size, batch, batches, num_workers=workers, **random
+        )
+        for name, source in sources.items()
+      }
     rates = common.in_turn(routes, options.repeats)
   print(f'{options.data or "jpegs"} at {size} x {size}, batch {batch}')
   versions = common.versions('pillow', 'grain')
   print(f'{cores} cores of {platform.machine()}; {versions}')
-  print(f'{"route":<20}{"images/s":>10}{"per core":>10}{"of decoders":>13}')
+  print(f'{"route":<20}{"images/s":>10}{"per core":>10}{f"of {base}":>13}')
   for name, values in rates.items():
     rate = statistics.median(values)
-    ratio = common.ratio(values, rates['decoders'])
+    ratio = common.ratio(values, rates[base])
     print(f'{name:<20}{rate:>10.0f}{rate / cores:>10.0f}{ratio:>13.2f}')
 
 

@@ -213,10 +213,11 @@ def _divide(name: str, sources: list[Source], by_name: bool):
   if count := labels.size - kept.size:
     logging.info('%s: left out %d images that have no class', name, count)
   if by_name:
-    # Splits may share files: each goes by its first name.
-    inodes = np.concatenate([source.inodes for source in sources])
-    first = np.unique(inodes, axis=0, return_index=True)[1]
-    kept = np.intersect1d(kept, first)
+    if hasattr(sources[0], 'inodes'):
+      # Splits may share files: each goes by its first name.
+      inodes = np.concatenate([source.inodes for source in sources])
+      first = np.unique(inodes, axis=0, return_index=True)[1]
+      kept = np.intersect1d(kept, first)
     keys = [key for source in sources for key in source.keys]
     parts = hashed_split(labels[kept], [keys[i] for i in kept])
   else:

@@ -1,4 +1,4 @@
-"""Images in shards, wds:PATTERN (tars) and parquet:PATTERN: files and splits.
+"""Images in shards: files and splits of wds:PATTERN and parquet:PATTERN.
 
 PATTERN is a file, a folder, or a path with {000..099}, {a,b} and wildcards.
 """
@@ -12,14 +12,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rvq_jax.data.folders import printable
 from rvq_jax.data.sources import SPLITS, Source
 
 _BRACES = re.compile(r'\{([^{}]*(?:,|\.\.)[^{}]*)\}')
 _SPLIT = re.compile('(?:^|[^a-z])(train|valid|val|validation|test)(?![a-z])')
-_ENDINGS = {'wds': r'\.(tar(\.\w+)?|tgz)', 'parquet': r'\.parquet'}
+_ENDINGS = {'wds': ('.tar', '.tar.*', '.tgz'), 'parquet': ('.parquet',)}
 
 
 class Names(Sequence):
@@ -36,10 +35,10 @@ class Names(Sequence):
 
 
 class ShardSource(Source):
-  """The images of a split in `files`: `shards` int [n], names and labels [n].
+  """Images in `files`, image i in files[shards[i]]; `keys` are their names.
 
-  A damaged record is an OSError; a file that is no longer the one that was
-  opened is a ValueError, which ends the work.
+  A damaged record is an OSError; a file that is not the one that was opened is
+  a ValueError, which ends the work. `file_stamps` are size and time of each.
   """
 
   def __init__(
@@ -50,10 +49,10 @@ class ShardSource(Source):
     self.labels = np.ascontiguousarray(labels, np.int32)
 
   def __len__(self):
-    return len(self.keys)
+    return len(self.shards)
 
   def identity(self):
-    """The names, after their split."""
+    """The keys, after their split."""
     prefix = '' if self.split == 'all' else f'{self.split}/'
     return Names(self.keys.array, prefix)
 
@@ -61,33 +60,11 @@ class ShardSource(Source):
     """See `Source`: those of the files."""
     return np.array(self.file_stamps, np.int64)[self.shards]
 
-  @property
-  def inodes(self):
-    """As of a folder: no image has two names."""
-    rows = np.arange(len(self), dtype=np.uint64)
-    split = ('all', *SPLITS).index(self.split)
-    return np.stack([np.full_like(rows, split), rows], 1)
-
-  def refuse_repeated(self) -> None:
-    """Raises ValueError if two images have one name."""
-    names = self.keys.array
-    if len(names) > pc.count_distinct(names).as_py():
-      counts = pc.value_counts(names)
-      key = counts.filter(pc.greater(counts.field('counts'), 1))[0]['values']
-      same = pc.equal(names, key).to_numpy(zero_copy_only=False)
-      a, b, *_ = (printable(self.files[x]) for x in self.shards[same])
-      raise ValueError(
-        f'{a} and {b} both hold {printable(os.fsdecode(key.as_py()))}: '
-        'expected different names'
-      )
-
   def check(self, shard: int, status: os.stat_result) -> None:
-    """Raises ValueError unless a file has the size and time that it had."""
+    """Raises ValueError unless a file is as it was."""
     if stamp(status) != self.file_stamps[shard]:
-      raise ValueError(
-        f'{printable(self.files[shard])} changed while it was read; give the '
-        'same command again'
-      )
+      path = printable(self.files[shard])
+      raise ValueError(f'{path} changed in use; give the same command again')
 
 
 def stamp(status: os.stat_result) -> tuple[int, int]:
@@ -98,38 +75,51 @@ def stamp(status: os.stat_result) -> tuple[int, int]:
 def open_shards(kind: str, pattern: str) -> dict[str, Source]:
   """Opens the files of a pattern by split; `kind` is 'wds' or 'parquet'.
 
-  Split names are read in the names of the files, else of the folders below the
-  one that all files share; without any, all images are the split 'all'.
+  Splits are named by the files or the folders below the one that they share. If
+  one file names none, all images are the split 'all'.
   """
   if kind == 'wds':
     from rvq_jax.data.tars import open_tars as open_files
   else:
-    from rvq_jax.data.tables import open_parquet as open_files
-  files = _divide(pattern, _find(kind, pattern))
-  sources = open_files(files)
-  counts = [f'{x} {len(y):,}' for x, y in sources.items()]
+    from rvq_jax.data.tables import open_tables as open_files
+  files = _find(kind, pattern)
+  shared, found = os.path.commonpath([*map(os.path.dirname, files)]), {}
+  for file in files:
+    folder, name = os.path.split(os.path.relpath(file, shared))
+    found.setdefault(_split(name) or _split(folder), []).append(file)
+  found = {'all': files} if None in found else found
+  sources = open_files({x: found[x] for x in ('all', *SPLITS) if x in found})
+  counts = [f'{split} {len(source):,}' for split, source in sources.items()]
   logging.info('%s: %s images', printable(pattern), ', '.join(counts))
   return sources
 
 
+def _split(name: str) -> str | None:
+  """The split that the name of a file or folder tells."""
+  match = _SPLIT.search(name.lower())
+  split = match and match[1]
+  return 'validation' if split in ('val', 'valid') else split
+
+
 def _find(kind: str, pattern: str) -> list[str]:
-  """The absolute paths of the files of a pattern."""
+  """The absolute paths of the files of a pattern, sorted."""
   if re.match('[a-z][a-z0-9+.-]*:', pattern, re.I):
     raise ValueError(
       f'{kind}: expected local files, got {pattern}; download them first'
     )
-  path, found = os.path.abspath(os.path.expanduser(pattern)), []
+  path = os.path.abspath(os.path.expanduser(pattern))
   if os.path.isdir(path):
-    fits = re.compile(rf'[^.].*{_ENDINGS[kind]}', re.I).fullmatch
-    found = [os.path.join(path, x) for x in os.listdir(path) if fits(x)]
-    if not found:
-      raise ValueError(f'{printable(path)} holds no files for {kind}:')
-  for part in [] if found else _expand(path):
-    matches = [part] if os.path.exists(part) else glob.glob(part)
-    if not matches:
-      raise ValueError(f'{kind}: there is no {printable(part)}')
-    found += matches
-  return sorted(set(found))
+    parts = [f'{glob.escape(path)}/*{ending}' for ending in _ENDINGS[kind]]
+    found = [glob.glob(part) for part in parts]
+  else:
+    parts = _expand(path)
+    found = [[x] if os.path.exists(x) else glob.glob(x) for x in parts]
+    if [] in found:
+      missing = printable(parts[found.index([])])
+      raise ValueError(f'{kind}: there is no {missing}')
+  if not any(found):
+    raise ValueError(f'{printable(path)} holds no {_ENDINGS[kind][0]} files')
+  return sorted({*itertools.chain(*found)})
 
 
 def _expand(pattern: str) -> list[str]:
@@ -142,26 +132,4 @@ def _expand(pattern: str) -> list[str]:
     numbers = range(int(ends[1]), int(ends[2]) + 1)
     parts = [f'{i:0{len(ends[1])}d}' for i in numbers]
   before, after = pattern[: match.start()], pattern[match.end() :]
-  return list(itertools.chain(*(_expand(before + x + after) for x in parts)))
-
-
-def split_name(name: str) -> str | None:
-  """The split that the name of a shard, folder or split tells, or None."""
-  match = _SPLIT.search(name.lower())
-  split = match and match[1]
-  return 'validation' if split in ('val', 'valid') else split
-
-
-def _divide(pattern: str, files: list[str]) -> dict[str, list[str]]:
-  """The files of each split."""
-  shared, found = os.path.commonpath([*map(os.path.dirname, files)]), {}
-  for file in files:
-    folder, name = os.path.split(os.path.relpath(file, shared))
-    found.setdefault(split_name(name) or split_name(folder), []).append(file)
-  if len(found) > 1 and None in found:
-    raise ValueError(
-      f'{printable(pattern)}: expected a split in the name of each file or of '
-      f'none, got none in {printable(found[None][0])}'
-    )
-  found = {split or 'all': found[split] for split in found}
-  return {split: found[split] for split in ('all', *SPLITS) if split in found}
+  return [x for part in parts for x in _expand(before + part + after)]

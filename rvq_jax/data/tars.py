@@ -1,7 +1,6 @@
 """Tars of WebDataset: indexed once, then read at random by their offsets."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rvq_jax.data.decoding import map_ahead
 from rvq_jax.data.folders import printable
@@ -20,32 +20,31 @@ from rvq_jax.data.sources import Record, Source
 from rvq_jax.data.transforms import extensions
 from rvq_jax.io import write_atomic
 
-_MARK = b'rvq_jax tars 1'  # of an index, in whose metadata are the tars' stamps
+_MARK = b'rvq_jax tars 1'  # in an index; its value tells which tars these were
 _SCHEMA = pa.schema(
   [('shard', pa.int32()), ('offset', pa.int64()), ('size', pa.int64())]
   + [('label', pa.int32()), ('key', pa.large_binary())]
 )
-_THREADS, _OPEN_FILES, _MAX_TEXT = 16, 256, 2**20
+_THREADS, _MAX_TEXT = 16, 2**20
 _PACKED = {b'\x1f\x8b': 'gzip -d', b'\x28\xb5\x2f\xfd': 'zstd -d --rm'}
 _PACKED |= {b'\xfd7zXZ': 'xz -d', b'BZh': 'bzip2 -d'}
 
 
 class TarSource(ShardSource):
-  """The images of a split; `rows` of an index, of all `files` by split."""
+  """The images of a split: `rows` of an index of all `files`, by split."""
 
   def __init__(self, files: dict[str, list[str]], split, stamps, rows):
     self._by_split, paths = files, sum(files.values(), [])
-    columns = [column.combine_chunks() for column in rows.columns]
-    numbers = [column.to_numpy() for column in columns[:-1]]
-    shards, self._offsets, self._sizes, labels = numbers
-    super().__init__(split, paths, stamps, shards, columns[-1], labels)
+    *numbers, keys = [column.combine_chunks() for column in rows.columns]
+    shards, self._offsets, self._sizes, labels = (x.to_numpy() for x in numbers)
+    super().__init__(split, paths, stamps, shards, keys, labels)
 
   def __getitem__(self, index):
     shard = int(self.shards[index])
-    file = _opened(self.files[shard], self.file_stamps[shard])
-    self.check(shard, os.fstat(file.descriptor))
-    place = int(self._sizes[index]), int(self._offsets[index])
-    data = os.pread(file.descriptor, *place)
+    with open(self.files[shard], 'rb', buffering=0) as file:
+      self.check(shard, os.fstat(file.fileno()))
+      size, offset = int(self._sizes[index]), int(self._offsets[index])
+      data = os.pread(file.fileno(), size, offset)
     return Record(data, int(self.labels[index]), printable(self.keys[index]))
 
   def __reduce__(self):
@@ -53,30 +52,11 @@ class TarSource(ShardSource):
 
 
 def _again(files, split, stamps) -> TarSource:
-  """The source in another process, which maps the same index."""
+  """The source in a worker, which maps the same index."""
   source = open_tars(files)[split]
-  for shard, path in enumerate(source.files):
-    source.file_stamps = stamps
-    source.check(shard, os.stat(path))
+  if source.file_stamps != stamps:
+    raise ValueError('the tars changed in use; give the same command again')
   return source
-
-
-class _File:
-  """An open file, until nobody reads it any more."""
-
-  descriptor = None
-
-  def __init__(self, path):
-    self.descriptor = os.open(path, os.O_RDONLY)
-
-  def __del__(self):
-    if self.descriptor is not None:
-      os.close(self.descriptor)
-
-
-@functools.lru_cache(_OPEN_FILES)  # of each process
-def _opened(path: str, stamp) -> _File:
-  return _File(path)
 
 
 def open_tars(files: dict[str, list[str]]) -> dict[str, Source]:
@@ -89,33 +69,24 @@ def open_tars(files: dict[str, list[str]]) -> dict[str, Source]:
   names = [os.path.relpath(path, here) for path in paths]
   head = json.dumps([names, stamps]).encode()
   home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  cache = Path(home, 'rvq_jax', 'tars', _digest([here.as_posix(), *names]))
-  places = [cache, here / f'.rvq_jax-tars-{_digest(names)}']
-  for place in places:
-    if index := _read(place, head):
-      return _sources(files, stamps, index)
-  index = _build(paths).replace_schema_metadata({_MARK: head})
-  sources = _sources(files, stamps, index)
-  for source in sources.values():
-    source.refuse_repeated()
-  content = pa.BufferOutputStream()
-  with pa.ipc.new_file(content, index.schema) as stream:
-    stream.write_table(index)
-  for place in places:
-    _keep(place, content.getvalue().to_pybytes())
-  return sources
-
-
-def _sources(files, stamps, index: pa.Table) -> dict[str, Source]:
+  place = Path(home, 'rvq_jax', 'tars', _digest(str(here), *names))
+  places = [place, here / f'.rvq_jax-tars-{_digest(*names)}']
+  kept = next((x for x in (_read(y, head) for y in places) if x), None)
+  index = kept or _build(paths).replace_schema_metadata({_MARK: head})
   ends = np.cumsum([0, *map(len, files.values())])
   rows = np.searchsorted(index['shard'].to_numpy(), ends).tolist()
-  return {
+  sources = {
     split: TarSource(files, split, stamps, index.slice(start, stop - start))
     for split, start, stop in zip(files, rows, rows[1:], strict=False)
   }
+  if not kept:
+    for source in sources.values():
+      _refuse_repeated(source)
+    _keep(index, places)
+  return sources
 
 
-def _digest(names: list[str]) -> str:
+def _digest(*names: str) -> str:
   return hashlib.sha256(os.fsencode('\0'.join(names))).hexdigest()[:16]
 
 
@@ -124,84 +95,89 @@ def _read(place: Path, head: bytes) -> pa.Table | None:
   with contextlib.suppress(OSError, ValueError):  # also of Arrow
     index = pa.ipc.open_file(pa.memory_map(str(place))).read_all()
     index.validate(full=True)
-    kept = (index.schema.metadata or {}).get(_MARK)
-    if kept == head and index.schema.equals(_SCHEMA):
+    if index.schema.equals(_SCHEMA.with_metadata({_MARK: head}), True):
       return index
   return None
 
 
-def _keep(place: Path, content: bytes) -> None:
-  """Writes an index, if nothing or an Arrow file is there."""
-  try:
-    is_free = not place.exists() or place.read_bytes()[:6] == content[:6]
-    if place.is_absolute() and is_free:
-      place.parent.mkdir(parents=True, exist_ok=True)
-      write_atomic(place, content)
-  except OSError as error:
-    logging.info('cannot keep the index of the tars: %s', error)
+def _keep(index: pa.Table, places: list[Path]) -> None:
+  """Writes an index where nothing or another Arrow file lies."""
+  content = pa.BufferOutputStream()
+  with pa.ipc.new_file(content, index.schema) as stream:
+    stream.write_table(index)
+  content = content.getvalue().to_pybytes()
+  for place in places:
+    try:
+      is_free = not place.exists() or place.read_bytes()[:6] == content[:6]
+      if place.is_absolute() and is_free:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(place, content)
+    except OSError as error:
+      logging.info('cannot keep the index of the tars: %s', error)
+
+
+def _refuse_repeated(source: TarSource) -> None:
+  counts = pc.value_counts(source.keys.array)
+  twice = counts.filter(pc.greater(counts.field('counts'), 1)).field('values')
+  if len(twice):
+    rows = pc.equal(source.keys.array, twice[0]).to_numpy(zero_copy_only=False)
+    a, b, *_ = (printable(source.files[x]) for x in source.shards[rows])
+    key = printable(os.fsdecode(twice[0].as_py()))
+    raise ValueError(f'{a} and {b} both hold {key}: expected different names')
 
 
 def _build(paths: list[str]) -> pa.Table:
-  """Indexes tars in threads."""
+  """Indexes tars in threads, which wait for a slow disk together."""
   logging.info('indexing %d tars, once', len(paths))
-  parts, lacking = [], 0
-  for shard, found in enumerate(
-    map_ahead(_examples, paths, 2 * _THREADS, _THREADS)
-  ):
-    rows = [(x[1:], key) for key, x in found.items() if x[0]]
-    lacking += len(found) - len(rows)
+  tables, left_out = [], 0
+  parts = map_ahead(_examples, paths, 2 * _THREADS, _THREADS)
+  for shard, found in enumerate(parts):
+    rows = [(shard, *x[1:], key) for key, x in found.items() if x[0]]
     if not rows:
       raise ValueError(
         f'{printable(paths[shard])} holds no images; expected members such as '
         '0001.jpg and 0001.cls'
       )
-    columns = zip(*((shard, *place, key) for place, key in rows), strict=True)
-    parts.append(pa.table([*map(list, columns)], _SCHEMA))
-  if lacking:
-    logging.info('left out %d examples that have no image', lacking)
-  return pa.concat_tables(parts).combine_chunks()
+    tables.append(pa.table([*map(list, zip(*rows, strict=True))], _SCHEMA))
+    left_out += len(found) - len(rows)
+  if left_out:
+    logging.info('left out %d examples that have no image', left_out)
+  return pa.concat_tables(tables).combine_chunks()
 
 
 def _examples(path: str) -> dict[bytes, list]:
-  """The examples of a tar: key -> [ending, offset, size, label].
+  """The examples of a tar: key -> [ending, offset, size, label] of the image.
 
   By WebDataset's rule, members with one name up to its first dot are one.
   """
-  images, found = {end[1:] for end in extensions()}, {}
+  images, found, shown = {x[1:] for x in extensions()}, {}, printable(path)
   with open(path, 'rb') as stream:
-    for member in _members(path, stream):
+    for member in _members(shown, path, stream):
       folder, name = os.path.split(member.name.removeprefix('./'))
-      stem, _, ending = name.partition('.')
-      ending = ending.lower()
-      example = found.setdefault(
-        os.fsencode(os.path.join(folder, stem)), ['', 0, 0, -1]
-      )
+      stem, dot, ending = name.lower().partition('.')
+      if not (member.isreg() and stem and dot):
+        continue
+      key = os.fsencode(os.path.join(folder, name[: len(stem)]))
+      example = found.setdefault(key, ['', 0, 0, -1])
+      if ending in images and example[0]:
+        names = f'{printable(member.name)} and .{printable(example[0])}'
+        raise ValueError(f'{shown} has two images of one example: {names}')
       if ending in images:
-        if example[0]:
-          raise ValueError(
-            f'{printable(path)} has two images of one example: '
-            f'{printable(member.name)} and .{printable(example[0])}'
-          )
         example[:3] = ending, member.offset_data, member.size
       elif ending in ('cls', 'json') and member.size <= _MAX_TEXT:
         stream.seek(member.offset_data)
-        example[3] = _label(stream.read(member.size), ending, example[3])
+        text = stream.read(member.size)
+        # Text is no class.
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+          label = int(text) if ending == 'cls' else json.loads(text)['label']
+          if type(label) is int and -(2**31) <= label < 2**31:
+            example[3] = label
   return found
 
 
-def _label(text: bytes, ending: str, default: int) -> int:
-  """The class in a member .cls or .json; text is no class."""
-  with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-    label = int(text) if ending == 'cls' else json.loads(text)['label']
-    if type(label) is int and -(2**31) <= label < 2**31:
-      return label
-  return default
-
-
-def _members(path: str, stream):
-  """Yields the regular files that have a stem and an ending."""
-  shown, quoted = printable(path), shlex.quote(path)
-  begin = stream.read(6)
+def _members(shown: str, path: str, stream):
+  """Yields the members of a whole, plain tar."""
+  begin, quoted = stream.read(6), shlex.quote(path)
   for packed, tool in _PACKED.items():
     if begin.startswith(packed):
       raise ValueError(f'{shown} is compressed; unpack it: {tool} {quoted}')
@@ -210,20 +186,18 @@ def _members(path: str, stream):
     tar = tarfile.TarFile(fileobj=stream)
     while (member := tar.next()) is not None:
       tar.members.clear()
-      stem, dot, _ = os.path.basename(member.name).partition('.')
       if member.issparse():
         raise ValueError(
           f'{shown} has a sparse file, {printable(member.name)}; unpack it: '
-          f'tar -xf {quoted}, and pack it anew'
+          f'tar -xf {quoted}, and pack it anew without --sparse'
         )
-      if member.isreg() and stem and dot:
-        yield member
+      yield member
     stream.seek(tar.offset)
-    if (rest := stream.read(_MAX_TEXT)) and not any(rest):
-      return
-    reason = 'no end' if not rest else 'data after its end'
+    rest = stream.read(_MAX_TEXT)
+    reason = 'data after its end' if any(rest) else 'no end'
   except (tarfile.TarError, OSError) as error:
-    reason = str(error)
-  raise ValueError(
-    f'{shown} is cut short or damaged ({reason}); put back a whole copy'
-  )
+    rest, reason = b'', str(error)
+  if not rest or any(rest):
+    raise ValueError(
+      f'{shown} is cut short or damaged ({reason}); put back a whole copy'
+    )
