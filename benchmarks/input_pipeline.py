@@ -11,8 +11,8 @@ ImageNet's mean size (about 500 x 375, 110 kB) as an ArrayRecord data set.
   workers   the same with that many worker processes
   memory    batches of `MemoryLoader` (decoded once, no random crops)
 
---formats: the images as a folder, tars and Parquet files, `copies` times each,
-with the first of --workers; ratios to the folder.
+--formats: the images as a folder, tars, Parquet files without compression and
+with snappy, `copies` times each, by the first of --workers; ratios to a folder.
 
 The routes take turns; printed are the medians of the rates and of their ratios
 to the decoders.
@@ -118,9 +118,10 @@ def loader_rate(source, size, batch, batches, **options):
 
 
 def formats(source, folder: str, copies: int) -> dict[str, Source]:
-  """The images as files, in four tars and four Parquet files, as sources."""
-  folder, names = Path(folder), ('folder', 'wds', 'parquet')
-  for name in names:
+  """The images as files, in four tars, and in four Parquet files twice."""
+  kinds = {'folder': 'folder', 'wds': 'wds', 'none': 'parquet'}
+  kinds, folder = kinds | {'snappy': 'parquet'}, Path(folder)
+  for name in kinds:
     (folder / name).mkdir()
   images = [record.image for _ in range(copies) for record in source]
   for part in range(4):
@@ -129,13 +130,13 @@ def formats(source, folder: str, copies: int) -> dict[str, Source]:
       for i in rows:
         (folder / f'folder/{i}.jpg').write_bytes(images[i])
         archive.add(folder / f'folder/{i}.jpg', f'{i}.jpg')
-    table = [{'bytes': images[i], 'path': f'{i}.jpg'} for i in rows]
-    pq.write_table(
-      pa.table({'image': table}),
-      folder / f'parquet/{part}.parquet',
-      row_group_size=100,  # as `datasets` does
-    )
-  return {x: datasets.open_images(f'{x}:{folder / x}')['all'] for x in names}
+    table = pa.table({'image': [images[i] for i in rows]})
+    options = {'row_group_size': 100, 'use_dictionary': False}
+    for name in ('none', 'snappy'):
+      file = folder / f'{name}/{part}.parquet'
+      pq.write_table(table, file, compression=name, **options)
+  names = {x: f'{kinds[x]}:{folder / x}' for x in kinds}
+  return {x: datasets.open_images(names[x])['all'] for x in names}
 
 
 def main() -> None:

@@ -41,7 +41,9 @@ def write_parquet(path, records: Iterable[tuple[str, Record]]) -> None:
     {'image': {'bytes': x.image, 'path': None}, 'label': x.label}
     for _, x in records
   ]
-  pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=100)
+  options = {'compression': 'none', 'use_dictionary': False}
+  table = pa.Table.from_pylist(rows)
+  pq.write_table(table, path, row_group_size=100, **options)
 
 
 WRITERS = {'wds': (write_tar, 'tar'), 'parquet': (write_parquet, 'parquet')}

@@ -60,11 +60,13 @@ class ShardSource(Source):
     """See `Source`: those of the files."""
     return np.array(self.file_stamps, np.int64)[self.shards]
 
-  def check(self, shard: int, status: os.stat_result) -> None:
-    """Raises ValueError unless a file is as it was."""
-    if stamp(status) != self.file_stamps[shard]:
-      path = printable(self.files[shard])
-      raise ValueError(f'{path} changed in use; give the same command again')
+  def read(self, shard: int, size: int, offset: int) -> bytes:
+    """Bytes of a file; ValueError unless it is as it was."""
+    with open(self.files[shard], 'rb', buffering=0) as file:
+      if stamp(os.fstat(file.fileno())) != self.file_stamps[shard]:
+        path = printable(self.files[shard])
+        raise ValueError(f'{path} changed in use; give the same command again')
+      return os.pread(file.fileno(), size, offset)
 
 
 def stamp(status: os.stat_result) -> tuple[int, int]:

@@ -4,8 +4,10 @@ The images are binary, or structs of `bytes` and `path`, as `datasets` writes.
 """
 
 import functools
+import mmap
 import os
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,60 +20,70 @@ from rvq_jax.data.shards import ShardSource, stamp
 from rvq_jax.data.sources import SPLITS, Record, Source
 
 _IMAGES = re.compile('(struct<(.*, )?bytes: )?(large_)?binary')
-_CACHE_BYTES = 2**28  # of row groups of Parquet, in each process
+_CACHE_BYTES = 2**28  # of row groups, in each process
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class TableSource(ShardSource):
-  """The rows of Parquet files, or of Arrow streams; their keys are FILE/ROW."""
+  """The rows of Parquet files, or of Arrow streams; their keys are FILE/ROW.
+
+  A row group is read as a whole. Without compression, as `datasets` writes
+  images, it then is known where each lies, else the last groups are kept.
+  """
 
   def __init__(self, split: str, files: list[str]):
-    self._columns, labels, sizes = zip(*map(_scan, files), strict=True)
     stats = [stamp(os.stat(path)) for path in files]
+    self._columns, labels, sizes = zip(*map(_scan, files), strict=True)
     groups = [[(i, j) for j in range(len(x))] for i, x in enumerate(sizes)]
     self._groups, sizes = sum(groups, []), np.array(sum(sizes, []))
     self._ends = np.cumsum(sizes[:, 0])
-    self._kept = max(1, _CACHE_BYTES // sizes[:, 1].max())
-    rows, here = [*map(len, labels)], os.path.dirname(files[0])
-    names = [os.path.relpath(x, here).removesuffix('.parquet') for x in files]
-    counted = zip(names, rows, strict=True)
-    keys = [f'{name}/{i}' for name, count in counted for i in range(count)]
-    if files[0].endswith('.arrow'):  # of `datasets`: any number for one table
-      keys = [*map(str, range(len(keys)))]
-    shards = np.repeat(np.arange(len(files), dtype=np.int32), rows)
+    self._kept = int(max(1, _CACHE_BYTES // sizes[:, 1].max()))
+    rows = [*map(len, labels)]
+    stems = [os.path.relpath(x, os.path.dirname(files[0])) for x in files]
+    stems = [f'{os.path.splitext(x)[0]}/' for x in stems]
+    if files[0].endswith('.arrow'):  # `datasets` cuts one table as it likes
+      stems, rows = [''], [sum(rows)]
+    names = zip(stems, rows, strict=True)
+    keys = [f'{stem}{i}' for stem, count in names for i in range(count)]
+    shards = np.repeat(np.arange(len(files)), [*map(len, labels)])
     keys, labels = pa.array(keys, pa.large_string()), np.concatenate(labels)
     super().__init__(split, files, stats, shards, keys, labels)
 
   def __getitem__(self, index):
     group = int(np.searchsorted(self._ends, index, side='right'))
-    # From the end of its group.
-    value = self._images(group)[int(index - self._ends[group])].as_py()
-    name = self.keys[index]
-    if isinstance(value, dict):
-      value, path = value['bytes'], value.get('path') or name
-      name = name if os.path.isabs(path) else path
-      if value is None:  # `datasets` may keep the path only
+    with _ONE_AT_A_TIME:
+      images = self._images(group)
+    # From the end of the group.
+    value = images[int(index - self._ends[group])]
+    if isinstance(images, np.ndarray):
+      value = self.read(self.shards[index], *value.tolist())
+    elif isinstance(value := value.as_py(), dict):
+      value, path = value['bytes'], value.get('path') or ''
+      if value is None and os.path.isabs(path):  # as `datasets` may keep it
         value = Path(path).read_bytes()
-    if value is None:
-      raise OSError(f'{printable(name)} has no bytes')
-    return Record(value, int(self.labels[index]), printable(name))
+    name = printable(self.keys[index])
+    return Record(value or b'', int(self.labels[index]), name)
 
   @functools.cached_property
   def _images(self):
-    """Group -> its images; the last ones are kept."""
-    return functools.lru_cache(int(self._kept))(self._load)
+    return functools.lru_cache(self._kept)(self._load)
 
-  def _load(self, group: int) -> pa.Array:
+  def _load(self, group: int):
+    """The images of a group, or their sizes and places, int [n, 2]."""
     shard, part = self._groups[group]
     path, column = self.files[shard], self._columns[shard]
-    self.check(shard, os.stat(path))
+    self.read(shard, 0, 0)  # checks the file
     try:
       if path.endswith('.arrow'):
         return _stream(path)[column].chunk(part)
       with pq.ParquetFile(path) as file:
-        table = file.read_row_group(part, [column], use_threads=False)
-        return table[column].combine_chunks()
+        images = file.read_row_group(part, [column], use_threads=False)
+        chunk = _chunk(file.metadata.row_group(part), column)
+      images = images[column].combine_chunks()
     except (pa.ArrowException, OSError) as error:
       raise OSError(_fault(path, error)) from error
+    places = _places(path, chunk, images) if _is_plain(chunk) else None
+    return images if places is None else places
 
   def __getstate__(self):
     return {k: v for k, v in vars(self).items() if k != '_images'}
@@ -87,8 +99,38 @@ def _fault(path: str, error) -> str:
   return f'{printable(path)} is damaged: {str(error).strip().splitlines()[0]}'
 
 
+def _chunk(group, column: str):
+  """The description of the images' bytes in a row group."""
+  chunks = map(group.column, range(group.num_columns))
+  names = column, f'{column}.bytes'
+  return next(x for x in chunks if x.path_in_schema in names)
+
+
+def _is_plain(chunk) -> bool:
+  return chunk.compression == 'UNCOMPRESSED'
+
+
+def _places(path: str, chunk, images: pa.Array) -> np.ndarray | None:
+  """Where the images lie in a file as they are; None if one does not."""
+  if pa.types.is_struct(images.type):
+    images = pc.struct_field(images, 'bytes')
+  places = np.zeros((len(images), 2), np.int64)
+  at = chunk.dictionary_page_offset or chunk.data_page_offset
+  end = at + chunk.total_compressed_size
+  with open(path, 'rb') as file:
+    whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+  for i in np.flatnonzero(images.is_valid()):
+    image = images[int(i)].as_py()
+    at = whole.find(image, at, end)
+    if at < 0:
+      return None
+    places[i] = len(image), at
+    at += len(image)
+  return places
+
+
 def _scan(path: str):
-  """Column of the images, labels [n], [(rows, bytes) of each group]."""
+  """Column of the images, labels [n], rows and bytes to keep of each group."""
   try:
     if path.endswith('.arrow'):
       table = _stream(path)
@@ -96,17 +138,17 @@ def _scan(path: str):
       sizes = [(len(chunk), 1) for chunk in table[column].chunks]
     else:
       with pq.ParquetFile(path) as file:
-        column, table = (
-          _image_column(path, file.schema_arrow),
-          file.read(['label']),
-        )
-        groups = map(file.metadata.row_group, range(file.num_row_groups))
-        sizes = [(x.num_rows, x.total_byte_size) for x in groups]
+        column = _image_column(path, file.schema_arrow)
+        table, groups = file.read(['label']), range(file.num_row_groups)
+        groups = map(file.metadata.row_group, groups)
+        sizes = [
+          (x.num_rows, 16 * x.num_rows if _is_plain(y) else x.total_byte_size)
+          for x, y in ((x, _chunk(x, column)) for x in groups)
+        ]
     labels = np.full(sum(rows for rows, _ in sizes), -1, np.int32)
-    if 'label' in table.column_names:  # text is no class
-      column_ = table['label']
-      if pa.types.is_integer(column_.type):
-        labels = pc.fill_null(column_.cast(pa.int32()), -1).to_numpy()
+    known = 'label' in table.column_names and table['label']
+    if known and pa.types.is_integer(known.type):  # text is no class
+      labels = pc.fill_null(known.cast(pa.int32()), -1).to_numpy()
   except (pa.ArrowException, OSError) as error:
     raise ValueError(_fault(path, error)) from error
   if not len(labels):
@@ -164,7 +206,7 @@ def open_hub(name: str) -> dict[str, Source]:
   }
   if not files or not all(files.values()):
     raise ValueError(
-      f'hf:{name}: expected files of {", ".join(SPLITS)}, got splits '
+      f'hf:{name}: expected files of {", ".join(SPLITS)}, got the splits '
       f'{", ".join(parts)}'
     )
   return open_tables(files)

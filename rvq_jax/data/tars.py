@@ -40,11 +40,8 @@ class TarSource(ShardSource):
     super().__init__(split, paths, stamps, shards, keys, labels)
 
   def __getitem__(self, index):
-    shard = int(self.shards[index])
-    with open(self.files[shard], 'rb', buffering=0) as file:
-      self.check(shard, os.fstat(file.fileno()))
-      size, offset = int(self._sizes[index]), int(self._offsets[index])
-      data = os.pread(file.fileno(), size, offset)
+    place = self.shards[index], self._sizes[index], self._offsets[index]
+    data = self.read(*map(int, place))
     return Record(data, int(self.labels[index]), printable(self.keys[index]))
 
   def __reduce__(self):
