@@ -35,7 +35,7 @@ class TarSource(ShardSource):
 
   def __init__(self, files: dict[str, list[str]], split, stamps, rows):
     self._by_split, paths = files, sum(files.values(), [])
-    *numbers, keys = [column.combine_chunks() for column in rows.columns]
+    *numbers, keys = [column.chunk(0) for column in rows.columns]
     shards, self._offsets, self._sizes, labels = (x.to_numpy() for x in numbers)
     super().__init__(split, paths, stamps, shards, keys, labels)
 

@@ -362,12 +362,13 @@ def test_a_bad_table_is_one_line(tmp_path, message, columns):
     open_images(f'parquet:{tmp_path}')
 
 
-def test_a_table_may_lack_labels_and_images_and_be_damaged(tmp_path):
+@pytest.mark.parametrize('compression', ['none', 'snappy'])
+def test_a_table_may_lack_labels_and_images(tmp_path, compression):
   path = tmp_path / 'x.parquet'
   image = encoded(noise(64, 64))
   images = [{'bytes': x, 'path': 'a/b.png'} for x in (image, None)]
   table = pa.table({'jpg': images, 'label': [None, 3], 'text': ['a', 'b']})
-  pq.write_table(table, path, row_group_size=1)
+  pq.write_table(table, path, row_group_size=1, compression=compression)
   source = open_images(f'parquet:{path}')['all']
   assert source[0] == (image, -1, 'x/0') and source.labels[1] == 3
   assert source[1].image == b''  # and so left out
