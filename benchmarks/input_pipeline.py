@@ -2,6 +2,7 @@
 
 python benchmarks/input_pipeline.py [--data=tfds:imagenet2012 --data_dir=DIR]
   [--workers=1,2,4] [--batches=16] [--repeats=5] [--formats [--copies=1]]
+  [--index=1000000]
 
 Without --data it prepares 1,024 JPEG crops of scikit-image's photographs of
 ImageNet's mean size (about 500 x 375, 110 kB) as an ArrayRecord data set.
@@ -14,12 +15,16 @@ ImageNet's mean size (about 500 x 375, 110 kB) as an ArrayRecord data set.
 --formats: the images as a folder, tars, Parquet files without compression and
 with snappy, `copies` times each, by the first of --workers; ratios to a folder.
 
+--index: so many members in 100 tars, as WebDataset writes them (images, classes,
+PAX headers): how long the index takes, and to open it again.
+
 The routes take turns; printed are the medians of the rates and of their ratios
 to the decoders.
 """
 
 import io
 import multiprocessing
+import os
 import platform
 import statistics
 import tarfile
@@ -139,6 +144,31 @@ def formats(source, folder: str, copies: int) -> dict[str, Source]:
   return {x: datasets.open_images(names[x])['all'] for x in names}
 
 
+def index_tars(members: int, folder: Path) -> None:
+  """Prints the seconds to index tars and to open the index, and its size."""
+  image, label = bytes(300), b'7'
+  for part in range(100):
+    with open(folder / f'{part:02d}.tar', 'wb') as stream:
+      for i in range(part * members // 200, (part + 1) * members // 200):
+        for name, data in ((f'{i:09d}.jpg', image), (f'{i:09d}.cls', label)):
+          member = tarfile.TarInfo(name)
+          member.size, member.mtime = len(data), 1.5
+          stream.write(member.tobuf(tarfile.PAX_FORMAT))
+          stream.write(data + bytes(-len(data) % 512))
+      stream.write(bytes(1024))
+  os.environ['XDG_CACHE_HOME'] = str(folder / 'cache')
+  for step in ('index', 'open again'):
+    start, processor = time.perf_counter(), time.process_time()
+    source = datasets.open_images(f'wds:{folder}')['all']
+    wall, processor = (
+      time.perf_counter() - start,
+      time.process_time() - processor,
+    )
+    print(f'{step}: {wall:.2f} s, {processor:.2f} s of processor')
+  [index] = folder.glob('.rvq_jax*')
+  print(f'{len(source):,} images, {index.stat().st_size / 1e6:.1f} MB')
+
+
 def main() -> None:
   """Measures and prints."""
   options = common.parser(
@@ -152,10 +182,13 @@ def main() -> None:
     workers='1,2,4',
     formats=False,
     copies=1,
+    index=0,
   ).parse_args()
   cores = common.cores()
   size, batch, batches = options.size, options.batch, options.batches
   with tempfile.TemporaryDirectory() as folder:
+    if options.index:
+      return index_tars(options.index, Path(folder))
     if options.data:
       data = datasets.open_dataset(options.data, data_dir=options.data_dir)
       source = data.train

@@ -172,6 +172,23 @@ def _examples(path: str) -> dict[bytes, list]:
   return found
 
 
+class _Member(tarfile.TarInfo):
+  """A member that knows no owner and mode, which takes half of the time."""
+
+  @classmethod
+  def frombuf(cls, buf, encoding, errors):
+    """Reads a header."""
+    with contextlib.suppress(ValueError, IndexError):
+      plain = buf[156] in b'0x' and buf[124] < 128 and not buf[345]
+      checksum = sum(buf) - sum(buf[148:156]) + 8 * ord(' ')
+      if plain and int(buf[148:156].strip(b'\0 '), 8) == checksum:
+        member = cls(buf[:100].partition(b'\0')[0].decode(encoding, errors))
+        member.size = int(buf[124:136].strip(b'\0 '), 8)
+        member.type = buf[156:157]
+        return member
+    return super().frombuf(buf, encoding, errors)
+
+
 def _members(shown: str, path: str, stream):
   """Yields the members of a whole, plain tar."""
   begin, quoted = stream.read(6), shlex.quote(path)
@@ -180,7 +197,7 @@ def _members(shown: str, path: str, stream):
       raise ValueError(f'{shown} is compressed; unpack it: {tool} {quoted}')
   stream.seek(0)
   try:
-    tar = tarfile.TarFile(fileobj=stream)
+    tar = tarfile.TarFile(fileobj=stream, tarinfo=_Member)
     while (member := tar.next()) is not None:
       tar.members.clear()
       if member.issparse():
