@@ -27,6 +27,12 @@ from rvq_jax.data.loaders import eval_batches, make_train_loader
 from rvq_jax.data.prepare import write_tfds
 from rvq_jax.data.sources import SPLITS, Record, Source
 from rvq_jax.data.transforms import decode_image
+from rvq_jax.evaluation.evaluate import evaluate_run
+from rvq_jax.explorer import page
+from rvq_jax.tokenizer.encoding import encode_dataset
+from rvq_jax.tokenizer.load import load
+from rvq_jax.training.build import RunData, shared_config
+from rvq_jax.training.config import check_config
 
 every_kind = pytest.mark.parametrize('kind', ['wds', 'parquet', 'hf'])
 
@@ -415,3 +421,41 @@ def test_the_hub_is_asked_for_and_its_faults_are_one_line(
   monkeypatch.setitem(sys.modules, 'datasets', None)
   with one_line("extra hf: pip install 'datasets>=4'", ImportError):
     open_images('hf:me/set')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['wds', 'parquet'])
+def test_programs_see_the_images_of_the_folder(
+  image_folder, image_shards, tiny_run, tmp_path, kind
+):
+  results, tokenizer = [], load(tiny_run)
+  for i, name in enumerate((str(image_folder), image_shards(kind))):
+    encode_dataset(tokenizer, open_images(name)['test'], tmp_path / f'{i}')
+    ids, labels = (
+      np.load(tmp_path / f'{i}/{x}.npy') for x in ('ids', 'labels')
+    )
+    shown = page.example_images(tokenizer, 5, source=name)
+    measured = evaluate_run(tiny_run, images=name, output=tmp_path / f'out{i}')
+    results.append((ids, labels, [x for _, x in shown], measured['mse']))
+  for one, two in zip(*results, strict=True):
+    np.testing.assert_array_equal(one, two)
+  names = (tmp_path / '1/names.txt').read_text().split()
+  assert names[1] == {'wds': '00000001', 'parquet': 'test-00000/1'}[kind]
+
+
+def test_a_run_keeps_the_absolute_pattern_and_tells_it_to_nobody(
+  tmp_path, write, tiny_config, monkeypatch
+):
+  name = write('wds', {'train': Numbered(range(9)), 'test': Numbered(range(3))})
+  monkeypatch.chdir(tmp_path)
+  tiny_config.data.name = 'wds:set/wds/*.tar'
+  flat = check_config(tiny_config)
+  assert flat['data.name'] == f'{name}/*.tar'
+  assert shared_config(flat)['data.name'] == 'wds:*.tar'
+  RunData(flat).open_dataset(None).write_split(tmp_path / 'split.json')
+  (tmp_path / 'set').rename(tmp_path / 'moved')
+  with one_line('there is no .*; where the images .* --data_dir=.*=wds:FOLDER'):
+    RunData(flat).open_dataset(tmp_path / 'split.json')
+  moved = str(tmp_path / 'moved/wds')
+  data = RunData(flat).open_dataset(tmp_path / 'split.json', data_dir=moved)
+  assert len(data.train) == 9
