@@ -15,8 +15,8 @@ ImageNet's mean size (about 500 x 375, 110 kB) as an ArrayRecord data set.
 --formats: the images as a folder, tars, Parquet files without compression and
 with snappy, `copies` times each, by the first of --workers; ratios to a folder.
 
---index: so many members in 100 tars as WebDataset writes them (image and class):
-how long the index takes, and to open it again.
+--index: that many members in 100 tars as WebDataset writes them, image and
+class: how long the index takes, and to open it again.
 
 The routes take turns; printed are the medians of the rates and of their ratios
 to the decoders.

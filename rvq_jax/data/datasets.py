@@ -161,9 +161,10 @@ def _open_splits(name: str, data_dir: str | None) -> dict[str, Source]:
 
     return open_tfds(rest, data_dir=data_dir)
   if kind in ('wds', 'parquet') and rest:
-    from rvq_jax.data.shards import open_shards
+    from rvq_jax.data import shards, tables, tars
 
-    return open_shards(kind, rest)
+    open_files = tars.open_tars if kind == 'wds' else tables.open_tables
+    return open_files(shards.find_files(kind, rest))
   if kind == 'hf' and rest:
     from rvq_jax.data.tables import open_hub
 

@@ -74,26 +74,22 @@ def stamp(status: os.stat_result) -> tuple[int, int]:
   return status.st_size, status.st_mtime_ns
 
 
-def open_shards(kind: str, pattern: str) -> dict[str, Source]:
-  """Opens the files of a pattern by split; `kind` is 'wds' or 'parquet'.
+def find_files(kind: str, pattern: str) -> dict[str, list[str]]:
+  """The files of a pattern by split; `kind` is 'wds' or 'parquet'.
 
   Splits are named by the files or the folders below the one that they share. If
   one file names none, all images are the split 'all'.
   """
-  if kind == 'wds':
-    from rvq_jax.data.tars import open_tars as open_files
-  else:
-    from rvq_jax.data.tables import open_tables as open_files
-  files = _find(kind, pattern)
-  shared, found = os.path.commonpath([*map(os.path.dirname, files)]), {}
+  files, found = _list(kind, pattern), {}
+  shared = os.path.commonpath([*map(os.path.dirname, files)])
   for file in files:
     folder, name = os.path.split(os.path.relpath(file, shared))
     found.setdefault(_split(name) or _split(folder), []).append(file)
   found = {'all': files} if None in found else found
-  sources = open_files({x: found[x] for x in ('all', *SPLITS) if x in found})
-  counts = [f'{split} {len(source):,}' for split, source in sources.items()]
-  logging.info('%s: %s images', printable(pattern), ', '.join(counts))
-  return sources
+  found = {split: found[split] for split in ('all', *SPLITS) if split in found}
+  counts = [f'{split} {len(found[split]):,}' for split in found]
+  logging.info('%s: %s files', printable(pattern), ', '.join(counts))
+  return found
 
 
 def _split(name: str) -> str | None:
@@ -103,7 +99,7 @@ def _split(name: str) -> str | None:
   return 'validation' if split in ('val', 'valid') else split
 
 
-def _find(kind: str, pattern: str) -> list[str]:
+def _list(kind: str, pattern: str) -> list[str]:
   """The absolute paths of the files of a pattern, sorted."""
   if re.match('[a-z][a-z0-9+.-]*:', pattern, re.I):
     raise ValueError(
