@@ -18,7 +18,8 @@ from rvq_jax.data.sources import SPLITS, Source
 
 _BRACES = re.compile(r'\{([^{}]*(?:,|\.\.)[^{}]*)\}')
 _SPLIT = re.compile('(?:^|[^a-z])(train|valid|val|validation|test)(?![a-z])')
-_ENDINGS = {'wds': ('.tar', '.tar.*', '.tgz'), 'parquet': ('.parquet',)}
+_ENDINGS = {'parquet': ['.parquet'], 'wds': ['.tar', '.tgz']}
+_ENDINGS['wds'] += ['.tar.gz', '.tar.bz2', '.tar.xz', '.tar.zst']  # refused
 
 
 class Names(Sequence):

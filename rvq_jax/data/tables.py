@@ -20,6 +20,7 @@ from rvq_jax.data.shards import ShardSource, stamp
 from rvq_jax.data.sources import SPLITS, Record, Source
 
 _IMAGES = re.compile('(struct<(.*, )?bytes: )?(large_)?binary')
+_OTHER_NAMES = {'val': 'validation', 'valid': 'validation'}
 _CACHE_BYTES = 2**28  # of row groups, in each process
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -78,11 +79,11 @@ class TableSource(ShardSource):
         return _stream(path)[column].chunk(part)
       with pq.ParquetFile(path) as file:
         images = file.read_row_group(part, [column], use_threads=False)
-        chunk = _chunk(file.metadata.row_group(part), column)
+        chunk = _plain(file.metadata.row_group(part), column)
       images = images[column].combine_chunks()
     except (pa.ArrowException, OSError) as error:
       raise OSError(_fault(path, error)) from error
-    places = _places(path, chunk, images) if _is_plain(chunk) else None
+    places = chunk and _places(path, chunk, images)
     return images if places is None else places
 
   def __getstate__(self):
@@ -99,15 +100,12 @@ def _fault(path: str, error) -> str:
   return f'{printable(path)} is damaged: {str(error).strip().splitlines()[0]}'
 
 
-def _chunk(group, column: str):
-  """The description of the images' bytes in a row group."""
+def _plain(group, column: str):
+  """Where the images' bytes of a row group lie, if not compressed, or None."""
   chunks = map(group.column, range(group.num_columns))
   names = column, f'{column}.bytes'
-  return next(x for x in chunks if x.path_in_schema in names)
-
-
-def _is_plain(chunk) -> bool:
-  return chunk.compression == 'UNCOMPRESSED'
+  chunk = next(x for x in chunks if x.path_in_schema in names)
+  return chunk if chunk.compression == 'UNCOMPRESSED' else None
 
 
 def _places(path: str, chunk, images: pa.Array) -> np.ndarray | None:
@@ -131,6 +129,7 @@ def _places(path: str, chunk, images: pa.Array) -> np.ndarray | None:
 
 def _scan(path: str):
   """Column of the images, labels [n], rows and bytes to keep of each group."""
+  sizes = []
   try:
     if path.endswith('.arrow'):
       table = _stream(path)
@@ -140,11 +139,9 @@ def _scan(path: str):
       with pq.ParquetFile(path) as file:
         column = _image_column(path, file.schema_arrow)
         table, groups = file.read(['label']), range(file.num_row_groups)
-        groups = map(file.metadata.row_group, groups)
-        sizes = [
-          (x.num_rows, 16 * x.num_rows if _is_plain(y) else x.total_byte_size)
-          for x, y in ((x, _chunk(x, column)) for x in groups)
-        ]
+        for x in map(file.metadata.row_group, groups):
+          kept = 16 * x.num_rows if _plain(x, column) else x.total_byte_size
+          sizes.append((x.num_rows, kept))
     labels = np.full(sum(rows for rows, _ in sizes), -1, np.int32)
     known = 'label' in table.column_names and table['label']
     if known and pa.types.is_integer(known.type):  # text is no class
@@ -197,16 +194,12 @@ def open_hub(name: str) -> dict[str, Source]:
     reason = str(error).strip().partition('\n')[0]
     raise OSError(f'cannot open hf:{name}: {reason}') from error
   parts = parts if hasattr(parts, 'keys') else {'all': parts}
-  names = {'validation': ('validation', 'valid', 'val')}
-  files = {
-    split: [file['filename'] for file in parts[name].cache_files]
-    for split in ('all', *SPLITS)
-    for name in names.get(split, (split,))
-    if name in parts
-  }
+  parts = {_OTHER_NAMES.get(x, x): parts[x] for x in parts}
+  files = {x: parts[x].cache_files for x in ('all', *SPLITS) if x in parts}
   if not files or not all(files.values()):
     raise ValueError(
       f'hf:{name}: expected files of {", ".join(SPLITS)}, got the splits '
       f'{", ".join(parts)}'
     )
+  files = {x: [file['filename'] for file in files[x]] for x in files}
   return open_tables(files)
