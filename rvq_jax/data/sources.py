@@ -1,7 +1,6 @@
 """Where images come from: random access to encoded images."""
 
 import functools
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -9,14 +8,6 @@ import numpy as np
 SPLITS = ('train', 'validation', 'test')
 OWN = ('folder:', 'wds:', 'parquet:', 'hf:')
 """Kinds whose splits a run keeps: they may be divided, and change."""
-
-
-def local_path(name: str) -> tuple[str, str]:
-  """Kind and path of a data set of local files; '' for another set."""
-  kind, _, path = name.partition(':')
-  full = os.path.expanduser(path)
-  local = f'{kind}:' in OWN[:3] or os.path.isabs(full) or os.path.isdir(full)
-  return (kind, path) if name.startswith(OWN) and path and local else ('', '')
 
 
 class Record(NamedTuple):

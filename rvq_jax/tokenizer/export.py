@@ -13,7 +13,6 @@ import flax
 import jax
 import numpy as np
 
-from rvq_jax.data.sources import local_path
 from rvq_jax.io import check_folder, read_json
 from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.layers import num_groups
@@ -21,7 +20,7 @@ from rvq_jax.quantize.fsq import fsq_levels
 from rvq_jax.tokenizer.load import CONFIG, FORMAT, WEIGHTS, load
 from rvq_jax.tokenizer.stablehlo import write_stablehlo
 from rvq_jax.tokenizer.tokenizer import Tokenizer
-from rvq_jax.training.build import RunData, shared_config
+from rvq_jax.training.build import RunData, local_path, shared_config
 from rvq_jax.training.validation import UNITS
 
 _FIGURES = {

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.data.sources import local_path
+from rvq_jax.data.sources import OWN
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
 from rvq_jax.models.vqvae import VQVAE
@@ -52,6 +52,14 @@ def architecture(flat: Mapping[str, Any], sides=None) -> str:
   fields = {name: flat[f'model.{name}'] for name in _HASHED}
   fields |= {'sides': sides} if sides else {}
   return json.dumps(fields, sort_keys=True)
+
+
+def local_path(name: str) -> tuple[str, str]:
+  """Kind and path of a data set of local files; '' for another set."""
+  kind, _, path = name.partition(':')
+  full = os.path.expanduser(path)
+  local = f'{kind}:' in OWN[:3] or os.path.isabs(full) or os.path.isdir(full)
+  return (kind, path) if name.startswith(OWN) and path and local else ('', '')
 
 
 class RunData:

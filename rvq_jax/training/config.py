@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.data.sources import local_path
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
 from rvq_jax.models.lpips import MIN_SIDE
@@ -97,7 +96,7 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
   build.check_fields(flat, FIELDS)
   _check_run(flat)
   _check_model(flat)
-  kind, path = local_path(flat['data.name'])
+  kind, path = build.local_path(flat['data.name'])
   if kind and '://' not in path:
     path = os.path.abspath(os.path.expanduser(path))
     flat['data.name'] = f'{kind}:{path}'
