@@ -62,7 +62,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config.keep_checkpoints = 2  # the newest ones, besides the best
 
   config.data = data = ConfigDict()
-  data.name = 'tfds:cifar10'  # tfds:NAME, folder:PATH or photos
+  data.name = 'tfds:cifar10'  # or folder:PATH, wds:PATTERN, ...
   data.data_dir = placeholder(str)  # for tfds; default ~/tensorflow_datasets
   data.split = 'paper'  # 70-20-10 of all images; 'official': the data set's
   data.image_size = 32  # pixels per side

@@ -148,6 +148,17 @@ def image_folder(make_once):
 
 
 @pytest.fixture
+def image_shards(image_folder, tmp_path, monkeypatch):
+  """Returns a function: kind -> the name of `image_folder` as shards of it."""
+  from examples import shards
+  from rvq_jax.data.datasets import open_images
+
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  images = open_images(str(image_folder))
+  return lambda kind: shards.write(images, tmp_path / kind, kind, 3)
+
+
+@pytest.fixture
 def make_disk(tmp_path):
   """Returns a function: size, as '300k' -> folder of a file system that big."""
   place = tmp_path / 'disk'

@@ -3,8 +3,9 @@
 rvq encode --workdir=DIR photo.jpg photo.npz
 rvq encode --workdir=DIR --input=FOLDER|tfds:NAME|photos --output=tokens/
 
-An image of any size becomes an .npz file, each split of a data set a folder.
-The same command resumes a data set; --multihost shares it among processes.
+An image of any size becomes an .npz file, each split of a data set a folder;
+wds:PATTERN, parquet:PATTERN and hf:OWNER/NAME are data sets too. The same
+command resumes one; --multihost shares it among processes.
 """
 
 from pathlib import Path

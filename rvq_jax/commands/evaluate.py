@@ -1,7 +1,8 @@
 """Evaluates a checkpoint: metrics as JSON and as a table, figures.
 
 rvq evaluate --workdir=DIR [--split=test] [--step=N|best]
-  [--input=IMAGE|FOLDER|tfds:NAME|photos] [--output=FOLDER] [--perceptual]
+  [--input=IMAGE|FOLDER|tfds:NAME|wds:PATTERN|...] [--output=FOLDER]
+  [--perceptual]
 
 Results go to DIR/evaluation/SPLIT or to FOLDER/SPLIT, those of --input there to
 a folder with its name.

@@ -1,7 +1,7 @@
 """Writes an HTML page to look at a tokenizer: images, tokens, codes.
 
 rvq explore --workdir=DIR [--output=explore.html]
-  [--input=IMAGE|FOLDER|tfds:NAME|photos]
+  [--input=IMAGE|FOLDER|tfds:NAME|wds:PATTERN|...]
 """
 
 from pathlib import Path

@@ -1,8 +1,11 @@
 """Data sets by name: the one place that parses names.
 
-tfds:NAME    a prepared TensorFlow Datasets directory (tfds_sources.py)
-folder:PATH  PATH/{train,validation,test}/CLASS/* (folders.py)
-photos       crops of scikit-image's photographs, embedded (photos.py)
+tfds:NAME        a prepared TensorFlow Datasets directory (tfds_sources.py)
+folder:PATH      PATH/{train,validation,test}/CLASS/* (folders.py)
+wds:PATTERN      tars as WebDataset's (shards.py, tars.py)
+parquet:PATTERN  Parquet files (shards.py, tables.py)
+hf:OWNER/NAME    a data set of the Hub, or a folder of save_to_disk (tables.py)
+photos           crops of scikit-image's photographs, embedded (photos.py)
 """
 
 import contextlib
@@ -12,18 +15,19 @@ import itertools
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rvq_jax.data.decoding import MAX_SHARE
 from rvq_jax.data.folders import inode, open_folder, printable
-from rvq_jax.data.sources import SPLITS, Selection, Source
+from rvq_jax.data.sources import OWN, SPLITS, Selection, Source
 from rvq_jax.data.splits import hashed_split, stratified_split
 from rvq_jax.io import read_json, write_atomic
 
 SPLIT_FILE = 'split.json'
-"""In a workdir: what the images of a folder are, wherever they lie.
+"""In a workdir: what images of `OWN` are, wherever they lie.
 
 Digests of some of them and, if the run divided them, the names in each split.
 """
@@ -31,22 +35,23 @@ _MAX_SPLIT_BYTES = 2**30
 _DIGESTS = 48  # images of each split
 # With the prefix it is the embedded set even beside a folder called photos.
 _PHOTOS = ('photos', 'tfds:photos')
+_EXPECTED = 'tfds:NAME | wds:PATTERN | parquet:PATTERN | hf:OWNER/NAME | photos'
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Splits, a line for the log; for a folder, the names in each split."""
+  """Splits, a line for the log; of `OWN`, the names in each split."""
 
   name: str
   train: Source
   validation: Source
   test: Source
   note: str = ''
-  names: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+  names: dict[str, Sequence[str]] = dataclasses.field(default_factory=dict)
   divided: bool = False
 
   def write_split(self, path) -> None:
-    """Writes `split_file` for `open_dataset`, if this is a folder."""
+    """Writes `split_file` for `open_dataset`, if the kind is in `OWN`."""
     digests = {}
     for split, names in self.names.items():
       source = getattr(self, split)
@@ -61,7 +66,7 @@ class Dataset:
 def open_dataset(
   name: str, *, split: str = 'official', data_dir=None, split_file=None
 ) -> Dataset:
-  """Opens the data set `tfds:NAME`, `folder:PATH` or `photos` and divides it.
+  """Opens the data set of a name, see above, and divides it.
 
   Args:
     split: 'official' for the data set's own splits; 'paper' for 70-20-10 of
@@ -83,7 +88,7 @@ def open_dataset(
   if name.startswith('tfds:imagenet2012'):
     sources.pop('test', None)
   record = None
-  if name.startswith('folder:') and split_file and Path(split_file).exists():
+  if name.startswith(OWN) and split_file and Path(split_file).exists():
     record = _read_record(split_file, sources, name)
   if split == 'official':
     return _official(name, sources)
@@ -108,7 +113,7 @@ def full_name(name: str) -> str:
   """The name for `open_dataset` of images as `open_images` takes them."""
   if name == 'photos' and Path(name).exists():
     return 'folder:photos'
-  if name in _PHOTOS or name.startswith(('tfds:', 'folder:')):
+  if name in _PHOTOS or name.startswith(('tfds:', *OWN)):
     return name
   return f'folder:{name}'
 
@@ -124,7 +129,7 @@ def open_images(name: str, *, data_dir=None, split=None) -> dict[str, Source]:
     logging.info('photos is the folder ./photos; tfds:photos is the data set')
   elif full != name and not os.path.exists(os.path.expanduser(name)):
     raise ValueError(
-      f'there is no {name}: expected an image, a folder, tfds:NAME or photos'
+      f'there is no {name}: expected an image, a folder, {_EXPECTED}'
     )
   sources = _open(full, data_dir)
   if split not in (None, *sources):
@@ -155,9 +160,16 @@ def _open_splits(name: str, data_dir: str | None) -> dict[str, Source]:
     from rvq_jax.data.tfds_sources import open_tfds
 
     return open_tfds(rest, data_dir=data_dir)
-  raise ValueError(
-    f'expected data set tfds:NAME | folder:PATH | photos, got {name!r}'
-  )
+  if kind in ('wds', 'parquet') and rest:
+    from rvq_jax.data import shards, tables, tars
+
+    open_files = tars.open_tars if kind == 'wds' else tables.open_tables
+    return open_files(shards.find_files(kind, rest))
+  if kind == 'hf' and rest:
+    from rvq_jax.data.tables import open_hub
+
+    return open_hub(rest)
+  raise ValueError(f'expected data set folder:PATH | {_EXPECTED}, got {name!r}')
 
 
 def _official(name: str, sources: dict[str, Source]) -> Dataset:
@@ -172,16 +184,16 @@ def _official(name: str, sources: dict[str, Source]) -> Dataset:
   used = [sources[split] for split in ('train', held_out[0], held_out[-1])]
   note = f'{name}: validation and test are both its {held_out[0]} split'
   note = note if len(held_out) == 1 else ''
-  folder = name.startswith('folder:')
-  names = [source.identity() for source in used] if folder else ()
-  names = dict(zip(SPLITS, names, strict=True)) if folder else {}
+  own = name.startswith(OWN)
+  names = [source.identity() for source in used] if own else ()
+  names = dict(zip(SPLITS, names, strict=True)) if own else {}
   return Dataset(name, *used, note=note, names=names)
 
 
 def _paper(name: str, sources: list[Source], record) -> Dataset:
-  """Divides all labelled images 70-20-10, a folder by names or as recorded."""
+  """Divides all labelled images 70-20-10, `OWN` by names or as recorded."""
   files, parts = [], None
-  if name.startswith('folder:'):
+  if name.startswith(OWN):
     files = [file for source in sources for file in source.identity()]
     parts = record and _recorded_parts(name, sources, files, record)
   parts = parts or _divide(name, sources, by_name=bool(files))
@@ -202,10 +214,11 @@ def _divide(name: str, sources: list[Source], by_name: bool):
   if count := labels.size - kept.size:
     logging.info('%s: left out %d images that have no class', name, count)
   if by_name:
-    # Splits may share files: each goes by its first name.
-    inodes = np.concatenate([source.inodes for source in sources])
-    first = np.unique(inodes, axis=0, return_index=True)[1]
-    kept = np.intersect1d(kept, first)
+    if hasattr(sources[0], 'inodes'):
+      # Splits may share files: each goes by its first name.
+      inodes = np.concatenate([source.inodes for source in sources])
+      first = np.unique(inodes, axis=0, return_index=True)[1]
+      kept = np.intersect1d(kept, first)
     keys = [key for source in sources for key in source.keys]
     parts = hashed_split(labels[kept], [keys[i] for i in kept])
   else:
@@ -255,7 +268,7 @@ def _recorded_parts(name, sources, files, recorded) -> list[np.ndarray]:
   index = {file: i for i, file in enumerate(files)}
   names = [file for split in SPLITS for file in recorded[split]]
   missing = [file for file in names if file not in index]
-  if missing:  # some may be further names of files
+  if missing and name.startswith('folder:'):  # or further names of files
     rows = itertools.chain(*(source.inodes.tolist() for source in sources))
     row = {tuple(number): i for i, number in enumerate(rows)}
     for file in missing:

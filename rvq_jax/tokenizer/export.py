@@ -21,7 +21,7 @@ from rvq_jax.quantize.scales import phi_indices
 from rvq_jax.tokenizer.load import CONFIG, FORMAT, WEIGHTS, load
 from rvq_jax.tokenizer.stablehlo import write_stablehlo
 from rvq_jax.tokenizer.tokenizer import Tokenizer
-from rvq_jax.training.build import RunData, shared_config
+from rvq_jax.training.build import RunData, local_path, shared_config
 from rvq_jax.training.validation import UNITS
 
 _FIGURES = {
@@ -141,7 +141,7 @@ def _torch(tokenizer) -> dict[str, Any]:
 def _card(tokenizer, name, license, results) -> str:
   """card.md filled in; the Hub reads its first lines."""
   data, size = RunData(tokenizer.config), tokenizer.image_size
-  folder = data.name.startswith('folder:')
+  kind, _ = local_path(data.name)
   sides = f'multiples of {tokenizer.factor} (with `rvq encode` any)'
   text = Path(__file__).with_name('card.md').read_text('utf-8')
   return text.format(
@@ -149,7 +149,7 @@ def _card(tokenizer, name, license, results) -> str:
     name=name,
     license=license,
     data=data,
-    images='a folder of images' if folder else data.name,
+    images='a folder of images' if kind else data.name,
     grid=' x '.join(map(str, tokenizer.ids_shape(size, size))),
     estimator=getattr(tokenizer.model.vq, 'estimator', 'none'),
     parameters=sum(x.size for x in jax.tree.leaves(tokenizer.variables)),

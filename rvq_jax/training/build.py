@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rvq_jax.data.sources import OWN
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
 from rvq_jax.models.vqvae import VQVAE
@@ -57,6 +58,14 @@ def architecture(flat: Mapping[str, Any], sides=None) -> str:
   return json.dumps(fields, sort_keys=True)
 
 
+def local_path(name: str) -> tuple[str, str]:
+  """Kind and path of a data set of local files; '' for another set."""
+  kind, _, path = name.partition(':')
+  full = os.path.expanduser(path)
+  local = f'{kind}:' in OWN[:3] or os.path.isabs(full) or os.path.isdir(full)
+  return (kind, path) if name.startswith(OWN) and path and local else ('', '')
+
+
 class RunData:
   """What programs other than training read of a flat config.
 
@@ -82,8 +91,8 @@ class RunData:
     """
     from rvq_jax.data.datasets import open_dataset
 
-    folder = self.name.startswith('folder:')
-    name = f'folder:{data_dir}' if folder and data_dir else self.name
+    kind, path = local_path(self.name)
+    name = f'{kind}:{data_dir}' if kind and data_dir else self.name
     try:
       return open_dataset(
         name,
@@ -92,20 +101,20 @@ class RunData:
         split_file=split_file,
       )
     except ValueError as error:
-      path = os.path.expanduser(name.removeprefix('folder:'))
-      if not split_file or not folder or os.path.exists(path):
+      path = os.path.expanduser(local_path(name)[1])
+      if not split_file or not kind or os.path.exists(path):
         raise
       raise ValueError(
         f'{error}; where the images of the run are now is said by --data_dir='
-        'FOLDER, or in training by --config.data.name=folder:FOLDER'
+        f'FOLDER, or in training by --config.data.name={kind}:FOLDER'
       ) from error
 
 
 def shared_config(flat: Mapping[str, Any]) -> dict[str, Any]:
   """A flat config for others: without the paths of this machine."""
   name = flat['data.name']
-  if name.startswith('folder:'):
-    name = f'folder:{os.path.basename(name.removeprefix("folder:"))}'
+  kind, path = local_path(name)
+  name = f'{kind}:{os.path.basename(path)}' if kind else name
   return dict(flat) | {'data.name': name, 'data.data_dir': None}
 
 

@@ -82,7 +82,7 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
   """Checks a nested config in 0.1 to 0.5 s, and gives it as flat JSON values.
 
-  The path of a folder of images becomes absolute.
+  The path of local images becomes absolute.
 
   Raises:
     ValueError: one line: the field, the expected value and the given one.
@@ -96,10 +96,10 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
   build.check_fields(flat, FIELDS)
   _check_run(flat)
   _check_model(flat)
-  kind, _, path = flat['data.name'].partition(':')
-  if kind == 'folder' and path:
+  kind, path = build.local_path(flat['data.name'])
+  if kind and '://' not in path:
     path = os.path.abspath(os.path.expanduser(path))
-    flat['data.name'] = f'folder:{path}'
+    flat['data.name'] = f'{kind}:{path}'
   return flat
 
 

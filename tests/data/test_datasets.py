@@ -310,7 +310,7 @@ def test_a_name_that_is_not_utf8_is_read_and_printed_safely(tmp_path):
 
 def test_an_unknown_kind_or_split_lists_the_choices():
   for name in ('', 'cifar10', 'tfds:', 'folder:', 'photos:'):
-    with one_line(r'tfds:NAME \| folder:PATH \| photos'):
+    with one_line(r'folder:PATH \| tfds:NAME \| wds:PATTERN \| .* \| photos'):
       open_dataset(name)
   for name in ('photos', 'tfds:photos'):
     with one_line('expected official or paper, got'):

@@ -203,6 +203,24 @@ def test_when_one_process_dies_the_other_ends_and_the_run_resumes(
   assert saved(tmp_path)[-1] == last + 7
 
 
+def test_two_killed_processes_resume_to_the_bits_of_whole_ones(
+  image_folder, image_shards, tmp_path
+):
+  flags = ('--config.num_steps=40', '--config.data.num_workers=2')
+  flags += ('--config.data.crop=random',)
+  with pair(image_folder, tmp_path / 'whole', *flags) as both:
+    assert [finish(process)[0] for process in both] == [0, 0]
+  flags += (f'--config.data.name={image_shards("wds")}',)
+  with pair(image_folder, tmp_path / 'killed', *flags) as both:
+    wait_for_step(tmp_path / 'killed', 10)  # and kills both
+  assert 10 <= saved(tmp_path / 'killed')[-1] < 40
+  with pair(image_folder, tmp_path / 'killed', *flags) as both:
+    assert [finish(process)[0] for process in both] == [0, 0]
+  states = (load(tmp_path / name) for name in ('killed', 'whole'))
+  for x, y in zip(*map(jax.tree.leaves, states), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
 def test_a_signal_to_one_process_stops_all_at_one_step(image_folder, tmp_path):
   flags = ('--config.num_steps=1000000', '--config.accumulate_steps=2')
   with pair(image_folder, tmp_path, *flags, scheduler=slurm) as both:

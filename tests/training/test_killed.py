@@ -47,6 +47,28 @@ def test_twenty_kills_leave_the_bits_of_an_uninterrupted_run(
   assert not (killed / 'corrupt').exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['wds', 'parquet'])
+def test_kills_of_a_run_on_shards_leave_the_bits_of_one_on_the_folder(
+  kind, image_shards, start_run, tiny_config, tmp_path, final_bits
+):
+  tiny_config.num_steps, tiny_config.checkpoint_every = 60, EVERY
+  tiny_config.data.crop, tiny_config.data.num_workers = 'random', 2
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  start_run(whole).end()
+  tiny_config.data.name = image_shards(kind)
+  for step in (13, 34, 51):
+    run = start_run(killed)
+    run.wait_for(f'step {step}/')
+    run.kill()
+    run.end()
+  run = start_run(killed)
+  assert int(run.wait_for(r'; step (\d+) of')[1]) >= 30
+  run.end()
+  assert run.returncode == 0, run.seen
+  assert final_bits(tiny_config, killed) == final_bits(tiny_config, whole)
+
+
 KILLED_WHILE_SAVING = """
 import os, signal
 import orbax.checkpoint as ocp
