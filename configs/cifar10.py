@@ -53,8 +53,9 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config.num_epochs = 300
   config.num_steps = placeholder(int)  # if set, counts instead of num_epochs
   config.deterministic = False  # True: bit-exact on GPUs too, but slower
-  # 'codes' do not train; nor, with 'encoder,codes', does the encoder: only the
-  # decoder adapts to other images (--init), and each image keeps its ids.
+  # What does not train: 'codes'; 'encoder', for another quantizer behind a
+  # trained one (--init); or 'encoder,codes': only the decoder adapts to other
+  # images, and each image keeps its ids.
   config.freeze = ''
   config.log_every = 50  # steps between two log lines
   config.eval_every = 1640  # steps between evaluations; 0: at the end only
@@ -73,10 +74,21 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   data.num_workers = 0  # decoding processes for a set too large for memory
 
   config.model = model = ConfigDict()
-  model.widths = (64, 128, 256)  # channels of the strided convolutions
+  model.network = 'paper'  # or 'vqgan', the network of LlamaGen and VAR
   model.factor = 4 if 'f4' in parts else 8  # image side over token grid side
-  model.num_res_blocks = 6  # in the encoder and in the decoder
-  model.num_heads = 8  # heads of the decoder's attention
+  # In the encoder and in the decoder; with 'vqgan' per level.
+  model.num_res_blocks = 6
+  model.widths = (64, 128, 256)  # of 'paper': channels of its convolutions
+  model.num_heads = 8  # of 'paper': heads of the decoder's attention
+  # Of 'vqgan': channels, and their multiples per level.
+  model.ch, model.ch_mult = 128, (1, 1, 2, 2, 4)
+  # Of 'vqgan': levels with attention, from 1, the resolution of the image.
+  model.attn_levels = placeholder(tuple)
+  model.mid_attention = True  # of 'vqgan': attention in the middle
+  model.z_channels = 256  # of 'vqgan': before the convolution to code_dim
+  model.quant_kernel = 1  # of 'vqgan': side of that convolution; VAR has 3
+  model.movq = False  # of 'vqgan': norms of the decoder depend on the codes
+  model.unit_range = False  # of 'vqgan': it sees images in [0, 1]
   model.code_dim = 256  # D, dimensions of a code
   model.dtype = 'float32'  # compute dtype; 'bfloat16'
   model.remat = False  # less memory for a third more operations

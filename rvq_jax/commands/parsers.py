@@ -32,12 +32,12 @@ class Parser(flags.ArgumentParser):
 
 
 class TupleParser(flags.ArgumentParser):
-  """A tuple; ml_collections would take 32 as (32,), and join repeated flags."""
+  """A tuple or None; ml_collections takes 32 as (32,), and joins flags."""
 
   def parse(self, argument):
     """The value of a text; ValueError says what is expected."""
     with contextlib.suppress(SyntaxError, ValueError):
       value = ast.literal_eval(str(argument))
-      if isinstance(value, tuple | list):
-        return tuple(value)
+      if value is None or isinstance(value, tuple | list):
+        return value and tuple(value)
     raise ValueError(f'expected integers, as (64,), got {argument!r}')

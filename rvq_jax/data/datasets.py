@@ -22,12 +22,12 @@ import numpy as np
 
 from rvq_jax.data.decoding import MAX_SHARE
 from rvq_jax.data.folders import inode, open_folder, printable
-from rvq_jax.data.sources import OWN, SPLITS, Selection, Source
+from rvq_jax.data.sources import KINDS, SPLITS, Selection, Source
 from rvq_jax.data.splits import hashed_split, stratified_split
 from rvq_jax.io import read_json, write_atomic
 
 SPLIT_FILE = 'split.json'
-"""In a workdir: what images of `OWN` are, wherever they lie.
+"""In a workdir: what images of `KINDS` are, wherever they lie.
 
 Digests of some of them and, if the run divided them, the names in each split.
 """
@@ -40,7 +40,7 @@ _EXPECTED = 'tfds:NAME | wds:PATTERN | parquet:PATTERN | hf:OWNER/NAME | photos'
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Splits, a line for the log; of `OWN`, the names in each split."""
+  """Splits, a line for the log; of `KINDS`, the names in each split."""
 
   name: str
   train: Source
@@ -51,7 +51,7 @@ class Dataset:
   divided: bool = False
 
   def write_split(self, path) -> None:
-    """Writes `split_file` for `open_dataset`, if the kind is in `OWN`."""
+    """Writes `split_file` for `open_dataset`, if the kind is in `KINDS`."""
     digests = {}
     for split, names in self.names.items():
       source = getattr(self, split)
@@ -88,7 +88,7 @@ def open_dataset(
   if name.startswith('tfds:imagenet2012'):
     sources.pop('test', None)
   record = None
-  if name.startswith(OWN) and split_file and Path(split_file).exists():
+  if name.startswith(KINDS) and split_file and Path(split_file).exists():
     record = _read_record(split_file, sources, name)
   if split == 'official':
     return _official(name, sources)
@@ -113,7 +113,7 @@ def full_name(name: str) -> str:
   """The name for `open_dataset` of images as `open_images` takes them."""
   if name == 'photos' and Path(name).exists():
     return 'folder:photos'
-  if name in _PHOTOS or name.startswith(('tfds:', *OWN)):
+  if name in _PHOTOS or name.startswith(('tfds:', *KINDS)):
     return name
   return f'folder:{name}'
 
@@ -184,16 +184,16 @@ def _official(name: str, sources: dict[str, Source]) -> Dataset:
   used = [sources[split] for split in ('train', held_out[0], held_out[-1])]
   note = f'{name}: validation and test are both its {held_out[0]} split'
   note = note if len(held_out) == 1 else ''
-  own = name.startswith(OWN)
+  own = name.startswith(KINDS)
   names = [source.identity() for source in used] if own else ()
   names = dict(zip(SPLITS, names, strict=True)) if own else {}
   return Dataset(name, *used, note=note, names=names)
 
 
 def _paper(name: str, sources: list[Source], record) -> Dataset:
-  """Divides all labelled images 70-20-10, `OWN` by names or as recorded."""
+  """Divides all labelled images 70-20-10, `KINDS` by names or as recorded."""
   files, parts = [], None
-  if name.startswith(OWN):
+  if name.startswith(KINDS):
     files = [file for source in sources for file in source.identity()]
     parts = record and _recorded_parts(name, sources, files, record)
   parts = parts or _divide(name, sources, by_name=bool(files))

@@ -29,7 +29,8 @@ _SCALE = (0.03, 0.8)
 
 
 @functools.cache
-def _photograph(name: str) -> np.ndarray:
+def photograph(name: str) -> np.ndarray:
+  """A photograph in `PHOTOGRAPHS`, uint8 [h, w, 3]."""
   if name == 'grace_hopper':
     from matplotlib import cbook  # slow: not at the start of every run
 
@@ -54,7 +55,7 @@ class PhotoSource(Source):
   def __getitem__(self, index):
     number, name = self._order[index], self._names[index]
     rng = seeded_rng(_SEED, list(PHOTOGRAPHS).index(self._split), number)
-    crop = random_resized_crop(_photograph(name), SIZE, rng, scale=_SCALE)
+    crop = random_resized_crop(photograph(name), SIZE, rng, scale=_SCALE)
     if rng.random() < 0.5:
       crop = crop[:, ::-1]
     data = io.BytesIO()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 SPLITS = ('train', 'validation', 'test')
-OWN = ('folder:', 'wds:', 'parquet:', 'hf:')
+KINDS = ('folder:', 'wds:', 'parquet:', 'hf:')
 """Kinds whose splits a run keeps: they may be divided, and change."""
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from rvq_jax import metrics, sharding
 from rvq_jax.data import datasets, loaders
-from rvq_jax.data.sources import OWN, SPLITS
+from rvq_jax.data.sources import KINDS, SPLITS
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation import perceptual as perceptual_lib
 from rvq_jax.io import check_folder, claim, read_json, write_atomic
@@ -235,7 +235,7 @@ def _open_source(workdir, data, split, step, images, data_dir):
     about |= {'data': _whole(images), 'data_split': None, 'split': split}
     return splits[split], about
   shared = str(workdir).startswith(HUB) or is_export(workdir)
-  if shared and data.name.startswith(OWN):
+  if shared and data.name.startswith((*KINDS, 'import:')):
     raise ValueError(
       'images: expected a folder or a data set (--input): an export does not '
       'tell where the images of its run lie, nor which it was trained on'

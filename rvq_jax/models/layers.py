@@ -90,10 +90,12 @@ class SelfAttention(nn.Module):
   Attributes:
     num_heads: heads; must divide the channels.
     dtype: compute dtype; the softmax is float32.
+    normed: x is normalised: attention(x) without the norm and the sum.
   """
 
   num_heads: int
   dtype: Any = jnp.float32
+  normed: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, whole: jax.Array | None = None) -> jax.Array:
@@ -107,7 +109,9 @@ class SelfAttention(nn.Module):
         f'num_heads: expected a divisor of the {channels} channels, the last '
         f'width, got {self.num_heads}'
       )
-    norm = nn.LayerNorm(dtype=self.dtype, name='norm')
+    norm = lambda x: x  # noqa: E731
+    if not self.normed:
+      norm = nn.LayerNorm(dtype=self.dtype, name='norm')
     y = jax.lax.collapse(norm(x), 1, 3)
     z = y if whole is None else jax.lax.collapse(norm(whole), 1, 3)
     heads = (self.num_heads, channels // self.num_heads)
@@ -122,7 +126,8 @@ class SelfAttention(nn.Module):
       y = jax.lax.map(lambda row: attend(row, key, value), rows)
       y = y.swapaxes(0, 1).reshape(query.shape)
     y = nn.DenseGeneral(channels, (-2, -1), dtype=self.dtype, name='out')(y)
-    return x + y.reshape(x.shape)
+    y = y.reshape(x.shape)
+    return y if self.normed else x + y
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -195,18 +200,27 @@ def _attend_in_tiles(query, key, value, *, scores):
 
 
 class Upsample(nn.Module):
-  """`nn.ConvTranspose(features, (4, 4), (2, 2))` by `upsample`."""
+  """`nn.ConvTranspose(features, (4, 4), (2, 2))` by `upsample`.
+
+  With side = 3 a 3x3 convolution of nearest neighbours, by 4 products for 9.
+  """
 
   features: int
   dtype: Any = jnp.float32
+  side: int = 4
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x [B, H, W, C] to [B, 2H, 2W, features]."""
-    shape = (4, 4, x.shape[-1], self.features)
+    shape = (self.side, self.side, x.shape[-1], self.features)
     kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    y = upsample(x.astype(self.dtype), kernel.astype(self.dtype))
+    kernel = kernel.astype(self.dtype)
+    if self.side == 3:  # each of its products falls on two neighbours
+      kernel = jnp.pad(kernel, ((1, 1), (1, 1), (0, 0), (0, 0)))
+      kernel = kernel[1:] + kernel[:-1]
+      kernel = kernel[:, 1:] + kernel[:, :-1]
+    y = upsample(x.astype(self.dtype), kernel)
     return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from rvq_jax.data import datasets, loaders
-from rvq_jax.data.sources import OWN
+from rvq_jax.data.sources import KINDS
 from rvq_jax.data.splits import seeded_permutation
 from rvq_jax.evaluation import figures
 from rvq_jax.io import write_atomic
@@ -126,7 +126,7 @@ def _rate_distortion(config, summary, records):
   limit = max(1000, CURVE_PIXELS // size**2)  # minutes, not hours
 
   def batches(source, count):
-    if dataset.name.startswith(OWN):  # perhaps in the order of the classes
+    if dataset.name.startswith(KINDS):  # perhaps in the order of the classes
       drawn = seeded_permutation(len(source), 0)[:count]
       source = source.subset(np.sort(drawn))
     sizes = {'batch_size': CODEC_IMAGES, 'image_size': size}

@@ -1,10 +1,11 @@
 """Images of any size to ids and back, in bounded memory.
 
 A grid of at most WINDOW x WINDOW positions is coded in one piece and equals
-`Tokenizer.reconstruct` bit-exactly. A larger grid is coded in windows, which
-give the ids and the picture of one piece up to float32 rounding: they overlap
-by the reach of the convolutions, GroupNorm takes its statistics over the whole
-image, and attention its keys and values. Only where a grid has more than KEYS
+`Tokenizer.reconstruct` bit-exactly; so is, where GroupNorm looks at the whole
+image, one of at most PIECE pixels. A larger one is coded in windows, which give
+the ids and the picture of one piece up to float32 rounding: they overlap by the
+reach of the convolutions, GroupNorm takes its statistics over the whole image,
+and attention its keys and values. Only where a grid has more than KEYS
 positions are these of every second (third ...) row and column. Multi-scale
 tokens are of one size and have no windows.
 """
@@ -26,7 +27,7 @@ from rvq_jax.metrics import prepare_images, to_uint8
 from rvq_jax.models.layers import SelfAttention
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
-WINDOW, HALO, KEYS = 64, 8, 2**14
+WINDOW, HALO, KEYS, PIECE = 64, 8, 2**14, 2**20
 _MAX_BYTES = 2**28
 
 
@@ -45,6 +46,14 @@ def spans(size: int, side: int, halo: int) -> list[tuple[int, int, int]]:
     windows.append((start, first, last))
     first = last
   return windows
+
+
+def _in_one_piece(tokenizer, rows, columns):
+  if not tokenizer.any_size or max(rows, columns) <= WINDOW:
+    return True
+  pixels = rows * columns * tokenizer.factor**2
+  # Windows take a pass for each norm: tens of times as long.
+  return tokenizer.model.encoder.norm == 'group' and pixels <= PIECE
 
 
 def _encode(model, images):
@@ -136,7 +145,7 @@ def _by_windows(tokenizer, method, x, result, placement=None):
   layers = jax.eval_shape(functools.partial(survey, variables, *windows[0]))
   for _ in jax.tree.leaves(layers):  # each pass makes one more layer right
     parts = (survey(variables, *pair) for pair in windows)
-    whole = _join(zip(windows, parts, strict=True), grid)
+    whole = _join(zip(windows, parts, strict=True), grid, side)
     variables['whole'] = jax.device_put(whole)
   for (y, top, bottom), (z, left, right) in windows:
     part = np.asarray(_code(variables, window(y, z), **options))
@@ -146,9 +155,12 @@ def _by_windows(tokenizer, method, x, result, placement=None):
   return result
 
 
-def _join(surveys, grid):
-  """The collection 'whole' of a grid, from (window, its `_survey`)."""
-  step, joined = math.ceil(math.sqrt(math.prod(grid) / KEYS)), {}
+def _join(surveys, grid, side):
+  """The collection 'whole' of a grid, from (window, its `_survey`).
+
+  Attention above the lowest level of a network has `zoom` times the positions.
+  """
+  joined = {}
   for ((y, top, bottom), (z, left, right)), survey in surveys:
     share = (bottom - top) * (right - left) / math.prod(grid)
     for name, own in flatten_dict(survey).items():
@@ -156,11 +168,14 @@ def _join(surveys, grid):
       if own.ndim == 3:
         joined[name] = joined.get(name, 0) + share * own.astype(np.float64)
         continue
-      shape = own.shape[0], *(-(-n // step) for n in grid), own.shape[3]
+      zoom = own.shape[1] // min(grid[0], side)
+      step = math.ceil(zoom * math.sqrt(math.prod(grid) / KEYS))
+      shape = [-(-n * zoom // step) for n in grid]
+      shape = own.shape[0], *shape, own.shape[3]
       keys = joined.setdefault(name, np.empty(shape, np.float32))
-      row, column = -(-top // step), -(-left // step)
-      own = own[:, row * step - y : bottom - y : step]
-      own = own[:, :, column * step - z : right - z : step]
+      row, column = -(-top * zoom // step), -(-left * zoom // step)
+      own = own[:, row * step - y * zoom : (bottom - y) * zoom : step]
+      own = own[:, :, column * step - z * zoom : (right - z) * zoom : step]
       height, width = own.shape[1:3]
       keys[:, row : row + height, column : column + width] = own
   return unflatten_dict({n: np.float32(x) for n, x in joined.items()})
@@ -179,7 +194,7 @@ def encode_images(
   f, (height, width) = tokenizer.factor, images.shape[1:3]
   padding = (0, 0), (0, -height % f), (0, -width % f), (0, 0)
   images = np.pad(images, padding, 'edge')
-  if not tokenizer.any_size or max(images.shape[1:3]) <= WINDOW * f:
+  if _in_one_piece(tokenizer, *(n // f for n in images.shape[1:3])):
     ids = tokenizer.encode(jax.device_put(images, placement))
     return np.asarray(ids, tokenizer.ids_dtype)
   shape = len(images), *tokenizer.ids_shape(height, width)
@@ -195,7 +210,8 @@ def decode_ids(
   height is at most H factor, width at most W factor: more pixels are cropped.
   """
   f, ids = tokenizer.factor, np.asarray(tokenizer.check_ids(ids), np.int32)
-  if not tokenizer.any_size or max(ids.shape[1:3]) <= WINDOW:
+  rows, columns = -(-height // f), -(-width // f)
+  if _in_one_piece(tokenizer, rows, columns):
     images = np.asarray(to_uint8(tokenizer.decode(ids)))
   else:
     shape = len(ids), ids.shape[1] * f, ids.shape[2] * f, 3

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.data.sources import OWN
+from rvq_jax.data.sources import KINDS
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
 from rvq_jax.models.vqvae import VQVAE
@@ -22,8 +22,11 @@ from rvq_jax.quantize.fields import Field, fault, fields_of
 from rvq_jax.quantize.registry import QUANTIZERS, quantizer_class
 
 MODEL_FIELDS = {
-  'freeze': Field(str, choices=('', 'codes', 'encoder,codes'), before=''),
+  'freeze': Field(
+    str, choices=('', 'codes', 'encoder', 'encoder,codes'), before=''
+  ),
   'data.image_size': Field(int, 1, 2**14),
+  'model.network': Field(str, choices=('paper', 'vqgan'), before='paper'),
   'model.quantizer': Field(str, choices=tuple(QUANTIZERS)),
   'model.dtype': Field(str, choices=('float32', 'bfloat16')),
 }
@@ -37,10 +40,21 @@ LAYERS_ONLY = {
 Earlier versions had fields for the first three, which change only training:
 their runs and exports still open.
 """
-_HASHED = (
-  'widths factor num_res_blocks num_heads code_dim quantizer codebook_size '
-  'activation cosine depth heads dtype'
-).split()
+_CODES = 'code_dim quantizer codebook_size cosine depth heads dtype'
+_HASHED = {
+  'paper': f'widths factor num_res_blocks num_heads activation {_CODES}',
+  'vqgan': 'network ch ch_mult factor num_res_blocks attn_levels mid_attention '
+  f'z_channels quant_kernel movq unit_range {_CODES}',
+}
+
+
+def network_classes(name: str) -> tuple[type[nn.Module], type[nn.Module]]:
+  """Encoder and decoder of a network, imported on use."""
+  if name == 'paper':
+    return Encoder, Decoder
+  from rvq_jax.models.vqgan import VQGANDecoder, VQGANEncoder
+
+  return VQGANEncoder, VQGANDecoder
 
 
 def architecture(flat: Mapping[str, Any], sides=None) -> str:
@@ -49,12 +63,12 @@ def architecture(flat: Mapping[str, Any], sides=None) -> str:
   The hashes of a model begin with this text: it must not change. A multi-scale
   tokenizer gives the `sides` of its scales.
   """
-  fields = {name: flat[f'model.{name}'] for name in _HASHED}
-  fields |= {'inner_product': True} if flat.get('model.inner_product') else {}
-  if sides:
-    fields['sides'] = sides
-    if flat.get('model.resize', 'keys') != 'keys':
-      fields['resize'] = flat['model.resize']
+  names = _HASHED[flat['model.network']]
+  fields = {name: flat[f'model.{name}'] for name in names.split()}
+  fields |= {'inner_product': True} if flat['model.inner_product'] else {}
+  fields |= {'sides': sides} if sides else {}
+  if sides and flat['model.resize'] != 'keys':
+    fields['resize'] = flat['model.resize']
   return json.dumps(fields, sort_keys=True)
 
 
@@ -62,8 +76,8 @@ def local_path(name: str) -> tuple[str, str]:
   """Kind and path of a data set of local files; '' for another set."""
   kind, _, path = name.partition(':')
   full = os.path.expanduser(path)
-  local = f'{kind}:' in OWN[:3] or os.path.isabs(full) or os.path.isdir(full)
-  return (kind, path) if name.startswith(OWN) and path and local else ('', '')
+  local = f'{kind}:' in KINDS[:3] or os.path.isabs(full) or os.path.isdir(full)
+  return (kind, path) if name.startswith(KINDS) and path and local else ('', '')
 
 
 class RunData:
@@ -94,12 +108,8 @@ class RunData:
     kind, path = local_path(self.name)
     name = f'{kind}:{data_dir}' if kind and data_dir else self.name
     try:
-      return open_dataset(
-        name,
-        split=self.split,
-        data_dir=data_dir or self.data_dir,
-        split_file=split_file,
-      )
+      options = {'split': self.split, 'data_dir': data_dir or self.data_dir}
+      return open_dataset(name, split_file=split_file, **options)
     except ValueError as error:
       path = os.path.expanduser(local_path(name)[1])
       if not split_file or not kind or os.path.exists(path):
@@ -143,7 +153,8 @@ def build_model(flat: Mapping[str, Any]) -> VQVAE:
   """The model of a flat config; ValueError for a missing or a wrong field."""
   check_fields(flat, MODEL_FIELDS)
   quantizer = quantizer_class(flat['model.quantizer'])
-  check_fields(flat, layer_fields(Encoder, Decoder, quantizer))
+  coders = network_classes(flat['model.network'])
+  check_fields(flat, layer_fields(*coders, quantizer))
   flat = {n: tuple(x) if isinstance(x, list) else x for n, x in flat.items()}
 
   def make(cls, **values):
@@ -152,7 +163,7 @@ def build_model(flat: Mapping[str, Any]) -> VQVAE:
     return cls(**values)
 
   dtype = jnp.dtype(flat['model.dtype']).type
-  encoder, decoder = (make(cls, dtype=dtype) for cls in (Encoder, Decoder))
+  encoder, decoder = (make(cls, dtype=dtype) for cls in coders)
   flat['model.code_dim'] = None  # the quantizer's: the encoder's channels
   takes = fields_of(quantizer)
   if 'sides' in takes and not flat['model.sides']:
@@ -160,9 +171,10 @@ def build_model(flat: Mapping[str, Any]) -> VQVAE:
 
     grid = flat['data.image_size'] // encoder.factor
     flat['model.sides'] = default_sides(grid)
-  freeze = {'freeze': 'codes' in flat['freeze']} if 'freeze' in takes else {}
+  frozen = flat['freeze'].split(',')
+  freeze = {'freeze': 'codes' in frozen} if 'freeze' in takes else {}
   vq = make(quantizer, **freeze)
-  return VQVAE(encoder, vq, decoder, 'encoder' in flat['freeze'])
+  return VQVAE(encoder, vq, decoder, 'encoder' in frozen)
 
 
 def build_data(flat: Mapping[str, Any], workdir=None):
@@ -256,7 +268,7 @@ def build_start(flat: Mapping[str, Any], init, template):
 
   late, freeze = flat['model.quantize_after'], flat['freeze']
   if init is None:
-    if 'encoder' in freeze:
+    if 'encoder' in freeze.split(','):
       raise ValueError(
         'config.freeze: expected a trained encoder, from --init or a '
         f'checkpoint, with {freeze!r}, got a new run'
@@ -265,10 +277,10 @@ def build_start(flat: Mapping[str, Any], init, template):
   if late:
     raise ValueError(
       '--init: expected config.model.quantize_after = 0, for the codes are '
-      f'there from the start, got {late}'
+      f'there from the first step, got {late}'
     )
   model, sides = init(), getattr(build_model(flat).vq, 'sides', None)
-  if 'encoder' in freeze and sides != model.sides:
+  if freeze == 'encoder,codes' and sides != model.sides:
     raise ValueError(
       f'config.model.sides: expected {model.sides}, the scales whose tokens a '
       f'frozen encoder keeps, got {sides}'
@@ -280,4 +292,6 @@ def build_start(flat: Mapping[str, Any], init, template):
     * (config['data.image_size'] // config['model.factor']) ** 2
     for config in (flat, model.config)
   )
-  return initial.collections(model, template, flat, scale=ours / theirs)
+  flat = flat | {'model.sides': sides}
+  options = {'scale': ours / theirs, 'swap': freeze == 'encoder'}
+  return initial.collections(model, template, flat, **options)

@@ -16,8 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.models.decoder import Decoder
-from rvq_jax.models.encoder import Encoder
 from rvq_jax.models.lpips import MIN_SIDE
 from rvq_jax.quantize.fields import MAX_INT32, Field, fields_of
 from rvq_jax.quantize.registry import QUANTIZERS, quantizer_class
@@ -57,7 +55,8 @@ FIELDS = build.MODEL_FIELDS | {
   'optimizer.params_ema': Field(float, 0, 0.9999999),
 }
 _CLASSES = {name: quantizer_class(name) for name in QUANTIZERS}
-FIELDS |= build.layer_fields(Encoder, Decoder, *_CLASSES.values())
+_CODERS = (build.network_classes(name) for name in ('paper', 'vqgan'))
+FIELDS |= build.layer_fields(*sum(_CODERS, ()), *_CLASSES.values())
 """Name -> range of every field of a config."""
 _BEFORE = {n: f.before for n, f in FIELDS.items() if f.before is not MISSING}
 RESUMABLE = {

@@ -96,15 +96,14 @@ def part_of(path) -> str:
 def idle_parts(freeze: str, *, quantize: bool = True) -> tuple[str, ...]:
   """The parts of a `VQVAE` that a step leaves as they are.
 
-  freeze is '': none; 'codes'; or 'encoder,codes': the encoder and the whole
-  quantizer, so that an image keeps its ids. A step that does not quantize has
-  no gradient for the quantizer.
+  freeze is '': none; 'codes'; 'encoder'; or 'encoder,codes': the encoder and
+  the whole quantizer, so that an image keeps its ids. A step that does not
+  quantize has no gradient for the quantizer.
   """
-  if 'encoder' in freeze:
-    return PARTS[:3]
-  if not quantize:
-    return PARTS[1:3]
-  return ('codes',) if freeze else ()
+  idle = set(freeze.split(','))
+  if idle >= {'encoder', 'codes'} or not quantize:
+    idle |= {'codes', 'quantizer'}
+  return tuple(part for part in PARTS if part in idle)
 
 
 def create_state(
@@ -114,15 +113,17 @@ def create_state(
 
   There every leaf gets its own buffer, which donation needs, and the forward
   pass, whose result nothing uses, is not computed. step is a `TrainStep`, and
-  variables are the model's collections, by default random ones. Codes of
-  `init_from='normal'` start with the count that they expect in a microbatch.
+  variables are the model's collections; what they lack, the quantizer or all,
+  is random. Codes of `init_from='normal'` start with the count that they expect
+  in a microbatch.
   """
-  if variables is None:
-    count = batch_size // step.accumulate_steps
-    images = jnp.zeros((count, image_size, image_size, 3))
-    variables = step.model.init(key, images, train=True)
-  else:
-    variables = jax.tree.map(jnp.copy, variables)  # to donate
+  count = batch_size // step.accumulate_steps
+  images = jnp.zeros((count, image_size, image_size, 3))
+  given = jax.tree.map(jnp.copy, variables or {})  # to donate
+  variables = {
+    name: tree | given.get(name, {})
+    for name, tree in step.model.init(key, images, train=True).items()
+  }
   params, batch_stats = variables['params'], variables.get('batch_stats', {})
   averages = {'params': params, 'batch_stats': batch_stats}
   key = jax.random.fold_in(key, 1)

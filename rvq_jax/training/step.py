@@ -146,7 +146,7 @@ class TrainStep:
     return idle_parts(self.freeze, quantize=self.quantize)
 
   def _codebook(self, old, updates):
-    if 'encoder' in self.freeze:  # a schedule inside the layer stands, too
+    if 'quantizer' in self._idle:  # a schedule inside the layer stands, too
       return _with_counters(old, updates.get('codebook', old))
     return updates.get('codebook', old)
 

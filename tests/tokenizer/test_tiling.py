@@ -12,6 +12,9 @@ from rvq_jax import sharding
 from rvq_jax.metrics import to_uint8
 from rvq_jax.tokenizer import tiling
 
+VQGAN = {'network': 'vqgan', 'ch': 4, 'ch_mult': (1, 1), 'factor': 2}
+VQGAN |= {'num_res_blocks': 0, 'z_channels': 4, 'attn_levels': (1, 2)}
+
 
 def reconstruct(tokenizer, image):
   ids = tiling.encode_images(tokenizer, image[None])
@@ -83,6 +86,8 @@ def make_active(make_tokenizer):
       lambda path, x: (
         rng.uniform(0.5, 1.5, x.shape).astype(x.dtype)
         if path[-1].key in ('scale', 'var')
+        else x + 0.1 * rng.standard_normal(x.shape).astype(x.dtype)
+        if path[-1].key == 'kernel' and not np.any(x)
         else x
       ),
       tokenizer.variables,
@@ -97,6 +102,7 @@ def make_active(make_tokenizer):
   [
     {},
     {'norm': 'group', 'num_res_blocks': 1, 'remat': True},
+    pytest.param(VQGAN, marks=pytest.mark.slow),
     pytest.param(
       {'norm': 'group', 'factor': 2, 'quantizer': 'residual'},
       marks=pytest.mark.slow,
@@ -108,16 +114,32 @@ def test_windows_give_the_ids_and_the_picture_of_one_piece(
   make_active, photograph, monkeypatch, fields
 ):
   tokenizer, f = make_active(**fields), fields.get('factor', 4)
-  images = np.stack([photograph(38 * f, 35 * f, seed) for seed in (0, 1)])
+  rows = 38 if tokenizer.model.encoder.reach < 9 else 60  # two windows
+  images = np.stack([photograph(rows * f, 35 * f, seed) for seed in (0, 1)])
   images[:, : 16 * f] //= 4  # parts of an image have other statistics
   monkeypatch.setattr(tiling, 'WINDOW', 8)
   monkeypatch.setattr(tiling, 'HALO', 0)
+  monkeypatch.setattr(tiling, 'PIECE', 0)
   two = sharding.by_rows(sharding.data_mesh(jax.devices()[:2]))
   ids = tiling.encode_images(tokenizer, images, placement=two)
   np.testing.assert_array_equal(ids, tokenizer.encode(images))
   whole = np.asarray(to_uint8(tokenizer.decode(ids)), int)
   made = tiling.decode_ids(tokenizer, ids, *images.shape[1:3])
   assert np.abs(made - whole).max() <= 1 < np.ptp(whole)
+
+
+def test_group_norm_sees_an_image_of_a_million_pixels_whole(
+  make_active, photograph, monkeypatch
+):
+  monkeypatch.setattr(tiling, '_by_windows', None)
+  tokenizer, image = make_active(norm='group'), photograph(8, 4 * 66)[None]
+  ids = tiling.encode_images(tokenizer, image)
+  np.testing.assert_array_equal(ids, tokenizer.encode(image))
+  tiling.decode_ids(tokenizer, ids, 8, 4 * 66)
+  assert tiling.PIECE == 2**20
+  monkeypatch.setattr(tiling, 'PIECE', 8 * 4 * 66 - 1)
+  with pytest.raises(TypeError, match='NoneType'):
+    tiling.encode_images(tokenizer, image)
 
 
 def test_more_positions_than_keys_show_no_seams(
@@ -127,6 +149,7 @@ def test_more_positions_than_keys_show_no_seams(
   ids = tokenizer.encode(photograph(37 * 4, 41 * 4)[None])
   whole = np.asarray(to_uint8(tokenizer.decode(ids)), int)
   monkeypatch.setattr(tiling, 'KEYS', 500)
+  monkeypatch.setattr(tiling, 'PIECE', 0)
   for window in (8, 20):
     monkeypatch.setattr(tiling, 'WINDOW', window)
     made.append(tiling.decode_ids(tokenizer, ids, 148, 164).astype(int))

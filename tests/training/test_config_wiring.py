@@ -195,6 +195,7 @@ CHANGES = [
   ('model.estimator', 'ste'),
   ('model.quantize_after', 1),
   ('freeze', 'codes'),
+  ('freeze', 'encoder'),
   ('freeze', 'encoder,codes'),
 ]
 

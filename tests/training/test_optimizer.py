@@ -97,6 +97,7 @@ CODES |= {'vq/phi_0/kernel'}
   [
     ('', set()),
     ('codes', CODES),
+    ('encoder', {'encoder/conv0/kernel'}),
     ('encoder,codes', CODES | {'vq/logits/bias', 'encoder/conv0/kernel'}),
   ],
 )

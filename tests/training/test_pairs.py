@@ -47,6 +47,11 @@ VALUES = {
   'model.factor': (8, 4),
   'model.num_res_blocks': (0, 1),
   'model.num_heads': (2, 4),
+  'model.network': ('paper', 'vqgan', 'vqgan'),
+  'model.ch': (4,),
+  'model.ch_mult': ((1, 2, 2), (1, 1, 2, 2)),
+  'model.attn_levels': (None, (1,), (2, 3)),
+  'model.z_channels': (4,),
   'model.code_dim': (4, 6),
   'model.codebook_size': (16, 8, 21),
   'model.commitment_weight': (0.25, 0.0),
@@ -210,6 +215,7 @@ def test_what_is_frozen_stays_in_every_copy(seed, story):
   told = story(seed)
   freeze, late = (told.config[n] for n in ('freeze', 'model.quantize_after'))
   frozen = {'': (), 'codes': ("['embedding", "['offset", "['map", "['phi_")}
+  frozen['encoder'] = ("['encoder']",)
   frozen = frozen.get(freeze, ("['encoder']", "['vq']"))
   for name in ('params', 'batch_stats', 'codebook'):
     before = told.start
@@ -266,6 +272,7 @@ def test_windows_give_the_ids_of_one_piece(seed, story, images, monkeypatch):
     return
   monkeypatch.setattr(tiling, 'WINDOW', 12)
   monkeypatch.setattr(tiling, 'HALO', 4)
+  monkeypatch.setattr(tiling, 'PIECE', 0)
   x = images(tokenizer, 16, 20)
   ids = tiling.encode_images(tokenizer, x)
   share = np.mean(ids == np.asarray(tokenizer.encode(x)))
@@ -282,6 +289,8 @@ def test_the_pytorch_file_gives_our_ids_and_pictures(
   from rvq_jax.tokenizer.tokenizer_torch import Tokenizer
 
   ours = story(seed).tokenizer
+  if ours.config['model.network'] == 'vqgan':
+    return  # for these see test_parity_torch.py
   write_export(tmp_path, ours)
   theirs, side = Tokenizer.from_pretrained(tmp_path), ours.image_size
   x = images(ours, side // ours.factor, side // ours.factor)

@@ -153,9 +153,9 @@ def before_step(number, call):
     yield
 
 
-def run_until(config, workdir, number):
+def run_until(config, workdir, number, **options):
   """Trains up to a step, where a signal ends the run."""
   stop = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
   with before_step(number, stop), pytest.raises(SystemExit) as caught:
-    loop.train(config, workdir)
+    loop.train(config, workdir, **options)
   assert caught.value.code == 143
