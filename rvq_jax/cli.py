@@ -9,6 +9,7 @@ from rvq_jax.commands import (
   evaluate,
   explore,
   export,
+  import_,
   reproduce,
   train,
 )
@@ -16,8 +17,10 @@ from rvq_jax.commands.config_file import MODULES
 from rvq_jax.commands.program import doc, fail, show
 
 COMMANDS = {
-  module.__name__.rpartition('.')[2]: module
-  for module in (train, evaluate, encode, decode, export, explore, reproduce)
+  module.__name__.rpartition('.')[2].strip('_'): module
+  for module in (
+    *(train, evaluate, encode, decode, import_, export, explore, reproduce),
+  )
 }
 
 

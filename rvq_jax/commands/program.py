@@ -91,7 +91,7 @@ def _main(function, options, paths, arguments=None, program=''):
     _run(function, *_read(values, arguments, paths, typed))
   else:
     module = sys.modules[function.__module__]
-    usual = f'rvq {module.__name__.rpartition(".")[2]} '
+    usual = f'rvq {module.__name__.rpartition(".")[2].strip("_")} '
     text = doc(module).replace(usual, f'{program} ')
     show(f'{text}\n{values.get_help(include_special_flags=False)}')
 

@@ -18,6 +18,7 @@ from rvq_jax.models.encoder import stage_plan
 from rvq_jax.models.layers import num_groups
 from rvq_jax.quantize.fsq import fsq_levels
 from rvq_jax.quantize.scales import phi_indices
+from rvq_jax.tokenizer.foreign import write_layout
 from rvq_jax.tokenizer.load import CONFIG, FORMAT, WEIGHTS, load
 from rvq_jax.tokenizer.stablehlo import write_stablehlo
 from rvq_jax.tokenizer.tokenizer import Tokenizer
@@ -43,6 +44,8 @@ def export_run(
   name: str | None = None,
   license: str = 'unknown',
   stablehlo: bool = False,
+  layout: str | None = None,
+  tokenizer: Tokenizer | None = None,
 ) -> Path:
   """Writes a run as the folder `output` for others, once it is whole.
 
@@ -57,6 +60,9 @@ def export_run(
     name: of the model on its card; None for the name of the workdir.
     license: of the weights, as the Hugging Face Hub writes it: 'apache-2.0'.
     stablehlo: also write the files of `write_stablehlo`.
+    layout: 'original' or 'diffusers': write only the weights, by the names that
+      other programs know; see `foreign.write_layout`.
+    tokenizer: the opened workdir.
 
   Raises:
     ValueError: the folder holds files or cannot be written; no such license.
@@ -69,7 +75,7 @@ def export_run(
       f'cc-by-4.0 or unknown, got {license!r}'
     )
   check_folder(output, rest=f'{_PARTIAL}????????')
-  tokenizer = load(workdir, step)
+  tokenizer = tokenizer or load(workdir, step)
   try:
     with (
       claim(output, 'export again', rest=f'{_PARTIAL}????????'),
@@ -77,13 +83,16 @@ def export_run(
       tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=output) as partial,
     ):
       folder = Path(partial)
-      write_export(folder, tokenizer)
-      if stablehlo:
-        write_stablehlo(folder, tokenizer)
-      results = _results(workdir, folder, tokenizer.step)
-      title = printable(name or workdir.resolve().name)
-      card = _card(tokenizer, title, license, results)
-      (folder / 'README.md').write_text(card, 'utf-8')
+      if layout:
+        write_layout(folder, tokenizer, layout)
+      else:
+        write_export(folder, tokenizer)
+        if stablehlo:
+          write_stablehlo(folder, tokenizer)
+        results = _results(workdir, folder, tokenizer.step)
+        title = printable(name or workdir.resolve().name)
+        card = _card(tokenizer, title, license, results)
+        (folder / 'README.md').write_text(card, 'utf-8')
       # Without its weights, which come last, a folder is no export.
       for path in sorted(folder.iterdir(), key=lambda x: x.name == WEIGHTS):
         path.rename(output / path.name)
@@ -104,14 +113,20 @@ def write_export(folder, tokenizer: Tokenizer) -> None:
   about = FORMAT | {
     'model_hash': tokenizer.model_hash,
     'step': tokenizer.step,
-    'torch': _torch(tokenizer),
+    'torch': _torch(tokenizer) if _has_torch(tokenizer) else None,
     'config': shared_config(tokenizer.config),
   }
   # save_file would make a file that other users cannot read.
   weights = safetensors.numpy.save(arrays, metadata={'format': 'flax'})
   (Path(folder) / WEIGHTS).write_bytes(weights)
   (Path(folder) / CONFIG).write_text(json.dumps(about, indent=2) + '\n')
-  shutil.copyfile(Path(__file__).with_name(_TORCH), Path(folder) / _TORCH)
+  if _has_torch(tokenizer):
+    shutil.copyfile(Path(__file__).with_name(_TORCH), Path(folder) / _TORCH)
+
+
+def _has_torch(tokenizer) -> bool:
+  """Whether tokenizer_torch.py opens it; for others see `write_layout`."""
+  return hasattr(tokenizer.model.encoder, 'widths')
 
 
 def _torch(tokenizer) -> dict[str, Any]:
@@ -142,14 +157,24 @@ def _card(tokenizer, name, license, results) -> str:
   """card.md filled in; the Hub reads its first lines."""
   data, size = RunData(tokenizer.config), tokenizer.image_size
   kind, _ = local_path(data.name)
+  images = 'a folder of images' if kind else data.name
+  origin = (
+    f'with Rotated Vector Quantization, trained with\nrvq_jax for '
+    f'{tokenizer.step:,} steps of batch {data.batch_size} on {images} '
+    f'({data.split} split)'
+  )
+  if images.startswith('import:'):
+    origin = f'whose weights come from {images.removeprefix("import:")}'
   sides = f'multiples of {tokenizer.factor} (with `rvq encode` any)'
   text = Path(__file__).with_name('card.md').read_text('utf-8')
+  if not _has_torch(tokenizer):
+    head, _, rest = text.partition('In PyTorch')
+    text = head + rest[rest.index('Every field') :]
   return text.format(
     t=tokenizer,
     name=name,
     license=license,
-    data=data,
-    images='a folder of images' if kind else data.name,
+    origin=origin,
     grid=' x '.join(map(str, tokenizer.ids_shape(size, size))),
     estimator=getattr(tokenizer.model.vq, 'estimator', 'none'),
     parameters=sum(x.size for x in jax.tree.leaves(tokenizer.variables)),

@@ -24,6 +24,7 @@ from rvq_jax.training.config import completed
 HUB = 'hf:'
 FORMAT = {'format': 'rvq_jax', 'format_version': 1}
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
+_DIFFUSERS = 'diffusion_pytorch_model.*'
 _FIELDS = {'config': dict, 'model_hash': str, 'step': int}
 
 
@@ -38,8 +39,9 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
   (1, 64, 64, 3)
 
   Args:
-    workdir: directory of a run, a folder of `rvq export`, or such a folder
-      on the Hugging Face Hub as 'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION'.
+    workdir: directory of a run; folder of `rvq export`, or of a `VQModel` of
+      diffusers; or 'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION': such a folder
+      on the Hugging Face Hub, or a tokenizer in `foreign.KNOWN`.
     step: a saved step of a run, 'best' (lowest validation mse), or None for the
       newest. An export holds one step.
 
@@ -50,11 +52,57 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
     OSError: the Hub does not answer, or has no such model.
   """
   if str(workdir).startswith(HUB):
-    workdir = _download(str(workdir).removeprefix(HUB))
+    from rvq_jax.tokenizer.foreign import KNOWN  # no export needs it
+
+    name = str(workdir).removeprefix(HUB)
+    if name.partition('@')[0] in KNOWN:
+      return import_model(workdir)
+    workdir = _download(name, [CONFIG, WEIGHTS, _DIFFUSERS])
   check_local(workdir, 'workdir')
+  if any(Path(workdir).glob(_DIFFUSERS)):
+    return import_model(workdir)
   if is_export(workdir):
     return _load_export(Path(workdir), step)
   return _load_run(workdir, step)
+
+
+def import_model(source, **options) -> Tokenizer:
+  """Opens a tokenizer of other people: taming, LlamaGen, VAR, diffusers ...
+
+  Nothing in its files is executed. docs/zoo.md lists what is known.
+
+  Args:
+    source: a file of weights (.safetensors, .ckpt, .pt, .pth, .bin), a folder
+      with one, as of diffusers' `VQModel`, or 'hf:OWNER/NAME'.
+    options: rule ('euclidean', 'cosine' or 'inner_product'), sides, image_size
+      and unit_range, where the source is not known; see `foreign.open_network`.
+
+  Raises:
+    ValueError: the file holds no such network, is damaged, or its rule is not
+      known.
+    ImportError: 'hf:' needs the package huggingface_hub, the extra `hub`.
+    OSError: there is no such file; the Hub does not answer.
+  """
+  from rvq_jax.tokenizer import foreign
+
+  path, name = source, Path(source).name
+  if str(source).startswith(HUB):
+    name, _, _ = str(source).removeprefix(HUB).partition('@')
+    files = foreign.patterns(name)
+    path = _download(str(source).removeprefix(HUB), [CONFIG, *files])
+  check_local(path, 'source')
+  network = foreign.open_network(Path(path), name, **options)
+  model, shapes = _model(network.config, source)
+  run = RunData(network.config)
+  positions = run.batch_size * (run.image_size // model.factor) ** 2
+  try:
+    variables = foreign.fill(
+      network, shapes, positions / model.vq.codebook_size
+    )
+  except ValueError as error:
+    raise ValueError(f'{source}: {error}') from error
+  variables = jax.device_put(variables, jax.local_devices()[0])
+  return Tokenizer(model, variables, config=network.config, step=0)
 
 
 def is_export(folder) -> bool:
@@ -159,17 +207,19 @@ def _read_weights(path: Path, shapes: dict[str, Any]) -> dict[str, Any]:
   return {name: tree.get(name, {}) for name in shapes}
 
 
-def _download(name: str) -> Path:
-  """Fetches OWNER/NAME or OWNER/NAME@REVISION; returns its cached folder."""
+def _download(name: str, patterns: list[str]) -> Path:
+  """Fetches files of OWNER/NAME[@REVISION]; returns their cached folder."""
+  from rvq_jax.tokenizer.foreign import hint
+
   repo, _, revision = name.partition('@')
   try:
     import huggingface_hub
 
     folder = huggingface_hub.snapshot_download(
-      repo, revision=revision or None, allow_patterns=[WEIGHTS, CONFIG]
+      repo, revision=revision or None, allow_patterns=patterns
     )
-    if not is_export(folder):
-      raise FileNotFoundError(f'it holds no {WEIGHTS}')
+    if not any(file for x in patterns[1:] for file in Path(folder).glob(x)):
+      raise FileNotFoundError(f'it holds no {" or ".join(patterns[1:])}')
   except ImportError as error:
     raise ImportError(
       f'hf:{name} needs the extra hub: pip install huggingface_hub'
@@ -177,7 +227,6 @@ def _download(name: str) -> Path:
   except Exception as error:  # also from its HTTP library
     reason = str(error).strip().partition('\n')[0] or type(error).__name__
     raise OSError(
-      f'cannot fetch hf:{name}: {reason}; expected hf:OWNER/NAME of a folder '
-      'that rvq export wrote'
+      f'cannot fetch hf:{name}: {reason}; without a network, {hint(repo)}'
     ) from error
   return Path(folder)

@@ -63,7 +63,7 @@ def test_the_blocks_run_in_their_order(checkout):
   assert bits['bits_per_token'] < 11
   with Image.open('runs/generator/samples.png') as image:
     assert image.size == (8 * 64, 8 * 64)
-  for run in ('mine', 'mine_f8', 'tuned'):
+  for run in ('mine', 'mine_f8', 'tuned', 'swapped'):
     assert (checkout / 'runs' / run / 'evaluation/test/metrics.json').exists()
   for name in re.findall(r'`(\w+\.png)`', TEXT):
     assert (checkout / 'runs/mine/evaluation/test' / name).exists()

@@ -107,7 +107,7 @@ VALUES = [
   (f'{PHOTOS} --multihost --process_id=0', 'of them, got None, None, 0'),
   (f'{SETS}.model.codebook_size=-5', 'codebook_size: expected at least 1, got'),
   (f'{SETS}.data.name=folder:/no/where', '/no/where'),
-  (f'{SETS}.freeze=x', "config.freeze: expected one of '', codes, 'encoder,"),
+  (f'{SETS}.freeze=x', "config.freeze: expected one of '', codes, encoder, 'e"),
   ('evaluate --workdir=/no/where', 'a run with checkpoints in /no/where'),
   ('evaluate --workdir=~/x', '--workdir={tmp}/x'),
   ('export --workdir=/no --output={tmp}/x', 'a run with checkpoints'),
@@ -272,7 +272,7 @@ def test_a_message_names_commands_as_they_were_started(
 
 def test_an_unknown_command_is_named(rvq, tmp_path):
   done = rvq('tain', cwd=tmp_path)
-  names = 'train, evaluate, encode, decode, export, explore, reproduce'
+  names = 'train, evaluate, encode, decode, import, export, explore, reproduce'
   message = f"error: expected rvq {names} or --help, got 'tain'\n"
   assert (done.returncode, done.stderr) == (2, message)
 

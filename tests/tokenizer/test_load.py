@@ -180,7 +180,7 @@ def hub(monkeypatch):
 def test_the_hub_is_asked_for_weights_and_config_alone(exported, hub):
   hub.return_value = str(exported)
   assert load('hf:me/tiny@v1').step == load('hf:me/tiny').step == 6
-  files = ['model.safetensors', 'config.json']
+  files = ['config.json', 'model.safetensors', 'diffusion_pytorch_model.*']
   assert hub.mock_calls == [
     mock.call('me/tiny', revision=revision, allow_patterns=files)
     for revision in ('v1', None)
