@@ -61,18 +61,21 @@ def test_resampling_is_one_convolution_of_repeated_or_every_other_values(up):
   [
     ({'attn_levels': (5,)}, 8, 16384, 71_883_403),  # LlamaGen's VQ-16
     ({'ch_mult': (1, 2, 2, 4), 'attn_levels': (4,)}, 8, 16384, 70_109_835),
-    (
+    pytest.param(
       {'ch': 160, 'attn_levels': (5,), 'z_channels': 32, 'quant_kernel': 3},
       *(32, 4096, 108_948_355),  # VAR's, with phi
+      marks=pytest.mark.slow,
     ),
-    (
+    pytest.param(
       {'ch_mult': (1, 2, 2, 4, 6), 'mid_attention': False, 'z_channels': 64},
       *(64, 8192, 146_244_675),  # of aMUSEd
+      marks=pytest.mark.slow,
     ),
-    (
+    pytest.param(
       {'ch_mult': (1, 2, 2, 4), 'attn_levels': (4,), 'z_channels': 4}
       | {'movq': True},
       *(4, 16384, 67_832_495),  # of Kandinsky
+      marks=pytest.mark.slow,
     ),
   ],
 )
@@ -89,6 +92,7 @@ def test_known_models_have_their_number_of_parameters(fields, dim, size, count):
   assert sum(math.prod(w.shape) for w in jax.tree.leaves(params)) == count
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_values_nor_gradients():
   x, results = images(1, 4, 4, 3), []
   for remat in (False, True):

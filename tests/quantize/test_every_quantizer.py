@@ -59,6 +59,7 @@ LAYERS = {
 KINDS = [*('vq', 'residual', 'product', 'multiscale', 'gumbel', 'fsq', 'simvq')]
 NO_SEARCH = ('gumbel', 'fsq')
 SLOW = [f'{name} learned' for name in ('residual', 'product', 'multiscale')]
+SLOW += ['gumbel projected', 'simvq projected']
 NAMES = [n for n in LAYERS if n not in SLOW]
 NAMES += [pytest.param(n, marks=pytest.mark.slow) for n in SLOW]
 EVERY = pytest.mark.parametrize('name', NAMES)
@@ -153,7 +154,12 @@ def test_evaluation_and_init_write_nothing(name):
 
 
 @pytest.mark.parametrize(
-  'name', [name for name in LAYERS if name.split()[0] in KINDS[:4]]
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+    for name in LAYERS
+    if name.split()[0] in KINDS[:4]
+  ],
 )
 def test_training_moves_every_codebook(name):
   before = trained(name)['codebook']
@@ -212,8 +218,14 @@ def share(layer, key, variables, z, mask):
   return variables, out.ids, loss, out.counts
 
 
-ROUTES = [(name, 'shard_map') for name in KINDS if name != 'multiscale']
-SLOW_ROUTES = [('vq', 'jit'), ('residual', 'jit'), ('multiscale', 'shard_map')]
+ONCE = 'product', 'multiscale'  # by slow tests alone
+ROUTES = [(name, 'shard_map') for name in KINDS if name not in ONCE]
+SLOW_ROUTES = [
+  ('product', 'shard_map'),
+  ('vq', 'jit'),
+  ('residual', 'jit'),
+  ('multiscale', 'shard_map'),
+]
 SLOW_ROUTES += [('multiscale', 'jit')]
 SLOW_ROUTES += [('vq learned', 'shard_map'), ('product learned', 'shard_map')]
 
