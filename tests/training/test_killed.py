@@ -10,9 +10,9 @@ STEPS, EVERY = 400, 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('route', ['memory', 'grain'])
-def test_twenty_kills_leave_the_bits_of_an_uninterrupted_run(
-  route, start_run, tiny_config, tmp_path, final_bits, log_of
+@pytest.mark.parametrize(('route', 'kills'), [('memory', 8), ('grain', 20)])
+def test_kills_leave_the_bits_of_an_uninterrupted_run(
+  route, kills, start_run, tiny_config, tmp_path, final_bits, log_of
 ):
   tiny_config.num_steps, tiny_config.checkpoint_every = STEPS, EVERY
   tiny_config.eval_every = 100
@@ -22,7 +22,7 @@ def test_twenty_kills_leave_the_bits_of_an_uninterrupted_run(
   start_run(whole).end()
   rng = np.random.default_rng(20)
   reached, resumed = [], []
-  for _ in range(20):
+  for _ in range(kills):
     run = start_run(killed)
     resumed.append(int(run.wait_for(r'; step (\d+) of')[1]))
     # A step takes 3 ms and a save 100: the one before is still under way.
@@ -33,7 +33,7 @@ def test_twenty_kills_leave_the_bits_of_an_uninterrupted_run(
     run.kill()
     run.end()
     assert run.returncode == -signal.SIGKILL
-  assert len(set(reached)) > 10 and max(resumed) > STEPS / 4
+  assert len(set(reached)) > kills / 2 and max(resumed) > STEPS / 8
   # At most the steps since the complete checkpoint before the one under way.
   lost = np.subtract(reached[:-1], resumed[1:])
   assert lost.max() <= 2 * EVERY, lost
@@ -48,15 +48,14 @@ def test_twenty_kills_leave_the_bits_of_an_uninterrupted_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['wds', 'parquet'])
-def test_kills_of_a_run_on_shards_leave_the_bits_of_one_on_the_folder(
-  kind, image_shards, start_run, tiny_config, tmp_path, final_bits
+def test_kills_of_a_run_on_tars_leave_the_bits_of_one_on_the_folder(
+  image_shards, start_run, tiny_config, tmp_path, final_bits
 ):
   tiny_config.num_steps, tiny_config.checkpoint_every = 60, EVERY
   tiny_config.data.crop, tiny_config.data.num_workers = 'random', 2
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   start_run(whole).end()
-  tiny_config.data.name = image_shards(kind)
+  tiny_config.data.name = image_shards('wds')
   for step in (13, 34, 51):
     run = start_run(killed)
     run.wait_for(f'step {step}/')
