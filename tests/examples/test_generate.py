@@ -233,6 +233,7 @@ def test_scales_are_drawn_as_often_as_likelihoods_say(example, make_tokenizer):
   assert np.abs(share - p).max() < 4 * math.sqrt(p.max() / 20_000)
 
 
+@pytest.mark.slow
 def test_a_later_scale_changes_no_earlier_logits(example, make_tokenizer):
   sides, offsets = (1, 2, 4), (0, 1, 5, 21)
   tokenizer = make_tokenizer(quantizer='multiscale', sides=sides)

@@ -59,7 +59,7 @@ LAYERS = {
 KINDS = [*('vq', 'residual', 'product', 'multiscale', 'gumbel', 'fsq', 'simvq')]
 NO_SEARCH = ('gumbel', 'fsq')
 SLOW = [f'{name} learned' for name in ('residual', 'product', 'multiscale')]
-SLOW += ['gumbel projected', 'simvq projected']
+SLOW += ['vq learned', 'gumbel projected', 'simvq projected']
 NAMES = [n for n in LAYERS if n not in SLOW]
 NAMES += [pytest.param(n, marks=pytest.mark.slow) for n in SLOW]
 EVERY = pytest.mark.parametrize('name', NAMES)

@@ -143,6 +143,7 @@ def test_what_a_layout_cannot_express_is_named(
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_import_asks_and_warns(give, call, tmp_path, capsys):
   _, folder = give('original', **VAR)
   file, output = folder / 'model.safetensors', tmp_path / 'export'

@@ -31,6 +31,7 @@ def adversarial(tiny_config):
   return tiny_config
 
 
+@pytest.mark.slow
 def test_the_weights_of_lpips_are_an_argument_and_not_in_the_state(perceptual):
   run, leaves = Run(perceptual), {}
   images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)

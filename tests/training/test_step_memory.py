@@ -30,6 +30,7 @@ def run_benchmark(name):
   return subprocess.check_output(command, text=True)
 
 
+@pytest.mark.slow
 def test_no_array_of_the_step_is_as_large_as_vectors_times_codes(load_config):
   config = load_config('imagenet')
   config.model.num_res_blocks = 1  # blocks are alike
