@@ -221,6 +221,7 @@ def test_bad_arguments_are_refused(make, options, message):
     make(10, **options)
 
 
+@pytest.mark.slow
 def test_a_worker_ends_with_its_loader_but_by_no_stop_signal(make_source):
   loader = make_train_loader(
     make_source(12), in_memory=False, num_workers=1, **OPTIONS

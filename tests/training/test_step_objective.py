@@ -56,6 +56,7 @@ def test_a_run_that_is_made_longer_keeps_its_ramp():
   assert longer.resumed(None) == longer  # without a discriminator
 
 
+@pytest.mark.slow
 def test_the_losses_and_lecams_averages_are_those_of_numpy():
   state = state_at(12)  # r = 2/3
   after, metrics = advance(state)
