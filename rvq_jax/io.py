@@ -57,6 +57,12 @@ def check_local(path, name: str = 'output') -> Path:
   return Path(path)
 
 
+def cache_folder(name: str) -> Path:
+  """A folder of the cache; not absolute if the user has no home directory."""
+  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  return Path(home, 'rvq_jax', name)
+
+
 def utf8_path(workdir) -> Path:
   """The whole path of a workdir; ValueError unless TensorStore takes it."""
   path = Path(workdir).resolve()

@@ -18,7 +18,7 @@ from rvq_jax.data.folders import printable
 from rvq_jax.data.shards import ShardSource, stamp
 from rvq_jax.data.sources import Record, Source
 from rvq_jax.data.transforms import extensions
-from rvq_jax.io import write_atomic
+from rvq_jax.io import cache_folder, write_atomic
 
 _MARK = b'rvq_jax tars 1'  # in an index; its value tells which tars these were
 _SCHEMA = pa.schema(
@@ -65,8 +65,7 @@ def open_tars(files: dict[str, list[str]]) -> dict[str, Source]:
   stamps, here = [stamp(os.stat(path)) for path in paths], Path(paths[0]).parent
   names = [os.path.relpath(path, here) for path in paths]
   head = json.dumps([names, stamps]).encode()
-  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  place = Path(home, 'rvq_jax', 'tars', _digest(str(here), *names))
+  place = cache_folder('tars') / _digest(str(here), *names)
   places = [place, here / f'.rvq_jax-tars-{_digest(*names)}']
   kept = next((x for x in (_read(y, head) for y in places) if x), None)
   index = kept or _build(paths).replace_schema_metadata({_MARK: head})

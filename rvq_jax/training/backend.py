@@ -17,6 +17,8 @@ import jax
 from jax._src import compilation_cache
 from jax._src.xla_bridge import backends_are_initialized
 
+from rvq_jax.io import cache_folder
+
 DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
 
 
@@ -31,10 +33,9 @@ def prepare_backend(*, share_gpus: bool = False) -> None:
   """
   if share_gpus:
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
-  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  # Without a home directory `~` stays.
-  if not jax.config.jax_compilation_cache_dir and os.path.isabs(home):
-    folder = Path(home, 'rvq_jax', 'compiled', _kind_of_cpu())
+  compiled = cache_folder('compiled')
+  if not jax.config.jax_compilation_cache_dir and compiled.is_absolute():
+    folder = compiled / _kind_of_cpu()
     jax.config.update('jax_compilation_cache_dir', str(folder))
     _replace_damaged(folder)
   option = '--xla_cpu_experimental_ynn_fusion_type='
