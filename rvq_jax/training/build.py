@@ -17,16 +17,22 @@ import jax.numpy as jnp
 from rvq_jax.data.sources import KINDS
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder
+from rvq_jax.models.vqgan import VQGANDecoder, VQGANEncoder
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.quantize.fields import Field, fault, fields_of
 from rvq_jax.quantize.registry import QUANTIZERS, quantizer_class
 
+NETWORKS = {
+  'paper': (Encoder, Decoder),
+  'vqgan': (VQGANEncoder, VQGANDecoder),
+}
+"""Name -> encoder and decoder."""
 MODEL_FIELDS = {
   'freeze': Field(
     str, choices=('', 'codes', 'encoder', 'encoder,codes'), before=''
   ),
   'data.image_size': Field(int, 1, 2**14),
-  'model.network': Field(str, choices=('paper', 'vqgan'), before='paper'),
+  'model.network': Field(str, choices=tuple(NETWORKS), before='paper'),
   'model.quantizer': Field(str, choices=tuple(QUANTIZERS)),
   'model.dtype': Field(str, choices=('float32', 'bfloat16')),
 }
@@ -46,15 +52,6 @@ _HASHED = {
   'vqgan': 'network ch ch_mult factor num_res_blocks attn_levels mid_attention '
   f'z_channels quant_kernel movq unit_range {_CODES}',
 }
-
-
-def network_classes(name: str) -> tuple[type[nn.Module], type[nn.Module]]:
-  """Encoder and decoder of a network, imported on use."""
-  if name == 'paper':
-    return Encoder, Decoder
-  from rvq_jax.models.vqgan import VQGANDecoder, VQGANEncoder
-
-  return VQGANEncoder, VQGANDecoder
 
 
 def architecture(flat: Mapping[str, Any], sides=None) -> str:
@@ -153,7 +150,7 @@ def build_model(flat: Mapping[str, Any]) -> VQVAE:
   """The model of a flat config; ValueError for a missing or a wrong field."""
   check_fields(flat, MODEL_FIELDS)
   quantizer = quantizer_class(flat['model.quantizer'])
-  coders = network_classes(flat['model.network'])
+  coders = NETWORKS[flat['model.network']]
   check_fields(flat, layer_fields(*coders, quantizer))
   flat = {n: tuple(x) if isinstance(x, list) else x for n, x in flat.items()}
 

@@ -55,8 +55,8 @@ FIELDS = build.MODEL_FIELDS | {
   'optimizer.params_ema': Field(float, 0, 0.9999999),
 }
 _CLASSES = {name: quantizer_class(name) for name in QUANTIZERS}
-_CODERS = (build.network_classes(name) for name in ('paper', 'vqgan'))
-FIELDS |= build.layer_fields(*sum(_CODERS, ()), *_CLASSES.values())
+_CODERS = sum(build.NETWORKS.values(), ())
+FIELDS |= build.layer_fields(*_CODERS, *_CLASSES.values())
 """Name -> range of every field of a config."""
 _BEFORE = {n: f.before for n, f in FIELDS.items() if f.before is not MISSING}
 RESUMABLE = {
