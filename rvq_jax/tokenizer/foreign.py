@@ -121,15 +121,15 @@ def open_network(
 
   if rule not in (None, *RULES):
     raise ValueError(f'rule: expected {", ".join(RULES)}, got {rule!r}')
-  tensors = {}
-  for file in _files(path):
+  files, tensors = _files(path), {}
+  for file in files:
     tensors |= read_tensors(file)
   try:
     network, layout = layouts.find_network(tensors)
     fields = layouts.network_fields(network, layout)
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
-  known = _known_of(path, name, layout, rule)
+  known = _known_of(path, name, layout, rule, files[0].with_name('config.json'))
   rule, size = rule or known.rule, image_size or known.image_size
   fields |= {
     'network': 'vqgan',
@@ -161,11 +161,10 @@ def open_network(
   return Network(network, layout, completed(flat, path))
 
 
-def _known_of(path, name, layout, rule) -> Known:
+def _known_of(path, name, layout, rule, about) -> Known:
   """What is known of a file; ValueError if not even the rule is."""
   known = KNOWN.get(name) or KNOWN.get(path.name)
   if layout.startswith('diffusers'):
-    about = _files(path)[0].with_name('config.json')
     about = (read_json(about) if about.is_file() else None) or {}
     if (groups := about.get('norm_num_groups', 32)) != 32:
       raise ValueError(f'{path}: expected 32 groups of GroupNorm, got {groups}')
@@ -228,12 +227,12 @@ def write_layout(folder: Path, tokenizer, layout: str) -> None:
   arrays = flatten_dict(tokenizer.variables, sep='.')
   named = {n.removeprefix('params.'): x for n, x in arrays.items()}
   cosine, sides = getattr(vq, 'cosine', False), tokenizer.sides
-  codes = tokenizer.quantizer not in ('vq', 'multiscale')
   if not hasattr(encoder, 'ch_mult'):
     faults = {'another network': True}
   else:
     faults = {
-      f'codes of {tokenizer.quantizer}': codes,
+      f'codes of {tokenizer.quantizer}': tokenizer.quantizer
+      not in ('vq', 'multiscale'),
       'linear layers around the codes': 'vq.project_in.kernel' in named,
       'channels that 32 groups do not divide': encoder.ch % 32,
       "resize='keys'": sides and vq.resize == 'keys',

@@ -48,10 +48,10 @@ def spans(size: int, side: int, halo: int) -> list[tuple[int, int, int]]:
   return windows
 
 
-def _in_one_piece(tokenizer, rows, columns):
-  if not tokenizer.any_size or max(rows, columns) <= WINDOW:
+def _in_one_piece(tokenizer, grid):
+  if not tokenizer.any_size or max(grid) <= WINDOW:
     return True
-  pixels = rows * columns * tokenizer.factor**2
+  pixels = math.prod(grid) * tokenizer.factor**2
   # Windows take a pass for each norm: tens of times as long.
   return tokenizer.model.encoder.norm == 'group' and pixels <= PIECE
 
@@ -194,7 +194,7 @@ def encode_images(
   f, (height, width) = tokenizer.factor, images.shape[1:3]
   padding = (0, 0), (0, -height % f), (0, -width % f), (0, 0)
   images = np.pad(images, padding, 'edge')
-  if _in_one_piece(tokenizer, *(n // f for n in images.shape[1:3])):
+  if _in_one_piece(tokenizer, [n // f for n in images.shape[1:3]]):
     ids = tokenizer.encode(jax.device_put(images, placement))
     return np.asarray(ids, tokenizer.ids_dtype)
   shape = len(images), *tokenizer.ids_shape(height, width)
@@ -210,8 +210,7 @@ def decode_ids(
   height is at most H factor, width at most W factor: more pixels are cropped.
   """
   f, ids = tokenizer.factor, np.asarray(tokenizer.check_ids(ids), np.int32)
-  rows, columns = -(-height // f), -(-width // f)
-  if _in_one_piece(tokenizer, rows, columns):
+  if _in_one_piece(tokenizer, ids.shape[1:3]):
     images = np.asarray(to_uint8(tokenizer.decode(ids)))
   else:
     shape = len(ids), ids.shape[1] * f, ids.shape[2] * f, 3
