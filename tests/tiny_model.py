@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 
 from rvq_jax import VQVAE
@@ -39,3 +40,19 @@ def tiny_vqvae(
 def init(module, x, **train):
   """A module's variables for inputs x, compiled in a third of the time."""
   return module.init(jax.random.key(0), x, **train)
+
+
+def layer_dtypes(*calls):
+  """Path of each layer that the calls enter -> dtype of its result."""
+  dtypes = {}
+
+  def record(call, arguments, keywords, context):
+    y = call(*arguments, **keywords)
+    if context.module.path and context.method_name == '__call__':
+      dtypes[context.module.path] = y.dtype
+    return y
+
+  with nn.intercept_methods(record):
+    for call in calls:
+      call()
+  return dtypes

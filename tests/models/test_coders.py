@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import keystr, tree_leaves_with_path
-from tiny_model import init
+from tiny_model import init, layer_dtypes
 
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder, stage_plan
@@ -103,17 +103,10 @@ def test_only_the_last_norm_of_a_block_starts_at_zero(part):
 @PARTS
 def test_every_layer_computes_in_the_dtype(part):
   options = {'factor': 2, 'num_res_blocks': 1, 'dtype': jnp.bfloat16}
-  dtypes = {}
-
-  def record(call, arguments, keywords, context):
-    y = call(*arguments, **keywords)
-    if context.module.path and context.method_name == '__call__':
-      dtypes[context.module.path] = y.dtype
-    return y
-
-  with nn.intercept_methods(record):
-    for norm in ('batch', 'group'):
-      init.eval_shape(part(widths=(4, 8), norm=norm, **options), IMAGES)
+  modules = [part(widths=(4, 8), norm=n, **options) for n in ('batch', 'group')]
+  dtypes = layer_dtypes(
+    *(functools.partial(init.eval_shape, x, IMAGES) for x in modules)
+  )
   assert len(dtypes) > 8 and set(dtypes.values()) == {jnp.dtype('bfloat16')}
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from tiny_model import init
+from tiny_model import init, layer_dtypes
 
 from rvq_jax import VQVAE, MultiscaleQuantizer, VectorQuantizer
 from rvq_jax.models.layers import SelfAttention, Upsample
@@ -108,17 +108,9 @@ def test_remat_changes_neither_values_nor_gradients():
 
 @PARTS
 def test_every_layer_computes_in_the_dtype(part):
-  dtypes = {}
-
-  def record(call, arguments, keywords, context):
-    y = call(*arguments, **keywords)
-    if context.module.path and context.method_name == '__call__':
-      dtypes[context.module.path] = y.dtype
-    return y
-
   module = part(**FIELDS, movq=True, dtype=jnp.bfloat16)
-  with nn.intercept_methods(record):
-    init.eval_shape(module, jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
+  x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+  dtypes = layer_dtypes(lambda: init.eval_shape(module, x))
   assert len(dtypes) > 20 and set(dtypes.values()) == {jnp.dtype('bfloat16')}
 
 
