@@ -1,10 +1,11 @@
 """Which gradient, which codes, in which order: a grid of short runs.
 
-A cell is an ordinary run of configs/photos.py, or with --setting=cifar10 of a
-small model of configs/cifar10.py, with the changes that its name lists. It is
-measured on the validation split at the last step. A finished cell is one line
-of the output and is not run again, so the same command resumes, and several may
-run side by side. tried.py adds five estimators.
+A cell is an ordinary run of configs/photos.py, or with --setting=cifar10 or
+tiny (Tiny-ImageNet, 64x64) of a small model of configs/cifar10.py, with the
+changes that its name lists. It is measured on the validation split at the last
+step. A finished cell is one line of the output and is not run again, so the
+same command resumes, and several may run side by side. tried.py adds five
+estimators, the ramp and two places of GroupNorm.
 
 Command: python benchmarks/recipe.py --data=folder:DIR --cells=ste,rotation
   --seeds=3 --output=benchmarks/recipe_photos.jsonl
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import common
 import numpy as np
-from tried import TRIED
+import tried
 
 # Part of a cell's name -> config fields that it sets; '+' joins parts.
 PARTS = {
@@ -32,9 +33,12 @@ PARTS = {
   'dynamic': {'model.estimator': 'dynamic_ste'},
   'distortion': {'model.split_by': 'distortion'},
   'group': {'model.norm': 'group'},
+  'swish': {'model.activation': 'swish'},
+  'cosine': {'model.cosine': True},
+  'vqgan': {'model.network': 'vqgan', 'model.z_channels': 64},
   'f4': {'model.factor': 4},
   'f8': {'model.factor': 8},
-} | {name: {'model.estimator': name} for name in TRIED}
+} | {name: {'model.estimator': name} for name in tried.TRIED}
 # Name of a part that ends in a number -> the field that it sets.
 NUMBERS = {
   'late': 'model.quantize_after',
@@ -43,12 +47,22 @@ NUMBERS = {
   'decay': 'model.decay',
   'dim': 'model.code_dim',
   'K': 'model.codebook_size',
+  'split': 'model.split_fraction',
+  'ch': 'model.ch',
+  'mult': 'model.ch_mult',
+  'blocks': 'model.num_res_blocks',
+  'warmup': 'optimizer.warmup_steps',
+  'b2': 'optimizer.b2',
+  'wd': 'optimizer.weight_decay',
+  'clip': 'optimizer.clip_norm',
+  'average': 'optimizer.params_ema',
   'dead': 'model.dead_code_threshold',
   'steps': 'num_steps',
 }
 METRICS = (
   *('mse', 'psnr', 'usage', 'perplexity', 'relative_error'),
-  *('latent_dimension', 'code_dimension', 'bits_per_image'),
+  *('latent_dimension', 'latent_components_99', 'code_dimension'),
+  'bits_per_image',
 )
 CURVES = ('mse', 'encoder_norm', 'code_norm', 'mean_angle', 'replaced_codes')
 
@@ -58,6 +72,8 @@ def fields_of(cell: str) -> dict:
   fields = {}
   for part in cell.split('+'):
     name, _, value = part.partition('=')
+    if name in tried.CHANGES or name == 'over':  # of the ramp
+      continue
     if value:
       fields[NUMBERS[name]] = json.loads(value)
     else:
@@ -75,6 +91,10 @@ def make_config(cell: str, seed: int, args):
     config = common.load_config('cifar10')
     config.batch_size, config.model.num_res_blocks = 32, 1
     config.model.codebook_size = 2048
+  if args.setting == 'tiny':
+    config.data.image_size, config.model.num_res_blocks = 64, 2
+    config.model.widths, config.model.num_heads = (32, 64, 128), 4
+    config.model.codebook_size = 4096
   config.seed, config.num_steps = seed, args.steps
   config.eval_every = config.checkpoint_every = 0
   config.log_every = max(args.steps // 25, 1)
@@ -109,12 +129,13 @@ def measure(cell: str, seed: int, args) -> dict | None:
   workdir = Path(args.workdir) / cell / f'seed_{seed}'
   start = time.monotonic()
   try:
-    train(make_config(cell, seed, args), workdir)
+    with tried.changes(cell):
+      train(make_config(cell, seed, args), workdir)
+      metrics = evaluate_run(workdir, split='validation')
   except ValueError as error:
     if 'in use' in str(error):
       return None
     raise
-  metrics = evaluate_run(workdir, split='validation')
   return {
     'cell': cell,
     'seed': seed,
@@ -145,6 +166,9 @@ def table(records) -> str:
   ):
     row = [cell, steps, len(runs)]
     for name in METRICS:
+      if name not in runs[0]:  # a metric of later versions
+        row.append('–')
+        continue
       mean, deviation = common.spread([run[name] for run in runs])
       more = f' ± {deviation:.2g}' if len(runs) > 1 else ''
       row.append(f'{mean:.5g}{more}')
@@ -190,7 +214,7 @@ def main():
     __doc__,
     data=None,
     data_dir=None,
-    setting=('photos', 'cifar10'),
+    setting=('photos', 'cifar10', 'tiny'),
     cells='rotation,ste',
     seeds=3,
     steps=2500,

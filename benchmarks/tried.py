@@ -1,12 +1,18 @@
-"""Estimators that the package does not have, tried in docs/gradients.md.
+"""What the package does not have, tried in docs/gradients.md.
 
-Importing this module adds them to `ESTIMATORS`: a config may name them then.
+Importing this module adds its estimators to `ESTIMATORS`: a config may name
+them then. `changes` makes other changes while a cell of recipe.py runs.
 """
+
+import contextlib
+from unittest import mock
 
 import jax.numpy as jnp
 
+from rvq_jax.models import encoder, layers
 from rvq_jax.quantize import gradients
 from rvq_jax.quantize.gradients import ESTIMATORS
+from rvq_jax.training import step
 
 
 def scaled(e, q):
@@ -42,7 +48,59 @@ def blend(e, q):
   return gradients.straight_through((e + turned) / 2, q)
 
 
-TRIED = {f.__name__: f for f in (scaled, grown, radial, tangential, blend)}
+def ramp(e, q):
+  """e + a (q - e) with a of `Ramp`, straight through; q out of training."""
+  if Ramp.share is None:
+    return q
+  return gradients.straight_through(e, e + Ramp.share * (q - e))
+
+
+class Ramp(step.TrainStep):
+  """a rises from 0 to 1 in `length` steps from the first that quantizes."""
+
+  share, start, length = None, 0, 1
+
+  def _pass(self, state, *arguments):
+    Ramp.share = jnp.clip((state.step - Ramp.start) / Ramp.length, 0.0, 1.0)
+    try:
+      return super()._pass(state, *arguments)
+    finally:
+      Ramp.share = None
+
+
+def without_norm(self, x, name, train):
+  """`Coder.norm_and_act` without the norm, but with a bias."""
+  del train
+  bias = self.param(f'{name}_bias', lambda _: jnp.zeros(x.shape[-1]))
+  return layers.ACTIVATIONS[self.activation](x + bias.reshape(1, 1, 1, -1))
+
+
+def with_batch_norm(self, x, name, train):
+  """`Coder.norm_and_act` by BatchNorm, whatever the blocks have."""
+  norm = layers.Norm(self.dtype, self.axis_name, 'batch', name=name)
+  return layers.ACTIVATIONS[self.activation](norm(x, train=train))
+
+
+CHANGES = {'plain_stem': without_norm, 'batch_stem': with_batch_norm}
+
+
+@contextlib.contextmanager
+def changes(cell):
+  """Makes the changes that parts of a cell's name ask for."""
+  numbers = dict(part.split('=') for part in cell.split('+') if '=' in part)
+  with contextlib.ExitStack() as stack:
+    if 'ramp' in cell.split('+'):
+      Ramp.start = int(numbers.get('late', 0))
+      Ramp.length = int(numbers['over'])
+      stack.enter_context(mock.patch.object(step, 'TrainStep', Ramp))
+    for name in CHANGES.keys() & set(cell.split('+')):
+      patch = mock.patch.object(encoder.Coder, 'norm_and_act', CHANGES[name])
+      stack.enter_context(patch)
+    yield
+
+
+FUNCTIONS = scaled, grown, radial, tangential, blend, ramp
+TRIED = {f.__name__: f for f in FUNCTIONS}
 ESTIMATORS.update(
   {name: lambda e, q, f=f, **_: f(e, q) for name, f in TRIED.items()}
 )

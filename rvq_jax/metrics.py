@@ -154,10 +154,25 @@ def effective_dimension(total, outer, count) -> float:
   rank of Roy and Vetterli 2007): D for a ball, 1 for a line or a point. `total`
   [D] is the sum of `count` vectors x, `outer` [D, D] the sum of x x^T.
   """
+  values = _variances(total, outer, count)
+  return math.exp(_entropy(values / max(values.sum(), 1e-300)))
+
+
+def components_99(total, outer, count) -> int:
+  """How many principal components hold 99 % of the variance of vectors.
+
+  The arguments are those of `effective_dimension`; for a point it is 1.
+  """
+  values = np.sort(_variances(total, outer, count))[::-1]
+  missing = values.sum() - np.cumsum(values)
+  return int(np.argmax(missing <= 0.01 * values.sum())) + 1
+
+
+def _variances(total, outer, count):
+  """The eigenvalues of the covariance of vectors from their sums, float64."""
   mean = np.asarray(total, np.float64) / count
   covariance = np.asarray(outer, np.float64) / count - np.outer(mean, mean)
-  values = np.maximum(np.linalg.eigvalsh(covariance), 0.0)
-  return math.exp(_entropy(values / max(values.sum(), 1e-300)))
+  return np.maximum(np.linalg.eigvalsh(covariance), 0.0)
 
 
 def bit_rates(

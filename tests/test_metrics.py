@@ -89,8 +89,14 @@ def test_perplexity_lies_between_one_and_the_codes_used(counts):
   assert 1 - 1e-9 <= got['perplexity'] <= used * (1 + 1e-9)
 
 
-@pytest.mark.parametrize('spread', [[2, 2, 2, 0], [1, 0, 0, 0], [3, 1, 1, 1]])
-def test_effective_dimension_is_that_of_the_spread(spread):
+@pytest.mark.parametrize(
+  ('spread', 'components'),
+  [
+    *([[2, 2, 2, 0], 3], [[1, 0, 0, 0], 1], [[3, 1, 1, 1], 4]),
+    *([[300, 1, 1, 0], 1], [[100, 1, 1, 0], 2]),
+  ],
+)
+def test_dimensions_are_those_of_the_spread(spread, components):
   rng = np.random.default_rng(0)
   turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
   x = 5 + (rng.normal(size=(200_000, 4)) * np.sqrt(spread)) @ turn
@@ -98,6 +104,7 @@ def test_effective_dimension_is_that_of_the_spread(spread):
   want = np.exp(-sum(v * np.log(v) for v in p if v))
   got = metrics.effective_dimension(x.sum(0), x.T @ x, len(x))
   np.testing.assert_allclose(got, want, rtol=1e-2)
+  assert metrics.components_99(x.sum(0), x.T @ x, len(x)) == components
 
 
 def test_bit_rates_count_fixed_and_entropy_coded_bits():

@@ -30,6 +30,7 @@ UNITS = {
   'relative_error': 'squared distance of the latents to their codes / |z|^2',
   'ambiguous_share': 'share of the tokens with two codes too close for float32',
   'latent_dimension': 'effective dimension of the latents',
+  'latent_components_99': 'components with 99 % of their variance',
   'code_dimension': 'effective dimension of these codes',
   'images': 'images in the split that could be read',
   'tokens': 'tokens of these images',
@@ -192,9 +193,9 @@ def _metrics(total, pixels):
   }
   for name in ('latent', 'code'):
     moments = total[f'{name}s']
-    result[f'{name}_dimension'] = metrics.effective_dimension(
-      moments['sum'], moments['outer'], total['positions']
-    )
+    sums = moments['sum'], moments['outer'], total['positions']
+    result[f'{name}_dimension'] = metrics.effective_dimension(*sums)
+    result[f'{name}_components_99'] = metrics.components_99(*sums)
   result |= metrics.code_statistics(counts)
   result |= metrics.bit_rates(
     int(tokens / images), pixels, counts.shape[-1], result['entropy_bits']
