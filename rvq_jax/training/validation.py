@@ -32,6 +32,7 @@ UNITS = {
   'latent_dimension': 'effective dimension of the latents',
   'latent_components_99': 'components with 99 % of their variance',
   'code_dimension': 'effective dimension of these codes',
+  'code_components_99': 'components with 99 % of theirs',
   'images': 'images in the split that could be read',
   'tokens': 'tokens of these images',
 }
