@@ -2,7 +2,7 @@
 
   pip install "jax[cuda12]"
   python benchmarks/gpu_memory.py [--batch_size=128] [--image_size=256]
-    [--config=imagenet|imagenet_vqgan] [--accumulate_steps=1]
+    [--config=imagenet|imagenet_vqgan|imagenet_f16] [--accumulate_steps=1]
 
 XLA compiles for a GPU that it is only told about (no autotuning, which would
 need the device), and says how much memory the program takes beside its
@@ -23,7 +23,7 @@ from rvq_jax import sharding
 from rvq_jax.models import layers, lpips_weights
 from rvq_jax.training.step import compile_init
 
-CONFIGS = ('imagenet', 'imagenet_vqgan')
+CONFIGS = ('imagenet', 'imagenet_vqgan', 'imagenet_f16')
 BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'f16': 2, 'u8': 1, 'pred': 1}
 
 

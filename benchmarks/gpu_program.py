@@ -2,7 +2,7 @@
 
   pip install "jax[cuda12]"
   python benchmarks/gpu_program.py [--size=256] [--batch_size=128]
-    [--dtype=bfloat16] [--config=imagenet|imagenet_vqgan]
+    [--dtype=bfloat16] [--config=imagenet|imagenet_vqgan|imagenet_f16]
 
 Reads the program that XLA compiles for an H100 (gpu_memory.py): per class of
 kernel how many there are, the bytes of their inputs and outputs and, at the

@@ -32,6 +32,7 @@ import time
 
 import common
 import numpy as np
+import tried
 from matched_latents import batches, load_latents
 from matched_quantizers import PREFIX, Lloyd, Ours, Peer, wrong_ids
 
@@ -72,6 +73,8 @@ def make_quantizer_of(cell, k, seed, args):
   name, *parts = cell.split('+')
   options = {}
   for part in parts:
+    if part in tried.CHANGES:
+      continue
     field, _, value = part.partition('=')
     plain = value.replace('.', '').isdigit() or value in ('true', 'false')
     options[field] = json.loads(value) if plain else value
@@ -261,7 +264,8 @@ def main():
           key |= {'rows': rows, 'batch': args.batch, 'steps': args.steps}
           key['learning_rate'] = args.learning_rate
           if not common.is_finished(args.output, key):
-            record = measure(key, z[:rows], held_out, args)
+            with tried.changes(cell):
+              record = measure(key, z[:rows], held_out, args)
             common.append_record(args.output, record)
   results = summaries(common.read_records(args.output))
   print(*table(results), sep='\n')

@@ -7,10 +7,11 @@ them then. `changes` makes other changes while a cell of recipe.py runs.
 import contextlib
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 
 from rvq_jax.models import encoder, layers
-from rvq_jax.quantize import gradients
+from rvq_jax.quantize import fsq, gradients
 from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.training import step
 
@@ -81,7 +82,21 @@ def with_batch_norm(self, x, name, train):
   return layers.ACTIVATIONS[self.activation](norm(x, train=train))
 
 
-CHANGES = {'plain_stem': without_norm, 'batch_stem': with_batch_norm}
+def cdf_bins(x, levels):
+  """Bins of FSQ that are equally likely for Gaussian x (iFSQ).
+
+  Instead of `fsq._bound`: L sigmoid(1.6 x) - 1/2 - floor(L/2), for rounding.
+  """
+  levels = jnp.asarray(levels, jnp.float32)[None]
+  return levels * jax.nn.sigmoid(1.6 * x) - 0.5 - levels // 2
+
+
+CHANGES = {
+  'plain_stem': (encoder.Coder, 'norm_and_act', without_norm),
+  'batch_stem': (encoder.Coder, 'norm_and_act', with_batch_norm),
+  'cdf': (fsq, '_bound', cdf_bins),
+}
+"""Part of a cell's name -> what it replaces."""
 
 
 @contextlib.contextmanager
@@ -94,8 +109,7 @@ def changes(cell):
       Ramp.length = int(numbers['over'])
       stack.enter_context(mock.patch.object(step, 'TrainStep', Ramp))
     for name in CHANGES.keys() & set(cell.split('+')):
-      patch = mock.patch.object(encoder.Coder, 'norm_and_act', CHANGES[name])
-      stack.enter_context(patch)
+      stack.enter_context(mock.patch.object(*CHANGES[name]))
     yield
 
 

@@ -1,6 +1,7 @@
 """Writes a trained model as a folder that others can load.
 
 rvq export --workdir=DIR --output=OUT [--name=NAME] [--license=apache-2.0]
+  [--float16]
 rvq export --workdir=DIR --output=OUT --layout=diffusers|original
 
 rvq_jax.load('OUT') opens it in JAX, its tokenizer_torch.py in PyTorch. After
@@ -18,6 +19,7 @@ from rvq_jax.commands.program import SWITCH, Flag
   Flag('name', 'On the card; default: of the run.'),
   Flag('license', 'Of the weights, as the Hub writes it.', 'unknown'),
   Flag('stablehlo', 'Also programs for JAX alone.', False, SWITCH),
+  Flag('float16', 'Round the weights: half the size.', False, SWITCH),
   Flag('layout', 'Weights of a vqgan network as others name them.'),
 )
 def main(flags):

@@ -54,7 +54,10 @@ class Flag(NamedTuple):
 
 CONFIG = Flag('config', 'NAME[:VARIANT] or PATH.py, and --config.FIELD=VALUE.')
 STEP = Flag('step', 'Saved step or best; default: newest.', None, StepParser())
-MODEL = (Flag('workdir', 'Run, export or hf:OWNER/NAME.'), STEP)
+MODEL = (
+  Flag('workdir', 'Run, export, pretrained:NAME or hf:OWNER/NAME.'),
+  STEP,
+)
 DATA_DIR = Flag('data_dir', 'Where the data of the run, or of tfds, is now.')
 PROCESSES = (
   Flag('multihost', 'Several processes make one run.', False, SWITCH),

@@ -21,7 +21,7 @@ from rvq_jax.evaluation import figures
 from rvq_jax.evaluation import perceptual as perceptual_lib
 from rvq_jax.io import check_folder, claim, read_json, write_atomic
 from rvq_jax.metrics import prepare_images
-from rvq_jax.tokenizer.load import HUB, is_export, load
+from rvq_jax.tokenizer.load import SHARED, is_export, load
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training import validation
 from rvq_jax.training.build import RunData
@@ -186,7 +186,7 @@ def _checked(workdir, split, images, output, save_images, perceptual) -> Path:
     )
   if save_images:
     check_folder(save_images, 'save_images')
-  if str(workdir).startswith(HUB) and not output:
+  if str(workdir).startswith(SHARED) and not output:
     raise ValueError(f'output: expected a folder for the results of {workdir}')
   folder = Path(output or Path(workdir) / 'evaluation')
   folder /= _input_name(images, split) if images else split
@@ -234,7 +234,7 @@ def _open_source(workdir, data, split, step, images, data_dir):
       raise ValueError(f'split: expected one of {names}, got {split}')
     about |= {'data': _whole(images), 'data_split': None, 'split': split}
     return splits[split], about
-  shared = str(workdir).startswith(HUB) or is_export(workdir)
+  shared = str(workdir).startswith(SHARED) or is_export(workdir)
   if shared and data.name.startswith((*KINDS, 'import:')):
     raise ValueError(
       'images: expected a folder or a data set (--input): an export does not '

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rvq_jax.data.folders import printable
@@ -44,6 +45,7 @@ def export_run(
   name: str | None = None,
   license: str = 'unknown',
   stablehlo: bool = False,
+  float16: bool = False,
   layout: str | None = None,
   tokenizer: Tokenizer | None = None,
 ) -> Path:
@@ -60,12 +62,15 @@ def export_run(
     name: of the model on its card; None for the name of the workdir.
     license: of the weights, as the Hugging Face Hub writes it: 'apache-2.0'.
     stablehlo: also write the files of `write_stablehlo`.
+    float16: round the weights, for half the size. They are another model, with
+      a hash of its own, which computes in float32 as before.
     layout: 'original' or 'diffusers': write only the weights, by the names that
       other programs know; see `foreign.write_layout`.
     tokenizer: the opened workdir.
 
   Raises:
-    ValueError: the folder holds files or cannot be written; no such license.
+    ValueError: the folder holds files or cannot be written; no such license;
+      a weight is beyond float16.
     FileNotFoundError: there is no such run or step.
   """
   workdir, output = Path(workdir), Path(output)
@@ -76,6 +81,8 @@ def export_run(
     )
   check_folder(output, rest=f'{_PARTIAL}????????')
   tokenizer = tokenizer or load(workdir, step)
+  if float16:
+    tokenizer = _rounded(tokenizer)
   try:
     with (
       claim(output, 'export again', rest=f'{_PARTIAL}????????'),
@@ -86,7 +93,7 @@ def export_run(
       if layout:
         write_layout(folder, tokenizer, layout)
       else:
-        write_export(folder, tokenizer)
+        write_export(folder, tokenizer, float16=float16)
         if stablehlo:
           write_stablehlo(folder, tokenizer)
         results = _results(workdir, folder, tokenizer.step)
@@ -103,13 +110,32 @@ def export_run(
   return output
 
 
-def write_export(folder, tokenizer: Tokenizer) -> None:
+def _half(x):
+  return np.asarray(x, np.float16 if x.dtype == np.float32 else None, order='C')
+
+
+def _rounded(tokenizer) -> Tokenizer:
+  variables = jax.tree.map(
+    lambda x: jnp.asarray(_half(x), x.dtype), tokenizer.variables
+  )
+  if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(variables)):
+    raise ValueError(
+      'float16: expected weights up to 65504, got larger ones; export float32'
+    )
+  config, step = tokenizer.config, tokenizer.step
+  return Tokenizer(tokenizer.model, variables, config=config, step=step)
+
+
+def write_export(
+  folder, tokenizer: Tokenizer, *, float16: bool = False
+) -> None:
   """Writes a tokenizer into a folder, for `load` and for PyTorch."""
   import safetensors.numpy
 
   arrays = flax.traverse_util.flatten_dict(tokenizer.variables, sep='.')
   # safetensors writes the memory of a view as if it were in order.
-  arrays = {n: np.asarray(a, order='C') for n, a in arrays.items()}
+  of = _half if float16 else lambda x: np.asarray(x, order='C')
+  arrays = {n: of(x) for n, x in arrays.items()}
   about = FORMAT | {
     'model_hash': tokenizer.model_hash,
     'step': tokenizer.step,

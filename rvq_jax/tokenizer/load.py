@@ -14,6 +14,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rvq_jax.io import check_local, read_json
 from rvq_jax.models.vqvae import VQVAE
@@ -21,7 +22,8 @@ from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.build import RunData, build_model
 from rvq_jax.training.config import completed
 
-HUB = 'hf:'
+HUB, PRETRAINED = 'hf:', 'pretrained:'
+SHARED = (HUB, PRETRAINED)  # how names of models that are no folders begin
 FORMAT = {'format': 'rvq_jax', 'format_version': 1}
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 _DIFFUSERS = 'diffusion_pytorch_model.*'
@@ -40,8 +42,9 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
 
   Args:
     workdir: directory of a run; folder of `rvq export`, or of a `VQModel` of
-      diffusers; or 'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION': such a folder
-      on the Hugging Face Hub, or a tokenizer in `foreign.KNOWN`.
+      diffusers; 'pretrained:NAME', a tokenizer that comes with rvq_jax; or
+      'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION': such a folder on the Hugging
+      Face Hub, or a tokenizer in `foreign.KNOWN`.
     step: a saved step of a run, 'best' (lowest validation mse), or None for the
       newest. An export holds one step.
 
@@ -51,6 +54,8 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
     ImportError: 'hf:' needs the package huggingface_hub, the extra `hub`.
     OSError: the Hub does not answer, or has no such model.
   """
+  if str(workdir).startswith(PRETRAINED):
+    return _load_export(pretrained(workdir), step)
   if str(workdir).startswith(HUB):
     from rvq_jax.tokenizer.foreign import KNOWN  # no export needs it
 
@@ -103,6 +108,16 @@ def import_model(source, **options) -> Tokenizer:
     raise ValueError(f'{source}: {error}') from error
   variables = jax.device_put(variables, jax.local_devices()[0])
   return Tokenizer(model, variables, config=network.config, step=0)
+
+
+def pretrained(name) -> Path:
+  """The folder of 'pretrained:NAME'; ValueError lists the names that exist."""
+  folder = Path(__file__).parents[1] / 'pretrained'
+  names = sorted(path.name for path in folder.iterdir() if is_export(path))
+  if str(name).removeprefix(PRETRAINED) not in names:
+    known = ', '.join(PRETRAINED + n for n in names)
+    raise ValueError(f'expected one of {known}, got {name}')
+  return folder / str(name).removeprefix(PRETRAINED)
 
 
 def is_export(folder) -> bool:
@@ -195,6 +210,10 @@ def _read_weights(path: Path, shapes: dict[str, Any]) -> dict[str, Any]:
     arrays = safetensors.numpy.load_file(path)
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(f'{path} is damaged: {error}') from error
+  arrays = {  # an export with float16
+    n: x.astype(np.float32) if x.dtype == np.float16 else x
+    for n, x in arrays.items()
+  }
   for name in sorted(expected | arrays):
     wanted, got = (
       f'{x[name].dtype} {x[name].shape}' if name in x else 'none'

@@ -287,6 +287,7 @@ def _read(name):  # config, arrays and hash of an export
   header, arrays = about['torch']['architecture'], {}
   digest = hashlib.sha256(header.encode())
   for name, x in sorted(load_file(folder / WEIGHTS).items()):
+    x = x.float() if x.dtype == torch.float16 else x
     digest.update(f'{name} {str(x.dtype)[6:]} {tuple(x.shape)}'.encode())
     digest.update(ctypes.string_at(x.data_ptr(), x.nbytes))
     if x.ndim == 4:  # [k, k, C, F]; k is 4 in transposed convolutions
