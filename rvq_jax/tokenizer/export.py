@@ -111,7 +111,9 @@ def export_run(
 
 
 def _half(x):
-  return np.asarray(x, np.float16 if x.dtype == np.float32 else None, order='C')
+  with np.errstate(over='ignore'):  # `_rounded` tells
+    dtype = np.float16 if x.dtype == np.float32 else None
+    return np.asarray(x, dtype, order='C')
 
 
 def _rounded(tokenizer) -> Tokenizer:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,6 +48,25 @@ def test_the_card_has_license_data_metrics_and_its_figures(run, exported):
   rows = [line for line in text.splitlines() if line.startswith('|')]
   assert {len(re.findall(r'(?<!\\)\|', row)) for row in rows} == {4}
   assert r'codes / \|z\|^2 |' in text
+
+
+def test_float16_is_the_rounded_model_in_half_the_size(run, exported, tmp_path):
+  folder = export_run(run, tmp_path / 'half', float16=True)
+  size, whole = (
+    (x / 'model.safetensors').stat().st_size for x in (folder, exported)
+  )
+  tokenizer, half = load(run), load(folder)
+  numbers = sum(x.size for x in jax.tree.leaves(half.variables))
+  assert whole - size == pytest.approx(2 * numbers, abs=300)  # the header's
+  assert half.model_hash != tokenizer.model_hash
+  for x, y in zip(
+    *map(jax.tree.leaves, (tokenizer.variables, half.variables)), strict=True
+  ):
+    assert x.dtype == y.dtype == np.float32
+    np.testing.assert_array_equal(np.float16(x), y)
+  tokenizer.variables['params']['encoder']['out']['bias'] += 1e5
+  with one_line('float16: expected weights up to 65504'):
+    export_run(run, tmp_path / 'large', float16=True, tokenizer=tokenizer)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rvq_jax import Tokenizer, load
 from rvq_jax.quantize.registry import QUANTIZERS
-from rvq_jax.tokenizer.export import write_export
+from rvq_jax.tokenizer.export import export_run, write_export
 from rvq_jax.training import config as config_lib
 from rvq_jax.training.build import build_model
 
@@ -123,6 +123,13 @@ def test_the_lines_shown_run_where_the_export_was_typed(
 def test_a_run_gives_our_ids_and_our_pictures_at_any_size(real, test_images):
   check_same(*real, test_images)
   check_same(*real, test_images[:, :12, :8])
+
+
+def test_float16_gives_our_ids(shared_export, tmp_path, test_images):
+  export_run(shared_export, tmp_path / 'half', float16=True)
+  ids = load(tmp_path / 'half').encode(test_images)
+  theirs = Torch.from_pretrained(tmp_path / 'half').encode(test_images)
+  np.testing.assert_array_equal(theirs, ids)
 
 
 def test_codes_far_from_the_origin_are_told_apart():
