@@ -35,6 +35,7 @@ PARTS = {
   'group': {'model.norm': 'group'},
   'swish': {'model.activation': 'swish'},
   'cosine': {'model.cosine': True},
+  'multiscale': {'model.quantizer': 'multiscale'},
   'vqgan': {'model.network': 'vqgan', 'model.z_channels': 64},
   'f4': {'model.factor': 4},
   'f8': {'model.factor': 8},
@@ -72,7 +73,7 @@ def fields_of(cell: str) -> dict:
   fields = {}
   for part in cell.split('+'):
     name, _, value = part.partition('=')
-    if name in tried.CHANGES or name == 'over':  # of the ramp
+    if name in tried.CHANGES or name in ('over', 'sizes'):  # of tried.py
       continue
     if value:
       fields[NUMBERS[name]] = json.loads(value)
@@ -123,15 +124,13 @@ def read_curves(workdir: Path) -> dict:
 
 def measure(cell: str, seed: int, args) -> dict | None:
   """Trains and evaluates one run; None while another process does."""
-  from rvq_jax.evaluation.evaluate import evaluate_run
   from rvq_jax.training.loop import train
 
   workdir = Path(args.workdir) / cell / f'seed_{seed}'
   start = time.monotonic()
   try:
     with tried.changes(cell):
-      train(make_config(cell, seed, args), workdir)
-      metrics = evaluate_run(workdir, split='validation')
+      metrics = train(make_config(cell, seed, args), workdir)
   except ValueError as error:
     if 'in use' in str(error):
       return None
