@@ -5,7 +5,7 @@ tiny (Tiny-ImageNet, 64x64) of a small model of configs/cifar10.py, with the
 changes that its name lists. It is measured on the validation split at the last
 step. A finished cell is one line of the output and is not run again, so the
 same command resumes, and several may run side by side. tried.py adds five
-estimators, the ramp and two places of GroupNorm.
+estimators, the ramp and more.
 
 Command: python benchmarks/recipe.py --data=folder:DIR --cells=ste,rotation
   --seeds=3 --output=benchmarks/recipe_photos.jsonl
@@ -33,6 +33,7 @@ PARTS = {
   'dynamic': {'model.estimator': 'dynamic_ste'},
   'distortion': {'model.split_by': 'distortion'},
   'group': {'model.norm': 'group'},
+  'group_blocks': {'model.norm': 'group_blocks'},
   'swish': {'model.activation': 'swish'},
   'cosine': {'model.cosine': True},
   'multiscale': {'model.quantizer': 'multiscale'},

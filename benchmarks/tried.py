@@ -73,13 +73,6 @@ class Ramp(step.TrainStep):
       Ramp.share = None
 
 
-def without_norm(self, x, name, train):
-  """`Coder.norm_and_act` without the norm, but with a bias."""
-  del train
-  bias = self.param(f'{name}_bias', lambda _: jnp.zeros(x.shape[-1]))
-  return layers.ACTIVATIONS[self.activation](x + bias.reshape(1, 1, 1, -1))
-
-
 def with_batch_norm(self, x, name, train):
   """`Coder.norm_and_act` by BatchNorm, whatever the blocks have."""
   norm = layers.Norm(self.dtype, self.axis_name, 'batch', name=name)
@@ -142,7 +135,6 @@ class PerScale(multiscale.MultiscaleQuantizer):
 
 
 CHANGES = {
-  'plain_stem': (encoder.Coder, 'norm_and_act', without_norm),
   'batch_stem': (encoder.Coder, 'norm_and_act', with_batch_norm),
   'cdf': (fsq, '_bound', cdf_bins),
 }

@@ -92,7 +92,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.code_dim = 256  # D, dimensions of a code
   model.dtype = 'float32'  # compute dtype; 'bfloat16'
   model.remat = False  # less memory for a third more operations
-  model.norm = 'batch'  # or 'group'
+  model.norm = 'batch'  # or 'group'; 'group_blocks': in residual blocks only
   model.activation = 'leaky_relu'  # or 'swish'
   model.quantize_after = 0  # steps of plain autoencoding before the codebook
   # residual, multiscale, product, gumbel, fsq, simvq

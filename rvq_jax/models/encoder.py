@@ -32,7 +32,9 @@ class Coder(nn.Module):
     axis_name: see `Norm`.
     remat: compute the inside of each residual block again in the backward pass:
       less memory (docs/scale.md) for a third more operations.
-    norm: `Norm.kind`.
+    norm: 'batch'; 'group'; or 'group_blocks', GroupNorm in the residual blocks
+      and none between strided or transposed convolutions, where it would take
+      brightness and contrast from each image (docs/gradients.md).
     activation: a name in `layers.ACTIVATIONS`.
   """
 
@@ -61,9 +63,11 @@ class Coder(nn.Module):
     return 2 * self.num_res_blocks + strides.count(1) + 2
 
   def norm_and_act(self, x: jax.Array, name: str, train: bool) -> jax.Array:
-    """The activation of the layer `Norm`, called `name`, of x."""
-    norm = Norm(self.dtype, self.axis_name, self.norm, name=name)
-    return ACTIVATIONS[self.activation](norm(x, train=train))
+    """The activation of x after its layer `Norm`, if any, called `name`."""
+    if self.norm != 'group_blocks':
+      norm = Norm(self.dtype, self.axis_name, self.norm, name=name)
+      x = norm(x, train=train)
+    return ACTIVATIONS[self.activation](x)
 
   def residual_blocks(self, x: jax.Array, train: bool) -> jax.Array:
     """x after the blocks 'block0', 'block1' ..."""
@@ -89,11 +93,10 @@ class Encoder(Coder):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """Encodes images x in [-1, 1]; ValueError if a field is out of range."""
-    x = x.astype(self.dtype)
+    x, options = x.astype(self.dtype), {'dtype': self.dtype}
+    options['use_bias'] = self.norm == 'group_blocks'  # a norm has its own
     for i, (width, stride) in enumerate(self.stages()):
-      x = nn.Conv(
-        width, (3, 3), stride, use_bias=False, dtype=self.dtype, name=f'conv{i}'
-      )(x)
+      x = nn.Conv(width, (3, 3), stride, name=f'conv{i}', **options)(x)
       x = self.norm_and_act(x, f'norm{i}', train)
     x = self.residual_blocks(x, train)
     return nn.Conv(self.code_dim, (1, 1), dtype=self.dtype, name='out')(x)

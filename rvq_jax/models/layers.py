@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-NORMS = ('batch', 'group')
+NORMS = ('batch', 'group', 'group_blocks')
 ACTIVATIONS = {'leaky_relu': nn.leaky_relu, 'swish': nn.swish}
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 
@@ -34,7 +34,7 @@ class Norm(nn.Module):
     dtype: of the output.
     axis_name: mapped axis of the batch statistics; under `jit` with shardings
       they are global without one.
-    kind: 'batch', or 'group' (`num_groups`, eps 1e-6) without statistics.
+    kind: 'batch', or a group norm (`num_groups`, eps 1e-6), without statistics.
     zero_scale: start with scale 0 rather than 1.
   """
 
@@ -48,7 +48,7 @@ class Norm(nn.Module):
     """Normalises x [B, H, W, C]; BatchNorm in training writes 'batch_stats'."""
     scale = nn.initializers.constant(0.0 if self.zero_scale else 1.0)
     options = {'dtype': self.dtype, 'scale_init': scale}
-    if self.kind == 'group':
+    if self.kind != 'batch':
       groups = num_groups(x.shape[-1])
       return nn.GroupNorm(groups, epsilon=1e-6, name='gn', **options)(x)
     options['axis_name'] = None if self.is_initializing() else self.axis_name

@@ -170,7 +170,7 @@ def _torch(tokenizer) -> dict[str, Any]:
     'strides': [s for _, s in stage_plan(encoder.widths, encoder.factor)],
     'cosine': getattr(vq, 'cosine', False),
   }
-  if encoder.norm == 'group':
+  if encoder.norm != 'batch':
     section['groups'] = {str(w): num_groups(w) for w in encoder.widths}
   if tokenizer.sides:
     section['phis'] = phi_indices(len(vq.sides), vq.resize)

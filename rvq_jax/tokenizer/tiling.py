@@ -53,7 +53,7 @@ def _in_one_piece(tokenizer, grid):
     return True
   pixels = math.prod(grid) * tokenizer.factor**2
   # Windows take a pass for each norm: tens of times as long.
-  return tokenizer.model.encoder.norm == 'group' and pixels <= PIECE
+  return tokenizer.model.encoder.norm != 'batch' and pixels <= PIECE
 
 
 def _encode(model, images):

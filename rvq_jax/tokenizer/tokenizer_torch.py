@@ -130,6 +130,8 @@ class Tokenizer:
   def _norm(self, name, x):
     if f'{name}.bn.mean' in self.arrays:  # the stored statistics
       return F.batch_norm(x, *self._get(f'{name}.bn', 'mean var scale bias'))
+    if f'{name}.gn.scale' not in self.arrays:
+      return x
     groups = self.config['groups'][str(x.shape[1])]
     return F.group_norm(x, groups, *self._get(f'{name}.gn', 'scale bias'), 1e-6)
 

@@ -12,7 +12,7 @@ from tiny_model import init, layer_dtypes
 
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder, stage_plan
-from rvq_jax.models.layers import SelfAttention
+from rvq_jax.models.layers import NORMS, SelfAttention
 
 PARTS = pytest.mark.parametrize(
   'part', [Encoder, functools.partial(Decoder, num_heads=2)]
@@ -38,7 +38,10 @@ def test_stage_plan_halves_log2_factor_times():
     ({'widths': ()}, r'widths: expected integers .*, got \(\)'),
     ({'num_res_blocks': -1}, 'num_res_blocks: .* from 0 to 1000, got -1'),
     ({'remat': 1}, 'remat: expected True or False, got 1'),
-    ({'norm': 'layer'}, "norm: expected one of batch, group, got 'layer'"),
+    (
+      {'norm': 'layer'},
+      "norm: expected one of batch, group, group_.*, got 'layer'",
+    ),
     ({'activation': 'relu'}, 'activation: expected one of leaky_relu, swish'),
     ({'norm': 'group', 'widths': (14,)}, 'norm: .* 3 groups .*, got 14;'),
     ({'norm': 'group', 'widths': (130,)}, 'norm: .* 32 groups .*, got 130;'),
@@ -103,7 +106,7 @@ def test_only_the_last_norm_of_a_block_starts_at_zero(part):
 @PARTS
 def test_every_layer_computes_in_the_dtype(part):
   options = {'factor': 2, 'num_res_blocks': 1, 'dtype': jnp.bfloat16}
-  modules = [part(widths=(4, 8), norm=n, **options) for n in ('batch', 'group')]
+  modules = [part(widths=(4, 8), norm=n, **options) for n in NORMS]
   dtypes = layer_dtypes(
     *(functools.partial(init.eval_shape, x, IMAGES) for x in modules)
   )
@@ -123,6 +126,17 @@ def test_every_layer_has_the_norm_and_the_activation(part):
   )
   assert 'logistic' in program and ' = ge ' not in program
   assert 'logistic' not in other
+
+
+@pytest.mark.parametrize(('norm', 'scale'), [('group', 1), ('group_blocks', 2)])
+def test_only_a_stem_without_norm_keeps_the_contrast_of_an_image(norm, scale):
+  encoder = Encoder(widths=(8, 8), factor=4, num_res_blocks=0, norm=norm)
+  variables = init(encoder, IMAGES)
+  x = np.random.default_rng(0).uniform(-0.5, 0.5, IMAGES.shape)
+  x = x.astype(np.float32)
+  got, want = encoder.apply(variables, 2 * x), encoder.apply(variables, x)
+  np.testing.assert_allclose(got, scale * want, atol=1e-3)
+  assert np.abs(want).max() > 0.1
 
 
 def test_running_statistics_move_a_tenth_of_the_way():

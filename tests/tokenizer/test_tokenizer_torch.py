@@ -38,6 +38,7 @@ MODELS += [
   {'quantizer': 'multiscale', 'resize': 'torch'},
   {'quantizer': 'multiscale', 'resize': 'torch', 'sides': (1, 2, 3, 4)},
   {'norm': 'group', 'activation': 'swish', 'factor': 2},  # a stage of stride 1
+  {'norm': 'group_blocks'},
 ]
 
 
