@@ -33,7 +33,6 @@ def get_config() -> ConfigDict:
   config.model.num_heads = 4
   config.model.code_dim = 32
   config.model.codebook_size = 1024
-  config.optimizer.learning_rate = 2e-3
-  config.optimizer.warmup_steps = 20
   cifar10.use_best(config, quantize_after=200)
+  config.optimizer.warmup_steps = 20
   return config

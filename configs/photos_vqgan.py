@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
   config.batch_size = 16
   config.num_steps = 600
   use_vqgan(config, quantize_after=100)
+  config.optimizer.warmup_steps = 20
   # The defaults are for long runs: here D would win, and the model would lose
   # up to 2 dB.
   config.objective.adversarial_weight = 0.03

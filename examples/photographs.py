@@ -100,8 +100,8 @@ def main():
     columns[short] = decoded
     rate = np.mean([x for _, x in files]) / pixels
     columns[f'JPEG, {rate:.2f}'] = np.stack([x for x, _ in files])
-  for label, shown in columns.items():
-    psnr = metrics.psnr(images, shown)
+  for label in list(columns)[1:]:
+    psnr = metrics.psnr(images, columns[label])
     print(f'{label}: PSNR {np.mean(psnr):.2f} dB')
   if Path(args.output).exists():
     raise SystemExit(f'error: {args.output} exists; give another --output')

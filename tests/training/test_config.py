@@ -53,7 +53,8 @@ def test_best_variants_differ_only_in_method(variants, load_config):
   paper, best = (flatten(load_config(name, v)) for v in variants)
   method = 'estimator', 'quantize_after', 'dead_code_threshold'
   different = {field for field in paper if paper[field] != best[field]}
-  assert different == {f'model.{field}' for field in method}
+  optimizer = 'optimizer.learning_rate', 'optimizer.warmup_steps'
+  assert different == {*(f'model.{field}' for field in method), *optimizer}
   assert best['model.estimator'] == 'ste'
 
 
