@@ -25,7 +25,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
     )
   config = cifar10.get_config(factor)
   config.batch_size = 32
-  config.num_steps = 10_000
+  config.num_steps = 8000
   config.eval_every = 1000
   config.checkpoint_every = 500
   config.data.name = 'tfds:tiny_imagenet'
@@ -35,9 +35,11 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config.model.num_res_blocks = 2
   config.model.num_heads = 4
   config.model.codebook_size = 4096
-  cifar10.use_best(config, quantize_after=2000)
+  config.model.code_dim = 16
+  cifar10.use_best(config, quantize_after=1600)
   if kind == 'perceptual':
     config.num_steps = 3000
+    config.batch_size = 16
     config.model.quantize_after = 0  # --init gives the codes
     config.model.commitment_weight = 1.0  # see `use_vqgan`
     config.objective.pixel = 'l1'
@@ -49,5 +51,5 @@ def get_config(variant: str = 'f8') -> ConfigDict:
     config.model.ch_mult = (1, 2, 4) if factor == 'f4' else (1, 2, 2, 4)
     config.model.num_res_blocks = 1
     config.model.z_channels = 64
-    use_vqgan(config, quantize_after=2000)
+    use_vqgan(config, quantize_after=1600)
   return config
