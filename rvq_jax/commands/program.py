@@ -249,7 +249,7 @@ def prepare_backend(flags, *, share_gpus: bool = False) -> None:
     if flags.multihost:
       multihost.initialize(*given, lost_after=flags.lost_after)
     elif given != (None, None, None):
-      fail('expected --multihost beside --coordinator and the flags for it')
+      fail('expected --multihost too, which --coordinator and its flags need')
     if not is_first():
       logging.getLogger().setLevel(logging.WARNING)
 
