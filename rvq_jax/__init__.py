@@ -1,6 +1,7 @@
 """Rotated Vector Quantization in JAX and Flax; R is rotation, not residual."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 __version__ = '0.1.0'
 
@@ -22,12 +23,32 @@ _DEFINED_IN = {  # imported on first use: `rvq --help` need not wait for JAX
 }
 __all__ = list(_DEFINED_IN)
 
+if TYPE_CHECKING:  # the same, for type checkers and editors
+  from rvq_jax.models.vqvae import VQVAE as VQVAE
+  from rvq_jax.quantize.codebook import Codebook as Codebook
+  from rvq_jax.quantize.codebook import ema_update as ema_update
+  from rvq_jax.quantize.gradients import reflect as reflect
+  from rvq_jax.quantize.gradients import rotate as rotate
+  from rvq_jax.quantize.gradients import straight_through as straight_through
+  from rvq_jax.quantize.multiscale import (
+    MultiscaleQuantizer as MultiscaleQuantizer,
+  )
+  from rvq_jax.quantize.product import ProductQuantizer as ProductQuantizer
+  from rvq_jax.quantize.residual import ResidualQuantizer as ResidualQuantizer
+  from rvq_jax.quantize.search import nearest_codes as nearest_codes
+  from rvq_jax.quantize.vector_quantizer import (
+    VectorQuantizer as VectorQuantizer,
+  )
+  from rvq_jax.tokenizer.dataset import TokenDataset as TokenDataset
+  from rvq_jax.tokenizer.load import load as load
+  from rvq_jax.tokenizer.tokenizer import Tokenizer as Tokenizer
+else:
 
-def __getattr__(name):
-  if name not in _DEFINED_IN:
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  return getattr(importlib.import_module(_DEFINED_IN[name]), name)
+  def __getattr__(name):
+    if name not in _DEFINED_IN:
+      raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module(_DEFINED_IN[name]), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
   return [*globals(), *__all__]

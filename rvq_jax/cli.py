@@ -30,10 +30,10 @@ def main() -> None:
   if command in COMMANDS:
     COMMANDS[command].main(arguments, f'rvq {command}')
   elif command in ('-h', '--help', 'help'):
-    lines = ['rvq COMMAND [flags]; rvq COMMAND --help says which flags:\n']
+    lines = ['rvq COMMAND [flags]; rvq COMMAND --help lists the flags:\n']
     for name, module in COMMANDS.items():
       lines.append(f'  {name:<10} {doc(module).splitlines()[0]}')
-    lines.append(f'\nConfigs of train and reproduce: {", ".join(MODULES)}.')
+    lines.append(f'\nConfigs for train and reproduce: {", ".join(MODULES)}.')
     show('\n'.join(lines))
   elif command == '--version':
     show(f'rvq_jax {version("rvq_jax")}')

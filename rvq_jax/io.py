@@ -206,6 +206,7 @@ def read_json(path, max_bytes: int = 2**20) -> dict[str, Any] | None:
   with contextlib.suppress(ValueError, RecursionError):
     content = json.loads(text)
     return content if isinstance(content, dict) else None
+  return None
 
 
 def tree_digest(tree, *, header: str = '') -> str:
@@ -228,7 +229,7 @@ def tree_digest(tree, *, header: str = '') -> str:
       leaf = leaf.addressable_data(0)
     array = np.asarray(leaf)
     digest.update(f'{name} {array.dtype} {array.shape}'.encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 

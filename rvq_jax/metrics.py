@@ -82,8 +82,8 @@ def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.full(x.shape[0], jnp.nan, jnp.float32)
   x, y = _levels(x), _levels(y)
   grid = np.arange(_WINDOW) - _WINDOW // 2
-  window = np.exp(-0.5 * (grid / _SIGMA) ** 2)
-  window = jnp.asarray(window / window.sum(), jnp.float32)
+  weights = np.exp(-0.5 * (grid / _SIGMA) ** 2)
+  window = jnp.asarray(weights / weights.sum(), jnp.float32)
 
   def blur(image):
     for axis in (1, 2):

@@ -42,7 +42,7 @@ def load(given: str | None) -> tuple[ConfigDict, str]:
       spec.loader.exec_module(module)
     get_config = getattr(module, 'get_config', None)
     if get_config is None:
-      raise ValueError(f'{path}: expected a function get_config in it')
+      raise ValueError(f'{path}: expected a function get_config')
     try:
       inspect.signature(get_config).bind(*variant)
     except TypeError:

@@ -3,7 +3,7 @@
 rvq decode --workdir=DIR photo.npz photo.png
 rvq decode --workdir=DIR --input=tokens/ --output=images/
 
-DIR made the tokens, or is a copy with a fine-tuned decoder.
+DIR is the model that made the tokens, or a copy with a fine-tuned decoder.
 """
 
 import io
@@ -16,7 +16,7 @@ from rvq_jax.commands.program import Flag
 @program.command(
   *program.MODEL,
   Flag('input', 'Folder of tokens.'),
-  Flag('output', 'New folder of images.'),
+  Flag('output', 'New folder for the images.'),
   paths=True,
 )
 def main(flags, *paths):

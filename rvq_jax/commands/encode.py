@@ -3,9 +3,9 @@
 rvq encode --workdir=DIR photo.jpg photo.npz
 rvq encode --workdir=DIR --input=FOLDER|tfds:NAME|photos --output=tokens/
 
-An image of any size becomes an .npz file, each split of a data set a folder;
-wds:PATTERN, parquet:PATTERN and hf:OWNER/NAME are data sets too. The same
-command resumes one; --multihost shares it among processes.
+An image of any size becomes an .npz file. Each split of a data set becomes a
+folder; wds:PATTERN, parquet:PATTERN and hf:OWNER/NAME are data sets too. The
+same command resumes an interrupted set. --multihost shares it among processes.
 """
 
 from pathlib import Path
@@ -17,11 +17,11 @@ from rvq_jax.commands.program import COUNT, Flag
 @program.command(
   *program.MODEL,
   program.DATA_DIR,
-  Flag('input', 'Folder or data set.'),
-  Flag('output', 'Folder of the tokens.'),
-  Flag('split', 'One split; default: each.'),
+  Flag('input', 'Folder of images, or data set.'),
+  Flag('output', 'Folder for the tokens.'),
+  Flag('split', 'One split; default: all.'),
   Flag(
-    'image_size', 'Pixels, up to 8192; default: that of the run.', None, COUNT
+    'image_size', 'Pixels, up to 8192; default: as in training.', None, COUNT
   ),
   *program.PROCESSES,
   paths=True,
@@ -77,5 +77,5 @@ def _encode_data_set(flags):
     )
     count, skipped = meta['num_images'], len(meta['skipped'])
     if program.is_first():
-      text = f'tokens of {count} images, {skipped} of them skipped'
+      text = f'tokens for {count} images, {skipped} skipped'
       program.show(f'{folder}: {text}')

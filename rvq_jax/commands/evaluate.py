@@ -1,11 +1,11 @@
-"""Evaluates a checkpoint: metrics as JSON and as a table, figures.
+"""Evaluates a checkpoint: prints a table, writes metrics and figures.
 
 rvq evaluate --workdir=DIR [--split=test] [--step=N|best]
   [--input=IMAGE|FOLDER|tfds:NAME|wds:PATTERN|...] [--output=FOLDER]
   [--perceptual]
 
-Results go to DIR/evaluation/SPLIT or to FOLDER/SPLIT, those of --input there to
-a folder with its name.
+Results go to DIR/evaluation/SPLIT or to FOLDER/SPLIT; with --input the last
+folder has the name of the input.
 """
 
 from rvq_jax.commands import program
@@ -16,11 +16,11 @@ from rvq_jax.commands.program import SWITCH, Flag
   *program.MODEL,
   program.DATA_DIR,
   Flag('split', 'train, validation or test.', 'test'),
-  Flag('input', 'Your own images or data set; default: that of the run.'),
+  Flag('input', 'Your images or data set; default: the data of the run.'),
   Flag('output', 'New folder for the results.'),
   Flag('save_images', 'Folder for the images and reconstructions as PNG.'),
-  Flag('perceptual', 'Also LPIPS and rFID, where installed.', False, SWITCH),
-  Flag('definitions', 'Also usage as others define it.', False, SWITCH),
+  Flag('perceptual', 'Also LPIPS and rFID, if installed.', False, SWITCH),
+  Flag('definitions', 'Also usage under other definitions.', False, SWITCH),
 )
 def main(flags):
   """Evaluates."""

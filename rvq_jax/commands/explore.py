@@ -1,4 +1,4 @@
-"""Writes an HTML page to look at a tokenizer: images, tokens, codes.
+"""Writes an HTML page that shows a tokenizer: images, tokens, codes.
 
 rvq explore --workdir=DIR [--output=explore.html]
   [--input=IMAGE|FOLDER|tfds:NAME|wds:PATTERN|...]
@@ -13,7 +13,7 @@ from rvq_jax.commands.program import COUNT, Flag
 @program.command(
   *program.MODEL,
   program.DATA_DIR,
-  Flag('input', 'Image, folder or data set; default: that of the run.'),
+  Flag('input', 'Image, folder or data set; default: the data of the run.'),
   Flag('output', 'HTML file to write.', 'explore.html'),
   Flag('images', 'Images on the page.', 12, COUNT),
 )

@@ -9,18 +9,18 @@ rvq_jax.load('OUT') opens it in JAX, its tokenizer_torch.py in PyTorch. After
 """
 
 from rvq_jax.commands import program
-from rvq_jax.commands.program import SWITCH, Flag
+from rvq_jax.commands.program import LICENSE, SWITCH, Flag
 
 
 @program.command(
   Flag('workdir', 'Directory of the run.'),
   program.STEP,
   Flag('output', 'New folder to write.'),
-  Flag('name', 'On the card; default: of the run.'),
-  Flag('license', 'Of the weights, as the Hub writes it.', 'unknown'),
-  Flag('stablehlo', 'Also programs for JAX alone.', False, SWITCH),
+  Flag('name', 'Name on the card; default: name of the run.'),
+  LICENSE,
+  Flag('stablehlo', 'Also programs that need only JAX.', False, SWITCH),
   Flag('float16', 'Round the weights: half the size.', False, SWITCH),
-  Flag('layout', 'Weights of a vqgan network as others name them.'),
+  Flag('layout', 'diffusers or original: only weights, with those names.'),
 )
 def main(flags):
   """Exports."""

@@ -1,27 +1,27 @@
-"""Makes an export of a tokenizer of other people.
+"""Imports a tokenizer of another project, as an export.
 
 rvq import last.ckpt --rule=euclidean --output=taming
 rvq import hf:FoundationVision/vq-ds16-c2i --output=vq16
 
-The file is of taming, LDM, LlamaGen, VAR, IBQ or Janus, or the folder of a
-VQModel of diffusers. It is read as data, never run.
+The source is a file of taming, LDM, LlamaGen, VAR, IBQ or Janus, or the folder
+of a diffusers VQModel. Its content is read as data and never run.
 """
 
 from rvq_jax.commands import program
 from rvq_jax.commands.parsers import TupleParser
-from rvq_jax.commands.program import COUNT, SWITCH, Flag
+from rvq_jax.commands.program import COUNT, LICENSE, SWITCH, Flag
 
 _LOW = 15.0  # dB
 
 
 @program.command(
   Flag('output', 'New folder to write.'),
-  Flag('rule', 'How codes are chosen: euclidean, cosine or inner_product.'),
-  Flag('sides', 'Of the scales of VAR, as (1,2,4).', None, TupleParser()),
+  Flag('rule', 'How to choose codes: euclidean, cosine or inner_product.'),
+  Flag('sides', 'Sides of the scales (VAR), as (1,2,4).', None, TupleParser()),
   Flag('image_size', 'Pixels; default: as trained, or 256.', None, COUNT),
-  Flag('unit_range', 'Images were in [0, 1].', False, SWITCH),
-  Flag('name', 'On the card; default: of the source.'),
-  Flag('license', 'Of the weights, as the Hub writes it.', 'unknown'),
+  Flag('unit_range', 'The network takes images in [0, 1].', False, SWITCH),
+  Flag('name', 'Name on the card; default: name of the source.'),
+  LICENSE,
   paths=True,
 )
 def main(flags, *sources):
@@ -52,6 +52,6 @@ def main(flags, *sources):
   )
   if not psnr >= _LOW:
     program.show(
-      f'warning: under {_LOW:g} dB; is this another --rule, were the images in '
-      '[0, 1], or has the network not been trained?'
+      f'warning: PSNR under {_LOW:g} dB; try another --rule, or --unit_range; '
+      'or the network was not trained'
     )

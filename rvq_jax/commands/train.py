@@ -2,7 +2,7 @@
 
 rvq train --config=photos [--config.model.codebook_size=8192 ...]
 
-The same command resumes an interrupted run. --init fine-tunes a trained model,
+The same command resumes an interrupted run. --init fine-tunes a trained model.
 --multihost shares a run among processes.
 """
 
@@ -15,15 +15,15 @@ from rvq_jax.commands.program import Flag
 
 @program.command(
   program.CONFIG,
-  Flag('workdir', 'Directory of the run; default: runs/NAME of the config.'),
-  Flag('init', 'Run, export or hf:OWNER/NAME that a new run starts from.'),
+  Flag('workdir', 'Directory of the run; default: runs/NAME, as the config.'),
+  Flag('init', 'Run, export or hf:OWNER/NAME to start a new run from.'),
   *program.PROCESSES,
 )
 def main(flags):
   """Trains, evaluates, draws."""
   workdir = Path(flags.workdir or Path('runs') / flags.run_name)
   if flags.init and Path(flags.init).resolve() == workdir.resolve():
-    program.fail(f'--init: expected another folder than --workdir={workdir}')
+    program.fail(f'--init: expected a folder other than --workdir={workdir}')
   program.prepare_backend(flags)
   from rvq_jax.tokenizer.load import load
   from rvq_jax.training.loop import train

@@ -49,4 +49,4 @@ def _per_image(draw, key, shape, axis_name):
   """draw(key, shape), a row per image of this device's share of a batch."""
   axis, (rows, *rest) = Axis(axis_name), shape
   drawn = draw(key, shape=(axis.size * rows, *rest))
-  return jax.lax.dynamic_slice_in_dim(drawn, axis.index * rows, rows)
+  return jax.lax.dynamic_slice_in_dim(drawn, axis.rank * rows, rows)

@@ -40,6 +40,12 @@ class Source:
     """Returns the records at `indices`, in that order, as a source."""
     return Selection([self], indices)
 
+  def __len__(self) -> int:
+    raise NotImplementedError
+
+  def __getitem__(self, index) -> Record:
+    raise NotImplementedError
+
   def __iter__(self):
     return (self[i] for i in range(len(self)))
 

@@ -17,8 +17,8 @@ from rvq_jax.metrics import prepare_images
 
 MIN_SIDE = 32
 # From [-1, 1] to the inputs in the networks' training.
-_SHIFT = np.float32([-0.030, -0.088, -0.188]).reshape(1, 1, 1, 3)
-_SCALE = np.float32([0.458, 0.448, 0.450]).reshape(1, 1, 1, 3)
+_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32).reshape(1, 1, 1, 3)
+_SCALE = np.array([0.458, 0.448, 0.450], np.float32).reshape(1, 1, 1, 3)
 _EPS = 1e-10
 # Convolutions after a max pooling of stride 2, its window, and convolutions
 # whose output is compared; all have a ReLU, and the last one is the end.

@@ -81,7 +81,8 @@ def cache_path(net: str) -> Path:
 
 def shapes(net: str) -> dict[str, tuple[int, ...]]:
   """Names and shapes of the weights, in the order of the distribution."""
-  result, pairs = {}, itertools.pairwise(_WIDTHS[net])
+  result: dict[str, tuple[int, ...]] = {}
+  pairs = itertools.pairwise(_WIDTHS[net])
   for i, (size, pair) in enumerate(zip(_SIZES[net], pairs, strict=True)):
     result[f'kernel_{i:02d}'] = (size, size, *pair)
     result[f'bias_{i:02d}'] = pair[1:]
@@ -94,7 +95,7 @@ def _read(path, net) -> dict[str, np.ndarray]:
     buffers = [
       data
       for instruction, data, _ in pickletools.genops(path.read_bytes())
-      if instruction.name == 'BINBYTES'
+      if instruction.name == 'BINBYTES' and isinstance(data, bytes)
     ]
     return {
       name: np.frombuffer(data, '<f4').reshape(shape).astype(_DTYPES[net])

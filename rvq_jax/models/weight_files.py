@@ -12,7 +12,7 @@ def installed_file(distribution: str, file: str) -> Path | None:
     installed = importlib.metadata.distribution(distribution)
   except importlib.metadata.PackageNotFoundError:
     return None
-  path = Path(installed.locate_file(file))
+  path = Path(str(installed.locate_file(file)))
   return path if path.exists() else None
 
 

@@ -101,9 +101,10 @@ class Quantizer(nn.Module):
     """x [..., A] through the linear layer `name` of bound variables, if any."""
     if not self.has_variable('params', name):
       return x
-    params = self.get_variable('params', name)
+    params: dict[str, jax.Array] = self.get_variable('params', name)
     dense = Dense(params['kernel'].shape[1], parent=None)
-    return dense.apply({'params': params}, x)
+    projected: Any = dense.apply({'params': params}, x)
+    return projected
 
   @property
   def mapped_axis(self):
@@ -135,7 +136,15 @@ class Quantizer(nn.Module):
     return loss * (count / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
 
   def finish(
-    self, z, quantized, ids, loss, counts, metrics, *, project: bool = False
+    self,
+    z: jax.Array,
+    quantized: jax.Array,
+    ids: jax.Array,
+    loss: jax.Array,
+    counts: jax.Array,
+    metrics: dict[str, jax.Array],
+    *,
+    project: bool = False,
   ) -> QuantizerOutput:
     """The output of a call for z [..., C]; no gradient through the metrics.
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy.typing as npt
 
 # The leaves of a codebook's state that count vectors: no id depends on them.
 COUNTS = ('cluster_size', 'embedding_sum')
@@ -28,7 +29,7 @@ class Axis(NamedTuple):
     return 1 if self.name is None else jax.lax.axis_size(self.name)
 
   @property
-  def index(self) -> int | jax.Array:
+  def rank(self) -> int | jax.Array:
     """Which share this device has."""
     return 0 if self.name is None else jax.lax.axis_index(self.name)
 
@@ -57,7 +58,9 @@ class Codebook:
   embedding_sum: jax.Array
 
   @classmethod
-  def create(cls, embedding, cluster_size) -> 'Codebook':
+  def create(
+    cls, embedding: npt.ArrayLike, cluster_size: npt.ArrayLike
+  ) -> 'Codebook':
     """A codebook of codes [K, D] that expect cluster_size vectors per step.
 
     cluster_size is scalar or [K]; embedding_sum is cluster_size x embedding, so
@@ -92,7 +95,11 @@ def row_weights(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def count_codes(
-  ids: jax.Array, codebook_size: int, *, weight: jax.Array, axis_name=None
+  ids: jax.Array,
+  codebook_size: int,
+  *,
+  weight: jax.Array,
+  axis_name: Any = None,
 ) -> jax.Array:
   """Sum of the weights [N] of each code in ids [N]; float32 [K], global."""
   counts = jnp.zeros(codebook_size, jnp.float32).at[ids].add(weight)
@@ -106,7 +113,7 @@ def ema_update(
   *,
   decay: float,
   eps: float = 1e-5,
-  axis_name=None,
+  axis_name: Any = None,
   mask: jax.Array | None = None,
 ) -> Codebook:
   """One step of the exponential moving average (paper eq. 6, 3.4).

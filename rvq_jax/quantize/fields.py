@@ -41,7 +41,7 @@ def field(
   default: Any = dataclasses.MISSING,
   low: float = -float('inf'),
   high: float = float('inf'),
-  choices: tuple | None = None,
+  choices: Collection | None = None,
 ) -> Any:
   """A dataclass field of a linen module with its range; see `fields_of`.
 
@@ -59,9 +59,10 @@ def fields_of(cls: type[nn.Module]) -> dict[str, Field]:
     if 'range' not in f.metadata:
       continue
     union = isinstance(f.type, types.UnionType)  # T | None
-    kind = typing.get_args(f.type)[0] if union else f.type
+    kind: Any = typing.get_args(f.type)[0] if union else f.type
     kind = typing.get_origin(kind) or kind  # tuple[int, ...] is a tuple
-    ranges[f.name] = Field(kind, *f.metadata['range'], union, f.default)
+    low, high, choices = f.metadata['range']
+    ranges[f.name] = Field(kind, low, high, choices, union, f.default)
   return ranges
 
 
@@ -75,7 +76,7 @@ def fault(value: Any, field: Field) -> str | None:
     )
     widths = 'integers from 1 to 1048576, as (64, 128, 256)'
     return None if fits and value else widths
-  kind = (int, float) if field.kind is float else field.kind
+  kind: Any = (int, float) if field.kind is float else field.kind
   if not isinstance(value, kind) or (
     isinstance(value, bool) and field.kind is not bool
   ):

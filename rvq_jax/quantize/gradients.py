@@ -8,7 +8,8 @@ rotation), gets its gradient unchanged.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def _rotation_unscaled(de, e, q, _):
   return _turned(de, geometry(e, q))
 
 
-def _turned(de, g: Geometry):
+def _turned(de: jax.Array, g: Geometry) -> jax.Array:
   """R de, R = (I - 2 w w^T)(I - 2 u u^T), w = (u + v)/|u + v|.
 
   The first reflection carries u onto -u, the second -u onto v. Two reflections
@@ -233,7 +234,16 @@ def straight_through(e: jax.Array, q: jax.Array) -> jax.Array:
   return _estimate(_identity, e, q)
 
 
-def dynamic_ste(e, q, *, ids, num_codes, mask=None, axis_name=None, **_):
+def dynamic_ste(
+  e: jax.Array,
+  q: jax.Array,
+  *,
+  ids: jax.Array,
+  num_codes: int,
+  mask: jax.Array | None = None,
+  axis_name: Any = None,
+  **_: Any,
+) -> jax.Array:
   """q, whose gradient reaches e more weakly the farther e is from q.
 
   With d_i = |e_i - q_i|^2 and the smallest d_j among the vectors of the same
@@ -261,7 +271,7 @@ def dynamic_ste(e, q, *, ids, num_codes, mask=None, axis_name=None, **_):
   return straight_through(weight[:, None] * e, q)
 
 
-def diveq(e, q, **_):
+def diveq(e: jax.Array, q: jax.Array, **_: Any) -> jax.Array:
   """q as e + |q - e| d with a constant direction d = (q - e)/|q - e|.
 
   DiVeQ (Vali et al. 2025, arXiv:2509.26469), without its noise:
@@ -277,7 +287,7 @@ def diveq(e, q, **_):
 
 # Name -> function of e, q [N, D] and, by name, ids [N], num_codes, mask [N],
 # max_scale and axis_name, to q.
-ESTIMATORS = {
+ESTIMATORS: dict[str, Callable[..., jax.Array]] = {
   'rotation': lambda e, q, max_scale, **_: rotate(e, q, max_scale=max_scale),
   'rotation_unscaled': lambda e, q, **_: rotate(e, q, rescale=False),
   'reflection': lambda e, q, max_scale, **_: reflect(e, q, max_scale=max_scale),

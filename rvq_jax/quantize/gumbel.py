@@ -106,7 +106,7 @@ class GumbelQuantizer(Quantizer):
         "apply(..., rngs={'codebook': key})"
       )
     key = self.make_rng('codebook')
-    indices = jnp.arange(n) + n * Axis(self.axis_name).index
+    indices = jnp.arange(n) + n * Axis(self.axis_name).rank
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
     row = (self.codebook_size,)
     return jax.vmap(lambda key: jax.random.gumbel(key, row))(keys)

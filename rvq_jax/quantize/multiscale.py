@@ -1,5 +1,7 @@
 """`MultiscaleQuantizer`: the codes of an image on grids of growing side."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -119,9 +121,10 @@ class MultiscaleQuantizer(VectorQuantizer):
       metrics['ambiguous_share'] = masked_mean(close, share.reshape(-1) > 0)
     rows, weights = weighted(rows, share)
     metrics |= self._end(train, book, rows, ids.reshape(-1), weights)
-    loss, counts = sum(loss for loss, _ in parts) / len(parts), sum(counts)
+    loss: Any = sum(loss for loss, _ in parts) / len(parts)
+    total_counts: Any = sum(counts)
     ids = ids.reshape(*z.shape[:-3], ids.shape[1])
-    return self.finish(z, quantized, ids, loss, counts, metrics)
+    return self.finish(z, quantized, ids, loss, total_counts, metrics)
 
   def ids(self, z: jax.Array) -> jax.Array:
     """The ids [..., T] int32 of z [..., n, n, C], as the call gives them."""
@@ -153,7 +156,8 @@ class MultiscaleQuantizer(VectorQuantizer):
         f'first scales, got {ids.shape}'
       )
     phis = self._phis(self.sides)
-    codes, total = self.codes(), 0.0
+    codes = self.codes()
+    total: Any = 0.0
     for number in range(offsets.index(ids.shape[-1])):
       part = ids[..., offsets[number] : offsets[number + 1]]
       q = jnp.take(codes, part.reshape(-1, part.shape[-1]), axis=0)

@@ -1,6 +1,7 @@
 """The quantizers by name, as a config asks for them; each imported on use."""
 
 import importlib
+from typing import Any
 
 import flax.linen as nn
 
@@ -25,6 +26,6 @@ def quantizer_class(name: str) -> type[nn.Module]:
   return getattr(importlib.import_module(module), cls)
 
 
-def make_quantizer(name: str = 'vq', **arguments) -> nn.Module:
+def make_quantizer(name: str = 'vq', **arguments: Any) -> nn.Module:
   """The linen module called `name`, from z [..., C] to `QuantizerOutput`."""
   return quantizer_class(name)(**arguments)

@@ -4,6 +4,8 @@ Pure functions of float32 arrays. With `axis_name` vectors are drawn from the
 global batch (`pmap`, `shard_map`).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +18,7 @@ def draw_rows(
   count: int,
   *,
   weight: jax.Array | None = None,
-  axis_name=None,
+  axis_name: Any = None,
   mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """`count` different rows of the global batch, drawn at random.
@@ -40,7 +42,7 @@ def draw_rows(
     be drawn.
   """
   n, axis = len(x), Axis(axis_name)
-  first = n * axis.index
+  first = n * axis.rank
   counts_for = row_weights(x, mask)
   valid = counts_for > 0
   noise = jax.random.gumbel(key, (n * axis.size,))
@@ -78,14 +80,14 @@ def _largest(score, count, axis):
     best = -best
   else:
     best, indices = jax.lax.top_k(score, min(count, n))
-    best, indices = (_gather(x, axis) for x in (best, indices + n * axis.index))
+    best, indices = (_gather(x, axis) for x in (best, indices + n * axis.rank))
   best, order = jax.lax.top_k(best, count)
   return best, indices[order]
 
 
 def _gather(x, axis):
   """x [n] of all shares in order: an all-gather that `shard_map` trusts."""
-  everyone, first = jnp.zeros(len(x) * axis.size, x.dtype), len(x) * axis.index
+  everyone, first = jnp.zeros(len(x) * axis.size, x.dtype), len(x) * axis.rank
   return axis.psum(jax.lax.dynamic_update_slice_in_dim(everyone, x, first, 0))
 
 
@@ -119,8 +121,8 @@ def fill_codebook(
   key: jax.Array,
   e: jax.Array,
   *,
-  expected_size,
-  axis_name=None,
+  expected_size: float | jax.Array,
+  axis_name: Any = None,
   mask: jax.Array | None = None,
 ) -> Codebook:
   """Puts codes onto vectors of a first batch (data-dependent initialisation).
@@ -152,10 +154,10 @@ def replace_codes(
   e: jax.Array,
   ids: jax.Array,
   *,
-  expected_size,
+  expected_size: float | jax.Array,
   split_by: str = 'count',
   split_fraction: float = 0.2,
-  axis_name=None,
+  axis_name: Any = None,
   mask: jax.Array | None = None,
 ) -> tuple[Codebook, jax.Array]:
   """Lets dead codes split the clusters of codes that are used too much.

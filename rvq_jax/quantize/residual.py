@@ -92,7 +92,8 @@ class ResidualQuantizer(PartsQuantizer):
     e, mask = self.inputs(z, mask)
     e = self.project_in(e, self.code_dim or z.shape[-1])
 
-    outputs, total, left, valid = [], None, e, mask
+    outputs, left, valid = [], e, mask
+    total: Any = None
     for level in self.level:
       if train and total is not None:
         # The rounding error of a vector on its code must not fill a level.

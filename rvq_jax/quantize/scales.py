@@ -4,6 +4,7 @@ Pure functions of float32 arrays.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,16 @@ def default_sides(grid: int) -> tuple[int, ...]:
   return (*(side for side in _SIDES if side < grid), grid)
 
 
-def token_offsets(sides) -> list[int]:
+def token_offsets(sides: Sequence[int]) -> list[int]:
   """Where each scale begins among an image's tokens, and their number."""
   return [0, *itertools.accumulate(side**2 for side in sides)]
 
 
-def token_weights(sides) -> np.ndarray:
+def token_weights(sides: Sequence[int]) -> np.ndarray:
   """The area that each token of an image covers, float32 [T], 1 on average."""
   tokens = token_offsets(sides)[-1]
   areas = [tokens / len(sides) / side**2 for side in sides]
-  return np.float32(areas).repeat(np.square(sides))
+  return np.array(areas, np.float32).repeat(np.square(sides))
 
 
 def area_weights(grid: int, side: int, resize: str = 'keys') -> np.ndarray:
@@ -41,8 +42,8 @@ def area_weights(grid: int, side: int, resize: str = 'keys') -> np.ndarray:
   overlap = np.maximum(end - np.maximum(edges[:-1, None], left), 0)
   if resize == 'torch':
     overlap = overlap > 0
-    return np.float32(overlap / overlap.sum(1, keepdims=True))
-  return np.float32(overlap * side / grid)
+    return np.asarray(overlap / overlap.sum(1, keepdims=True), np.float32)
+  return np.asarray(overlap * side / grid, np.float32)
 
 
 def bicubic_weights(side: int, grid: int, resize: str = 'keys') -> np.ndarray:
@@ -61,7 +62,7 @@ def bicubic_weights(side: int, grid: int, resize: str = 'keys') -> np.ndarray:
   far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
   weights = np.where(t < 1, near, np.where(t < 2, far, 0))
   weights = weights @ (cells.clip(0, side - 1)[:, None] == np.arange(side))
-  return np.float32(weights / weights.sum(1, keepdims=True))
+  return np.asarray(weights / weights.sum(1, keepdims=True), np.float32)
 
 
 def phi_indices(scales: int, resize: str = 'keys') -> list[int]:
@@ -74,7 +75,7 @@ def phi_indices(scales: int, resize: str = 'keys') -> list[int]:
     return [number * phis // scales for number in numbers]
   edge = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
   ticks, last = np.linspace(edge, 1 - edge, phis), max(scales - 1, 1)
-  return [int(abs(ticks - number / last).argmin()) for number in numbers]
+  return [int(np.argmin(abs(ticks - number / last))) for number in numbers]
 
 
 def _resize(x, weights):
@@ -119,7 +120,7 @@ def phi(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
   return 0.5 * (x + (y + params['bias'][None, None, None]))
 
 
-def identity_phi(key, dim: int) -> dict[str, jax.Array]:
+def identity_phi(key: jax.Array, dim: int) -> dict[str, jax.Array]:
   """kernel [3, 3, D, D] and bias [D] of a phi that changes nothing."""
   del key
   kernel = jnp.zeros((3, 3, dim, dim)).at[1, 1].set(jnp.eye(dim))

@@ -49,7 +49,7 @@ class SimVQ(NearestQuantizer):
       'embedding',
       lambda: draw_codes(self.make_rng('params'), (self.codebook_size, dim)),
     )
-    eye = lambda _, shape, dtype: jnp.eye(*shape, dtype=dtype)  # noqa: E731
+    eye = lambda _, shape, dtype: jnp.eye(shape[0], dtype=dtype)  # noqa: E731
     linear = Dense(dim, use_bias=False, kernel_init=eye, name='map')
     codes = linear(jax.lax.stop_gradient(frozen.value))
     ids, ambiguous = self.nearest(e, codes, mask, train)
@@ -63,6 +63,6 @@ class SimVQ(NearestQuantizer):
 
   def codes(self) -> jax.Array:
     """The codes C W [K, D] of bound variables."""
-    kernel = self.get_variable('params', 'map')['kernel']
-    codes = self.get_variable('codebook', 'embedding')
+    kernel: jax.Array = self.get_variable('params', 'map')['kernel']
+    codes: jax.Array = self.get_variable('codebook', 'embedding')
     return jnp.dot(codes, kernel, precision=HIGHEST)

@@ -164,7 +164,7 @@ class VectorQuantizer(NearestQuantizer):
     """The codes [K, D] of bound variables."""
     if self.ema:
       return self.get_variable('codebook', 'embedding')
-    offset = self.get_variable('codebook', 'offset')
+    offset: jax.Array = self.get_variable('codebook', 'offset')
     return self.normed(self.get_variable('params', 'embedding') + offset)
 
   def normed(self, x: jax.Array) -> jax.Array:

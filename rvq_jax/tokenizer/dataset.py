@@ -9,10 +9,12 @@ meta.json   model, K, factor, source, rows_done; skipped: the rows whose images
             of the scales and the offsets at which they begin in T
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
@@ -29,7 +31,9 @@ def batch_size(image_size: int) -> int:
   return max(1, min(256, 2**21 // image_size**2))
 
 
-def open_folder(folder):
+def open_folder(
+  folder: str | os.PathLike[str],
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray, list[str]]:
   """Opens and checks a folder: meta, ids (memory-mapped), labels, names."""
   folder = Path(folder)
   try:
@@ -75,7 +79,11 @@ class TokenDataset:
     ValueError: the folder is incomplete, damaged, or holds something else.
   """
 
-  def __init__(self, folder, dtype=None):
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    dtype: npt.DTypeLike | None = None,
+  ):
     self._folder, self._dtype = folder, dtype
     self.meta, self.ids, self.labels, self.names = open_folder(folder)
     if dtype is not None and not _holds(dtype, self.meta['codebook_size'] - 1):
@@ -91,10 +99,10 @@ class TokenDataset:
         'same rvq encode again to complete it'
       )
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.rows)
 
-  def __getitem__(self, index) -> dict[str, Any]:
+  def __getitem__(self, index: int) -> dict[str, Any]:
     row, size = self.rows[index], self.meta['codebook_size']
     ids = np.array(self.ids[row], self._dtype)
     if ids.max() >= size:
@@ -110,7 +118,7 @@ class TokenDataset:
     return f'TokenDataset({str(self._folder)!r})'
 
 
-def _holds(dtype, number: int) -> bool:
+def _holds(dtype: Any, number: int) -> bool:
   """Whether a dtype is an integer one that holds 0 ... number."""
   try:
     return np.iinfo(dtype).max >= number
@@ -118,7 +126,11 @@ def _holds(dtype, number: int) -> bool:
     return False
 
 
-def decode_dataset(tokenizer: Tokenizer, folder, output) -> int:
+def decode_dataset(
+  tokenizer: Tokenizer,
+  folder: str | os.PathLike[str],
+  output: str | os.PathLike[str],
+) -> int:
   """Writes the images of a folder of tokens as PNG files, numbered by row.
 
   Returns their number; skipped rows have none. Raises ValueError if the tokens

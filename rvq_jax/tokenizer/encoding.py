@@ -164,7 +164,8 @@ def _create(folder, new, source, meta, shares) -> None:
 
   From its first META on, whose rows_done is -1, the folder is ours.
   """
-  names, skipped = [], []
+  names: list[str] = []
+  skipped: list[dict[str, Any]] = []
   errors = _Skipped(source, {'skipped': skipped})
   try:
     write_atomic(folder / META, json.dumps(meta | {'rows_done': -1}))
@@ -175,7 +176,7 @@ def _create(folder, new, source, meta, shares) -> None:
       file.seek(-ids.nbytes, os.SEEK_END)
       for share in shares:
         about, share_ids, _, share_names = open_folder(share)
-        file.write(share_ids)
+        file.write(share_ids.data)
         for entry in about['skipped']:
           row, reason = entry['row'], entry['reason']
           errors.add(len(names) + row, share_names[row], reason)

@@ -121,7 +121,8 @@ def open_network(
 
   if rule not in (None, *RULES):
     raise ValueError(f'rule: expected {", ".join(RULES)}, got {rule!r}')
-  files, tensors = _files(path), {}
+  files = _files(path)
+  tensors: dict[str, np.ndarray] = {}
   for file in files:
     tensors |= read_tensors(file)
   try:

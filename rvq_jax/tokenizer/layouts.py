@@ -219,7 +219,7 @@ def write(
   arrays: Mapping[str, np.ndarray], layout: str
 ) -> dict[str, np.ndarray]:
   """The tensors of our parameters, by the names of a layout."""
-  tensors = {}
+  tensors: dict[str, dict[Any, np.ndarray]] = {}
   for name, theirs, part in _pairs(arrays, layout):
     x = np.asarray(arrays[name])
     if x.ndim == 4:

@@ -6,6 +6,7 @@ the linen variables joined by dots (`params.encoder.conv0.kernel`).
 
 import contextlib
 import logging
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,9 @@ _DIFFUSERS = 'diffusion_pytorch_model.*'
 _FIELDS = {'config': dict, 'model_hash': str, 'step': int}
 
 
-def load(workdir, step: int | str | None = None) -> Tokenizer:
+def load(
+  workdir: str | os.PathLike[str], step: int | str | None = None
+) -> Tokenizer:
   """Loads a trained tokenizer, its averages if any, onto the first device.
 
   >>> import numpy as np
@@ -71,7 +74,7 @@ def load(workdir, step: int | str | None = None) -> Tokenizer:
   return _load_run(workdir, step)
 
 
-def import_model(source, **options) -> Tokenizer:
+def import_model(source: str | os.PathLike[str], **options: Any) -> Tokenizer:
   """Opens a tokenizer of other people: taming, LlamaGen, VAR, diffusers ...
 
   Nothing in its files is executed. docs/zoo.md lists what is known.
@@ -110,7 +113,7 @@ def import_model(source, **options) -> Tokenizer:
   return Tokenizer(model, variables, config=network.config, step=0)
 
 
-def pretrained(name) -> Path:
+def pretrained(name: str | os.PathLike[str]) -> Path:
   """The folder of 'pretrained:NAME'; ValueError lists the names that exist."""
   folder = Path(__file__).parents[1] / 'pretrained'
   names = sorted(path.name for path in folder.iterdir() if is_export(path))
@@ -120,12 +123,14 @@ def pretrained(name) -> Path:
   return folder / str(name).removeprefix(PRETRAINED)
 
 
-def is_export(folder) -> bool:
+def is_export(folder: str | os.PathLike[str]) -> bool:
   """Whether a folder holds an exported model."""
   return (Path(folder) / WEIGHTS).is_file()
 
 
-def _load_run(workdir, step) -> Tokenizer:
+def _load_run(
+  workdir: str | os.PathLike[str], step: int | str | None
+) -> Tokenizer:
   if not (Path(workdir) / 'checkpoints').is_dir():
     raise FileNotFoundError(
       f'expected a run with checkpoints in {workdir}, or an export, got '
@@ -140,24 +145,24 @@ def _load_run(workdir, step) -> Tokenizer:
     stack.callback(logger.setLevel, logger.level)
     logger.setLevel(logging.ERROR)
     checkpoints = stack.enter_context(Checkpoints(workdir, read_only=True))
-    step = checkpoints.resolve(step)
-    config = completed(checkpoints.meta(step)['config'], workdir)
+    saved = checkpoints.resolve(step)
+    config = completed(checkpoints.meta(saved)['config'], workdir)
     run = RunData(config)
-    if step <= run.quantize_after:
+    if saved <= run.quantize_after:
       raise ValueError(
-        f'step {step} of {workdir} has no codebook: it is filled after step '
+        f'step {saved} of {workdir} has no codebook: it is filled after step '
         f'{run.quantize_after}, config.model.quantize_after; train longer'
       )
     model, shapes = _model(config, workdir)
     if run.keeps_averages:
       names = ('params', 'batch_stats')
       shapes['averages'] = {name: shapes[name] for name in names}
-    variables = checkpoints.restore_model(shapes, step)
+    variables = checkpoints.restore_model(shapes, saved)
   variables |= variables.pop('averages', {})
-  return Tokenizer(model, variables, config=config, step=step)
+  return Tokenizer(model, variables, config=config, step=saved)
 
 
-def _load_export(folder: Path, step) -> Tokenizer:
+def _load_export(folder: Path, step: int | str | None) -> Tokenizer:
   path = folder / CONFIG
   about = (read_json(path) if path.is_file() else None) or {}
   kinds = {name: type(about.get(name)) for name in _FIELDS}
@@ -184,7 +189,9 @@ def _load_export(folder: Path, step) -> Tokenizer:
   return tokenizer
 
 
-def _model(config: Mapping[str, Any], source) -> tuple[VQVAE, dict[str, Any]]:
+def _model(
+  config: Mapping[str, Any], source: object
+) -> tuple[VQVAE, dict[str, Any]]:
   """The model of a flat config; shapes and placement of its collections."""
   try:
     model, size = build_model(config), RunData(config).image_size

@@ -195,8 +195,8 @@ def encode_images(
   padding = (0, 0), (0, -height % f), (0, -width % f), (0, 0)
   images = np.pad(images, padding, 'edge')
   if _in_one_piece(tokenizer, [n // f for n in images.shape[1:3]]):
-    ids = tokenizer.encode(jax.device_put(images, placement))
-    return np.asarray(ids, tokenizer.ids_dtype)
+    whole = tokenizer.encode(jax.device_put(images, placement))
+    return np.asarray(whole, tokenizer.ids_dtype)
   shape = len(images), *tokenizer.ids_shape(height, width)
   ids = np.empty(shape, tokenizer.ids_dtype)
   return _by_windows(tokenizer, _encode, images, ids, placement)

@@ -3,12 +3,14 @@
 import functools
 import json
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.typing import ArrayLike
 
 from rvq_jax.io import tree_digest
 from rvq_jax.metrics import prepare_images
@@ -56,7 +58,14 @@ class Tokenizer:
     ids_dtype: the smallest unsigned integer for K, in which files hold ids.
   """
 
-  def __init__(self, model: VQVAE, variables, *, config, step: int):
+  def __init__(
+    self,
+    model: VQVAE,
+    variables: dict[str, Any],
+    *,
+    config: Mapping[str, Any],
+    step: int,
+  ):
     self.model, self.variables = model, variables
     self.config, self.step = config, step
     self.codebook_size, self.factor = model.vq.codebook_size, model.factor
@@ -87,7 +96,7 @@ class Tokenizer:
     grid = -(-height // self.factor), -(-width // self.factor)
     return grid + ((codes,) if codes else ())
 
-  def levels(self, ids) -> list:
+  def levels(self, ids: jax.Array | np.ndarray) -> list[Any]:
     """The ids, or their first few levels, as one grid [B, h, w] per level.
 
     A level is one code of each position, or a scale; coarse to fine.
@@ -109,17 +118,21 @@ class Tokenizer:
       return np.concatenate([x.reshape(len(x), -1) for x in levels], axis=1)
     return np.stack(levels, -1) if self.codes_per_position else levels[0]
 
-  def grid(self, ids) -> jax.Array:
+  def grid(self, ids: jax.Array) -> jax.Array:
     """The latents [B, H, W, C] of ids, unchecked; it can be traced."""
-    return self.model.apply(
+    grid: Any = self.model.apply(
       self.variables, ids, method=lambda model, x: model.vq.codes_from_ids(x)
     )
+    return grid
 
   def codebooks(self) -> list[jax.Array]:
     """The vectors [K, C] of all codes, per level; all scales share theirs."""
     codes, ids = self.codes_per_position, jnp.arange(self.codebook_size)
     if self.sides:  # the codes themselves, not the grids that they add to
-      return [self.model.apply(self.variables, method=lambda m: m.vq.codes())]
+      scales: Any = self.model.apply(
+        self.variables, method=lambda model: model.vq.codes()
+      )
+      return [scales]
     if not codes:
       return [self.grid(ids)]
     zeros = jnp.zeros((len(ids), codes), jnp.int32)
@@ -156,7 +169,7 @@ class Tokenizer:
       about |= {'sides': list(self.sides), 'offsets': [0, *self.prefixes]}
     return about
 
-  def check_encoder(self, encoder_hash: str, name) -> None:
+  def check_encoder(self, encoder_hash: str, name: object) -> None:
     """Raises ValueError if the ids in `name` are of another encoder."""
     if encoder_hash != self.encoder_hash:
       raise ValueError(
@@ -165,7 +178,7 @@ class Tokenizer:
         'it, or a run that fine-tuned their decoder'
       )
 
-  def encode(self, images) -> jax.Array:
+  def encode(self, images: ArrayLike) -> jax.Array:
     """Token ids of images: int32 of `axes`, H = h / factor, W = w / factor.
 
     Args:
@@ -190,7 +203,7 @@ class Tokenizer:
       warnings.warn(UNIT_RANGE, stacklevel=2)
     return self._encode(self.variables, images)
 
-  def decode(self, ids) -> jax.Array:
+  def decode(self, ids: ArrayLike) -> jax.Array:
     """Images of token ids: float32 [B, H factor, W factor, 3] in [-1, 1].
 
     Args:
@@ -202,7 +215,7 @@ class Tokenizer:
     ids = jnp.asarray(self.check_ids(ids), jnp.int32)
     return self._decode(self.variables, ids)
 
-  def check_ids(self, ids) -> np.ndarray | jax.Array:
+  def check_ids(self, ids: ArrayLike) -> np.ndarray | jax.Array:
     """The ids as an array; ValueError if `decode` refuses them."""
     # Not through jnp: it would wrap 64 bits to 32 before the check.
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
@@ -220,6 +233,6 @@ class Tokenizer:
       )
     return ids
 
-  def reconstruct(self, images) -> jax.Array:
+  def reconstruct(self, images: ArrayLike) -> jax.Array:
     """decode(encode(images)); see there."""
     return self.decode(self.encode(images))

@@ -88,12 +88,13 @@ class RunData:
   """
 
   def __init__(self, flat: Mapping[str, Any]):
-    self.name, self.split = flat.get('data.name'), flat.get('data.split')
-    self.data_dir = flat.get('data.data_dir')
-    self.image_size = flat.get('data.image_size')
-    self.batch_size = flat.get('batch_size')
-    self.quantize_after = flat.get('model.quantize_after', 0)
-    self.keeps_averages = bool(flat.get('optimizer.params_ema'))
+    get: Any = flat.get
+    self.name, self.split = get('data.name'), get('data.split')
+    self.data_dir = get('data.data_dir')
+    self.image_size: int = get('data.image_size')
+    self.batch_size = get('batch_size')
+    self.quantize_after = get('model.quantize_after', 0)
+    self.keeps_averages = bool(get('optimizer.params_ema'))
 
   def open_dataset(self, split_file, data_dir: str | None = None):
     """The `Dataset`, divided as in training; `data_dir` is its place now.

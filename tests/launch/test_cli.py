@@ -174,7 +174,7 @@ main()
 
 def test_an_interrupt_while_jax_is_imported_is_one_line(rvq, tmp_path):
   done = rvq(program=INTERRUPTED, cwd=tmp_path)
-  assert done.stderr == 'interrupted; what was finished is kept\n'
+  assert done.stderr == 'interrupted; finished work is kept\n'
   assert done.returncode == 130
 
 

@@ -64,26 +64,26 @@ FLAGS = [
   (f'{PHOTOS} --wrkdir=x', "flag 'wrkdir'. Did you mean: workdir ?"),
   (f'{PHOTOS} --workdir', 'Missing value for flag --workdir'),
   (f'{PHOTOS} --multihost=a', "--multihost=a: expected true or false, got 'a'"),
-  (f'{PHOTOS} --init=x --workdir=x', 'another folder than --workdir=x'),
+  (f'{PHOTOS} --init=x --workdir=x', 'a folder other than --workdir=x'),
   ('reproduce', 'expected --config=NAME'),
   ('reproduce --config=photos --table=34', '<all|objectives|3|4|5|6|7>'),
   (
     'reproduce --config=photos --seeds=0',
-    "integer from 1 up, got '0'",
+    "integer, at least 1, got '0'",
   ),
   (
     'reproduce --config=photos --num_steps=-3',
-    "from 1 up, got '-3'",
+    "at least 1, got '-3'",
   ),
   ('evaluate', 'expected --workdir=DIR, the directory of a run'),
   ('evaluate --workdir=x --step=last', "expected a number or best, got 'last'"),
   ('export', 'expected --workdir=DIR and --output=FOLDER'),
   ('export --workdir=x', 'expected --workdir=DIR and --output=FOLDER'),
   ('explore', 'expected --workdir=DIR, of a run or an export'),
-  ('explore --workdir=x --images=0', "integer from 1 up, got '0'"),
+  ('explore --workdir=x --images=0', "integer, at least 1, got '0'"),
   (
     'encode --workdir=x --image_size=0',
-    "integer from 1 up, got '0'",
+    "integer, at least 1, got '0'",
   ),
   ('encode', f'{EITHER} IMAGE FILE.npz or --input=DIR --output=DIR'),
   ('encode --workdir=x mine.png', EITHER),
@@ -239,7 +239,7 @@ def test_a_user_without_a_home_is_told(refused, monkeypatch):
   monkeypatch.setattr(pwd, 'getpwuid', {}.__getitem__)  # KeyError
   monkeypatch.delenv('HOME')
   line = refused('evaluate --workdir=~/x')
-  assert 'a whole path, for there is no home directory' in line
+  assert 'a full path: there is no home directory' in line
 
 
 @pytest.mark.parametrize('command', COMMANDS)

@@ -169,7 +169,7 @@ def test_import_asks_and_warns(give, call, tmp_path, capsys):
   out = call('import', file, *flags, '--name=Small', f'--output={output}')
   first, warning = out.splitlines()
   assert '16 x 16 pixels to 78 tokens of 16 codes, PSNR of a photog' in first
-  assert warning.startswith('warning: under 15 dB; is this another --rule')
+  assert warning.startswith('warning: PSNR under 15 dB; try another --rule')
   card = (output / 'README.md').read_text()
   assert '# Small' in card and 'license: mit' in card
   assert 'whose weights come from model.safetensors' in card

@@ -84,7 +84,7 @@ def test_a_second_interrupt_ends_the_process_at_once(start_run, tmp_path):
   text = run.end()
   assert time.monotonic() - start < 5
   assert run.returncode == 130
-  assert text == 'interrupted; what was finished is kept\n'
+  assert text == 'interrupted; finished work is kept\n'
 
 
 @pytest.mark.slow
