@@ -152,9 +152,9 @@ def train_peer(config, **options):
     else:
       q, ids, backward = z, np.zeros(0), lambda gradient: gradient
     (error, decoded), (grads, dq) = decode(params, stats, q, images)
-    stats = {
-      'encoder': encoded['batch_stats']['encoder'],
-      'decoder': decoded['batch_stats']['decoder'],
+    stats = {  # none with GroupNorm
+      name: part.get('batch_stats', {}).get(name, {})
+      for name, part in (('encoder', encoded), ('decoder', decoded))
     }
     params, opt_state = update(
       step, params, opt_state, pullback, backward(dq), grads
