@@ -13,9 +13,9 @@ import re
 import shlex
 import shutil
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rvq_jax import __version__
 from rvq_jax.commands import config_file, program
 from rvq_jax.commands.program import COUNT, NUMBER, SWITCH, Flag
 
@@ -40,7 +40,7 @@ def main(flags, *paths):
   """Measures and prints."""
   models = [*filter(None, [flags.workdir]), *paths]
   there = [x for x in models if x.startswith('hf:') or Path(x).is_dir()]
-  given = [flags.run_name] * bool(flags.config) + models
+  given = ([flags.run_name] if flags.config else []) + models
   if len(given) != 1 or models != there:
     program.fail(
       f'expected one of {", ".join(config_file.MODULES)}, the path of a config '
@@ -49,6 +49,20 @@ def main(flags, *paths):
     )
   if flags.peak is not None and not 0 < flags.peak < 1e6:
     program.fail(f'--peak: expected TFLOP/s, as 989, got {flags.peak}')
+  _prepare(flags)
+  from jax.errors import JaxRuntimeError
+
+  try:
+    _measure(flags, *models)
+  except JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    reason = str(error).splitlines()[0]
+    program.fail(f'expected a --batch_size that fits into memory; {reason}')
+
+
+def _prepare(flags):
+  """Prepares JAX; programs are compiled anew, so that this can be timed."""
   program.prepare_backend(flags)
   import jax
 
@@ -56,13 +70,6 @@ def main(flags, *paths):
   platforms = jax.config.jax_platforms
   if platforms and 'cpu' not in platforms:  # it counts the operations
     jax.config.update('jax_platforms', f'{platforms},cpu')
-  try:
-    _measure(flags, *models)
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    reason = str(error).splitlines()[0]
-    program.fail(f'expected a --batch_size that fits into memory; {reason}')
 
 
 def _measure(flags, model=None):
@@ -95,12 +102,17 @@ def _measure(flags, model=None):
 def _commit() -> str:
   """The commit of this checkout, -dirty if changed; else the version."""
   root = Path(__file__).resolve().parents[2]
-  command = ['git', '-C', str(root), 'describe', '--always', '--dirty']
-  if not (root / '.git').exists() or not shutil.which('git'):
-    return __version__
-  options = {'capture_output': True, 'text': True}
-  done = subprocess.run([*command, '--abbrev=10', '--exclude=*'], **options)
-  return done.stdout.strip() or __version__
+  if (root / '.git').exists() and shutil.which('git'):
+    command = 'describe --always --dirty --exclude=* --abbrev=10'.split()
+    done = subprocess.run(
+      ['git', '-C', str(root), *command], capture_output=True, text=True
+    )
+    if text := done.stdout.strip():
+      return text
+  try:
+    return version('rvq_jax')
+  except PackageNotFoundError:
+    return 'unknown commit'
 
 
 def _cells(record) -> list[str]:

@@ -229,7 +229,10 @@ SMI = 'driver_version, power.draw [W]\n'
   ('script', 'expected'),
   [
     (None, (None, None)),
-    (f"printf '{SMI}570.1, 300.50 W\n570.1, 99 W\n570.1, 7 W'", ('570.1', 399.5)),
+    (
+      f"printf '{SMI}570.1, 300.50 W\n570.1, 99 W\n570.1, 7 W'",
+      ('570.1', 399.5),
+    ),
     (f"printf '{SMI}570.1, [N/A]'", ('570.1', None)),
     (f"printf '{SMI}570.1, 300 W'", ('570.1', None)),  # of one GPU of two
     ("echo 'NVIDIA-SMI has failed'; exit 9", (None, None)),

@@ -80,6 +80,14 @@ FLAGS = [
   ('export', 'expected --workdir=DIR and --output=FOLDER'),
   ('export --workdir=x', 'expected --workdir=DIR and --output=FOLDER'),
   ('explore', 'expected --workdir=DIR, of a run or an export'),
+  ('benchmark', 'expected one of cifar10, imagenet, imagenet_vqgan, photos'),
+  ('benchmark', 'an export, or hf:OWNER/NAME, got none'),
+  ('benchmark cifar01:f4', 'got cifar01:f4'),
+  ('benchmark photos {tmp}', 'got photos and {tmp}'),
+  ('benchmark --workdir={tmp} {tmp}', 'got {tmp} and {tmp}'),
+  ('benchmark {tmp} --config.batch_size=8', "flag 'config.batch_size'"),
+  ('benchmark photos --peak=nan', '--peak: expected TFLOP/s, as 989, got nan'),
+  ('benchmark photos --steps=0', "integer from 1 up, got '0'"),
   ('explore --workdir=x --images=0', "integer from 1 up, got '0'"),
   (
     'encode --workdir=x --image_size=0',
@@ -123,6 +131,8 @@ VALUES = [
   ('decode --workdir={tmp} mine.npz no/y.png', 'there is no folder no'),
   ('reproduce --config=photos --workdir=.', '--workdir: expected a new or'),
   ('train --config=photos --workdir=.', '--workdir: expected a new or empty'),
+  ('benchmark {tmp}', 'expected a run with checkpoints in {tmp}'),
+  ('benchmark photos --config.batch_sise=8', 'did you mean config.batch_size?'),
   ('explore --workdir=x --output={tmp}/x.html', 'a run with checkpoints'),
   ('explore --workdir=x --output=mine.png', 'not a page of the explorer'),
 ]
