@@ -104,6 +104,7 @@ def test_a_step_of_the_paper_counts_as_by_hand(load_config):
   assert counted == pytest.approx(by_hand(32, 16), rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_config_is_timed_by_its_own_steps_on_random_images(tiny_config):
   tiny_config.data.data_dir = '/home/me'
   program = speed.train_program(tiny_config)
