@@ -87,10 +87,9 @@ def _measure(flags, model=None):
     programs = [speed.train_program(flags.config)]
   _show_row(_COLUMNS)
   _show_row(['---'] * len(_COLUMNS))
-  more = []
+  about, more = {'name': name, 'commit': _commit()}, []
   for x in programs:
-    record = {'name': name, 'commit': _commit()}
-    record |= speed.measure(x, flags.steps, flags.peak)
+    record = about | speed.measure(x, flags.steps, flags.peak)
     _show_row(_cells(record))
     more.append((record, speed.kernels(x) if flags.profile else []))
   for record, _ in more:
