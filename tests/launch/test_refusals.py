@@ -282,7 +282,8 @@ def test_a_message_names_commands_as_they_were_started(
 
 def test_an_unknown_command_is_named(rvq, tmp_path):
   done = rvq('tain', cwd=tmp_path)
-  names = 'train, evaluate, encode, decode, import, export, explore, reproduce'
+  names = 'train, evaluate, encode, decode, import, export, explore, '
+  names += 'reproduce, benchmark'
   message = f"error: expected rvq {names} or --help, got 'tain'\n"
   assert (done.returncode, done.stderr) == (2, message)
 
