@@ -254,6 +254,8 @@ def test_power_is_read_while_the_gpus_work(
   assert bool(worked) == bool(script)
 
 
+# On Python 3.13, of JAX itself.
+@pytest.mark.filterwarnings('ignore:builtin type event_stats')
 def test_the_dearest_kernel_is_named_by_its_place_in_the_model():
   def model(x):
     with jax.named_scope('costly'):
