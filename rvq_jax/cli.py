@@ -4,6 +4,7 @@ import sys
 from importlib.metadata import version
 
 from rvq_jax.commands import (
+  benchmark,
   decode,
   encode,
   evaluate,
@@ -20,6 +21,7 @@ COMMANDS = {
   module.__name__.rpartition('.')[2].strip('_'): module
   for module in (
     *(train, evaluate, encode, decode, import_, export, explore, reproduce),
+    benchmark,
   )
 }
 

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
+HUB, PRETRAINED = 'hf:', 'pretrained:'
+SHARED = (HUB, PRETRAINED)  # how names of models that are no folders begin
 _FULL = {
   errno.ENOSPC: 'No space left',
   errno.EDQUOT: 'Disk quota exceeded',

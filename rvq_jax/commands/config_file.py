@@ -17,6 +17,12 @@ MODULES = {
 """Name -> module, for each config that comes with the package."""
 
 
+def is_config(given: str) -> bool:
+  """Whether NAME[:VARIANT] or PATH.py[:VARIANT] is there."""
+  path = given.partition(':')[0]
+  return path in MODULES or (path.endswith('.py') and isfile(path))
+
+
 def load(given: str | None) -> tuple[ConfigDict, str]:
   """Opens NAME[:VARIANT] or PATH.py[:VARIANT].
 
@@ -27,7 +33,7 @@ def load(given: str | None) -> tuple[ConfigDict, str]:
     ValueError: there is no such config or variant, or its file has a fault.
   """
   path, *variant = (given or '').split(':', 1)
-  if path not in MODULES and not (path.endswith('.py') and isfile(path)):
+  if not is_config(path):
     raise ValueError(
       'expected --config=NAME, or the path of a config file; NAME is one of '
       f'{", ".join(MODULES)}; got {repr(given) if given else "none"}'

@@ -74,9 +74,10 @@ def command(*options, paths: bool = False):
 
   The docstring of its module is the help. `flags` holds the values of
   `options`, and with CONFIG the `command` as typed and the `run_name`, such as
-  cifar10_f4. A bad flag, an error that rvq_jax raises and an OSError from
-  anywhere end in one line and exit code 2; the loss of another process or of a
-  data worker in one line and code 75. A traceback means a fault in the program.
+  cifar10_f4; with `paths` too, a config may be one of them, or not be there.
+  A bad flag, an error that rvq_jax raises and an OSError from anywhere end in
+  one line and exit code 2; the loss of another process or of a data worker in
+  one line and code 75. A traceback means a fault in the program.
   """
   return lambda function: functools.partial(_main, function, options, paths)
 
@@ -111,7 +112,10 @@ def _read(values, arguments, paths, typed):
   has_config, more = 'config' in values, {}
   try:
     _, *rest = values(['', *map(_expand, arguments)], known_only=has_config)
-    if has_config:
+    if has_config and paths and not values.config:
+      values.config = next(filter(config_file.is_config, rest), None)
+      rest = [x for x in rest if x != values.config]
+    if has_config and (values.config or not paths):
       config, name = config_file.load(values.config)
       more = {'command': typed, 'run_name': name}
       config.unlock()  # takes any field: training/config.py refuses
@@ -119,6 +123,7 @@ def _read(values, arguments, paths, typed):
       options = {'flag_values': values, 'sys_argv': rest, 'lock_config': False}
       options['accept_new_attributes'] = True
       config_flags.DEFINE_config_dict('config', config, **options)
+    if has_config:
       _, *rest = values(['', *rest])
   except (flags.Error, ValueError) as error:
     fail(error)

@@ -19,9 +19,9 @@ from rvq_jax.data import datasets, loaders
 from rvq_jax.data.sources import KINDS, SPLITS
 from rvq_jax.evaluation import figures
 from rvq_jax.evaluation import perceptual as perceptual_lib
-from rvq_jax.io import check_folder, claim, read_json, write_atomic
+from rvq_jax.io import SHARED, check_folder, claim, read_json, write_atomic
 from rvq_jax.metrics import prepare_images
-from rvq_jax.tokenizer.load import SHARED, is_export, load
+from rvq_jax.tokenizer.load import is_export, load
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training import validation
 from rvq_jax.training.build import RunData

@@ -4,14 +4,10 @@ import datetime
 import html
 import json
 import logging
-import os
-import platform
-import re
 import statistics
 from importlib.metadata import version
 from pathlib import Path
 
-import jax
 import numpy as np
 from PIL import Image
 
@@ -19,6 +15,7 @@ from rvq_jax.data import datasets, loaders
 from rvq_jax.data.sources import KINDS
 from rvq_jax.data.splits import seeded_permutation
 from rvq_jax.evaluation import figures
+from rvq_jax.evaluation.machine import hardware
 from rvq_jax.io import write_atomic
 from rvq_jax.paper.ablation import CELLS, PAPER_TABLES, TABLES, TITLES
 from rvq_jax.paper.rate_distortion import codec_points, gaussian_bound
@@ -44,15 +41,6 @@ _LEGEND = (
   "parentheses: the paper's number and, on the paper's data sets, ours minus "
   'it. On other data the number is that for CIFAR-10.'
 )
-
-
-def hardware() -> str:
-  """Devices and processor, as '1 x cpu, 2 cores of AMD EPYC'."""
-  info, devices = Path('/proc/cpuinfo'), jax.devices()
-  lines = info.read_text() if info.exists() else ''
-  names = re.findall('model name.*: (.*)', lines) or [platform.machine()]
-  cpu = f'{os.cpu_count()} cores of {names[0]}'
-  return f'{len(devices)} x {devices[0].device_kind}, {cpu}'
 
 
 def versions(*packages: str) -> str:

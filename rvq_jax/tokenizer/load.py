@@ -17,14 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rvq_jax.io import check_local, read_json
+from rvq_jax.io import HUB, PRETRAINED, check_local, read_json
 from rvq_jax.models.vqvae import VQVAE
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.build import RunData, build_model
 from rvq_jax.training.config import completed
 
-HUB, PRETRAINED = 'hf:', 'pretrained:'
-SHARED = (HUB, PRETRAINED)  # how names of models that are no folders begin
 FORMAT = {'format': 'rvq_jax', 'format_version': 1}
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 _DIFFUSERS = 'diffusion_pytorch_model.*'

@@ -255,19 +255,14 @@ def compile_init(step: TrainStep, mesh, image_size: int, batch_size: int):
   return jax.jit(init, out_shardings=everywhere, compiler_options=FAST_COMPILE)
 
 
-def compile_step(mesh) -> Callable:
-  """(step, state, batch, lpips_weights=None) -> new state and metrics.
-
-  Each `TrainStep` is compiled for the devices of a mesh at its first call; the
-  state is donated. Seed and weights are arguments of the program: steps with
-  other seeds share it in the compilation cache.
-  """
+def jit_step(mesh):
+  """`jax.jit` of (step, seed, state, batch, lpips_weights), for the devices."""
   everywhere, rows = sharding.replicated(mesh), sharding.by_rows(mesh)
 
   def train_step(step, seed, state, batch, lpips_weights):
     return dataclasses.replace(step, seed=seed)(state, batch, lpips_weights)
 
-  program = jax.jit(
+  return jax.jit(
     train_step,
     static_argnums=0,
     in_shardings=(everywhere, everywhere, rows, everywhere),
@@ -275,11 +270,19 @@ def compile_step(mesh) -> Callable:
     donate_argnums=2,
   )
 
-  def take(step, state, batch, lpips_weights=None):
-    seed, step = np.int32(step.seed), dataclasses.replace(step, seed=0)
-    return program(step, seed, state, batch, lpips_weights)
 
-  return take
+def compile_step(mesh) -> Callable:
+  """(step, state, batch, lpips_weights=None) -> new state and metrics.
+
+  Each `TrainStep` is compiled for the devices of a mesh at its first call; the
+  state is donated. Seed and weights are arguments of the program: steps with
+  other seeds share it in the compilation cache.
+  """
+  program = jit_step(mesh)
+  return lambda step, state, batch, lpips_weights=None: program(
+    *(dataclasses.replace(step, seed=0), np.int32(step.seed)),
+    *(state, batch, lpips_weights),
+  )
 
 
 def _with_counters(old, new):

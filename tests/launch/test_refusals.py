@@ -80,6 +80,14 @@ FLAGS = [
   ('export', 'expected --workdir=DIR and --output=FOLDER'),
   ('export --workdir=x', 'expected --workdir=DIR and --output=FOLDER'),
   ('explore', 'expected --workdir=DIR, of a run or an export'),
+  ('benchmark', 'expected one of cifar10, imagenet, imagenet_f16, '),
+  ('benchmark', 'an export, or hf:OWNER/NAME, got none'),
+  ('benchmark cifar01:f4', 'got cifar01:f4'),
+  ('benchmark photos {tmp}', 'got photos and {tmp}'),
+  ('benchmark --workdir={tmp} {tmp}', 'got {tmp} and {tmp}'),
+  ('benchmark {tmp} --config.batch_size=8', "flag 'config.batch_size'"),
+  ('benchmark photos --peak=nan', '--peak: expected TFLOP/s, as 989, got nan'),
+  ('benchmark photos --steps=0', "integer, at least 1, got '0'"),
   ('explore --workdir=x --images=0', "integer, at least 1, got '0'"),
   (
     'encode --workdir=x --image_size=0',
@@ -123,6 +131,8 @@ VALUES = [
   ('decode --workdir={tmp} mine.npz no/y.png', 'there is no folder no'),
   ('reproduce --config=photos --workdir=.', '--workdir: expected a new or'),
   ('train --config=photos --workdir=.', '--workdir: expected a new or empty'),
+  ('benchmark {tmp}', 'expected a run with checkpoints in {tmp}'),
+  ('benchmark photos --config.batch_sise=8', 'did you mean config.batch_size?'),
   ('explore --workdir=x --output={tmp}/x.html', 'a run with checkpoints'),
   ('explore --workdir=x --output=mine.png', 'not a page of the explorer'),
 ]
@@ -272,7 +282,8 @@ def test_a_message_names_commands_as_they_were_started(
 
 def test_an_unknown_command_is_named(rvq, tmp_path):
   done = rvq('tain', cwd=tmp_path)
-  names = 'train, evaluate, encode, decode, import, export, explore, reproduce'
+  names = 'train, evaluate, encode, decode, import, export, explore, '
+  names += 'reproduce, benchmark'
   message = f"error: expected rvq {names} or --help, got 'tain'\n"
   assert (done.returncode, done.stderr) == (2, message)
 
