@@ -31,7 +31,6 @@ def get_config() -> ConfigDict:
   config.model.widths = (32, 64)
   config.model.num_res_blocks = 2
   config.model.num_heads = 4
-  config.model.code_dim = 32
   config.model.codebook_size = 1024
   cifar10.use_best(config, quantize_after=200)
   config.optimizer.warmup_steps = 20

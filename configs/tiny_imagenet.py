@@ -35,7 +35,6 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config.model.num_res_blocks = 2
   config.model.num_heads = 4
   config.model.codebook_size = 4096
-  config.model.code_dim = 16
   cifar10.use_best(config, quantize_after=1600)
   if kind == 'perceptual':
     config.num_steps = 3000

@@ -37,10 +37,14 @@ class Decoder(Coder):
     x = self.residual_blocks(x, train)
     outputs = [3, *(width for width, _ in stages[:-1])]
     for i in reversed(range(len(stages))):
+      options = {'dtype': self.dtype, 'name': f'up{i}'}
+      taps = 1 / 4 if stages[i][1] == 2 else 1
+      if i:
+        options['kernel_init'] = self.stem_init(taps)
       if stages[i][1] == 2:
-        x = Upsample(outputs[i], dtype=self.dtype, name=f'up{i}')(x)
+        x = Upsample(outputs[i], **options)(x)
       else:
-        x = nn.Conv(outputs[i], (3, 3), dtype=self.dtype, name=f'up{i}')(x)
+        x = nn.Conv(outputs[i], (3, 3), **options)(x)
       if i:
         x = self.norm_and_act(x, f'norm{i}', train)
     return jnp.tanh(x.astype(jnp.float32))

@@ -6,7 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.models.layers import ACTIVATIONS, NORMS, Norm, ResidualBlock
+from rvq_jax.models.layers import (
+  ACTIVATIONS,
+  GAINS,
+  NORMS,
+  Norm,
+  ResidualBlock,
+)
 from rvq_jax.quantize.fields import check, field
 
 
@@ -69,6 +75,17 @@ class Coder(nn.Module):
       x = norm(x, train=train)
     return ACTIVATIONS[self.activation](x)
 
+  def stem_init(self, taps: float = 1.0) -> nn.initializers.Initializer:
+    """Start of a convolution before `norm_and_act`.
+
+    Without a norm it keeps the variance, as He's does for ReLU; `taps` is the
+    share of the kernel's inputs that an output sees.
+    """
+    scale = 1.0
+    if self.norm == 'group_blocks':
+      scale = GAINS[self.activation] / taps
+    return nn.initializers.variance_scaling(scale, 'fan_in', 'truncated_normal')
+
   def residual_blocks(self, x: jax.Array, train: bool) -> jax.Array:
     """x after the blocks 'block0', 'block1' ..."""
     block = ResidualBlock
@@ -95,6 +112,7 @@ class Encoder(Coder):
     """Encodes images x in [-1, 1]; ValueError if a field is out of range."""
     x, options = x.astype(self.dtype), {'dtype': self.dtype}
     options['use_bias'] = self.norm == 'group_blocks'  # a norm has its own
+    options['kernel_init'] = self.stem_init()
     for i, (width, stride) in enumerate(self.stages()):
       x = nn.Conv(width, (3, 3), stride, name=f'conv{i}', **options)(x)
       x = self.norm_and_act(x, f'norm{i}', train)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 NORMS = ('batch', 'group', 'group_blocks')
 ACTIVATIONS = {'leaky_relu': nn.leaky_relu, 'swish': nn.swish}
+GAINS = {'leaky_relu': 2.0, 'swish': 2.8}
+"""1 / E[f(x)^2] of each activation f for x of variance 1."""
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 
 
@@ -208,12 +210,13 @@ class Upsample(nn.Module):
   features: int
   dtype: Any = jnp.float32
   side: int = 4
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x [B, H, W, C] to [B, 2H, 2W, features]."""
     shape = (self.side, self.side, x.shape[-1], self.features)
-    kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
+    kernel = self.param('kernel', self.kernel_init, shape)
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     kernel = kernel.astype(self.dtype)
     if self.side == 3:  # each of its products falls on two neighbours
