@@ -12,7 +12,7 @@ from tiny_model import init, layer_dtypes
 
 from rvq_jax.models.decoder import Decoder
 from rvq_jax.models.encoder import Encoder, stage_plan
-from rvq_jax.models.layers import NORMS, SelfAttention
+from rvq_jax.models.layers import GAINS, NORMS, SelfAttention
 
 PARTS = pytest.mark.parametrize(
   'part', [Encoder, functools.partial(Decoder, num_heads=2)]
@@ -137,6 +137,25 @@ def test_only_a_stem_without_norm_keeps_the_contrast_of_an_image(norm, scale):
   got, want = encoder.apply(variables, 2 * x), encoder.apply(variables, x)
   np.testing.assert_allclose(got, scale * want, atol=1e-3)
   assert np.abs(want).max() > 0.1
+
+
+@pytest.mark.parametrize('activation', GAINS)
+@pytest.mark.parametrize(
+  ('part', 'name', 'side'), [(Encoder, 'conv2', 32), (Decoder, 'up1', 8)]
+)
+def test_stems_without_a_norm_keep_the_variance(part, name, side, activation):
+  sizes = {'widths': (64, 64, 64), 'factor': 8, 'num_res_blocks': 0}
+  module = part(norm='group_blocks', activation=activation, **sizes)
+  x = np.random.default_rng(0).standard_normal((4, side, side, 16))
+  x = x[..., :3].astype('f4') if part is Encoder else x.astype('f4')
+  _, kept = module.apply(
+    init(module, x),
+    x,
+    mutable='intermediates',
+    capture_intermediates=lambda module, _: module.name == name,
+  )
+  (y,) = kept['intermediates'][name]['__call__']
+  assert 1 < np.var(y) < 4  # at most 0.3 with LeCun's start
 
 
 def test_running_statistics_move_a_tenth_of_the_way():
