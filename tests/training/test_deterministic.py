@@ -1,10 +1,13 @@
 """`config.deterministic`: programs for GPUs that add in a fixed order."""
 
+import os
+
 import jax
 import pytest
 from errors import one_line
 
-from rvq_jax.training.backend import DETERMINISTIC
+from rvq_jax.training import backend
+from rvq_jax.training.backend import DETERMINISTIC, NO_TRITON
 from rvq_jax.training.loop import train
 
 FLAG = """
@@ -17,8 +20,19 @@ print(os.environ['XLA_FLAGS'])
 """
 
 
-def test_it_sets_the_flag_before_the_devices_start(run_python):
-  assert run_python(FLAG).stdout.split().count(DETERMINISTIC) == 1
+def test_it_sets_the_flags_before_the_devices_start(run_python):
+  flags = run_python(FLAG).stdout.split()
+  assert flags.count(DETERMINISTIC) == flags.count(NO_TRITON) == 1
+
+
+@pytest.mark.parametrize('flags', [NO_TRITON.replace('false', 'true'), ''])
+def test_what_the_user_set_counts(monkeypatch, flags):
+  monkeypatch.setattr(backend, 'backends_are_initialized', lambda: False)
+  monkeypatch.setenv('XLA_FLAGS', flags)
+  backend.make_deterministic()
+  option = NO_TRITON.partition('=')[0]
+  found = [x for x in os.environ['XLA_FLAGS'].split() if option in x]
+  assert found[-1] == (flags or NO_TRITON)
 
 
 def test_it_is_refused_once_they_have_started(tiny_config, tmp_path):
