@@ -62,13 +62,17 @@ def our_step(config, steps=1, device=None):
 
 def torch_step(side, batch, name, dtype='float32'):
   """A call that trains one step of the model in PyTorch."""
-  torch, quantizer = common.make_peer(256, 16384, threshold_ema_dead_code=2)
+  torch = common.import_torch()
   import torch_model
 
+  torch.manual_seed(0)
   device = torch.get_default_device().type
   gpu = device == 'cuda'
   if name == TUNED:
-    quantizer = torch_model.TiledQuantizer(16384, 256, rows=2**14 * gpu or 1024)
+    rows = 16384 if gpu else 1024
+    quantizer = torch_model.TiledQuantizer(16384, 256, rows=rows)
+  else:
+    _, quantizer = common.make_peer(256, 16384, threshold_ema_dead_code=2)
   layout = torch.channels_last if gpu else torch.preserve_format
   model = torch_model.Model(quantizer).train().to(memory_format=layout)
   optimizer = torch.optim.AdamW(
