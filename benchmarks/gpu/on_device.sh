@@ -23,9 +23,10 @@ fi
 left() { echo $((${SECONDS_IN_ALL:-570} - $(date +%s) + start)); }
 
 pack() {  # under a name of its own first: another may pack, too
+  local part=$out/.$BASHPID
   (cd "$work" && find logs runs -type f -size -2M \( -name '*.log' -o -name \
-    '*.json*' -o -name '*.png' \) -print0 | tar czf "$out/.$BASHPID" --null -T -)
-  mv "$out/.$BASHPID" "$out/more.tgz"
+    '*.json*' -o -name '*.png' \) -print0 | tar czf "$part" --null -T -)
+  mv "$part" "$out/more.tgz"
 } 2> /dev/null
 
 # limited NAME SECONDS COMMAND ...: with a log, in the time that is left
@@ -120,7 +121,8 @@ run() {  # ESTIMATOR SEED STEPS
   if [ -n "${REHEARSE:-}" ]; then
     config=photos.py
     more+=(--config.batch_size=4 --config.data.image_size=32
-      --config.model.num_res_blocks=0 --config.model.codebook_size=16)
+      --config.model.num_res_blocks=0 --config.model.codebook_size=16
+      --config.optimizer.warmup_steps=0)
   else
     more+=(--config.data.data_dir="$work/tfds" --config.data.split=official
       --config.model.dtype=bfloat16)

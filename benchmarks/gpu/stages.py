@@ -143,7 +143,7 @@ def resume(args, table):
   folder = Path(tempfile.mkdtemp())
   flags = {'deterministic': True, 'eval_every': 0}
   flags |= {'model.dtype': args.dtype, 'model.quantize_after': 2}
-  flags |= {'optimizer.schedule': 'constant'}
+  flags |= {'optimizer.schedule': 'constant', 'optimizer.warmup_steps': 0}
   if args.tiny:
     flags |= {'batch_size': 4, 'model.num_res_blocks': 0}
     flags |= {'data.image_size': 32, 'model.codebook_size': 64}
