@@ -40,5 +40,5 @@ def absent_gpu():
       platform='cuda', target_config=H100, topology='1x1x1'
     ).devices
   except NotImplementedError:
-    sys.exit('needs the CUDA plugin: pip install "jax[cuda12]"')
+    sys.exit('needs the CUDA plugin: pip install "jax[cuda12]", or cuda13')
   return device

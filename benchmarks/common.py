@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Used by the benchmarks from here, as the functions below.
+from rvq_jax.models.encoder import stage_plan  # noqa: E402
 from rvq_jax.paper.report import hardware, versions  # noqa: E402, F401
 from rvq_jax.training.backend import prepare_backend  # noqa: E402, F401
 from rvq_jax.training.build import build_step  # noqa: E402
@@ -144,17 +145,29 @@ def append_record(path, record: dict) -> None:
   print(line, flush=True)
 
 
+def import_torch():
+  """torch on our cores, and on the GPU where JAX has one."""
+  try:
+    import torch
+  except ImportError as error:
+    sys.exit(f'the peer needs torch: {error}')
+  torch.set_num_threads(cores())
+  if jax.default_backend() == 'gpu':
+    torch.set_default_device('cuda')
+    torch.backends.cudnn.benchmark = True
+  return torch
+
+
 def make_peer(dim: int, codebook_size: int, *, seed: int = 0, **options):
-  """torch, on our cores, and the VectorQuantize of vector-quantize-pytorch.
+  """torch, and the VectorQuantize of vector-quantize-pytorch.
 
   Its arguments are those of our layer, where `options` has no others.
   """
+  torch = import_torch()
   try:
-    import torch
     from vector_quantize_pytorch import VectorQuantize
   except ImportError as error:
-    sys.exit(f'the peer needs torch and vector-quantize-pytorch: {error}')
-  torch.set_num_threads(cores())
+    sys.exit(f'the peer needs vector-quantize-pytorch: {error}')
   torch.manual_seed(seed)
   options = {
     'decay': 0.99,
@@ -177,19 +190,19 @@ def make_step(config):
   return flat, build_step(flat, flat['num_steps'] or 10**6)
 
 
-def flops(side: int, batch: int) -> int:
-  """Operations of a step of the paper's model, by docs/scale.md.
+def flops(config) -> tuple[int, int]:
+  """Operations of a step of the paper's network, and of its search.
 
-  XLA's own count takes each loop for one pass.
+  By docs/scale.md: XLA's own count takes each loop for one pass.
   """
-  tokens = (side // 8) ** 2
-  convolutions = 24 * 9 * 256**2 + 27_648 + 4 * 73_728 + 294_912
-  transposed = 16 * (32_768 + 4 * 8_192 + 16 * 192)
-  attention = 2 * tokens * 256
-  model = convolutions + transposed + 6 * 256**2 + attention
-  return 2 * batch * tokens * 3 * model + search_flops(side, batch)
-
-
-def search_flops(side: int, batch: int) -> int:
-  """Operations of its search; K = 16384, D = 256."""
-  return 2 * batch * (side // 8) ** 2 * 16384 * 256
+  model, side, last, total = config.model, config.data.image_size, 3, 0
+  for width, stride in stage_plan(model.widths, model.factor):
+    there, back = (9, 16) if stride == 2 else (9, 9)  # taps; of the transposed
+    side //= stride
+    total += (there + back) * last * width * side**2
+    last = width
+  tokens, dim = side**2, model.code_dim
+  total += tokens * (4 * model.num_res_blocks * 9 + 4) * last**2
+  total += tokens * 2 * last * (dim + tokens)
+  scale = 2 * config.batch_size
+  return 3 * scale * total, scale * tokens * model.codebook_size * dim

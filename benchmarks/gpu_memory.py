@@ -1,13 +1,14 @@
 """Memory of the ImageNet step on an H100, by XLA's analysis; needs no GPU.
 
-  pip install "jax[cuda12]"
+  pip install "jax[cuda12]"  (or cuda13)
   python benchmarks/gpu_memory.py [--batch_size=128] [--image_size=256]
     [--config=imagenet|imagenet_vqgan|imagenet_f16] [--accumulate_steps=1]
 
 XLA compiles for a GPU that it is only told about (no autotuning, which would
 need the device), and says how much memory the program takes beside its
 arguments. Nothing is run, so this is no measurement of time. The packages
-jax-cuda12-plugin and jax-cuda12-pjrt are enough for the rows without cuDNN.
+jax-cuda12-plugin and jax-cuda12-pjrt, or both of cuda13, are enough for the
+rows without cuDNN.
 """
 
 import itertools

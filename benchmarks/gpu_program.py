@@ -1,6 +1,6 @@
 """What the compiled train step moves and multiplies on a GPU; needs none.
 
-  pip install "jax[cuda12]"
+  pip install "jax[cuda12]"  (or cuda13)
   python benchmarks/gpu_program.py [--size=256] [--batch_size=128]
     [--dtype=bfloat16] [--config=imagenet|imagenet_vqgan|imagenet_f16]
 
@@ -85,10 +85,8 @@ def main():
   )
   args = parser.parse_args()
   layers._has_fused_attention = lambda: False  # cuDNN need not be there
-  step = compile_step(
-    sharding.data_mesh([absent_gpu()]),
-    make_config(args.config, args.dtype, args.batch_size, args.size),
-  )
+  config = make_config(args.config, args.dtype, args.batch_size, args.size)
+  step = compile_step(sharding.data_mesh([absent_gpu()]), config)
   kernels = moved(step.as_text())
   width = BYTES['bf16' if args.dtype == 'bfloat16' else 'f32']
   bound = convolution_bytes(args.size, args.batch_size, width)
@@ -101,8 +99,7 @@ def main():
     share = f'{nbytes / bound:.2f}'
     print(common.row(label, count, f'{gb:.2f}', f'{ms:.2f}', share))
   print(f'\nbound: {bound / 1e9:.2f} GB, {1e3 * bound / BANDWIDTH:.2f} ms')
-  search = common.search_flops(args.size, args.batch_size)
-  rest = common.flops(args.size, args.batch_size) - search
+  rest, search = common.flops(config)
   half, full = common.TENSOR_CORES, common.FLOAT32
   peak = half if args.dtype == 'bfloat16' else full
   print(f'model: {rest / 1e12:.2f} TFLOP, {1e3 * rest / peak:.1f} ms')

@@ -123,6 +123,8 @@ def peer_step(n, k, dim, e, gradient):
     e.grad = None
     quantized, _, loss = layer(e)
     (torch.sum(quantized * gradient) + loss.sum()).backward()
+    if e.is_cuda:
+      torch.cuda.synchronize()
 
   return step
 

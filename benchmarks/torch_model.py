@@ -81,7 +81,8 @@ class Model(nn.Module):
     z = self.encoder(images)
     b, d, h, w = z.shape
     tokens = z.permute(0, 2, 3, 1).reshape(b, h * w, d)
-    quantized, _, loss = self.quantizer(tokens)
+    with torch.autocast(tokens.device.type, enabled=False):  # as ours searches
+      quantized, _, loss = self.quantizer(tokens.float())
     quantized = quantized.reshape(b, h, w, d).permute(0, 3, 1, 2)
     return self.decoder(quantized), loss.sum()
 

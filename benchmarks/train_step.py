@@ -30,10 +30,11 @@ OURS, PEER, TUNED = (
 )
 
 
-def our_step(config, steps=1):
+def our_step(config, steps=1, device=None):
   """A call that trains `steps` steps, compile time and XLA's own counts."""
   side, batch = config.data.image_size, config.batch_size
-  train_step, mesh = common.make_step(config)[1], data_mesh(jax.devices()[:1])
+  mesh = data_mesh([device or jax.devices()[0]])
+  train_step = common.make_step(config)[1]
   state = compile_init(train_step, mesh, side, batch)(jax.random.key(0))
   images = np.random.default_rng(0).integers(
     0, 256, (batch, side, side, 3), np.uint8
@@ -54,27 +55,39 @@ def our_step(config, steps=1):
   memory = step.memory_analysis()
   return call, {
     'compile_s': seconds,
-    'flops': common.flops(side, batch),
+    'flops': sum(common.flops(config)),
     'xla_temp_bytes': memory.temp_size_in_bytes,
   }
 
 
-def torch_step(side, batch, name):
+def torch_step(side, batch, name, dtype='float32'):
   """A call that trains one step of the model in PyTorch."""
-  torch, quantizer = common.make_peer(256, 16384, threshold_ema_dead_code=2)
+  torch = common.import_torch()
   import torch_model
 
+  torch.manual_seed(0)
+  device = torch.get_default_device().type
+  gpu = device == 'cuda'
   if name == TUNED:
-    quantizer = torch_model.TiledQuantizer(16384, 256)
-  model = torch_model.Model(quantizer).train()
-  optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.01)
-  images = torch.rand(batch, 3, side, side) * 2 - 1
+    rows = 16384 if gpu else 1024
+    quantizer = torch_model.TiledQuantizer(16384, 256, rows=rows)
+  else:
+    _, quantizer = common.make_peer(256, 16384, threshold_ema_dead_code=2)
+  layout = torch.channels_last if gpu else torch.preserve_format
+  model = torch_model.Model(quantizer).train().to(memory_format=layout)
+  optimizer = torch.optim.AdamW(
+    model.parameters(), lr=2e-4, weight_decay=0.01, fused=gpu
+  )
+  images = torch.rand(batch, 3, side, side).to(memory_format=layout) * 2 - 1
 
   def call():
     optimizer.zero_grad(set_to_none=True)
-    reconstruction, loss = model(images)
-    (torch.mean((reconstruction - images) ** 2) + loss).backward()
+    with torch.autocast(device, torch.bfloat16, dtype == 'bfloat16'):
+      reconstruction, loss = model(images)
+    (torch.mean((reconstruction.float() - images) ** 2) + loss).backward()
     optimizer.step()
+    if gpu:
+      torch.cuda.synchronize()
 
   return call, {}
 

@@ -5,12 +5,14 @@ import ctypes
 import hashlib
 import importlib.metadata
 import logging
+import mmap
 import os
 import platform
 import re
 from pathlib import Path
 
 import jax
+import jaxlib
 
 # Private: JAX has no public question about its backends that starts none, and
 # no public way to drop an entry of its cache.
@@ -20,6 +22,8 @@ from jax._src.xla_bridge import backends_are_initialized
 from rvq_jax.io import cache_folder
 
 DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
+# Else XLA may find no deterministic tiling for a product and give up.
+NO_TRITON = '--xla_gpu_enable_triton_gemm=false'
 
 
 def prepare_backend(*, share_gpus: bool = False) -> None:
@@ -38,10 +42,10 @@ def prepare_backend(*, share_gpus: bool = False) -> None:
     folder = compiled / _kind_of_cpu()
     jax.config.update('jax_compilation_cache_dir', str(folder))
     _replace_damaged(folder)
-  option = '--xla_cpu_experimental_ynn_fusion_type='
+  option = 'xla_cpu_experimental_ynn_fusion_type'
   flags = os.environ.get('XLA_FLAGS', '')
-  if option not in flags:
-    os.environ['XLA_FLAGS'] = f'{flags} {option}-individual_convolution'
+  if option not in flags and _is_known(option):
+    os.environ['XLA_FLAGS'] = f'{flags} --{option}=-individual_convolution'
   plugins = importlib.metadata.entry_points(group='jax_plugins')
   on_cpu = (jax.config.jax_platforms or ('' if plugins else 'cpu')) == 'cpu'
   chosen = re.search('MALLOC_|GLIBC_TUNABLES', ' '.join(os.environ))
@@ -71,6 +75,17 @@ def _replace_damaged(folder: Path) -> None:
       return None, None
 
   compilation_cache.get_executable_and_time = read_or_drop
+
+
+def _is_known(flag: str) -> bool:
+  """Whether jaxlib has a flag of XLA, which ends the process for others."""
+  for path in Path(jaxlib.__file__).parent.glob('libjax_common.*'):
+    with (
+      path.open('rb') as file,
+      mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library,
+    ):
+      return library.find(flag.encode()) >= 0
+  return False
 
 
 def _kind_of_cpu() -> str:
@@ -106,13 +121,17 @@ def gpu_advice(gpu: bool) -> str:
 
 
 def make_deterministic() -> None:
-  """Has XLA use no atomics on GPUs, which add in an unknown order."""
+  """Has XLA use no atomics on GPUs, which add in an unknown order.
+
+  What the user set stays; with `DETERMINISTIC` among it nothing is added.
+  """
   flags = os.environ.get('XLA_FLAGS', '')
   if DETERMINISTIC in flags.split():
     return
   if backends_are_initialized():
     raise ValueError(
       'config.deterministic: expected to be set before JAX starts its devices; '
-      f'start the process with XLA_FLAGS={DETERMINISTIC}'
+      f'start the process with XLA_FLAGS="{DETERMINISTIC} {NO_TRITON}"'
     )
-  os.environ['XLA_FLAGS'] = f'{flags} {DETERMINISTIC}'.strip()
+  # Of two values of an option the last one counts.
+  os.environ['XLA_FLAGS'] = f'{NO_TRITON} {flags} {DETERMINISTIC}'

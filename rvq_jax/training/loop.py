@@ -107,9 +107,10 @@ def _train(config, workdir, init):
     writer = writers.MultiWriter(w(workdir, start_step=start) for w in kinds)
     progress = writers.Progress(start, num_steps, config['batch_size'])
     with contextlib.closing(writer), progress:
-      validate = functools.partial(
-        _validate, config, dataset.validation, mesh, writer, progress
+      split = validation.Split(
+        dataset.validation, image_size=sizes[0], batch_size=sizes[1]
       )
+      validate = functools.partial(_validate, split, mesh, writer, progress)
       saving = writer, progress, checkpoints, stop
       result = _steps(config, num_steps, step, state, take, validate, *saving)
   if stop.exit_code is not None:
@@ -268,14 +269,12 @@ def _stop_if_not_finite(state, step, window):
   )
 
 
-def _validate(config, source, mesh, writer, progress, step, state):
+def _validate(split, mesh, writer, progress, step, state):
   """Evaluates on the validation split; writes scalars, grid and histogram."""
   i = int(state.step)
   result, counts, grid = validation.validate(
-    *(step.model, state.eval_variables, source),
+    *(step.model, state.eval_variables, split),
     mesh=mesh,
-    batch_size=config['batch_size'],
-    image_size=config['data.image_size'],
     quantize=step.quantize,
   )
   if counts is None:

@@ -14,6 +14,7 @@ from rvq_jax.metrics import prepare_images, to_float
 from rvq_jax.quantize.codebook import count_codes
 
 GRID_IMAGES = 8
+KEPT_LIMIT = 2**28  # bytes of decoded images
 UNITS = {
   'mse': 'mean squared error on [-1, 1]',
   'mse_01': 'mean squared error on [0, 1]',
@@ -224,27 +225,51 @@ def _prefixes(total, size):
     }
 
 
-def validate(
-  model, variables, source, *, mesh, batch_size: int, image_size: int, quantize
-):
+class Split:
+  """The validation images of a run, read anew by each iteration.
+
+  Gives this process's batches as `loaders.eval_batches` does; a split of at
+  most 256 MiB stays decoded after the first time.
+  """
+
+  def __init__(self, source, *, batch_size: int, image_size: int):
+    # Images that cannot be decoded do not end a run that has trained.
+    self._read = functools.partial(
+      loaders.eval_batches, source, image_size=image_size, limited=False
+    )
+    self._batch_size, self._kept = batch_size, None
+    self._small = len(source) * image_size**2 * 3 <= KEPT_LIMIT
+
+  def __iter__(self):
+    if self._kept is not None:
+      yield from self._kept
+      return
+    kept = []
+    for batch in self._read(
+      batch_size=self._batch_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    ):
+      kept += [batch] * self._small
+      yield batch
+    self._kept = kept if self._small else None
+
+  @functools.cached_property
+  def first_images(self) -> np.ndarray:
+    """At most `GRID_IMAGES` images uint8, the same in every process."""
+    first = next(self._read(batch_size=GRID_IMAGES))
+    return first['image'][first['mask']]
+
+
+def validate(model, variables, split: Split, *, mesh, quantize):
   """Metrics and counts as of `evaluate_split`, and a grid of pictures.
 
-  The grid, uint8, shows the first images of the source above their
+  The grid, uint8, shows the first images of the split above their
   reconstructions. For quantize see `make_eval_step`.
   """
-  # Images that cannot be decoded do not end a run that has trained.
-  read = functools.partial(
-    loaders.eval_batches, source, image_size=image_size, limited=False
-  )
-  batches = read(
-    batch_size=batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
   eval_step = compile_eval_step(model, mesh, quantize=quantize)
-  result = evaluate_split(eval_step, variables, batches, mesh=mesh)
-  first = next(read(batch_size=GRID_IMAGES))  # the same in every process
-  images = first['image'][first['mask']]
+  result = evaluate_split(eval_step, variables, split, mesh=mesh)
+  images = split.first_images
   outputs = _reconstruct(model, mesh, quantize, variables, images)
   return *result, metrics.reconstruction_grid(images, np.asarray(outputs))
 

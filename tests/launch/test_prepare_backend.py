@@ -45,6 +45,13 @@ same = lambda *a: jax.lax.conv_general_dilated(*a, (1, 1), 'SAME')
 arrays = jnp.ones((8, 64, 32, 32)), jnp.ones((64, 64, 3, 3))
 print('ynn_fusion' in jax.jit(same).lower(*arrays).compile().as_text())
 """
+ANOTHER_JAXLIB = """
+import os, jaxlib, pathlib
+folder = pathlib.Path(os.environ['JAXLIB'])
+(folder / 'libjax_common.so').write_bytes(b'xla_cpu_some_other_flag')
+jaxlib.__file__ = str(folder / '__init__.py')
+"""
+FLAGS = "import os; print('ynn_fusion' in os.environ.get('XLA_FLAGS', ''))"
 
 
 @pytest.fixture
@@ -91,6 +98,12 @@ def test_convolutions_leave_ynnpack_unless_the_user_says_otherwise(run):
   assert run(CONVOLUTION) == 'False'
   option = '--xla_cpu_experimental_ynn_fusion_type=individual_convolution'
   assert run(CONVOLUTION, XLA_FLAGS=option) == 'True'
+
+
+def test_a_flag_is_only_set_where_jaxlib_knows_it(run, tmp_path):
+  assert run(FLAGS) == 'True'
+  # An unknown one would end the process.
+  assert run(FLAGS, first=ANOTHER_JAXLIB, JAXLIB=str(tmp_path)) == 'False'
 
 
 def test_an_unknown_user_without_a_home_keeps_no_programs(run, monkeypatch):

@@ -8,14 +8,15 @@ import sys
 from concurrent import futures
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 from errors import one_line
 
 from rvq_jax import sharding
-from rvq_jax.data import datasets
+from rvq_jax.data import datasets, loaders
 from rvq_jax.training import config as config_lib
-from rvq_jax.training import loop
+from rvq_jax.training import loop, validation
 from rvq_jax.training.checkpoints import Checkpoints
 from rvq_jax.training.writers import read_jsonl
 
@@ -52,6 +53,22 @@ def test_corrupt_validation_images_do_not_cost_the_run(
   tiny_config.data.name, tiny_config.num_steps = f'folder:{images}', 5
   result = loop.train(tiny_config, tmp_path / 'run')
   assert result['images'] == 10 and 'left out image validation/' in caplog.text
+
+
+@pytest.mark.parametrize('limit,times', [(2**28, 1), (0, 2)])
+def test_small_validation_splits_stay_decoded(monkeypatch, limit, times):
+  source = datasets.open_dataset('photos').validation
+  read = mock.Mock(side_effect=loaders.eval_batches)
+  monkeypatch.setattr(loaders, 'eval_batches', read)
+  monkeypatch.setattr(validation, 'KEPT_LIMIT', limit)
+  split = validation.Split(source, batch_size=48, image_size=16)
+  next(iter(split))  # one that is not read to its end is not kept
+  read.reset_mock()
+  first, second = list(split), list(split)
+  assert read.call_count == times and len(first) > 1
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+  images = split.first_images
+  np.testing.assert_array_equal(images, first[0]['image'][: len(images)])
 
 
 def test_a_second_interrupt_stops_at_once(default_signals):

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BATCH, SIDE = 128, 256
 MESH = sharding.data_mesh(jax.devices('cpu')[:1])
 GPU_COMPILER = pytest.mark.skipif(
-  importlib.util.find_spec('jax_cuda12_plugin') is None,
-  reason='needs jax-cuda12-plugin and jax-cuda12-pjrt to compile for a GPU',
+  not any(importlib.util.find_spec(f'jax_cuda{n}_plugin') for n in (12, 13)),
+  reason="needs jax's plugin and pjrt of cuda12 or cuda13 to compile for a GPU",
 )
 
 
