@@ -36,6 +36,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config.model.num_heads = 4
   config.model.codebook_size = 4096
   cifar10.use_best(config, quantize_after=1600)
+  config.optimizer.learning_rate = 4e-3
   if kind == 'perceptual':
     config.num_steps = 3000
     config.batch_size = 16
