@@ -33,8 +33,11 @@ PHOTOS = 'train --config=photos'
 SETS = f'{PHOTOS} --config'
 EITHER = 'expected --workdir=DIR, and'
 FLAGS = [
-  ('train', 'NAME is one of cifar10, imagenet, imagenet_vqgan, photos'),
-  ('train --config=none', "vqgan, photos, photos_vqgan; got 'none'"),
+  (
+    'train',
+    'NAME is one of cifar10, imagenet, imagenet_f16, imagenet_vqgan, photos',
+  ),
+  ('train --config=none', "photos, photos_vqgan, tiny_imagenet; got 'none'"),
   ('train --config=configs/photos.py', "; got 'configs/photos.py'"),
   ('train --config=__init__', "; got '__init__'"),
   ('train --config.batch_size=8', '; got none'),
@@ -81,7 +84,7 @@ FLAGS = [
   ('export --workdir=x', 'expected --workdir=DIR and --output=FOLDER'),
   ('explore', 'expected --workdir=DIR, of a run or an export'),
   ('benchmark', 'expected one of cifar10, imagenet, imagenet_f16, '),
-  ('benchmark', 'an export, or hf:OWNER/NAME, got none'),
+  ('benchmark', 'an export, pretrained:NAME or hf:OWNER/NAME, got none'),
   ('benchmark cifar01:f4', 'got cifar01:f4'),
   ('benchmark photos {tmp}', 'got photos and {tmp}'),
   ('benchmark --workdir={tmp} {tmp}', 'got {tmp} and {tmp}'),

@@ -51,10 +51,12 @@ def test_shipped_models_have_their_tokens(name, tokens, load_config):
 def test_best_variants_differ_only_in_method(variants, load_config):
   name, *variants = variants.split(':')
   paper, best = (flatten(load_config(name, v)) for v in variants)
-  method = 'estimator', 'quantize_after', 'dead_code_threshold'
+  method = 'estimator quantize_after dead_code_threshold commitment_weight'
+  method += ' code_dim norm activation'
   different = {field for field in paper if paper[field] != best[field]}
-  optimizer = 'optimizer.learning_rate', 'optimizer.warmup_steps'
-  assert different == {*(f'model.{field}' for field in method), *optimizer}
+  assert different == {f'model.{field}' for field in method.split()} | {
+    f'optimizer.{field}' for field in ('learning_rate', 'warmup_steps', 'b2')
+  }
   assert best['model.estimator'] == 'ste'
 
 
