@@ -36,8 +36,8 @@ def make_config(name, dtype, batch_size, image_size):
   return config
 
 
-def compile_step(mesh, config):
-  """The compiled train step of a config, its last phase."""
+def trace_step(mesh, config):
+  """The traced train step of a config, its last phase."""
   step, size = common.make_step(config)[1], config.data.image_size
   state = compile_init(step, mesh, size, config.batch_size)
   state = state.eval_shape(jax.random.key(0))
@@ -50,8 +50,13 @@ def compile_step(mesh, config):
     out_shardings=everywhere,
     donate_argnums=0,
   )
-  lowered = step.lower(state, {'image': images}, weights)
-  return lowered.compile(compiler_options={'xla_gpu_autotune_level': 0})
+  return step.trace(state, {'image': images}, weights)
+
+
+def compile_step(traced):
+  """The compiled step of `trace_step`."""
+  options = {'xla_gpu_autotune_level': 0}
+  return traced.lower().compile(compiler_options=options)
 
 
 def array_sizes(text):
@@ -76,7 +81,7 @@ def main():
     config.model.remat = remat
     config.accumulate_steps = args.accumulate_steps
     try:
-      step = compile_step(mesh, config)
+      step = compile_step(trace_step(mesh, config))
     except RuntimeError as error:
       if not fused or 'cuDNN not found' not in str(error):
         raise

@@ -15,12 +15,21 @@ Assumed: 790 TFLOP/s in bfloat16, 67 in float32, 4.3 TB/s.
 
 import collections
 import re
+from math import nan
 
 import common
 from absent_gpu import absent_gpu
-from gpu_memory import BYTES, CONFIGS, array_sizes, compile_step, make_config
+from gpu_memory import (
+  BYTES,
+  CONFIGS,
+  array_sizes,
+  compile_step,
+  make_config,
+  trace_step,
+)
 
 from rvq_jax import sharding
+from rvq_jax.evaluation.speed import operations
 from rvq_jax.models import layers
 
 BANDWIDTH = 4.3e12
@@ -86,10 +95,11 @@ def main():
   args = parser.parse_args()
   layers._has_fused_attention = lambda: False  # cuDNN need not be there
   config = make_config(args.config, args.dtype, args.batch_size, args.size)
-  step = compile_step(sharding.data_mesh([absent_gpu()]), config)
-  kernels = moved(step.as_text())
+  step = trace_step(sharding.data_mesh([absent_gpu()]), config)
+  kernels = moved(compile_step(step).as_text())
   width = BYTES['bf16' if args.dtype == 'bfloat16' else 'f32']
-  bound = convolution_bytes(args.size, args.batch_size, width)
+  paper = config.model.network == 'paper'
+  bound = convolution_bytes(args.size, args.batch_size, width) if paper else nan
   total = sum(row[1] for row in kernels.values())
   print(common.header('kernels', 'how many', 'GB', 'ms', '/ bound'))
   rows = sorted(kernels.items(), key=lambda row: -row[1][1])
@@ -98,10 +108,14 @@ def main():
     gb, ms = nbytes / 1e9, 1e3 * nbytes / BANDWIDTH
     share = f'{nbytes / bound:.2f}'
     print(common.row(label, count, f'{gb:.2f}', f'{ms:.2f}', share))
-  print(f'\nbound: {bound / 1e9:.2f} GB, {1e3 * bound / BANDWIDTH:.2f} ms')
-  rest, search = common.flops(config)
   half, full = common.TENSOR_CORES, common.FLOAT32
   peak = half if args.dtype == 'bfloat16' else full
+  if not paper:
+    count = operations(step.jaxpr)
+    print(f'\nstep: {count / 1e12:.2f} TFLOP, {1e3 * count / peak:.1f} ms')
+    return
+  print(f'\nbound: {bound / 1e9:.2f} GB, {1e3 * bound / BANDWIDTH:.2f} ms')
+  rest, search = common.flops(config)
   print(f'model: {rest / 1e12:.2f} TFLOP, {1e3 * rest / peak:.1f} ms')
   print(f'search: {search / 1e12:.2f} TFLOP, {1e3 * search / full:.1f} ms')
 
