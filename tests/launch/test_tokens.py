@@ -50,7 +50,7 @@ def test_a_data_set_goes_to_tokens_and_back(
   for _ in range(2):  # the second finds everything done
     out = succeed('encode', *flags, f'--output={tokens}')
   for split, count in (('train', 40), ('validation', 12), ('test', 11)):
-    assert f'{tokens / split}: tokens of {count} images, 0 of them' in out
+    assert f'{tokens / split}: tokens for {count} images, 0 skipped' in out
     assert len(TokenDataset(tokens / split)) == count
   flags = (f'--workdir={tiny_run}', f'--input={tokens}', f'--output={images}')
   succeed('decode', *flags)
@@ -71,7 +71,7 @@ def test_two_processes_write_the_files_of_one(
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     ids = '--process_id=0', '--process_id=1'
     outs = pool.map(lambda i: succeed('encode', *flags, i), ids)
-  assert ['tokens of 40 images' in out for out in outs] == [True, False]
+  assert ['tokens for 40 images' in out for out in outs] == [True, False]
   one, two = (
     {x.name: x.read_bytes() for x in (tmp_path / name / 'train').iterdir()}
     for name in ('one', 'two')
