@@ -56,7 +56,8 @@ config = common.load_config('cifar10', 'f4')
 config.model.num_res_blocks = 1  # blocks are alike
 config.model.dtype = 'bfloat16'
 mesh = sharding.data_mesh([gpu_memory.absent_gpu()])
-print(gpu_memory.compile_step(mesh, config).as_text())
+step = gpu_memory.trace_step(mesh, config)
+print(gpu_memory.compile_step(step).as_text())
 """
 
 
