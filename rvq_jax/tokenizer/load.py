@@ -114,9 +114,9 @@ def import_model(source: str | os.PathLike[str], **options: Any) -> Tokenizer:
 def pretrained(name: str | os.PathLike[str]) -> Path:
   """The folder of 'pretrained:NAME'; ValueError lists the names that exist."""
   folder = Path(__file__).parents[1] / 'pretrained'
-  names = sorted(path.name for path in folder.iterdir() if is_export(path))
+  names = sorted(path.name for path in folder.glob('*') if is_export(path))
   if str(name).removeprefix(PRETRAINED) not in names:
-    known = ', '.join(PRETRAINED + n for n in names)
+    known = ', '.join(PRETRAINED + n for n in names) or '(none comes yet)'
     raise ValueError(f'expected one of {known}, got {name}')
   return folder / str(name).removeprefix(PRETRAINED)
 

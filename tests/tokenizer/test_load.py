@@ -163,6 +163,11 @@ def test_other_tensors_than_those_of_the_config_are_named(exported):
     load(exported)  # a huge model, of which nothing is made
 
 
+def test_a_shipped_tokenizer_that_is_not_there_is_named():
+  with one_line('expected one of .*, got pretrained:none'):
+    load('pretrained:none')
+
+
 def test_an_export_has_no_other_step(exported):
   assert load(exported, 6).step == 6
   with one_line('expected 6.*got 5'):
