@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Used by the benchmarks from here, as the functions below.
+from rvq_jax.evaluation.machine import hardware  # noqa: E402, F401
 from rvq_jax.models.encoder import stage_plan  # noqa: E402
-from rvq_jax.paper.report import hardware, versions  # noqa: E402, F401
+from rvq_jax.paper.report import versions  # noqa: E402, F401
 from rvq_jax.training.backend import prepare_backend  # noqa: E402, F401
 from rvq_jax.training.build import build_step  # noqa: E402
 from rvq_jax.training.config import check_config  # noqa: E402

@@ -18,11 +18,12 @@ import re
 import common
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absent_gpu import absent_gpu
 
 from rvq_jax import sharding
 from rvq_jax.models import layers, lpips_weights
-from rvq_jax.training.step import compile_init
+from rvq_jax.training.step import compile_init, jit_step
 
 CONFIGS = ('imagenet', 'imagenet_vqgan', 'imagenet_f16')
 BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'f16': 2, 'u8': 1, 'pred': 1}
@@ -43,14 +44,8 @@ def trace_step(mesh, config):
   state = state.eval_shape(jax.random.key(0))
   images = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8)
   weights = lpips_weights.load() if step.objective.perceptual_weight else None
-  everywhere = sharding.replicated(mesh)
-  step = jax.jit(
-    step,
-    in_shardings=(everywhere, sharding.by_rows(mesh), everywhere),
-    out_shardings=everywhere,
-    donate_argnums=0,
-  )
-  return step.trace(state, {'image': images}, weights)
+  seed = np.int32(step.seed)
+  return jit_step(mesh).trace(step, seed, state, {'image': images}, weights)
 
 
 def compile_step(traced):

@@ -14,14 +14,19 @@ from ml_collections import ConfigDict
 from rvq_jax.configs import cifar10, photos
 
 
-def use_vqgan(config: ConfigDict, *, quantize_after: int) -> None:
-  """Sets the recipes' objective and the method that goes with it."""
-  cifar10.use_best(config, quantize_after=quantize_after)
+def use_lpips(config: ConfigDict) -> None:
+  """Sets L1 and LPIPS as the objective."""
   # The gradient of LPIPS is eight times that of the MSE: at 0.25 the encoder
   # runs away from the codes.
   config.model.commitment_weight = 1.0
   config.objective.pixel = 'l1'
   config.objective.perceptual_weight = 1.0
+
+
+def use_vqgan(config: ConfigDict, *, quantize_after: int) -> None:
+  """Sets the recipes' objective and the method that goes with it."""
+  cifar10.use_best(config, quantize_after=quantize_after)
+  use_lpips(config)
   config.objective.adversarial_weight = 0.1
   config.optimizer.weight_decay = 0.0
   config.optimizer.clip_norm = 1.0

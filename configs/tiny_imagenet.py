@@ -12,7 +12,7 @@ Hardware, time and numbers: not run.
 from ml_collections import ConfigDict
 
 from rvq_jax.configs import cifar10
-from rvq_jax.configs.photos_vqgan import use_vqgan
+from rvq_jax.configs.photos_vqgan import use_lpips, use_vqgan
 
 
 def get_config(variant: str = 'f8') -> ConfigDict:
@@ -41,9 +41,7 @@ def get_config(variant: str = 'f8') -> ConfigDict:
     config.num_steps = 3000
     config.batch_size = 16
     config.model.quantize_after = 0  # --init gives the codes
-    config.model.commitment_weight = 1.0  # see `use_vqgan`
-    config.objective.pixel = 'l1'
-    config.objective.perceptual_weight = 1.0
+    use_lpips(config)
     config.optimizer.learning_rate = 1e-3
   if kind == 'vqgan':
     config.model.network = 'vqgan'

@@ -115,10 +115,11 @@ def pretrained(name: str | os.PathLike[str]) -> Path:
   """The folder of 'pretrained:NAME'; ValueError lists the names that exist."""
   folder = Path(__file__).parents[1] / 'pretrained'
   names = sorted(path.name for path in folder.glob('*') if is_export(path))
-  if str(name).removeprefix(PRETRAINED) not in names:
+  plain = str(name).removeprefix(PRETRAINED)
+  if plain not in names:
     known = ', '.join(PRETRAINED + n for n in names) or '(none comes yet)'
     raise ValueError(f'expected one of {known}, got {name}')
-  return folder / str(name).removeprefix(PRETRAINED)
+  return folder / plain
 
 
 def is_export(folder: str | os.PathLike[str]) -> bool:
