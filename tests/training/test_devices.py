@@ -106,6 +106,7 @@ def of_discriminator(state):
   return moment, part['logits_real'], part['logits_fake']
 
 
+@pytest.mark.slow
 def test_the_steps_moved_everything():
   state, _ = three_steps('plain', 'jit', 1)[-1]
   for part in ('params', 'batch_stats', 'codebook'):
