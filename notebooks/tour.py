@@ -1,17 +1,17 @@
 # %% [markdown]
 # # rvq_jax: images as tokens
 #
-# Train a small image tokenizer on four photographs, apply it to others and to
-# one of yours, and see what the *rotation* of Rotated Vector Quantization does
-# to a gradient. The notebook runs on two CPU cores in under four minutes.
+# A tokenizer that comes with the package turns photographs, one of yours too,
+# into tokens and back. Then train one yourself, and see how the *rotation* of
+# Rotated Vector Quantization changes a gradient. The first pictures take a
+# minute, the whole notebook @@ on two CPU cores.
 #
 # **In Colab:** set REPOSITORY in the next cell. It clones the repository and
 # installs what is missing beside Colab's own jax. On your own machine, open the
 # notebook in a checkout after `pip install -r requirements.txt`.
 #
-# **With your own model:** set RUN to a run, to a folder of `launch/export.py`,
-# or to `hf:OWNER/NAME`, of one grid of tokens (not multi-scale). Nothing is
-# trained then. The text describes the model that is trained here.
+# **With another model:** set RUN to a run, an export or `hf:OWNER/NAME` with
+# one grid of tokens (not multi-scale). Nothing is trained then.
 
 # %%
 import os
@@ -21,9 +21,9 @@ import warnings
 from pathlib import Path
 
 REPOSITORY = ''  # https://github.com/OWNER/rvq_jax, for Colab
-RUN = os.environ.get('RVQ_JAX_RUN', '')  # such as 'runs/photos'
+RUN = os.environ.get('RVQ_JAX_RUN', 'pretrained:tiny_f4')  # or 'runs/photos'
 
-if RUN and Path(RUN).exists():
+if Path(RUN).exists():
   RUN = str(Path(RUN).resolve())
 
 root = Path.cwd()
@@ -99,38 +99,15 @@ def show(titles, pictures, columns=4):
 print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
 
 # %% [markdown]
-# ## Train
-#
-# The config `photos` takes 64 x 64 crops of four photographs that ship with
-# scikit-image and matplotlib, in colors drawn at random. 800 of its 1,000
-# steps take two and a half minutes on two CPU cores. From a shell:
-# `python launch/main.py --config=configs/photos.py`.
-# The cell resumes from the last checkpoint when it runs again, also with more
-# steps.
-
-# %%
-steps = int(os.environ.get('RVQ_JAX_STEPS', 800))
-workdir = Path(os.environ.get('RVQ_JAX_WORKDIR', 'runs/notebook'))
-
-if not RUN:
-  config = photos.get_config()
-  config.num_steps = steps
-  # It may not change when the cell runs again with other steps.
-  config.model.quantize_after = 160 if steps > 160 else steps // 5
-  config.eval_every = steps
-  config.checkpoint_every = steps
-  _ = train(config, workdir)
-
-# %% [markdown]
 # ## Load it, and look
 #
-# `load` opens a run, an exported folder or `hf:OWNER/NAME`. `encode` maps uint8
-# images to ids, `decode` maps ids to images. Trained on 64 x 64 pixels, the
-# model takes images of any size, here 128 x 128. It has seen none of these
-# photographs in training.
+# `load` opens a tokenizer of the package, a run, an export or `hf:OWNER/NAME`.
+# `encode` maps uint8 images to ids, `decode` maps ids to images. This model was
+# trained on Tiny-ImageNet at 64 x 64 pixels and takes images of any size, here
+# 128 x 128.
 
 # %%
-tokenizer = rvq_jax.load(RUN or workdir)
+tokenizer = rvq_jax.load(RUN)
 if not tokenizer.any_size:
   raise SystemExit(
     'Set another RUN: the notebook shows one grid of tokens, got multi-scale '
@@ -227,7 +204,7 @@ plt.show()
 # ## Swap tokens between two images
 #
 # The right halves of two grids of ids are exchanged. The decoder smooths the
-# seam. (The astronaut was in training.)
+# seam.
 
 # %%
 astronaut = resize_and_center_crop(skimage.data.astronaut()[:256, 96:352], 128)
@@ -243,20 +220,19 @@ show(('A', 'B', 'A | B', 'B | A'), mixed)
 # %% [markdown]
 # ## How the codes are used
 #
-# Training, in random colors, uses all codes: those that are hardly used are
-# moved next to codes that are used often. The photographs in their own colors
-# need fewer, the cat fewer still.
+# On the images of its training set the model uses nearly every code. Four
+# photographs need fewer, the cat fewer still.
 
 # %%
-train_set = datasets.open_dataset('photos').train
-subset = train_set.subset(np.arange(1000))
+four = datasets.open_dataset('photos').train
+subset = four.subset(np.arange(1000))
 batches = loaders.eval_batches(subset, batch_size=batch_size, image_size=side)
-train_ids = [
+four_ids = [
   np.asarray(tokenizer.encode(b['image'][b['mask']])) for b in batches
 ]
 figure, ax = plt.subplots(figsize=(8, 3.6))
 for label, color, tokens in (
-  ('training photographs', BLUE, np.concatenate(train_ids)),
+  ('four photographs', BLUE, np.concatenate(four_ids)),
   ('the cat', ORANGE, ids),
 ):
   counts = np.sort(np.bincount(first(tokens).ravel(), minlength=K))[::-1]
@@ -363,10 +339,12 @@ plt.show()
 # ## Tokens as files
 #
 # A data set becomes a folder of `.npy` files that any framework reads.
-# `launch/encode.py` and `launch/decode.py` do the same from a shell.
+# `rvq encode` and `rvq decode` do the same from a shell.
 
 # %%
-folder = workdir / f'tokens_{tokenizer.model_hash[:8]}'
+workdir = Path(os.environ.get('RVQ_JAX_WORKDIR', 'runs/notebook'))
+output = workdir.with_name(f'{workdir.name}_tokens')
+folder = output / tokenizer.model_hash[:8]
 encode_dataset(tokenizer, test, folder)
 tokens = TokenDataset(folder)
 print(f'{len(tokens)} images, {tokens.ids.dtype} ids {tokens.ids.shape}')
@@ -403,7 +381,7 @@ photograph = np.asarray(Image.fromarray(photograph).resize(size))
 
 # %%
 height, width = photograph.shape[:2]
-path = workdir / 'image.npz'
+path = output / 'image.npz'
 path.parent.mkdir(parents=True, exist_ok=True)
 stored = tiling.save_image(tokenizer, photograph, path)
 decoded = tiling.load_image(tokenizer, path)
@@ -412,3 +390,39 @@ assert (decoded == again).all()
 rate = stored.size * np.log2(K) / (height * width)
 print(f'{width} x {height}, {stored.size} tokens, {rate:.3f} bits per pixel')
 show(('original', 'decoded'), (photograph, decoded), columns=2)
+
+# %% [markdown]
+# ## Train one yourself
+#
+# The config `photos` takes 64 x 64 crops of four photographs that ship with
+# scikit-image and matplotlib, in colors drawn at random. 800 of its 1,000
+# steps take two and a half minutes on two CPU cores. From a shell:
+# `rvq train --config=photos`. The cell resumes from the last checkpoint when it
+# runs again, also with more steps. Neither model has seen the cat.
+
+# %%
+steps = int(os.environ.get('RVQ_JAX_STEPS', 800))
+
+if RUN.startswith('pretrained:'):
+  config = photos.get_config()
+  config.num_steps = steps
+  # It may not change when the cell runs again with other steps.
+  config.model.quantize_after = 160 if steps > 160 else steps // 5
+  config.eval_every = steps
+  config.checkpoint_every = steps
+  _ = train(config, workdir)
+
+# %%
+if RUN.startswith('pretrained:'):
+  mine = rvq_jax.load(workdir)
+  mine_ids = tiling.encode_images(mine, face[None])
+  mine_decoded = tiling.decode_ids(mine, mine_ids, 256, 256)[0]
+  rates = [
+    f'{name}, {codes.size * np.log2(model.codebook_size):.0f} bits'
+    for name, codes, model in (
+      (RUN, face_ids, tokenizer),
+      ('yours', mine_ids, mine),
+    )
+  ]
+  decoded = face, face_decoded, mine_decoded
+  show(('original', *rates), decoded, columns=3)
