@@ -194,7 +194,7 @@ def make_step(config):
 def flops(config) -> tuple[int, int]:
   """Operations of a step of the paper's network, and of its search.
 
-  By docs/scale.md: XLA's own count takes each loop for one pass.
+  By docs/predictions.md: XLA's own count takes each loop for one pass.
   """
   model, side, last, total = config.model, config.data.image_size, 3, 0
   for width, stride in stage_plan(model.widths, model.factor):

@@ -5,10 +5,10 @@ python benchmarks/objective_parts.py [--size 64:16 128:16] [--repeats 5]
 
 The step of configs/photos_vqgan.py with only MSE, with LPIPS, and with a
 discriminator too, in turn in one process: medians; a part adds the difference.
-`--predict` instead counts the operations of the step of
-configs/imagenet_vqgan.py and computes their least time on an H200: G by the
-formulas of docs/scale.md, VGG16 and D by XLA, which counts programs without
-loops right. Assumed: 790 TFLOP/s in bfloat16, 67 in float32 (the search).
+`--predict` instead counts the operations of the step of imagenet_vqgan and
+computes their least time on an H200: G by the formulas of docs/predictions.md,
+VGG16 and D by XLA, which counts programs without loops right. Assumed: 790
+TFLOP/s in bfloat16, 67 in float32 (the search).
 """
 
 import statistics

@@ -5,8 +5,8 @@
 
 The model of configs/cifar10.py (f8, D = 256, six residual blocks, K = 16384) at
 32x32 with 128 images a step and at 256x256 with 8, on two cores. Forms
-alternate in one process; printed are medians, ratios, compile time, memory and,
-by the formulas of docs/scale.md, FLOPs per second. `--peer` adds the same model
+alternate in one process; printed are medians, ratios, compile time, memory and
+FLOPs per second (formulas: docs/predictions.md). `--peer` adds the same model
 in PyTorch (torch_model.py) with vector-quantize-pytorch's quantizer and with
 one as good as ours (`pip install torch vector-quantize-pytorch`).
 `--memory=kept` has the C library keep freed memory, for every form, as our

@@ -37,7 +37,7 @@ class Coder(nn.Module):
     dtype: compute dtype; parameters and statistics are float32.
     axis_name: see `Norm`.
     remat: compute the inside of each residual block again in the backward pass:
-      less memory (docs/scale.md) for a third more operations.
+      less memory (docs/predictions.md) for a third more operations.
     norm: 'batch'; 'group'; or 'group_blocks', GroupNorm in the residual blocks
       and none between strided or transposed convolutions, where it would take
       brightness and contrast from each image (docs/gradients.md).
