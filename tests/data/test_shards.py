@@ -454,7 +454,7 @@ def test_a_run_keeps_the_absolute_pattern_and_tells_it_to_nobody(
   assert shared_config(flat)['data.name'] == 'wds:*.tar'
   RunData(flat).open_dataset(None).write_split(tmp_path / 'split.json')
   (tmp_path / 'set').rename(tmp_path / 'moved')
-  with one_line('there is no .*; where the images .* --data_dir=.*=wds:FOLDER'):
+  with one_line('there is no .*; name the present .*--data_dir=.*=wds:FOLDER'):
     RunData(flat).open_dataset(tmp_path / 'split.json')
   moved = str(tmp_path / 'moved/wds')
   data = RunData(flat).open_dataset(tmp_path / 'split.json', data_dir=moved)

@@ -278,7 +278,7 @@ def test_images_of_a_run_that_were_moved_are_measured(
   result = evaluate_run(run, data_dir=str(moved))
   assert result['mse'] == measured['mse']
   data = RunData({'data.name': 'folder:/no', 'data.split': 'official'})
-  with one_line('/no: No such file .*; where the images .* --data_dir'):
+  with one_line('/no: No such file .*; name the present folder .* --data_dir'):
     data.open_dataset('split.json')
   for path in moved.glob('test/*/*'):
     Image.new('RGB', (20, 16)).save(path)

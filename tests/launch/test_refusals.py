@@ -115,7 +115,7 @@ VALUES = [
   ('train --config imagenet --config.a=1', 'config.a: no such field'),
   ('reproduce --config=cifar10:f4,best --config.a=1', 'a: no such field'),
   (f'{PHOTOS} --process_id=0', 'expected --multihost too'),
-  (f'{PHOTOS} --multihost --process_id=0', 'of them, got None, None, 0'),
+  (f'{PHOTOS} --multihost --process_id=0', 'or none, got None, None, 0'),
   (f'{SETS}.model.codebook_size=-5', 'codebook_size: expected at least 1, got'),
   (f'{SETS}.data.name=folder:/no/where', '/no/where'),
   (f'{SETS}.freeze=x', "config.freeze: expected one of '', codes, encoder, 'e"),

@@ -138,7 +138,7 @@ def test_an_export_of_another_version_opens(exported, caplog):
   assert load(exported).model_hash == about['model_hash']
   [line] = caplog.messages
   assert 'another version' in line
-  assert line.endswith('not read: config.model.new, config.new.b')
+  assert line.endswith('ignored: config.model.new, config.new.b')
 
 
 def test_weights_that_may_not_be_read_are_not_called_damaged(
