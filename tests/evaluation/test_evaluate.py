@@ -282,7 +282,7 @@ def test_images_of_a_run_that_were_moved_are_measured(
     data.open_dataset('split.json')
   for path in moved.glob('test/*/*'):
     Image.new('RGB', (20, 16)).save(path)
-  with one_line('11 of .* not those that the run was started with'):
+  with one_line('11 of .* images of the run are missing or changed'):
     evaluate_run(run, data_dir=str(moved))
 
 
@@ -309,12 +309,12 @@ def test_a_divided_folder_stays_divided_in_resume_and_evaluation(
   (data / recorded['train'][0]).unlink()
   tiny_config.num_steps = 3
   train(tiny_config, workdir)
-  assert 'missing since the run divided it, and left out: 1 of' in caplog.text
+  assert 'missing since the start of the run, and skipped: 1 of' in caplog.text
   assert json.loads((workdir / 'split.json').read_text()) == recorded
 
 
 def test_a_workdir_among_the_images_is_refused(tiny_config, image_folder):
-  with one_line('expected --workdir outside of the images'):
+  with one_line('expected --workdir outside the images'):
     train(tiny_config, image_folder / 'runs/x')
   assert not (image_folder / 'runs').exists()
 
