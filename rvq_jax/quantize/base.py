@@ -192,8 +192,8 @@ class NearestQuantizer(Quantizer):
       )
     if self.estimator == 'diveq' and self.trains_codes():
       raise ValueError(
-        "estimator 'diveq' trains learned codes by itself: expected ema=False, "
-        "loss_form='two_weights', commitment_weight=0 and codebook_weight=0"
+        "estimator: 'diveq' trains learned codes by itself: expected "
+        "ema=False, loss_form='two_weights' and both its weights 0"
       )
 
   def trains_codes(self) -> bool:
