@@ -271,7 +271,7 @@ def test_a_subset_keeps_the_order_of_its_indices_and_can_be_pickled(tmp_path):
     (['test/a/x.png'], 'no folder train'),
     (['train/a/x.png'], 'one of validation and test'),
     (['train/a/x.png', 'val/x.png', 'validation/x.png'], 'keep one'),
-    (['train/x.png', 'train/a/x.png', 'test/x.png'], 'or images only'),
+    (['train/x.png', 'train/a/x.png', 'test/x.png'], 'or only images'),
     (['train/a/x.png', 'train/b/.x', 'test/y.png'], 'train/b holds no'),
   ],
 )
