@@ -241,7 +241,7 @@ def _read_record(path, sources, name) -> dict:
   divided = all(isinstance(record.get(split), list) for split in SPLITS)
   if not isinstance(digests, dict) or not (digests or divided):
     raise ValueError(
-      f'{path}, the list of training images, is damaged: restore a copy, or '
+      f'{path} is damaged; it lists the training images: restore a copy, or '
       'start a new run in another --workdir'
     )
   now = {
