@@ -16,7 +16,7 @@ from rvq_jax.configs import cifar10, photos
 
 def use_lpips(config: ConfigDict) -> None:
   """Sets L1 and LPIPS as the objective."""
-  # The gradient of LPIPS is eight times that of the MSE: at 0.25 the encoder
+  # LPIPS has eight times the gradient of the MSE: at 0.25 the encoder
   # runs away from the codes.
   config.model.commitment_weight = 1.0
   config.objective.pixel = 'l1'

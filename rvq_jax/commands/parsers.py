@@ -23,7 +23,7 @@ class Parser(flags.ArgumentParser):
     self._parser, self._expected = parser, expected
 
   def parse(self, argument):
-    """The value of a text; ValueError says what is expected."""
+    """The value of a text; a ValueError says what it expected."""
     try:
       return self._parser.parse(argument)
     except (TypeError, ValueError) as error:
@@ -35,7 +35,7 @@ class TupleParser(flags.ArgumentParser):
   """A tuple or None; ml_collections reads 32 as (32,), and joins flags."""
 
   def parse(self, argument):
-    """The value of a text; ValueError says what is expected."""
+    """The value of a text; a ValueError says what it expected."""
     with contextlib.suppress(SyntaxError, ValueError):
       value = ast.literal_eval(str(argument))
       if value is None or isinstance(value, tuple | list):

@@ -153,7 +153,7 @@ def _walk(root: str, inside: str, left_out: list[str]):
 
 
 def _images_first(path: str):
-  """Sorts the images of a folder before those of the folders in it."""
+  """Sort key: a folder's own images come before its subfolders' images."""
   *folders, image = path.split('/')
   return [*((1, folder) for folder in folders), (0, image)]
 

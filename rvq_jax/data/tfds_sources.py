@@ -112,7 +112,7 @@ class TfdsSource(Source):
 
 
 def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
-  """Opens those of train, validation and test that a tfds data set has.
+  """Opens the splits train, validation and test, if a tfds data set has them.
 
   First prepares CIFAR-10 and ImageNet if necessary. `name` is NAME, NAME/CONFIG
   or NAME:VERSION; `data_dir` None is $TFDS_DATA_DIR or ~/tensorflow_datasets.

@@ -29,7 +29,7 @@ _LAYOUT = 2
 
 
 class DamagedError(ValueError):
-  """A checkpoint cannot be read, or is not what was saved."""
+  """A checkpoint is unreadable, or differs from its digest."""
 
 
 class Checkpoints:

@@ -73,7 +73,7 @@ def test_choosing_a_step_on_the_images_is_said(
   run, measured, no_figures, tmp_path, caplog
 ):
   evaluate_run(run, split='validation', step='best', output=tmp_path)
-  assert "'best' was chosen on these images" in caplog.text
+  assert "validation chose 'best' on these images" in caplog.text
   assert stored(tmp_path / 'validation')['chosen_on_these_images']
   assert not measured['chosen_on_these_images']
 
@@ -231,7 +231,7 @@ def test_results_do_not_go_among_the_images(
 ):
   monkeypatch.setattr(evaluate, '_measure', None)
   images = {'images': str(image_folder)} if given else {}
-  with one_line(f'expected {name} outside of the images in {image_folder}'):
+  with one_line(f'expected {name} outside the images in {image_folder}'):
     evaluate_run(run, **images, **{name: image_folder / 'new'})
   assert not (image_folder / 'new').exists()
 

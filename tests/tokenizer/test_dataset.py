@@ -424,7 +424,7 @@ def test_over_one_percent_undecodable_ends_the_encoding(
 
 def test_a_folder_decodes_to_reconstructions(tokens, make_tokenizer, tmp_path):
   tokenizer, folder = tokens
-  with one_line('is of the encoder'):
+  with one_line('expected the encoder'):
     decode_dataset(make_tokenizer(seed=5), folder, tmp_path / 'out')
   assert decode_dataset(tokenizer, folder, tmp_path / 'out') == 40
   ids = np.resize(np.load(folder / 'ids.npy'), (256, 4, 4))
