@@ -416,7 +416,7 @@ def test_the_hub_is_asked_for_and_its_faults_are_one_line(
   with one_line('hf:me/set: expected .* train, validation, test, got .* other'):
     open_images('hf:me/set')
   hub.__version__ = '3.6.0'
-  with one_line("extra hf: pip install 'datasets>=4' .older versions", ImportError):
+  with one_line("pip install 'datasets>=4' .older versions", ImportError):
     open_images('hf:me/set')
   monkeypatch.setitem(sys.modules, 'datasets', None)
   with one_line("extra hf: pip install 'datasets>=4'", ImportError):
