@@ -1,6 +1,6 @@
 """The paper's CIFAR-10 model, and ours.
 
-Command: python launch/main.py --config=configs/cifar10.py[:VARIANT]
+Command: rvq train --config=cifar10[:VARIANT]
 Variants: f8 (default) is the paper's text, 4x4 tokens per image, 224 bits; f4
 has 8x8 tokens, 896 bits; best and f4,best train them by our recipe, see
 `use_best`; multiscale has 155 tokens on grids of 1x1 to 8x8, 1,860 bits.
@@ -16,8 +16,8 @@ from ml_collections.config_dict import placeholder
 def use_best(config: ConfigDict, *, quantize_after: int) -> None:
   """Sets the recipe with the least error per bit; see docs/gradients.md.
 
-  It was found with batches of 32 images; `quantize_after` as a fifth of the
-  steps.
+  It was found with batches of 32 images and with `quantize_after` at a fifth of
+  the steps.
   """
   config.model.estimator = 'ste'
   config.model.quantize_after = quantize_after
@@ -62,16 +62,16 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   # decay acts as often, and a run cannot resume with another value.
   config.accumulate_steps = 1
   config.num_epochs = 300
-  config.num_steps = placeholder(int)  # if set, counts instead of num_epochs
+  config.num_steps = placeholder(int)  # if set, replaces num_epochs
   config.deterministic = False  # True: bit-exact on GPUs too, but slower
-  # What does not train: 'codes'; 'encoder', for another quantizer behind a
-  # trained one (--init); or 'encoder,codes': only the decoder adapts to other
-  # images, and each image keeps its ids.
+  # Parts that do not train: 'codes'; 'encoder', to put another quantizer behind
+  # a trained encoder (--init); or 'encoder,codes': only the decoder adapts to
+  # other images, and each image keeps its ids.
   config.freeze = ''
   config.log_every = 50  # steps between two log lines
-  config.eval_every = 1640  # steps between evaluations; 0: at the end only
+  config.eval_every = 1640  # steps between evaluations; 0: only at the end
   config.checkpoint_every = 1640  # steps; 0: with each evaluation
-  config.keep_checkpoints = 2  # the newest ones, besides the best
+  config.keep_checkpoints = 2  # number of newest ones kept besides the best
 
   config.data = data = ConfigDict()
   data.name = 'tfds:cifar10'  # or folder:PATH, wds:PATTERN, ...
@@ -87,22 +87,22 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   config.model = model = ConfigDict()
   model.network = 'paper'  # or 'vqgan', the network of LlamaGen and VAR
   model.factor = 4 if 'f4' in parts else 8  # image side over token grid side
-  # In the encoder and in the decoder; with 'vqgan' per level.
+  # Each in the encoder and in the decoder; with 'vqgan' per level.
   model.num_res_blocks = 6
-  model.widths = (64, 128, 256)  # of 'paper': channels of its convolutions
-  model.num_heads = 8  # of 'paper': heads of the decoder's attention
-  # Of 'vqgan': channels, and their multiples per level.
+  model.widths = (64, 128, 256)  # 'paper': channels of its convolutions
+  model.num_heads = 8  # 'paper': heads of the decoder's attention
+  # 'vqgan': channels, and their multiples per level.
   model.ch, model.ch_mult = 128, (1, 1, 2, 2, 4)
-  # Of 'vqgan': levels with attention, from 1, the resolution of the image.
+  # 'vqgan': levels with attention, counted from 1, the image's resolution.
   model.attn_levels = placeholder(tuple)
-  model.mid_attention = True  # of 'vqgan': attention in the middle
-  model.z_channels = 256  # of 'vqgan': before the convolution to code_dim
-  model.quant_kernel = 1  # of 'vqgan': side of that convolution; VAR has 3
-  model.movq = False  # of 'vqgan': norms of the decoder depend on the codes
-  model.unit_range = False  # of 'vqgan': it sees images in [0, 1]
+  model.mid_attention = True  # 'vqgan': attention in the middle
+  model.z_channels = 256  # 'vqgan': before the convolution to code_dim
+  model.quant_kernel = 1  # 'vqgan': side of that convolution; VAR has 3
+  model.movq = False  # 'vqgan': norms of the decoder depend on the codes
+  model.unit_range = False  # 'vqgan': the network takes images in [0, 1]
   model.code_dim = 256  # D, dimensions of a code
   model.dtype = 'float32'  # compute dtype; 'bfloat16'
-  model.remat = False  # less memory for a third more operations
+  model.remat = False  # True: less memory, a third more operations
   model.norm = 'batch'  # or 'group'; 'group_blocks': in residual blocks only
   model.activation = 'leaky_relu'  # or 'swish'
   model.quantize_after = 0  # steps of plain autoencoding before the codebook
@@ -118,9 +118,9 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   model.codebook_weight = 1.0  # used when ema is False
   model.loss_form = 'two_weights'  # 'paper_eq5' or 'paper_eq8'
   model.cosine = False  # unit-norm latents and codes
-  model.inner_product = False  # codes by it; of 'vq' with freeze, as IBQ's
+  model.inner_product = False  # chooses codes, as IBQ; 'vq' with freeze
   model.dead_code_threshold = 0.9  # share of the mean count; below: replaced
-  model.split_by = 'count'  # or 'distortion': which codes dead ones join
+  model.split_by = 'count'  # or 'distortion': which codes dead codes split
   model.split_fraction = 0.2  # from a code towards its vector; 1: onto it
   model.init_from = 'data'  # 'normal': random codes
   model.depth = 4  # codes per position of 'residual'
@@ -128,13 +128,13 @@ def get_config(variant: str = 'f8') -> ConfigDict:
   # Sides of the grids of 'multiscale', as (1, 2, 4); default: 1, 2, 3, 4, 5, 6,
   # 8, 10, 13, 16 ... up to the side of the latents.
   model.sides = placeholder(tuple)
-  model.resize = 'keys'  # 'torch': between scales of 'multiscale', as VAR does
-  model.temperature_steps = 10_000  # of 'gumbel': steps until it is lowest
+  model.resize = 'keys'  # or 'torch', as VAR: between scales of 'multiscale'
+  model.temperature_steps = 10_000  # 'gumbel': steps to the lowest temperature
 
   config.objective = objective = ConfigDict()
   objective.pixel = 'mse'  # or 'l1'
-  objective.perceptual_weight = 0.0  # of LPIPS by VGG16
-  # Of a discriminator; its loss counts after a third of the run.
+  objective.perceptual_weight = 0.0  # LPIPS by VGG16
+  # The discriminator's; its loss counts after a third of the run.
   objective.adversarial_weight = 0.0
   objective.lecam_weight = 0.001  # regularises the discriminator
   objective.discriminator_learning_rate = 1e-4  # Adam

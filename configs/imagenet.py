@@ -1,7 +1,7 @@
 """The paper's ImageNet model at 256x256: 32x32 tokens, 14,336 bits per image.
 
-Command: python launch/main.py --config=configs/imagenet.py[:best|:multiscale]
-Variants: best trains it with our best method, see `cifar10.use_best`;
+Command: rvq train --config=imagenet[:best|:multiscale]
+Variants: best trains it by our recipe, see `cifar10.use_best`;
 multiscale has 680 tokens on grids of 1x1 to 16x16, 8,160 bits.
 The data set comes from the ILSVRC2012 archives in DATA_DIR/downloads/manual, or
 from folders: --config.data.name=folder:PATH.
@@ -26,7 +26,7 @@ def get_config(variant: str = '') -> ConfigDict:
   config.data.name = 'tfds:imagenet2012'
   config.data.image_size = 256
   config.data.crop = 'random_resized'
-  config.data.crop_scale = 0.4  # 0.08 shows mostly blown-up texture
+  config.data.crop_scale = 0.4  # at 0.08 most crops are blown-up texture
   config.data.num_workers = 16
   config.model.dtype = 'bfloat16'
   if variant == 'best':

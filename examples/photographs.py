@@ -4,10 +4,10 @@ python examples/photographs.py --images=FOLDER --output=FILE.jpg
   [--tokenizers=pretrained:tiny_f4,pretrained:tiny_f8] [--size=384x256]
   [--count=8] [--width=1200]
 
-Photographs of at least this size are cropped to it, in the order of their
-names. Each tokenizer has two columns: what its tokens give back, and the
-largest JPEG file with as many bits, or the smallest that there is. The mean
-PSNR and bits per pixel are printed; a JPEG counts with its header.
+It crops photographs of at least this size, in the order of their names. Each
+tokenizer has two columns: its reconstruction, and the largest JPEG file within
+the same bits, or else the smallest. It prints the mean PSNR and bits per pixel;
+a JPEG counts with its header.
 """
 
 import argparse
@@ -43,14 +43,14 @@ def read(folder, size, count):
 
 
 def tokenized(tokenizer, images):
-  """Reconstructions, and the bits of the tokens of an image."""
+  """Reconstructions, and the bits of one image's tokens."""
   ids = encode_images(tokenizer, images)
   bits = ids[0].size * np.log2(tokenizer.codebook_size)
   return decode_ids(tokenizer, ids, *images.shape[1:3]), bits
 
 
 def jpeg(image, bits):
-  """The best JPEG within so many bits, or the smallest, and its bits."""
+  """The best JPEG within `bits`, or else the smallest, and its bits."""
   best = None
   for quality in range(1, 96):
     stream = io.BytesIO()

@@ -3,8 +3,8 @@
 python examples/shards.py --data=tfds:NAME|folder:PATH --output=DIR
   [--data_dir=DIR] [--shards=8] [--batches=20]
 
-DIR/wds and DIR/parquet then train as --config.data.name=wds:DIR/wds and
-parquet:DIR/parquet. Compared are training batches, whole and cropped.
+Train on them with --config.data.name=wds:DIR/wds or parquet:DIR/parquet. It
+compares training batches, whole and cropped.
 """
 
 import argparse
@@ -50,7 +50,7 @@ WRITERS = {'wds': (write_tar, 'tar'), 'parquet': (write_parquet, 'parquet')}
 
 
 def write(sources, folder: Path, kind: str, shards: int) -> str:
-  """Writes the splits in order as FOLDER/SPLIT-NUMBER.END; returns its name."""
+  """Writes the splits as FOLDER/SPLIT-NUMBER.END; returns KIND:FOLDER."""
   writer, end = WRITERS[kind]
   folder.mkdir(parents=True)
   for split, source in sources.items():
@@ -62,7 +62,7 @@ def write(sources, folder: Path, kind: str, shards: int) -> str:
 
 
 def compare(sources, others, batches: int) -> None:
-  """Compares labels and training batches; AssertionError where they differ."""
+  """Compares labels and training batches; AssertionError if they differ."""
   for split, source in sources.items():
     np.testing.assert_array_equal(source.labels, others[split].labels)
     for crop in ('none', 'random_resized'):

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 HUB, PRETRAINED = 'hf:', 'pretrained:'
-SHARED = (HUB, PRETRAINED)  # how names of models that are no folders begin
+SHARED = (HUB, PRETRAINED)  # prefixes of models that are not folders
 _FULL = {
   errno.ENOSPC: 'No space left',
   errno.EDQUOT: 'Disk quota exceeded',
@@ -30,7 +30,7 @@ _FULL = {
 def write_atomic(path, content: str | bytes) -> None:
   """Writes text (UTF-8) or bytes: the file holds the old or the new content.
 
-  No temporary file remains after an OSError.
+  An OSError leaves no temporary file.
   """
   path = Path(path)
   data = content.encode() if isinstance(content, str) else content
@@ -42,7 +42,7 @@ def write_atomic(path, content: str | bytes) -> None:
       os.fsync(stream.fileno())
     os.replace(partial, path)
   except OSError as error:
-    # The file as the user knows it.
+    # Name the file that the user knows.
     raise OSError(error.errno, error.strerror, str(path)) from error
   finally:
     with contextlib.suppress(OSError):
@@ -50,7 +50,7 @@ def write_atomic(path, content: str | bytes) -> None:
 
 
 def check_local(path, name: str = 'output') -> Path:
-  """The path of a local folder or file; ValueError, about `name`, for a URL."""
+  """The path of a local folder or file; a ValueError for a URL says `name`."""
   if re.match(r'[a-z][a-z0-9+.-]+:/', str(path), re.I):
     raise ValueError(
       f'{name}: expected a local path, got {path}; copy it to a local folder, '
@@ -60,20 +60,20 @@ def check_local(path, name: str = 'output') -> Path:
 
 
 def cache_folder(name: str) -> Path:
-  """A folder of the cache; not absolute if the user has no home directory."""
+  """A folder of the cache; relative if the user has no home directory."""
   home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   return Path(home, 'rvq_jax', name)
 
 
 def utf8_path(workdir) -> Path:
-  """The whole path of a workdir; ValueError unless TensorStore takes it."""
+  """The full path of a workdir; ValueError unless TensorStore accepts it."""
   path = Path(workdir).resolve()
   try:
     str(path).encode()
   except UnicodeEncodeError as error:
     raise ValueError(
-      f'--workdir: expected a path whose bytes are UTF-8, got {path}; rename '
-      'its folder, or name another one'
+      f'--workdir: expected a path in UTF-8, got {path}; rename its folder, or '
+      'name another one'
     ) from error
   return path
 
@@ -84,14 +84,14 @@ def check_folder(
   is_ours: Callable[[Path], bool] | None = None,
   rest: str = '',
 ) -> None:
-  """The check of every command before it works: may it write to a folder?
+  """Checks, before a command works, that it may write to a folder.
 
-  What a killed command left there, by a pattern of names, is `rest`: a folder
-  of nothing else is empty.
+  `rest` is a pattern for the names of a killed command's remains: a folder with
+  only these counts as empty.
 
   Raises:
-    ValueError: about `name`, unless the folder is missing, empty or, by
-      `is_ours`, what the command wrote before; or it cannot be written to.
+    ValueError: says `name`; unless the folder is missing, empty or, by
+      `is_ours`, the command's own; or if it is not writable.
   """
   folder = check_local(folder, name)
   if folder.exists() and (
@@ -108,7 +108,7 @@ def check_folder(
 
 
 def check_file(path, name: str = 'output') -> None:
-  """Raises ValueError unless a file can be written to its folder."""
+  """Raises ValueError unless a file's folder is writable."""
   path = check_local(path, name)
   if not path.parent.is_dir():
     raise ValueError(
@@ -118,7 +118,7 @@ def check_file(path, name: str = 'output') -> None:
 
 
 def _check_writable(folder, path, name):
-  """Makes a nameless file in a folder, or in the one where it is to be."""
+  """Makes a nameless file in a folder, or in its nearest existing parent."""
   folder = folder.absolute()
   where = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
   try:
@@ -140,8 +140,8 @@ def claim(
 ) -> Iterator[None]:
   """Makes a folder and holds its lock while a command fills it.
 
-  One that was new and is empty in the end is removed. Arguments and errors are
-  those of `check_folder`, `lock` and `explain_full_disk`.
+  Removes a folder that was new and stayed empty. Arguments and errors as in
+  `check_folder`, `lock` and `explain_full_disk`.
   """
   folder = Path(folder)
   check_folder(folder, is_ours=is_ours, rest=rest)
@@ -149,14 +149,14 @@ def claim(
   with explain_full_disk(folder, advice):
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder, folder, 'name another one'):
-      # Another process may have filled it since.
+      # Another process may have filled it before the lock.
       check_folder(folder, is_ours=is_ours, rest=rest)
       try:
         for path in folder.glob(rest) if rest else ():
           shutil.rmtree(path)
         yield
       finally:
-        with contextlib.suppress(OSError):  # it holds something
+        with contextlib.suppress(OSError):  # not empty
           if new:
             folder.rmdir()
 
@@ -166,8 +166,8 @@ def lock(path, name, advice: str) -> Iterator[None]:
   """Holds a lock that the OS releases however the process ends.
 
   Args:
-    path: a folder, or a file, which is created with its folder if missing.
-    name, advice: what is locked, and what to do instead, for errors.
+    path: a folder, or a file; creates a missing file and its folder.
+    name, advice: the locked thing and the user's alternative, for errors.
 
   Raises:
     ValueError: another process holds the lock, or the folder cannot be made.
@@ -238,7 +238,7 @@ def tree_digest(tree, *, header: str = '') -> str:
 def full_disk_reason(error: BaseException | None) -> str | None:
   """The text in _FULL if a full disk caused an error, else None.
 
-  TensorStore names the cause in the text of a ValueError, Orbax by chaining.
+  TensorStore names the cause in the text of a ValueError, Orbax chains it.
   """
   seen = set()
   while error is not None and id(error) not in seen:
@@ -260,11 +260,11 @@ class FullDiskError(OSError):
 def explain_full_disk(folder, advice: str) -> Iterator[None]:
   """Turns a write without room into a one-line `FullDiskError`.
 
-  It names the folder, the free space there, and `advice` for what follows.
+  It names the folder, its free space and the `advice`.
   """
   try:
     yield
-  except FullDiskError:  # which names a folder already
+  except FullDiskError:  # already names a folder
     raise
   except (Exception, SystemExit) as error:
     reason = full_disk_reason(error)

@@ -1,11 +1,11 @@
 """Image and code metrics, each with its exact definition.
 
 Images are uint8, or float on the model's scale [-1, 1]; other dtypes raise
-ValueError. `mse` is on [-1, 1] and `mse_01` on [0, 1], a quarter of it; both on
-the unrounded output. PSNR and SSIM are computed per image, after clipping and
-rounding to uint8 as in a file, and then averaged.
+ValueError. `mse` is on [-1, 1] and `mse_01` on [0, 1], a quarter of it; both
+use the unrounded output. PSNR and SSIM are means over images, each clipped and
+rounded to uint8 as in a file.
 
-Codes: from counts summed over the whole split, never a mean over batches.
+Code metrics use counts summed over the whole split, never a mean over batches.
 """
 
 import collections
@@ -30,7 +30,7 @@ def to_float(images: jax.Array) -> jax.Array:
 def prepare_images(images: jax.Array) -> jax.Array:
   """uint8 or float images on the model's scale, float32.
 
-  ValueError for other dtypes. The range of floats is the caller's promise.
+  ValueError for other dtypes. The caller guarantees the range of floats.
   """
   if images.dtype == jnp.uint8:
     return to_float(images)
@@ -42,7 +42,7 @@ def prepare_images(images: jax.Array) -> jax.Array:
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
-  """Maps the model's scale to uint8: clipped to [-1, 1] and rounded."""
+  """Maps the model's scale to uint8: clips to [-1, 1] and rounds."""
   scaled = (jnp.clip(images, -1, 1).astype(jnp.float32) + 1) * 127.5
   return jnp.round(scaled).astype(jnp.uint8)
 
@@ -57,16 +57,15 @@ def _mse(x, y):
 
 
 def _levels(images):
-  """Images as float32 of whole numbers from 0 to 255."""
+  """Images as whole numbers from 0 to 255, float32."""
   return to_uint8(prepare_images(images)).astype(jnp.float32)
 
 
 def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
   """Peak signal-to-noise ratio of each image in dB, after rounding to uint8.
 
-  10 log10(255^2 / MSE) of x and y [B, h, w, 3]: [B], float32. Equal images
-  have no finite PSNR; they get that of images that differ by one level in one
-  value.
+  10 log10(255^2 / MSE) of x and y [B, h, w, 3]: [B], float32. Equal images have
+  no finite PSNR; they get the PSNR for a difference of one level in one value.
   """
   x, y = _levels(x), _levels(y)
   floor = 1.0 / math.prod(x.shape[1:])
@@ -92,7 +91,7 @@ def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
         window[i] * jax.lax.slice_in_dim(image, i, i + size, axis=axis)
         for i in range(_WINDOW)
       )
-      # Without it XLA fuses the passes and computes the first 11 times.
+      # Without the barrier XLA fuses the passes and runs the first 11 times.
       image = jax.lax.optimization_barrier(image)
     return image
 
@@ -115,7 +114,7 @@ def diversity(counts: jax.Array) -> dict[str, jax.Array]:
 
 
 def code_statistics(counts) -> dict[str, float]:
-  """How evenly the codes are used, from counts over a whole split.
+  """Statistics of code usage, from counts over a whole split.
 
   Args:
     counts: how often each code was chosen, [K], or [L, K] for L codebooks.
@@ -148,7 +147,7 @@ def _entropy(p):
 
 
 def effective_dimension(total, outer, count) -> float:
-  """How many dimensions vectors spread over: exp(-sum p_i log p_i).
+  """The number of dimensions that vectors fill: exp(-sum p_i log p_i).
 
   p are the eigenvalues of the covariance divided by their sum (the effective
   rank of Roy and Vetterli 2007): D for a ball, 1 for a line or a point. `total`
@@ -159,9 +158,9 @@ def effective_dimension(total, outer, count) -> float:
 
 
 def components_99(total, outer, count) -> int:
-  """How many principal components hold 99 % of the variance of vectors.
+  """The number of principal components with 99 % of the variance of vectors.
 
-  The arguments are those of `effective_dimension`; for a point it is 1.
+  Arguments as in `effective_dimension`; 1 for a point.
   """
   values = np.sort(_variances(total, outer, count))[::-1]
   missing = values.sum() - np.cumsum(values)
@@ -169,7 +168,7 @@ def components_99(total, outer, count) -> int:
 
 
 def _variances(total, outer, count):
-  """The eigenvalues of the covariance of vectors from their sums, float64."""
+  """The eigenvalues of vectors' covariance, from their sums, float64."""
   mean = np.asarray(total, np.float64) / count
   covariance = np.asarray(outer, np.float64) / count - np.outer(mean, mean)
   return np.maximum(np.linalg.eigvalsh(covariance), 0.0)
@@ -178,7 +177,7 @@ def _variances(total, outer, count):
 def bit_rates(
   tokens: int, pixels: int, codebook_size: int, entropy_bits: float
 ) -> dict[str, float]:
-  """Bits of the tokens of an image with so many pixels.
+  """Bits of an image's tokens.
 
   Returns:
     bits_per_image and bits_per_pixel with log2 K bits per token (fixed length),
@@ -214,12 +213,12 @@ class CodeDefinitions:
     self._batches.append((statistics['usage'], statistics['perplexity']))
     self._recent.append((tokens, counts))
     self._recent_tokens += tokens
-    # Only whole batches: the oldest goes once the others fill the window.
+    # Only whole batches: the oldest leaves once the others fill the window.
     while self._recent_tokens - self._recent[0][0] >= RECENT_TOKENS:
       self._recent_tokens -= self._recent.popleft()[0]
 
   def result(self) -> dict[str, dict]:
-    """Usage, perplexity, counted tokens per codebook and a line of definition.
+    """Usage, perplexity, tokens per codebook and definition, per definition.
 
     Returns:
       These under 'whole_split', 'mean_over_batches' and 'last_65536_tokens'.
@@ -250,8 +249,8 @@ class CodeDefinitions:
         {'usage': usage, 'perplexity': perplexity},
         tokens / batches,
         f'mean over {batches:,} batches of {tokens / batches:,.1f} {unit} on '
-        'average, a bound on the codes used and the perplexity of each; '
-        'Sonnet (perplexity), latent-diffusion (perplexity and cluster_usage)',
+        'average, which limits usage and perplexity; Sonnet (perplexity), '
+        'latent-diffusion (perplexity and cluster_usage)',
       ),
       'last_65536_tokens': entry(
         code_statistics(sum(counts for _, counts in self._recent)),

@@ -22,11 +22,11 @@ def commands(code: str) -> list[str]:
 
 
 def run_command(command: str, cwd, *more: str) -> str:
-  """Runs a line `python launch/...` and more; returns what it wrote."""
+  """Runs a line `rvq ...` or `python ...`; returns what it wrote."""
   program, *arguments = shlex.split(command, comments=True)
-  assert program == 'python', command
+  start = {'python': [], 'rvq': ['-m', 'rvq_jax.cli']}[program]
   done = subprocess.run(
-    [sys.executable, *arguments, *more],
+    [sys.executable, *start, *arguments, *more],
     cwd=cwd,
     env=os.environ | {'XLA_FLAGS': ''},
     capture_output=True,

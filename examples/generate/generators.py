@@ -16,8 +16,8 @@ from rvq_jax.quantize.scales import pool
 class Transformer(nn.Module):
   """Logits of the ids at all positions; pre-norm blocks without dropout.
 
-  With sides, of the scales, a token sees the tokens of its own scale and of
-  coarser ones; without, all. Labels are below num_classes.
+  With `sides`, a token sees the tokens of its own scale and of coarser ones;
+  without, it sees all tokens. Labels are below num_classes.
   """
 
   codebook_size: int
@@ -32,7 +32,7 @@ class Transformer(nn.Module):
     """Logits [B, t, K], float32, t at most T.
 
     Args:
-      inputs: ids [B, t], int, K where masked; or vectors [B, t, C], float.
+      inputs: ids [B, t], int, K at masked positions; or vectors [B, t, C].
       labels: int [B]; -1 is no class.
     """
     init = nn.initializers.normal(0.02)
@@ -60,7 +60,7 @@ class Transformer(nn.Module):
 
 
 def guided(model, params, inputs, labels, guidance: float) -> jax.Array:
-  """Logits l_0 + guidance (l - l_0), l_0 of no class (Ho and Salimans 2022)."""
+  """Logits l_0 + guidance (l - l_0), l_0 without class (Ho, Salimans 2022)."""
   logits = model.apply(params, inputs, labels)
   if guidance == 1:
     return logits
@@ -75,13 +75,13 @@ class Masked:
   model: Transformer
 
   def inputs(self, ids: jax.Array) -> jax.Array:
-    """What the model sees: ids, or K."""
+    """The model's inputs: ids, or K at masked positions."""
     return ids
 
   def nats(self, params, ids, labels, key) -> jax.Array:
     """The loss, an upper bound of -log p(ids) / T: nats per token [B].
 
-    Of the T tokens n, uniform in 1 ... T, are masked, at random positions M:
+    n tokens, n uniform in 1 ... T, are masked, at random positions M:
 
         nats = -1/n sum over i in M of log p(x_i | x_j, j not in M)
 
@@ -101,11 +101,11 @@ class Masked:
     return jnp.sum(each * masked, axis=1) / count
 
   def sample(self, guidance, steps, params, key, labels):
-    """Draws ids [B, T], int32, in so many steps (MaskGIT, section 3.2).
+    """Draws ids [B, T], int32, in `steps` steps (MaskGIT, section 3.2).
 
-    Each step draws all masked ids and keeps the surest, so that T cos(pi/2 t /
-    steps) are masked after step t. Sureness is log p of the id plus Gumbel
-    noise, whose factor falls from 4.5 to 0.
+    Each step draws all masked ids and keeps the most confident, so that
+    T cos(pi/2 t / steps) are masked after step t. Confidence is log p of the id
+    plus Gumbel noise, whose factor falls from 4.5 to 0.
     """
     length, mask_id = self.model.num_tokens, self.model.codebook_size
 
@@ -134,10 +134,10 @@ class NextScale:
   unit: float = 1.0
 
   def inputs(self, ids: jax.Array) -> jax.Array:
-    """Inputs [B, t', C] of the model for ids [B, t] of no or more scales.
+    """Inputs [B, t', C] of the model for the ids [B, t] of 0 or more scales.
 
-    0 at the first scale; at each other one the grid of all coarser ids, as
-    means over areas; up to the first scale without ids.
+    The first scale's inputs are 0. Each other scale's are means over areas of
+    the grid of all coarser ids. The last one is the first scale without ids.
     """
     sides, tokenizer = self.model.sides, self.tokenizer
     channels = tokenizer.model.encoder.code_dim
@@ -151,8 +151,8 @@ class NextScale:
   def nats(self, params, ids, labels, key=None) -> jax.Array:
     """The loss, exactly -log p(ids) / T: nats per token [B].
 
-    p is the product over the scales (section 3.1), and over the tokens of each,
-    of p(id | ids of the scales before it, label). The key is not used.
+    p is the product over the scales (section 3.1) and their tokens of
+    p(id | ids of the scales before it, label). The key is not used.
     """
     logits = self.model.apply(params, self.inputs(ids), labels)
     return cross_entropy(logits, ids).mean(axis=1)

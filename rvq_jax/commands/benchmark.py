@@ -3,9 +3,9 @@
 rvq benchmark CONFIG [--config.FIELD=VALUE ...] [--steps=50] [--profile]
 rvq benchmark RUN|EXPORT|pretrained:NAME|hf:OWNER/NAME [--batch_size=N]
 
-Images are random and lie on the device. Prints a table to paste and, for each
-row, a line of JSON: time, operations by XLA's count and their share of the
-device's peak, memory, power.
+Images are random and lie on the device. It prints a table and, per row, a line
+of JSON: time, operations by XLA's count and their share of the device's peak,
+memory, power.
 """
 
 import json
@@ -32,8 +32,8 @@ _COLUMNS = (
   *program.MODEL,
   Flag('steps', 'Steps or batches to time.', 50, COUNT),
   Flag('batch_size', 'Images; default: as in the config.', None, COUNT),
-  Flag('peak', 'TFLOP/s of a device that has no known peak.', None, NUMBER),
-  Flag('profile', 'Also the ten dearest kernels.', False, SWITCH),
+  Flag('peak', 'TFLOP/s of a device without a known peak.', None, NUMBER),
+  Flag('profile', 'Also list the ten slowest kernels.', False, SWITCH),
   paths=True,
 )
 def main(flags, *paths):
@@ -50,7 +50,7 @@ def main(flags, *paths):
       'hf:OWNER/NAME, got ' + (' and '.join(given) or 'none')
     )
   if flags.peak is not None and not 0 < flags.peak < 1e6:
-    program.fail(f'--peak: expected TFLOP/s, as 989, got {flags.peak}')
+    program.fail(f'--peak: expected TFLOP/s, such as 989, got {flags.peak}')
   _prepare(flags)
   from jax.errors import JaxRuntimeError
 
@@ -64,13 +64,13 @@ def main(flags, *paths):
 
 
 def _prepare(flags):
-  """Prepares JAX; programs are compiled anew, so that this can be timed."""
+  """Prepares JAX; disables its cache, to time compilation."""
   program.prepare_backend(flags)
   import jax
 
   jax.config.update('jax_enable_compilation_cache', False)
   platforms = jax.config.jax_platforms
-  if platforms and 'cpu' not in platforms:  # it counts the operations
+  if platforms and 'cpu' not in platforms:  # the CPU counts the operations
     jax.config.update('jax_platforms', f'{platforms},cpu')
 
 
@@ -147,7 +147,7 @@ def _show_row(cells):
 
 def _show_kernels(what, kernels):
   if kernels:
-    program.show(f'\n{what}, the dearest kernels of a call\n')
+    program.show(f'\n{what}, the slowest kernels per call\n')
     _show_row(('ms', 'share', 'calls', 'kernel', 'of'))
     _show_row(['---'] * 5)
   for x in kernels:

@@ -14,11 +14,11 @@ MODULES = {
   module.name.rpartition('.')[2]: module.name
   for module in pkgutil.iter_modules([str(FOLDER)], 'rvq_jax.configs.')
 }
-"""Name -> module, for each config that comes with the package."""
+"""Name -> module, for each config in the package."""
 
 
 def is_config(given: str) -> bool:
-  """Whether NAME[:VARIANT] or PATH.py[:VARIANT] is there."""
+  """Whether NAME[:VARIANT] or PATH.py[:VARIANT] exists."""
   path = given.partition(':')[0]
   return path in MODULES or (path.endswith('.py') and isfile(path))
 
@@ -30,7 +30,7 @@ def load(given: str | None) -> tuple[ConfigDict, str]:
     The config, and NAME or NAME_VARIANT for the folder of a run.
 
   Raises:
-    ValueError: there is no such config or variant, or its file has a fault.
+    ValueError: there is no such config or variant, or its file fails.
   """
   path, *variant = (given or '').split(':', 1)
   if not is_config(path):
@@ -57,7 +57,7 @@ def load(given: str | None) -> tuple[ConfigDict, str]:
     config = ConfigDict(get_config(*variant))
   except ValueError:
     raise
-  except Exception as error:  # whatever the file does
+  except Exception as error:  # the file may raise any type
     reason = error.args[0] if isinstance(error, KeyError) else error
     raise ValueError(f'{path}: {type(error).__name__}: {reason}') from error
   return config, '_'.join([stem, *filter(None, variant)]).replace(',', '_')

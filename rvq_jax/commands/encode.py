@@ -3,8 +3,8 @@
 rvq encode --workdir=DIR photo.jpg photo.npz
 rvq encode --workdir=DIR --input=FOLDER|tfds:NAME|photos --output=tokens/
 
-An image of any size becomes an .npz file. Each split of a data set becomes a
-folder; wds:PATTERN, parquet:PATTERN and hf:OWNER/NAME are data sets too. The
+It turns an image of any size into an .npz file, each split of a data set into a
+folder; wds:PATTERN, parquet:PATTERN and hf:OWNER/NAME are data sets, too. The
 same command resumes an interrupted set. --multihost shares it among processes.
 """
 
@@ -19,7 +19,7 @@ from rvq_jax.commands.program import COUNT, Flag
   program.DATA_DIR,
   Flag('input', 'Folder of images, or data set.'),
   Flag('output', 'Folder for the tokens.'),
-  Flag('split', 'One split; default: all.'),
+  Flag('split', 'Only this split; default: all splits.'),
   Flag(
     'image_size', 'Pixels, up to 8192; default: as in training.', None, COUNT
   ),

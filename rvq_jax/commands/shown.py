@@ -1,4 +1,4 @@
-"""The one place that decides how text reaches the terminal and the log."""
+"""The form of all text for the terminal and the log."""
 
 import logging
 import re
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def shown(text) -> str:
-  """Text for the reader: no control characters, commands as they are started.
+  """Text for the reader: no control characters, commands as typed.
 
-  Messages name commands as `rvq train`; launch/main.py shows its own kind.
+  Messages name commands as `rvq train`; launch/main.py shows its own form.
   """
   folder = Path(sys.argv[0]).parent
 

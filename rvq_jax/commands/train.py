@@ -15,8 +15,8 @@ from rvq_jax.commands.program import Flag
 
 @program.command(
   program.CONFIG,
-  Flag('workdir', 'Directory of the run; default: runs/NAME, as the config.'),
-  Flag('init', 'Run, export or hf:OWNER/NAME to start a new run from.'),
+  Flag('workdir', "Directory of the run; default: runs/, the config's name."),
+  Flag('init', 'Run, export or hf:OWNER/NAME: the start of a new run.'),
   *program.PROCESSES,
 )
 def main(flags):
@@ -30,7 +30,7 @@ def main(flags):
 
   init = (lambda: load(flags.init)) if flags.init else None
   train(flags.config, workdir, init=init)
-  # Not before: matplotlib looks for fonts, which takes a second when it is new.
+  # Import late: a new matplotlib searches fonts for a second.
   from rvq_jax.evaluation.evaluate import evaluate_run, format_table
 
   result = evaluate_run(workdir)

@@ -1,4 +1,4 @@
-"""Data sets by name: the one place that parses names.
+"""Opens data sets by name; only this module parses names.
 
 tfds:NAME        a prepared TensorFlow Datasets directory (tfds_sources.py)
 folder:PATH      PATH/{train,validation,test}/CLASS/* (folders.py)
@@ -27,20 +27,20 @@ from rvq_jax.data.splits import hashed_split, stratified_split
 from rvq_jax.io import read_json, write_atomic
 
 SPLIT_FILE = 'split.json'
-"""In a workdir: what images of `KINDS` are, wherever they lie.
+"""In a workdir: identifies images of `KINDS`, even if their folder moved.
 
-Digests of some of them and, if the run divided them, the names in each split.
+Digests of some images and, if the run divided them, the names in each split.
 """
 _MAX_SPLIT_BYTES = 2**30
 _DIGESTS = 48  # images of each split
-# With the prefix it is the embedded set even beside a folder called photos.
+# The prefix means the embedded set even beside a folder called photos.
 _PHOTOS = ('photos', 'tfds:photos')
 _EXPECTED = 'tfds:NAME | wds:PATTERN | parquet:PATTERN | hf:OWNER/NAME | photos'
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Splits, a line for the log; of `KINDS`, the names in each split."""
+  """Splits and a line for the log; for `KINDS` also the names per split."""
 
   name: str
   train: Source
@@ -66,14 +66,14 @@ class Dataset:
 def open_dataset(
   name: str, *, split: str = 'official', data_dir=None, split_file=None
 ) -> Dataset:
-  """Opens the data set of a name, see above, and divides it.
+  """Opens a data set by its name, see above, and divides it.
 
   Args:
     split: 'official' for the data set's own splits; 'paper' for 70-20-10 of
       all its labelled images, stratified by class.
-    data_dir: where tfds keeps prepared data; None: ~/tensorflow_datasets.
-    split_file: from `Dataset.write_split`. If it exists, it gives the splits,
-      without images missing or new now. Over 1 % missing or changed is a
+    data_dir: folder of prepared tfds data; None: ~/tensorflow_datasets.
+    split_file: from `Dataset.write_split`. If it exists, it defines the splits,
+      without images that are missing or new. Over 1 % missing or changed is a
       ValueError; the folder may have moved.
   """
   if split not in ('official', 'paper'):
@@ -96,7 +96,7 @@ def open_dataset(
 
 
 def check_apart(name: str, output, flag: str = '--workdir') -> None:
-  """Refuses an output among the images of a folder: its figures would be read.
+  """Refuses an output inside a folder of images, which would gain its figures.
 
   `name` is as for `open_dataset`, `flag` the flag of the output.
   """
@@ -105,12 +105,12 @@ def check_apart(name: str, output, flag: str = '--workdir') -> None:
   inside = Path(output).resolve().is_relative_to(folder)
   if kind == 'folder' and folder.is_dir() and inside:
     raise ValueError(
-      f'expected {flag} outside of the images in {path}, got {output}'
+      f'expected {flag} outside the images in {path}, got {output}'
     )
 
 
 def full_name(name: str) -> str:
-  """The name for `open_dataset` of images as `open_images` takes them."""
+  """The name for `open_dataset` of a name for `open_images`."""
   if name == 'photos' and Path(name).exists():
     return 'folder:photos'
   if name in _PHOTOS or name.startswith(('tfds:', *KINDS)):
@@ -119,10 +119,10 @@ def full_name(name: str) -> str:
 
 
 def open_images(name: str, *, data_dir=None, split=None) -> dict[str, Source]:
-  """Opens all images, or one split; returns Source by split ('all' without).
+  """Opens all images, or one split; returns Source by split ('all' if none).
 
   `name` is an image, a folder, or a name for `open_dataset`. 'photos' means a
-  folder of this name if there is one; 'tfds:photos' is the embedded set.
+  folder of this name if it exists; 'tfds:photos' is the embedded set.
   """
   full = full_name(name)
   if full == 'folder:photos' != name:
@@ -140,7 +140,7 @@ def open_images(name: str, *, data_dir=None, split=None) -> dict[str, Source]:
 
 
 def _open(name: str, data_dir: str | None) -> dict[str, Source]:
-  """Opens the splits of a data set, which know the size of the whole."""
+  """Opens the splits of a data set, and tells each the size of the whole."""
   sources = _open_splits(name, data_dir)
   for source in sources.values():
     source.set_size = sum(map(len, sources.values()))
@@ -150,7 +150,7 @@ def _open(name: str, data_dir: str | None) -> dict[str, Source]:
 def _open_splits(name: str, data_dir: str | None) -> dict[str, Source]:
   kind, _, rest = name.partition(':')
   if name in _PHOTOS:
-    # As tfds, slow to import.
+    # Slow to import, like tfds.
     from rvq_jax.data.photos import PhotoSource
 
     return {split: PhotoSource(split) for split in ('train', 'test')}
@@ -179,7 +179,7 @@ def _official(name: str, sources: dict[str, Source]) -> Dataset:
     splits = ', '.join(s for s in sources if s != 'all') or 'no split folders'
     raise ValueError(
       f'{name}: expected the splits train and one of validation and test, got '
-      f'{splits}; pass --config.data.split=paper to divide all images 70-20-10'
+      f'{splits}; set --config.data.split=paper to divide all images 70-20-10'
     )
   used = [sources[split] for split in ('train', held_out[0], held_out[-1])]
   note = f'{name}: validation and test are both its {held_out[0]} split'
@@ -191,7 +191,7 @@ def _official(name: str, sources: dict[str, Source]) -> Dataset:
 
 
 def _paper(name: str, sources: list[Source], record) -> Dataset:
-  """Divides all labelled images 70-20-10, `KINDS` by names or as recorded."""
+  """Divides all labelled images 70-20-10; `KINDS` by names or as recorded."""
   files, parts = [], None
   if name.startswith(KINDS):
     files = [file for source in sources for file in source.identity()]
@@ -208,14 +208,14 @@ def _paper(name: str, sources: list[Source], record) -> Dataset:
 
 
 def _divide(name: str, sources: list[Source], by_name: bool):
-  """Divides by class (paper 4.1); without any label, all are one class."""
+  """Divides by class (paper 4.1); without labels, all images are one class."""
   labels = np.concatenate([source.labels for source in sources])
   kept = np.flatnonzero((labels >= 0) | (labels.max(initial=-1) < 0))
   if count := labels.size - kept.size:
-    logging.info('%s: left out %d images that have no class', name, count)
+    logging.info('%s: skipped %d images without a class', name, count)
   if by_name:
     if hasattr(sources[0], 'inodes'):
-      # Splits may share files: each goes by its first name.
+      # Splits may share files: the first name of each decides.
       inodes = np.concatenate([source.inodes for source in sources])
       first = np.unique(inodes, axis=0, return_index=True)[1]
       kept = np.intersect1d(kept, first)
@@ -234,15 +234,15 @@ def _digest(source: Source, index: int) -> str:
 
 
 def _read_record(path, sources, name) -> dict:
-  """The content of `split_file`, once some images are those of then."""
+  """The content of `split_file`, after a comparison of some images."""
   record = read_json(path, _MAX_SPLIT_BYTES) or {}
-  # Without digests an earlier version wrote it.
+  # Earlier versions wrote no digests.
   digests = record.get('digests', {})
   divided = all(isinstance(record.get(split), list) for split in SPLITS)
   if not isinstance(digests, dict) or not (digests or divided):
     raise ValueError(
-      f'{path} is damaged; it says which images were trained on: put back a '
-      'copy, or start anew in another --workdir'
+      f'{path} is damaged; it lists the training images: restore a copy, or '
+      'start a new run in another --workdir'
     )
   now = {
     file: _digest(source, i)
@@ -250,15 +250,14 @@ def _read_record(path, sources, name) -> dict:
     for i, file in enumerate(source.identity())
     if file in digests
   }
-  if divided:  # all names say what is missing
+  if divided:  # `_recorded_parts` counts the missing ones
     now = digests | now
   changed = [file for file in digests if now.get(file) != digests[file]]
   if len(changed) > max(1, MAX_SHARE * len(digests)):
     raise ValueError(
-      f'{name}: {len(changed)} of {len(digests)} images are missing or not '
-      'those that the run was started with, such as '
-      f'{printable(changed[0])}; put them back, or start anew in another '
-      '--workdir'
+      f'{name}: {len(changed)} of {len(digests)} images of the run are missing '
+      f'or changed, such as {printable(changed[0])}; restore them, or start a '
+      'new run in another --workdir'
     )
   return record if divided else {}
 
@@ -268,7 +267,7 @@ def _recorded_parts(name, sources, files, recorded) -> list[np.ndarray]:
   index = {file: i for i, file in enumerate(files)}
   names = [file for split in SPLITS for file in recorded[split]]
   missing = [file for file in names if file not in index]
-  if missing and name.startswith('folder:'):  # or further names of files
+  if missing and name.startswith('folder:'):  # some may be further names
     rows = itertools.chain(*(source.inodes.tolist() for source in sources))
     row = {tuple(number): i for i, number in enumerate(rows)}
     for file in missing:
@@ -277,15 +276,15 @@ def _recorded_parts(name, sources, files, recorded) -> list[np.ndarray]:
     missing = [file for file in missing if file not in index]
   if len(missing) > MAX_SHARE * len(names):
     raise ValueError(
-      f'{name}: {len(missing)} of the {len(names)} images that the run '
-      f'divided are missing, over {MAX_SHARE:.0%}; put them back, such as '
-      f'{printable(missing[0])}, or start anew in another --workdir'
+      f'{name}: {len(missing)} of the {len(names)} images of the run are '
+      f'missing, over {MAX_SHARE:.0%}, such as {printable(missing[0])}; '
+      'restore them, or start a new run in another --workdir'
     )
   new = len(files) - (len(names) - len(missing))
   for count, change in ((len(missing), 'missing'), (new, 'new')):
     if count:
       logging.warning(
-        '%s: %s since the run divided it, and left out: %d of %d images',
+        '%s: %s since the start of the run, and skipped: %d of %d images',
         *(name, change, count, len(names)),
       )
   parts = ([index[f] for f in recorded[s] if f in index] for s in SPLITS)

@@ -1,4 +1,4 @@
-"""Decoding images in threads; those that cannot be decoded are named."""
+"""Decodes images in threads, and names unreadable ones."""
 
 import collections
 import concurrent.futures
@@ -14,14 +14,14 @@ import numpy as np
 from rvq_jax.data.sources import Source
 from rvq_jax.data.transforms import CROPS, ImageError, decode_crop
 
-MAX_SHARE = 0.01  # a larger share of images that cannot be decoded ends the run
+MAX_SHARE = 0.01  # a larger share of unreadable images ends the run
 _ATTEMPTS = 4
 
 
 class DecodeErrors:
-  """Names the images of `source` (`rows`) that cannot be decoded.
+  """Names the unreadable images of `source` (`rows`).
 
-  With `limited`, over 1 % of the data set of which it is a part ends the work.
+  With `limited`, more than 1 % of the whole data set ends the work.
   """
 
   def __init__(self, source: Source, limited: bool = True):
@@ -33,7 +33,7 @@ class DecodeErrors:
     if row in self.rows:
       return
     self.rows.add(row)
-    logging.warning('left out image %s: %s', name, reason)
+    logging.warning('skipped image %s: %s', name, reason)
     if self._limited and len(self.rows) > MAX_SHARE * self._total:
       raise ValueError(
         f'{len(self.rows)} of {self._total} images cannot be decoded, over '
@@ -42,7 +42,7 @@ class DecodeErrors:
 
 
 def decode_record(source: Source, row: int, decode):
-  """Reads an image; (image, name, '') or (None, name, why it is unreadable).
+  """Reads an image; returns (image, name, '') or (None, name, reason).
 
   `decode` is `transforms.decode_image`, or `decode_crop` with its arguments.
   """
@@ -61,7 +61,7 @@ def decode_record(source: Source, row: int, decode):
 
 
 def map_ahead(function, items: Iterable, ahead: int, threads: int) -> Iterator:
-  """map(function, items) in threads, at most `ahead` before the caller."""
+  """map(function, items) in threads, at most `ahead` items in advance."""
   items, waiting = iter(items), collections.deque()
   pool = concurrent.futures.ThreadPoolExecutor(threads)
   try:
@@ -93,8 +93,8 @@ def decode_ahead(source: Source, rows, size: int, errors, ahead: int):
 class LoadImage:
   """Decodes and crops one record; a random one replaces a corrupt one.
 
-  The record's own generator draws both: a batch is the same whenever it is
-  made. Four corrupt records in a row raise an OSError.
+  The record's own generator draws both, so a batch is always the same. Four
+  corrupt records in a row raise an OSError.
   """
 
   source: Source
@@ -104,7 +104,7 @@ class LoadImage:
 
   def __call__(self, row: int, rng: np.random.Generator):
     """Returns {'image': uint8 [size, size, 3], 'failures': object []}."""
-    # One list of (row, name, reason), boxed since Grain stacks arrays.
+    # One list of (row, name, reason), boxed because Grain stacks arrays.
     failures, box = [], np.empty((), object)
     box[()] = failures
     crop = functools.partial(CROPS[self.crop], rng=rng, scale=self.crop_scale)
@@ -119,7 +119,7 @@ class LoadImage:
       row = int(rng.integers(len(self.source)))
     reasons = '; '.join(f'{name}: {reason}' for _, name, reason in failures)
     raise OSError(
-      f'{_ATTEMPTS} records in a row cannot be read ({reasons}); check the '
-      'disk that holds them, or repair or remove them; the same command '
-      'resumes from the last checkpoint'
+      f'{_ATTEMPTS} records in a row cannot be read ({reasons}); check their '
+      'disk, or repair or remove them; the same command resumes from the last '
+      'checkpoint'
     )

@@ -11,13 +11,13 @@ import numpy as np
 from rvq_jax.data.sources import SPLITS, Record, Source
 from rvq_jax.data.transforms import extensions
 
-_SHOWN = 5  # names in a line of the log
+_SHOWN = 5  # names per log line
 
 
 class FolderSource(Source):
   """The images `files` in the folder `root`; `keys` are their CLASS/NAME.
 
-  `inodes`, uint64 [n, 2], tell files from further names of one file.
+  `inodes`, uint64 [n, 2], identify files that have several names.
   """
 
   def __init__(self, root: str, files: list[str], labels, keys, inodes):
@@ -44,14 +44,14 @@ class FolderSource(Source):
 
 
 def open_folder(path: str) -> dict[str, Source]:
-  """Returns the images under a folder by split; logs how it was read.
+  """Returns the images under a folder by split; logs its interpretation.
 
   `path` is a folder that holds only the folders train, validation (or val) and
   test, each with images or with one folder of images per class; a folder of
-  images or classes (split 'all'); or one image. A lone folder train is a split
-  if it holds folders. Folders in a class belong to it. Labels are the ranks of
-  the sorted class names, -1 without. A file or folder that has several names,
-  by symbolic or hard links, is read once in a split, by a name that is no link.
+  images or classes (split 'all'); or one image. A single folder train is a
+  split if it holds folders. Folders in a class belong to it. Labels are the
+  ranks of the sorted class names, or -1. A split reads a file or folder with
+  several names, by symbolic or hard links, once, by a name that is no link.
   """
   path = os.path.abspath(os.path.expanduser(path))
   if os.path.isfile(path):
@@ -60,7 +60,7 @@ def open_folder(path: str) -> dict[str, Source]:
   left_out, again = [], []
   folders = _split_folders(path)
   listed = {s: _list_images(path, folders[s], left_out, again) for s in folders}
-  # Images outside class folders have class '', which is no class.
+  # Images outside class folders have the class '', which means none.
   names = {name for files in listed.values() for name, *_ in files} - {''}
   label = {name: i for i, name in enumerate(sorted(names))}
   sources = {}
@@ -74,7 +74,7 @@ def open_folder(path: str) -> dict[str, Source]:
 
 
 def _split_folders(path: str) -> dict[str, str]:
-  """The folder of each split; 'all' if `path` holds anything else as well."""
+  """The folder of each split; 'all' if `path` also holds anything else."""
   folders, images, _ = _scan(path)
   whole, by_split = {'all': ''}, {}
   for folder in folders:
@@ -100,8 +100,8 @@ def _list_images(root: str, split: str, left_out, again) -> list[tuple]:
   folders, images, _ = _scan(where)
   if folders and images:
     raise ValueError(
-      f'{printable(where)}: expected one folder of images per class, or images '
-      f'only, got {printable(min(images))} and {printable(min(folders))}'
+      f'{printable(where)}: expected one folder of images per class, or only '
+      f'images, got {printable(min(images))} and {printable(min(folders))}'
     )
   listed, repeated = _walk(root, split, left_out)
   again += repeated
@@ -123,8 +123,8 @@ def _list_images(root: str, split: str, left_out, again) -> list[tuple]:
 def _walk(root: str, inside: str, left_out: list[str]):
   """Returns the inodes of the images in and below a folder, and other names.
 
-  Each file and folder is read once. Linked folders come last, so that what they
-  hold has the name that is no link; the order is that without links.
+  It visits each file and folder once. Linked folders come last, so that their
+  files keep the name that is no link; links do not change the order.
   """
   top = Path(root, inside).resolve()
   seen, found, again, links = {*map(inode, top.parents)}, [], [], [inside]
@@ -140,7 +140,7 @@ def _walk(root: str, inside: str, left_out: list[str]):
       folders, images, others = _scan(path)
       left_out += [os.path.join(folder, name) for name in others]
       found += [(*images[x], os.path.join(folder, x)) for x in images]
-      for name in reversed(folders):  # a stack: the first one is read next
+      for name in reversed(folders):  # a stack: the first one comes next
         (links if folders[name] else below).append(os.path.join(folder, name))
   if links[1:]:
     found.sort(key=lambda x: _images_first(x[-1]))
@@ -153,7 +153,7 @@ def _walk(root: str, inside: str, left_out: list[str]):
 
 
 def _images_first(path: str):
-  """Sorts the images of a folder before those of the folders in it."""
+  """Sort key: a folder's own images come before its subfolders' images."""
   *folders, image = path.split('/')
   return [*((1, folder) for folder in folders), (0, image)]
 
@@ -190,18 +190,18 @@ def _scan(path: str):
 
 
 def inode(path) -> tuple[int, int]:
-  """Returns two numbers that are the same for every name of a file."""
+  """Returns two numbers, equal for all names of a file."""
   status = os.stat(path)
   return status.st_dev, status.st_ino
 
 
 def _log(path, sources, classes, left_out, again) -> None:
-  """Says in one line how the folder was read, and which splits overlap."""
+  """Logs the interpretation of a folder in one line, and overlapping splits."""
   counts = [f'{name} {len(source):,}' for name, source in sources.items()]
   text = f'{printable(path)}: {", ".join(counts)} images'
   for names, form in (
     (classes, ', {:,} folders read as classes ({})'),
-    (left_out, '; left out {:,} files that are no images ({})'),
+    (left_out, '; skipped {:,} files that are no images ({})'),
     (again, '; {:,} links are further names of these ({})'),
   ):
     shown = ', '.join(map(printable, names[:_SHOWN]))
@@ -214,7 +214,7 @@ def _log(path, sources, classes, left_out, again) -> None:
     if count := sum(rows):
       name = sources[b].identity()[rows.index(True)]
       logging.warning(
-        '%s: %d images of %s are in %s as well, such as %s',
+        '%s: %d images of %s are also in %s, such as %s',
         *(printable(path), count, b, a, printable(name)),
       )
 

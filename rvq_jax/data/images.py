@@ -23,8 +23,8 @@ def random_colors(key, images: jax.Array, *, axis_name=None) -> jax.Array:
 
       y = a (G + s R (x - G) - m) + m,  clipped to [-1, 1]
 
-  R turns colours about the grey axis by any angle; half of the images swap two
-  channels first, so every order of the channels can occur. s = 2^U(-1.5, 0.5),
+  R turns colours about the grey axis by any angle; half of the images first
+  swap two channels, so every channel order can occur. s = 2^U(-1.5, 0.5),
   a = 2^U(-0.5, 0.5). Images are [B, h, w, 3] in [-1, 1]; see `random_flip`.
   """
   u = _per_image(jax.random.uniform, key, (len(images), 4), axis_name)
@@ -33,7 +33,7 @@ def random_colors(key, images: jax.Array, *, axis_name=None) -> jax.Array:
   grey = jnp.mean(swapped, axis=-1, keepdims=True)
   color = swapped - grey
   angle = 2 * jnp.pi * u[:, 1, ..., None]
-  # About (1, 1, 1) / sqrt(3); Rodrigues' formula for a vector across it.
+  # Rodrigues' formula about (1, 1, 1) / sqrt(3), for an orthogonal vector.
   across = (color[..., (1, 2, 0)] - color[..., (2, 0, 1)]) / jnp.sqrt(3.0)
   turned = jnp.cos(angle) * color - jnp.sin(angle) * across
   saturation, contrast = (

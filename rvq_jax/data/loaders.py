@@ -21,14 +21,14 @@ MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images
 def seeded_permutation(n: int, *entropy: int) -> np.ndarray:
   """Returns a permutation of range(n), int64 [n], by non-negative integers.
 
-  NumPy keeps the raw words of Philox for ever, unlike `Generator.permutation`.
+  NumPy guarantees the raw words of Philox, unlike `Generator.permutation`.
   """
   words = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(n)
   return np.argsort(words, kind='stable')
 
 
 class TrainLoader:
-  """Endless training batches that can be resumed at any position.
+  """Endless training batches, resumable at any position.
 
   `next(loader)` returns this process's rows of the next batch: {'image': uint8
   [batch_size / process_count, size, size, 3]}. A batch depends only on its
@@ -41,44 +41,44 @@ class TrainLoader:
     self._process_index, self._process_count = process_index, process_count
     if num_examples < batch_size:
       raise ValueError(
-        f'expected at least one batch of {batch_size} images, the training '
-        f'split has {num_examples}; lower batch_size'
+        f'expected at least one batch of {batch_size} training images, got '
+        f'{num_examples} images; lower batch_size'
       )
     self.num_examples = num_examples
     self.steps_per_epoch = num_examples // batch_size
     self._step = 0
 
   def position(self) -> dict[str, int]:
-    """Returns what `seek` needs to continue with the next batch."""
+    """Returns the position for `seek` to continue with the next batch."""
     return {'step': self._step, 'images': self.num_examples}
 
   def seek(self, position: dict[str, int]) -> None:
-    """Makes the batch at `position` the next one; refuses another set's.
+    """Makes the batch at `position` the next one; refuses another data set.
 
-    A set that lost up to 2 % is accepted with a warning: the 1 % that a divided
-    set may lose can all be training images.
+    A loss of up to 2 % only gives a warning: the 1 % that a divided set may
+    lose can all be training images.
     """
     had, count = position['images'], self.num_examples
     if not had * (1 - 2 * decoding.MAX_SHARE) <= count <= had:
       raise ValueError(
-        f'the training set has {count} images that can be decoded and had '
-        f'{had}; put it back as it was, or start anew in another --workdir'
+        f'the training set has {count} readable images and had {had}; restore '
+        'it, or start a new run in another --workdir'
       )
     if count < had:
       logging.warning(
-        'the training set has %d images that can be decoded and had %d: the '
-        'run resumes, but not bit-exact',
+        'the training set has %d readable images and had %d: the run resumes, '
+        'but not bit-exact',
         *(count, had),
       )
     self._step = position['step']
     self.close()
 
   def close(self) -> None:
-    """Ends threads and worker processes, until the next batch is asked for."""
+    """Ends threads and worker processes until the next call for a batch."""
 
 
 class MemoryLoader(TrainLoader):
-  """Batches from images that are decoded and kept, 10 to 20 times as fast."""
+  """Batches from decoded images in memory, 10 to 20 times as fast."""
 
   def __init__(self, source: Source, image_size: int, seed: int, *shared):
     images = np.empty((len(source), image_size, image_size, 3), np.uint8)
@@ -101,7 +101,7 @@ class MemoryLoader(TrainLoader):
 
 
 class GrainLoader(TrainLoader):
-  """Batches decoded anew by threads, or by `num_workers` processes."""
+  """Batches that threads, or `num_workers` processes, decode each time."""
 
   def __init__(self, load: decoding.LoadImage, seed, num_workers, *shared):
     super().__init__(len(load.source), *shared)
@@ -118,9 +118,8 @@ class GrainLoader(TrainLoader):
         raise
       if 'exit code 1.' in str(error):  # of Python, after an exception
         raise ValueError(
-          'a data worker could not work, see its error above; each worker runs '
-          'the script once more: put what it does under '
-          "if __name__ == '__main__':"
+          'a data worker failed, see its error above; each worker imports your '
+          "script: put the script's actions under if __name__ == '__main__':"
         ) from error
       raise ChildProcessError(
         f'a data worker died ({error}); if it ran out of memory or /dev/shm, '
@@ -130,14 +129,14 @@ class GrainLoader(TrainLoader):
     self._step += 1
     for row, name, reason in itertools.chain(*batch['failures']):
       self._errors.add(row, name, reason)
-    # Copied, so that nothing keeps the workers' shared memory alive.
+    # A copy frees the workers' shared memory.
     return {'image': np.array(batch['image'])}
 
   def _first(self):
     """Starts threads or workers; returns the batch of this step."""
     with workers.hold_signals() if self._workers else contextlib.nullcontext():
       self._iterator = iter(self._batches())
-      # Python would end forgotten workers by SIGTERM, which they ignore.
+      # At exit Python sends workers SIGTERM, which they ignore.
       self._end = weakref.finalize(self, self._iterator.close)
       return next(self._iterator)
 
@@ -145,8 +144,8 @@ class GrainLoader(TrainLoader):
     """Makes the Grain pipeline, each stage with random access by step."""
     import grain  # takes a second to load
 
-    # Mixed, because Grain shuffles epoch k with seed + k, and neighbouring
-    # seeds would share orders.
+    # Mix the seed: Grain shuffles epoch k with seed + k, so neighbouring seeds
+    # would share orders.
     mixed = np.random.SeedSequence(self._seed).generate_state(2).tolist()
     used = self.steps_per_epoch * self._local_size * self._process_count
     threads = 1 if self._workers else min(os.cpu_count() or 1, 16)
@@ -190,11 +189,11 @@ def make_train_loader(
   """Makes an endless loader of training batches, in memory or through Grain.
 
   Args:
-    batch_size: images per batch, in all `process_count` processes together.
+    batch_size: images per batch, summed over all `process_count` processes.
     image_size: side of the images in a batch, in pixels.
     crop: the centre ('none') or a random square ('random') of the scaled image,
       or a box with a share of its area in `crop_scale` ('random_resized').
-    in_memory: keep the decoded set, without crops; 'auto' does up to 4 GiB.
+    in_memory: keep the decoded set, if there are no crops; 'auto': up to 4 GiB.
     num_workers: processes that decode; 0 decodes in threads.
   """
   if crop not in CROPS:
@@ -220,9 +219,9 @@ def eval_batches(
   """Reads a split once, in order, scaled and centre-cropped.
 
   Yields {'image': uint8 [B, size, size, 3], 'mask': bool [B]}, B = batch_size /
-  process_count, equally often in each process. Images that cannot be decoded,
-  and rows that fill the last batch, are zero and have mask False. Over 1 % of
-  the whole set of them is a ValueError, unless `limited` is False.
+  process_count, equally often in each process. Unreadable images, and rows that
+  fill the last batch, are zero and have mask False. If over 1 % of the whole
+  set is unreadable, a ValueError follows, unless `limited` is False.
   """
   local_size = _local_size(batch_size, process_count)
   count, first = len(source), process_index * local_size

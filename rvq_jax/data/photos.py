@@ -1,8 +1,8 @@
 """The embedded data set: crops of photographs that ship with our dependencies.
 
 All but one come with scikit-image (public domain or CC0), Grace Hopper with
-matplotlib (US Navy, public domain). Crops of one photograph overlap, so that
-training and test images come from different ones.
+matplotlib (US Navy, public domain). Crops of one photograph overlap, so
+training and test images come from different photographs.
 """
 
 import functools
@@ -24,7 +24,7 @@ COUNTS = {'train': 4000, 'test': 400}
 SIZE = 64  # pixels
 _LABELS = tuple(sorted(sum(PHOTOGRAPHS.values(), ())))
 _SEED = 20240229
-# From about 64 pixels across, which is pure texture, to most of a photograph.
+# From about 64 pixels across, pure texture, to most of a photograph.
 _SCALE = (0.03, 0.8)
 
 
@@ -32,7 +32,7 @@ _SCALE = (0.03, 0.8)
 def photograph(name: str) -> np.ndarray:
   """A photograph in `PHOTOGRAPHS`, uint8 [h, w, 3]."""
   if name == 'grace_hopper':
-    from matplotlib import cbook  # slow: not at the start of every run
+    from matplotlib import cbook  # slow to import
 
     with cbook.get_sample_data('grace_hopper.jpg') as file:
       return np.asarray(Image.open(file))

@@ -1,9 +1,9 @@
 """Prepares CIFAR-10 and ImageNet as tfds directories, without TensorFlow.
 
-tfds's own builders and its shuffle need TensorFlow. Records are written in the
-order of that shuffle, so an index means the same image however a set was
-prepared. Shards go one by one into a hidden folder, where an interrupted
-preparation resumes; complete, the folder is renamed.
+tfds's builders and shuffle need TensorFlow. This writes records in the order of
+that shuffle, so an index means the same image after either preparation. Shards
+go one by one into a hidden folder, where an interrupted preparation resumes; a
+complete folder gets its final name.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ CIFAR_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR_SHA = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
 _MAX_CIFAR_BYTES = 2**28
 KNOWN = {'cifar10': '3.0.2', 'imagenet2012': '5.1.0'}
-"""Sets that can be prepared without TensorFlow, and their versions."""
+"""Sets that need no TensorFlow, and their versions."""
 IMAGENET_ARCHIVES = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 _CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'
 
@@ -35,13 +35,13 @@ _CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'
 def prepare(name: str, data_dir: str, folder: str = '') -> str:
   """Prepares one of `KNOWN` in `folder` of `data_dir`; returns its directory.
 
-  Archives that a user downloaded are expected in `data_dir`/downloads/manual.
+  The user's downloaded archives belong in `data_dir`/downloads/manual.
   """
   if name not in KNOWN:
     raise ValueError(
-      f'tfds:{name} is not prepared in {data_dir}, and only cifar10 and '
-      f'imagenet2012 can be prepared here; prepare it with TensorFlow: tfds '
-      f'build {name.partition(":")[0]} --file_format=array_record '
+      f'tfds:{name} is not prepared in {data_dir}, and rvq_jax prepares only '
+      'cifar10 and imagenet2012; prepare it with TensorFlow: tfds build '
+      f'{name.partition(":")[0]} --file_format=array_record '
       f'--data_dir={data_dir}'
     )
   open_set = {'cifar10': _cifar10, 'imagenet2012': _imagenet}[name]
@@ -53,24 +53,24 @@ def prepare(name: str, data_dir: str, folder: str = '') -> str:
 def write_tfds(
   name: str, version: str, data_dir: str, open_set, *, shard_size: int = 5005
 ) -> str:
-  """Writes a tfds directory of ArrayRecord files, unless it is there already.
+  """Writes a tfds directory of ArrayRecord files, unless it exists.
 
-  One of several processes works, the others wait. `open_set()` gives the tfds
+  One of several processes works, the others wait. `open_set()` returns the tfds
   features and, by split, stable keys for the order and a reader of example i.
   """
   final = os.path.join(data_dir, name, version)
   work = os.path.join(data_dir, f'.{name}-{version}-incomplete')
-  with explain_full_disk(data_dir, 'give the same command again: it resumes'):
+  with explain_full_disk(data_dir, 'start the same command again: it resumes'):
     try:
       os.makedirs(os.path.dirname(final), exist_ok=True)
       lock = open(os.path.join(data_dir, f'.{name}.lock'), 'w')
     except OSError as error:
       raise ValueError(
-        f'cannot write to {data_dir}: {error.strerror}; pass another folder as '
-        '--config.data.data_dir'
+        f'cannot write to {data_dir}: {error.strerror}; set '
+        '--config.data.data_dir to another folder'
       ) from error
     with lock:
-      fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the process ends
+      fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends
       if not os.path.exists(os.path.join(final, 'dataset_info.json')):
         logging.info('preparing %s in %s', name, final)
         _write(name, version, work, *open_set(), shard_size)
@@ -79,7 +79,7 @@ def write_tfds(
 
 
 class _Info(tfds.core.DatasetInfo):
-  """A description whose files are whole at every moment."""
+  """A description with atomic writes."""
 
   def write_to_directory(self, folder, all_metadata=True):
     new = f'{folder}-info'
@@ -91,7 +91,7 @@ class _Info(tfds.core.DatasetInfo):
 
 
 def _write(name, version, work, features, splits, shard_size: int) -> None:
-  """Writes the shards that are missing in `work`, and their description."""
+  """Writes the missing shards to `work`, and their description."""
   os.makedirs(work, exist_ok=True)
   info = _Info(
     builder=tfds.core.dataset_info.DatasetIdentity(
@@ -121,7 +121,7 @@ def _cifar10(manual: str):
     if hashlib.file_digest(stream, 'sha256').hexdigest() != CIFAR_SHA:
       raise ValueError(
         f'{path} is not the archive with sha256 {CIFAR_SHA}; remove it and '
-        'give the same command again'
+        'start the same command again'
       )
   features = {
     'id': tfds.features.Text(),
@@ -134,14 +134,14 @@ def _cifar10(manual: str):
 
 
 def _download(path: str) -> None:
-  """Downloads the archive; only a complete one gets its name."""
+  """Downloads the archive; only a complete file gets its name."""
   logging.info('downloading %s', CIFAR_URL)
   try:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with urllib.request.urlopen(CIFAR_URL, timeout=30) as remote:
       data = remote.read(_MAX_CIFAR_BYTES)
     if hashlib.sha256(data).hexdigest() != CIFAR_SHA:
-      raise OSError('it ended early, or is another file')
+      raise OSError('it ended early, or the file has changed')
     write_atomic(path, data)
   except OSError as error:
     raise ValueError(
@@ -150,7 +150,7 @@ def _download(path: str) -> None:
 
 
 def _cifar10_split(path: str, split: str, files: list[str]):
-  """Reads a split; a record is the label, then pixels channel by channel."""
+  """Reads a split; a record holds the label, then pixels by channel."""
   with tarfile.open(path, 'r:gz') as archive:
     members = [f'cifar-10-batches-bin/{file}.bin' for file in files]
     data = b''.join(archive.extractfile(name).read() for name in members)
@@ -167,7 +167,7 @@ def _cifar10_split(path: str, split: str, files: list[str]):
 
 
 def _imagenet(manual: str):
-  """Opens ImageNet (ILSVRC 2012) in its two archives, which stay packed."""
+  """Opens ImageNet (ILSVRC 2012) in its two packed archives."""
   paths = [os.path.join(manual, name) for name in IMAGENET_ARCHIVES]
   missing = [path for path in paths if not os.path.exists(path)]
   if missing:
@@ -195,7 +195,7 @@ def _imagenet(manual: str):
 
 
 def _tar_examples(path: str, labels: dict[str, int]):
-  """Opens an archive of the members `labels`: images, or a tar per class."""
+  """Opens an archive with the members `labels`: images, or a tar per class."""
   try:
     entries = list(_index(path, labels))
   except (tarfile.TarError, OSError) as error:
@@ -228,13 +228,13 @@ def _index(path: str, labels: dict[str, int]):
 
 
 def _files(archive, path: str, fits) -> Iterator[tarfile.TarInfo]:
-  """Yields the members of an archive; refuses other names, links, and none."""
+  """Yields an archive's members; refuses other names, links, no members."""
   member = None
   for member in archive:
     if not (fits(member.name) and member.isreg()):
       raise ValueError(
-        f'{path} holds {member.name!r}, which is not a file of the official '
-        'archive; download it again'
+        f'{path} holds {member.name!r}, which the official archive lacks; '
+        'download it again'
       )
     yield member
   if member is None:

@@ -23,7 +23,7 @@ _ENDINGS['wds'] += ['.tar.gz', '.tar.bz2', '.tar.xz', '.tar.zst']  # refused
 
 
 class Names(Sequence):
-  """An Arrow array of names as text: a million of them are no objects."""
+  """An Arrow array of names as text, without a Python object per name."""
 
   def __init__(self, array: pa.Array, prefix: str = ''):
     self.array, self._prefix = array, prefix
@@ -38,8 +38,8 @@ class Names(Sequence):
 class ShardSource(Source):
   """Images in `files`, image i in files[shards[i]]; `keys` are their names.
 
-  A damaged record is an OSError; a file that is not the one that was opened is
-  a ValueError, which ends the work. `file_stamps` are size and time of each.
+  A damaged record is an OSError; a file that changed since it was opened is a
+  ValueError, which ends the work. `file_stamps` are size and time of each file.
   """
 
   def __init__(
@@ -58,15 +58,15 @@ class ShardSource(Source):
     return Names(self.keys.array, prefix)
 
   def stamps(self):
-    """See `Source`: those of the files."""
+    """See `Source`: the stamps of the files."""
     return np.array(self.file_stamps, np.int64)[self.shards]
 
   def read(self, shard: int, size: int, offset: int) -> bytes:
-    """Bytes of a file; ValueError unless it is as it was."""
+    """Bytes of a file; ValueError if it has changed."""
     with open(self.files[shard], 'rb', buffering=0) as file:
       if stamp(os.fstat(file.fileno())) != self.file_stamps[shard]:
         path = printable(self.files[shard])
-        raise ValueError(f'{path} changed in use; give the same command again')
+        raise ValueError(f'{path} changed in use; start the same command again')
       return os.pread(file.fileno(), size, offset)
 
 
@@ -78,8 +78,8 @@ def stamp(status: os.stat_result) -> tuple[int, int]:
 def find_files(kind: str, pattern: str) -> dict[str, list[str]]:
   """The files of a pattern by split; `kind` is 'wds' or 'parquet'.
 
-  Splits are named by the files or the folders below the one that they share. If
-  one file names none, all images are the split 'all'.
+  The names of files, or of their folders below the common one, name the splits.
+  If one file names none, all images are the split 'all'.
   """
   files, found = _list(kind, pattern), {}
   shared = os.path.commonpath([*map(os.path.dirname, files)])
@@ -94,7 +94,7 @@ def find_files(kind: str, pattern: str) -> dict[str, list[str]]:
 
 
 def _split(name: str) -> str | None:
-  """The split that the name of a file or folder tells."""
+  """The split in the name of a file or folder, or None."""
   match = _SPLIT.search(name.lower())
   split = match and match[1]
   return 'validation' if split in ('val', 'valid') else split

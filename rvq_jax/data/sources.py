@@ -1,4 +1,4 @@
-"""Where images come from: random access to encoded images."""
+"""Sources of images: random access to encoded images."""
 
 import functools
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 SPLITS = ('train', 'validation', 'test')
 KINDS = ('folder:', 'wds:', 'parquet:', 'hf:')
-"""Kinds whose splits a run keeps: they may be divided, and change."""
+"""Kinds whose splits a run records: it may divide them, and they may change."""
 
 
 class Record(NamedTuple):
@@ -22,18 +22,18 @@ class Source:
   """Random access to `len(source)` encoded images; picklable, for workers.
 
   `source[i]` reads a `Record` or raises an OSError. `labels` are int32 [n].
-  `set_size` counts the images of the data set of which this is a part.
+  `set_size` counts the images of the whole data set.
   """
 
   labels: np.ndarray
-  set_size: int | None = None  # it is the whole
+  set_size: int | None = None  # None: this is the whole
 
   def identity(self) -> list[str] | None:
-    """Names that differ if the records do; None if they are not known."""
+    """Names that differ if the records do; None if unknown."""
     return None
 
   def stamps(self) -> np.ndarray | None:
-    """What changes with the bytes of the records: int64 [n, 2], or None."""
+    """Numbers that change with the records' bytes: int64 [n, 2], or None."""
     return None
 
   def subset(self, indices: np.ndarray) -> 'Source':
@@ -51,7 +51,7 @@ class Source:
 
 
 class Selection(Source):
-  """Chosen records of several sources; indices count through all of them."""
+  """Chosen records of several sources; indices run through all sources."""
 
   def __init__(self, sources: list[Source], indices: np.ndarray):
     self._sources = sources

@@ -1,4 +1,4 @@
-"""The stratified split of the paper (section 4.1), and orders by hashes."""
+"""The paper's stratified split (section 4.1), and orders by hashes."""
 
 import hashlib
 import os
@@ -25,8 +25,8 @@ def hashed_order(split: str, keys: Iterable[str | int]) -> list[int]:
 def stratified_split(labels: np.ndarray) -> list[np.ndarray]:
   """Splits indices: each part has its share of every class, within one image.
 
-  Each class is permuted by a fixed seed and cut at the rounded cumulative
-  fractions. `labels` are integers [n]; any value is a class.
+  A fixed seed permutes each class; the rounded cumulative fractions cut it.
+  `labels` are integers [n]; any value is a class.
   Returns the sorted int64 indices of train, validation and test.
   """
   edges = np.cumsum(FRACTIONS)[:-1]
@@ -34,7 +34,7 @@ def stratified_split(labels: np.ndarray) -> list[np.ndarray]:
   pieces = [[order[:0]] * len(FRACTIONS)]
   classes, starts = np.unique(labels[order], return_index=True)
   for value, members in zip(classes, np.split(order, starts)[1:], strict=True):
-    # SeedSequence takes no negative words, and -1 is the label of "none".
+    # SeedSequence takes no negative words, and -1 labels images without class.
     word = (int(value) + 1) % 2**64
     shuffled = members[seeded_permutation(members.size, 0, word)]
     cuts = np.floor(edges * members.size + 0.5).astype(np.int64)
@@ -45,14 +45,14 @@ def stratified_split(labels: np.ndarray) -> list[np.ndarray]:
 def hashed_split(labels: np.ndarray, keys: Sequence[str]) -> list[np.ndarray]:
   """Splits by name: 70-20-10 over the whole set, classes as even as possible.
 
-  Each class is ordered by the SHA-256 of its keys (CLASS/NAME). Up to the end
-  of each of the sorted classes, at image C, there are round(0.7 C) training
-  images and round(0.9 C) training and validation images.
+  The SHA-256 of its keys (CLASS/NAME) orders each class. The first C images, up
+  to the end of any of the sorted classes, hold round(0.7 C) training images and
+  round(0.9 C) training and validation images.
   """
   hashes = [hashlib.sha256(os.fsencode(key)).digest() for key in keys]
   order = sorted(range(len(keys)), key=lambda i: (labels[i], hashes[i]))
   ends = np.cumsum(np.unique(labels, return_counts=True)[1])
-  # Rounded in integers: the same on every machine.
+  # Rounding in integers is the same on every machine.
   edges = np.append(0, ends)
   cuts = np.diff([(share * edges + 5) // 10 for share in (7, 9)]).T
   pieces = map(np.split, np.split(np.array(order, np.int64), ends[:-1]), cuts)

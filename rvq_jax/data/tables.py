@@ -21,15 +21,15 @@ from rvq_jax.data.sources import SPLITS, Record, Source
 
 _IMAGES = re.compile('(struct<(.*, )?bytes: )?(large_)?binary')
 _OTHER_NAMES = {'val': 'validation', 'valid': 'validation'}
-_CACHE_BYTES = 2**28  # of row groups, in each process
+_CACHE_BYTES = 2**28  # row groups per process
 _ONE_AT_A_TIME = threading.Lock()
 
 
 class TableSource(ShardSource):
   """The rows of Parquet files, or of Arrow streams; their keys are FILE/ROW.
 
-  A row group is read as a whole. Without compression, as `datasets` writes
-  images, it then is known where each lies, else the last groups are kept.
+  It reads whole row groups. If they are uncompressed, as `datasets` writes
+  images, it keeps the place of each image, else the last groups.
   """
 
   def __init__(self, split: str, files: list[str]):
@@ -42,7 +42,7 @@ class TableSource(ShardSource):
     rows = [*map(len, labels)]
     stems = [os.path.relpath(x, os.path.dirname(files[0])) for x in files]
     stems = [f'{os.path.splitext(x)[0]}/' for x in stems]
-    if files[0].endswith('.arrow'):  # `datasets` cuts one table as it likes
+    if files[0].endswith('.arrow'):  # `datasets` cuts a table anywhere
       stems, rows = [''], [sum(rows)]
     names = zip(stems, rows, strict=True)
     keys = [f'{stem}{i}' for stem, count in names for i in range(count)]
@@ -92,7 +92,7 @@ class TableSource(ShardSource):
 
 @functools.lru_cache(4096)
 def _stream(path: str) -> pa.Table:
-  """An Arrow file of `datasets`, mapped: only what is used is in memory."""
+  """An Arrow file of `datasets`, mapped: memory holds only the used part."""
   return pa.ipc.open_stream(pa.memory_map(path)).read_all()
 
 
@@ -101,7 +101,7 @@ def _fault(path: str, error) -> str:
 
 
 def _plain(group, column: str):
-  """Where the images' bytes of a row group lie, if not compressed, or None."""
+  """The chunk of a row group's images if uncompressed, or None."""
   chunks = map(group.column, range(group.num_columns))
   names = column, f'{column}.bytes'
   chunk = next(x for x in chunks if x.path_in_schema in names)
@@ -109,7 +109,7 @@ def _plain(group, column: str):
 
 
 def _places(path: str, chunk, images: pa.Array) -> np.ndarray | None:
-  """Where the images lie in a file as they are; None if one does not."""
+  """Size and place of each image in a file; None if it does not hold one."""
   if pa.types.is_struct(images.type):
     images = pc.struct_field(images, 'bytes')
   places = np.zeros((len(images), 2), np.int64)
@@ -128,7 +128,7 @@ def _places(path: str, chunk, images: pa.Array) -> np.ndarray | None:
 
 
 def _scan(path: str):
-  """Column of the images, labels [n], rows and bytes to keep of each group."""
+  """Column of the images, labels [n], and rows and kept bytes per group."""
   sizes = []
   try:
     if path.endswith('.arrow'):
@@ -154,7 +154,7 @@ def _scan(path: str):
 
 
 def _image_column(path: str, schema: pa.Schema) -> str:
-  """The column `image`, or the only one that can be of images."""
+  """The column `image`, or the only one that can hold images."""
   found = [x.name for x in schema if _IMAGES.match(str(x.type))]
   if 'image' not in found and len(found) != 1:
     raise ValueError(
@@ -170,15 +170,15 @@ def open_tables(files: dict[str, list[str]]) -> dict[str, Source]:
 
 
 def open_hub(name: str) -> dict[str, Source]:
-  """Opens the data set OWNER/NAME[/CONFIG][@REVISION], or of save_to_disk.
+  """Opens OWNER/NAME[/CONFIG][@REVISION], or a folder of save_to_disk.
 
-  `datasets` makes Arrow files of it in the user's cache; these are read here.
+  `datasets` converts it to Arrow files in the user's cache, which this reads.
   """
   try:
     import datasets
 
     if int(datasets.__version__.partition('.')[0]) < 4:
-      raise ImportError('before 4, it ran scripts of a data set')
+      raise ImportError('older versions run scripts of a data set')
     if os.path.isdir(path := os.path.expanduser(name)):
       parts = datasets.load_from_disk(path)
     else:
@@ -198,7 +198,7 @@ def open_hub(name: str) -> dict[str, Source]:
   files = {x: parts[x].cache_files for x in ('all', *SPLITS) if x in parts}
   if not files or not all(files.values()):
     raise ValueError(
-      f'hf:{name}: expected files of {", ".join(SPLITS)}, got the splits '
+      f'hf:{name}: expected files for {", ".join(SPLITS)}, got the splits '
       f'{", ".join(parts)}'
     )
   files = {x: [file['filename'] for file in files[x]] for x in files}

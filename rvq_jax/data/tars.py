@@ -1,4 +1,4 @@
-"""Tars of WebDataset: indexed once, then read at random by their offsets."""
+"""WebDataset tars: indexed once, then read at random by offset."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ from rvq_jax.data.sources import Record, Source
 from rvq_jax.data.transforms import extensions
 from rvq_jax.io import cache_folder, write_atomic
 
-_MARK = b'rvq_jax tars 1'  # in an index; its value tells which tars these were
+_MARK = b'rvq_jax tars 1'  # key in an index; its value identifies the tars
 _SCHEMA = pa.schema(
   [('shard', pa.int32()), ('offset', pa.int64()), ('size', pa.int64())]
   + [('label', pa.int32()), ('key', pa.large_binary())]
@@ -49,17 +49,18 @@ class TarSource(ShardSource):
 
 
 def _again(files, split, stamps) -> TarSource:
-  """The source in a worker, which maps the same index."""
+  """The source in a worker, mapping the same index."""
   source = open_tars(files)[split]
   if source.file_stamps != stamps:
-    raise ValueError('the tars changed in use; give the same command again')
+    raise ValueError('the tars changed in use; start the same command again')
   return source
 
 
 def open_tars(files: dict[str, list[str]]) -> dict[str, Source]:
-  """Opens the tars of each split; indexes them, unless an index is there.
+  """Opens the tars of each split; indexes them, unless an index exists.
 
-  It is kept in the user's cache, and beside the first tar if that is possible.
+  The user's cache keeps the index, and so does the first tar's folder if it
+  is writable.
   """
   paths = sum(files.values(), [])
   stamps, here = [stamp(os.stat(path)) for path in paths], Path(paths[0]).parent
@@ -87,7 +88,7 @@ def _digest(*names: str) -> str:
 
 
 def _read(place: Path, head: bytes) -> pa.Table | None:
-  """The index of such tars in a file, mapped: processes share its memory."""
+  """The index of these tars in a file, mapped: processes share its memory."""
   with contextlib.suppress(OSError, ValueError):  # also of Arrow
     index = pa.ipc.open_file(pa.memory_map(str(place))).read_all()
     index.validate(full=True)
@@ -97,7 +98,7 @@ def _read(place: Path, head: bytes) -> pa.Table | None:
 
 
 def _keep(index: pa.Table, places: list[Path]) -> None:
-  """Writes an index where nothing or another Arrow file lies."""
+  """Writes an index, unless the place holds a file that is not Arrow's."""
   content = pa.BufferOutputStream()
   with pa.ipc.new_file(content, index.schema) as stream:
     stream.write_table(index)
@@ -109,7 +110,7 @@ def _keep(index: pa.Table, places: list[Path]) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(place, content)
     except OSError as error:
-      logging.info('cannot keep the index of the tars: %s', error)
+      logging.info('cannot save the index of the tars: %s', error)
 
 
 def _refuse_repeated(source: TarSource) -> None:
@@ -123,7 +124,7 @@ def _refuse_repeated(source: TarSource) -> None:
 
 
 def _build(paths: list[str]) -> pa.Table:
-  """Indexes tars in threads, which wait for a slow disk together."""
+  """Indexes tars in threads, since a slow disk serves several at once."""
   logging.info('indexing %d tars, once', len(paths))
   tables, left_out = [], 0
   parts = map_ahead(_examples, paths, 2 * _THREADS, _THREADS)
@@ -137,14 +138,14 @@ def _build(paths: list[str]) -> pa.Table:
     tables.append(pa.table([*map(list, zip(*rows, strict=True))], _SCHEMA))
     left_out += len(found) - len(rows)
   if left_out:
-    logging.info('left out %d examples that have no image', left_out)
+    logging.info('skipped %d examples without an image', left_out)
   return pa.concat_tables(tables).combine_chunks()
 
 
 def _examples(path: str) -> dict[bytes, list]:
   """The examples of a tar: key -> [ending, offset, size, label] of the image.
 
-  By WebDataset's rule, members with one name up to its first dot are one.
+  By WebDataset's rule, members of equal names up to the first dot are one.
   """
   images, found, shown = {x[1:] for x in extensions()}, {}, printable(path)
   with open(path, 'rb') as stream:
@@ -163,7 +164,7 @@ def _examples(path: str) -> dict[bytes, list]:
       elif ending in ('cls', 'json') and member.size <= _MAX_TEXT:
         stream.seek(member.offset_data)
         text = stream.read(member.size)
-        # Text is no class.
+        # Text is not a class.
         with contextlib.suppress(ValueError, LookupError, TypeError):
           label = int(text) if ending == 'cls' else json.loads(text)['label']
           if type(label) is int and -(2**31) <= label < 2**31:
@@ -172,7 +173,7 @@ def _examples(path: str) -> dict[bytes, list]:
 
 
 class _Member(tarfile.TarInfo):
-  """A member that knows no owner and mode, which takes half of the time."""
+  """A member without owner and mode, which would double the time."""
 
   @classmethod
   def frombuf(cls, buf, encoding, errors):
@@ -202,7 +203,7 @@ def _members(shown: str, path: str, stream):
       if member.issparse():
         raise ValueError(
           f'{shown} has a sparse file, {printable(member.name)}; unpack it: '
-          f'tar -xf {quoted}, and pack it anew without --sparse'
+          f'tar -xf {quoted}, and pack it again without --sparse'
         )
       yield member
     stream.seek(tar.offset)
@@ -212,5 +213,5 @@ def _members(shown: str, path: str, stream):
     rest, reason = b'', str(error)
   if not rest or any(rest):
     raise ValueError(
-      f'{shown} is cut short or damaged ({reason}); put back a whole copy'
+      f'{shown} is cut short or damaged ({reason}); restore a whole copy'
     )

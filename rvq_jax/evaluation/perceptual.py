@@ -1,7 +1,7 @@
-"""Metrics by networks, from a split that is stored as PNG files.
+"""Network-based metrics of a split stored as PNG files.
 
-rFID and IS by torch-fidelity, the extra `eval`, imported when asked for; LPIPS
-and a Frechet distance in JAX, with the weights of the extra `perceptual`.
+rFID and IS use torch-fidelity, the extra `eval`, imported on demand; LPIPS and
+a Frechet distance run in JAX, with the weights of the extra `perceptual`.
 """
 
 import functools
@@ -27,8 +27,8 @@ _BATCH, _IS_SPLITS = 32, 10
 def save_pairs(folder, batches: Iterable[dict], tokenizer) -> Iterator[dict]:
   """Yields batches and writes their valid images as FOLDER/KIND/NNNNNN.png.
 
-  Batches are {'image': uint8 [B, h, w, 3], 'mask': bool [B]}; NNNNNN counts
-  their rows, valid or not.
+  Batches are {'image': uint8 [B, h, w, 3], 'mask': bool [B]}; NNNNNN counts all
+  their rows.
   """
   position = 0
   for batch in batches:
@@ -48,7 +48,7 @@ def load_metrics() -> dict[str, Callable]:
   """Names of the installed metrics -> function; logs a line per missing one.
 
   Raises:
-    ImportError: none is installed; says how to install them.
+    ImportError: no metric is installed; says how to install them.
     ValueError: weights are damaged, or not the published ones.
   """
   functions, missing = {}, []
@@ -60,7 +60,7 @@ def load_metrics() -> dict[str, Callable]:
     try:
       functions[names] = functools.partial(measure, load())
     except ImportError as error:
-      missing.append(f'{names} left out: {error}')
+      missing.append(f'{names} skipped: {error}')
   if not functions:
     raise ImportError('; '.join(missing))
   for line in missing:
@@ -69,7 +69,7 @@ def load_metrics() -> dict[str, Callable]:
 
 
 def perceptual_metrics(folder, functions) -> dict[str, float | str]:
-  """Measures a folder of `save_pairs`; logs and leaves out metrics that fail.
+  """Measures a folder of `save_pairs`; logs and skips metrics that fail.
 
   Returns:
     rfid (Heusel et al. 2017), inception_score and inception_score_std (Salimans
@@ -82,13 +82,13 @@ def perceptual_metrics(folder, functions) -> dict[str, float | str]:
       values, definition = measure(*folders)
     except Exception as error:  # no network, no memory, too few images
       reason = ' '.join(str(error).split()) or type(error).__name__
-      logging.warning('%s left out: %s', names, reason)
+      logging.warning('%s skipped: %s', names, reason)
       continue
     for name, value in values.items():
       if math.isfinite(value):
         result |= {name: float(value), f'{name}_definition': definition}
       else:
-        logging.warning('%s left out: it is %s', name, value)
+        logging.warning('%s skipped: it is %s', name, value)
   return result
 
 
@@ -158,7 +158,7 @@ def _efficientnet(weights, *folders):
 
 
 def frechet_distance(a, b) -> float:
-  """The distance of samples [N, F] and [M, F], two or more, taken as normal.
+  """The distance of samples [N, F] and [M, F], at least 2, taken as normal.
 
   With means m and covariances C (Dowson and Landau 1982):
 
@@ -173,7 +173,7 @@ def frechet_distance(a, b) -> float:
   values = np.linalg.eigvalsh(root @ of_b @ root)
   traces = np.trace(of_a) + np.trace(of_b)
   means = ((a.mean(0) - b.mean(0)) ** 2).sum()
-  # Rounding takes equal samples below 0.
+  # Rounding can take equal samples below 0.
   return max(float(means + traces - 2 * np.sqrt(values.clip(0)).sum()), 0.0)
 
 

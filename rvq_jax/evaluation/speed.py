@@ -1,9 +1,9 @@
-"""How fast a train step, an encoder or a decoder is beside its device's peak.
+"""Speed of a train step, an encoder or a decoder, against the device's peak.
 
-Inputs are random bytes that lie on the device: neither decoding of images nor a
-transfer is timed. A few calls pass after compilation; then blocks of calls are
-timed, each until its last result is there, with at most two calls in flight as
-in training. The figure is the median of the blocks.
+Inputs are random bytes on the device: the times include no image decoding and
+no transfer. After compilation and a few calls it times blocks of calls, each
+until its last result is ready, with at most two calls in flight as in training,
+and reports the median of the blocks.
 """
 
 import collections
@@ -36,7 +36,7 @@ _SOURCE = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', re.M)
 
 
 class Program(NamedTuple):
-  """A compiled program; a call gives arrays that may not be there yet."""
+  """A compiled program; a call returns arrays before they are ready."""
 
   call: Callable
   compiled: Any
@@ -47,8 +47,8 @@ def train_program(config) -> Program:
   """The train step of a config in its last phase, on all devices.
 
   Raises:
-    ValueError: the config is not valid, or does not fit the devices.
-    ImportError: the weights of a perceptual loss are not there.
+    ValueError: the config is invalid, or does not fit the devices.
+    ImportError: the weights of a perceptual loss are missing.
   """
   flat = check_config(config)
   if flat['deterministic']:
@@ -77,7 +77,7 @@ def code_programs(
 ) -> Iterator[Program]:
   """The encoder and the decoder of a tokenizer, on one device.
 
-  batch_size: images of a call; None: as many as it was trained with.
+  batch_size: images per call; None: as in training.
   """
   model, variables = tokenizer.model, tokenizer.variables
   batch_size = batch_size or build.RunData(tokenizer.config).batch_size
@@ -118,9 +118,9 @@ def _compile(what, tokenizer, devices, batch_size, jitted, *arguments):
 def operations(jaxpr: core.ClosedJaxpr) -> float:
   """Operations of a traced program, by XLA's own count.
 
-  XLA counts the program as it is lowered for a CPU, whatever the device is: it
-  does not see into kernels of cuDNN. Products with padding are none. XLA counts
-  the body of a loop once; here it counts as often as it runs.
+  XLA counts the program lowered for a CPU, for any device, since it does not
+  see into kernels of cuDNN. Products with padding do not count. XLA counts the
+  body of a loop once; this counts every pass.
   """
   inputs = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jaxpr.in_avals)
   with jax.default_device(jax.devices('cpu')[0]):
@@ -130,11 +130,11 @@ def operations(jaxpr: core.ClosedJaxpr) -> float:
 
 
 def _repeated(jaxpr):
-  """What XLA's count lacks: all passes of each loop but the first."""
+  """The passes of each loop after the first, which XLA does not count."""
   total = 0.0
   for equation in jaxpr.eqns:
     name, values = equation.primitive.name, equation.params
-    if name == 'scan':  # as is any loop whose length is known
+    if name == 'scan':  # also any other loop of known length
       body = operations(values['jaxpr'])
       total += values['length'] * body - (body - _repeated(values['jaxpr']))
     elif name == 'cond':
@@ -150,7 +150,7 @@ def _repeated(jaxpr):
 
 
 def time_calls(call: Callable, count: int) -> list[float]:
-  """Seconds of a call in each of `BLOCKS` blocks; fewer if count is less."""
+  """Seconds per call in each of `BLOCKS` blocks; fewer if count is less."""
   run_calls(call, WARM_UP)
   size, seconds = max(1, count // BLOCKS), []
   for _ in range(min(count, BLOCKS)):
@@ -161,7 +161,7 @@ def time_calls(call: Callable, count: int) -> list[float]:
 
 
 def run_calls(call, count):
-  """Calls, with at most two in flight, until the last result is there."""
+  """Calls, with at most two in flight, until the last result is ready."""
   last = None
   for _ in range(count):
     last, before = call(), last
@@ -170,9 +170,9 @@ def run_calls(call, count):
 
 
 def measure(program: Program, count: int, peak: float | None = None) -> dict:
-  """Times `count` calls of a program; JSON values.
+  """Times `count` calls of a program; returns JSON values.
 
-  peak: of one device in TFLOP/s; None: that in `machine.PEAKS`.
+  peak: TFLOP/s of one device; None: as in `machine.PEAKS`.
   """
   about, device = program.about, jax.local_devices()[0]
   blocks = time_calls(program.call, count)
@@ -203,10 +203,10 @@ def measure(program: Program, count: int, peak: float | None = None) -> dict:
 
 
 def kernels(program: Program, count: int = 3, most: int = 10) -> list[dict]:
-  """The dearest kernels in a trace of `count` calls, per call.
+  """The slowest kernels in a trace of `count` calls, per call.
 
   A kernel that runs others, such as a loop, counts without them. On a CPU, ms
-  are summed over threads.
+  is a sum over threads.
   """
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level, options.host_tracer_level = 0, 1
@@ -230,7 +230,7 @@ def kernels(program: Program, count: int = 3, most: int = 10) -> list[dict]:
 
 
 def _own_times(planes):
-  """Kernel -> its own nanoseconds, how often it ran, name of its operation."""
+  """Kernel -> its own nanoseconds, its calls, name of its operation."""
   spent, calls, names = collections.Counter(), collections.Counter(), {}
   gpus = [plane for plane in planes if '/device:GPU' in plane.name]
   for line in (line for plane in gpus or planes for line in plane.lines):

@@ -1,4 +1,4 @@
-"""What the page shows, as JSON values and pictures in data URLs."""
+"""The content of the page: JSON values, and pictures as data URLs."""
 
 import base64
 import io
@@ -12,10 +12,10 @@ from rvq_jax.metrics import to_uint8
 from rvq_jax.tokenizer.tiling import decode_ids, encode_images
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
-MAX_SIDE = 512  # images are shrunk to it: the page holds them all
+MAX_SIDE = 512  # larger images shrink: the page holds them all
 _NEIGHBORS = 8
 _SWATCH, _SHEET_COLUMNS = 16, 32  # pixels per side, swatches per row
-_GRID = 3  # positions per side of the grid that shows a single code
+_GRID = 3  # positions per side of the grid for a single code
 
 
 def data_url(image: np.ndarray) -> str:
@@ -26,14 +26,14 @@ def data_url(image: np.ndarray) -> str:
 
 
 def shrink(image: np.ndarray) -> np.ndarray:
-  """The image with its longer side at most MAX_SIDE, uint8 [h, w, 3]."""
+  """Shrinks the longer side to at most MAX_SIDE; uint8 [h, w, 3]."""
   picture = Image.fromarray(image)
   picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC)
   return np.asarray(picture)
 
 
 def model_content(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
-  """What the page says about the model."""
+  """The page's facts about the model."""
   ids = np.zeros((1, *tokenizer.ids_shape(1, 1)), int)
   return {
     'name': name,
@@ -53,9 +53,9 @@ def image_content(
 ) -> dict[str, Any]:
   """An image, uint8 [h, w, 3], with its tokens and reconstructions, as JSON.
 
-  For each level (code of a position, or scale) `ids` has the flattened grid and
+  Per level (code of a position, or scale) `ids` has the flattened grid and
   `grids` its rows, columns and pixels per token. `reconstructions` has one
-  picture per prefix that decodes, or only one.
+  picture per decodable prefix, or only one.
   """
   image = shrink(image)
   height, width = image.shape[:2]
@@ -80,11 +80,11 @@ def image_content(
 def codes_content(
   tokenizer: Tokenizer, images: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-  """The codes that images of `image_content` use.
+  """The codes in images of `image_content`.
 
-  For each codebook `neighbors`, id -> [[id, distance], ...]. For the first, if
-  its codes decode without others, also `sheet`, a picture of swatches of `side`
-  pixels, and `swatches`, id -> [x, y] of its pixels there.
+  Each codebook has `neighbors`, id -> [[id, distance], ...]. The first, if its
+  codes decode without others, also has `sheet`, a picture of swatches of `side`
+  pixels, and `swatches`, id -> [x, y] in that picture.
   """
   books = tokenizer.codebooks()
   levels = zip(*(x['ids'] for x in images), strict=True)
@@ -103,7 +103,7 @@ def codes_content(
 
 
 def _nearest(vectors, used) -> dict[str, list]:
-  """For each used code the codes nearest to it, nearest first."""
+  """The nearest codes of each used code, nearest first."""
   norms = (vectors**2).sum(1)
   result = {}
   for code in used:
@@ -118,7 +118,7 @@ def _nearest(vectors, used) -> dict[str, list]:
 def _sheet(tokenizer, codes: list[int]) -> dict[str, Any]:
   """One picture of the codes, each decoded from a grid of itself.
 
-  If images have one size: the whole image, from the code as the first scale.
+  Multi-scale: the whole image, with the code as the first scale.
   """
   f, batch, side = tokenizer.factor, 128, _GRID
   middle = slice(_GRID // 2 * f, (_GRID // 2 + 1) * f)
@@ -129,7 +129,7 @@ def _sheet(tokenizer, codes: list[int]) -> dict[str, Any]:
   swatches = {}
   for start in range(0, len(codes), batch):
     part = codes[start : start + batch]
-    # The last batch is filled up: another shape would compile again.
+    # Fill the last batch: another shape would compile again.
     grids = np.tile(np.resize(part, (batch, 1, 1)), (side, side))
     images = to_uint8(tokenizer.decode(tokenizer.join([grids])))
     images = np.asarray(images)[:, middle, middle]

@@ -17,7 +17,7 @@ from rvq_jax.io import check_file, write_atomic
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.build import RunData
 
-# How the page begins; only such a file is replaced.
+# The beginning of a page: `check_output` lets only such a file be replaced.
 MARKER = '<!doctype html><!-- rvq_jax explorer -->'
 
 
@@ -36,11 +36,11 @@ def example_images(
     source: an image, a folder or a data set, shown at its own size (cropped
       for multi-scale tokens); None: the test images of the run, cropped as in
       evaluation.
-    data_dir: where the data set is now; None: where it was in training.
-    split_file: of the run; see `open_dataset`.
+    data_dir: present folder of the data set; None: as in training.
+    split_file: the run's; see `open_dataset`.
 
   Raises:
-    ValueError: there is no such data set, or no image that can be decoded.
+    ValueError: there is no such data set, or no readable image.
   """
   data = RunData(tokenizer.config)
   decode = functools.partial(decode_crop, size=data.image_size)
@@ -73,7 +73,7 @@ def example_images(
 def page_data(
   tokenizer: Tokenizer, name: str, images: list[tuple[str, np.ndarray]]
 ) -> dict[str, Any]:
-  """All that the page shows of a model and of `example_images`: JSON values."""
+  """The page's content for a model and `example_images`, as JSON values."""
   shown = [content.image_content(tokenizer, x, label) for label, x in images]
   return {
     'model': content.model_content(tokenizer, name),
@@ -83,23 +83,20 @@ def page_data(
 
 
 def page_html(data: dict[str, Any]) -> str:
-  """The page of `page_data`, which loads nothing from elsewhere."""
+  """The page of `page_data`; it loads nothing from elsewhere."""
   files = resources.files('rvq_jax.explorer')
   page, style, script = (
     (files / f'page.{kind}').read_text('utf-8')
     for kind in ('html', 'css', 'js')
   )
-  # Inside <script> nothing but '</' and '<!--' ends or changes what follows.
+  # Inside <script> only '</' and '<!--' have a special meaning.
   text = json.dumps(data).replace('<', '\\u003c')
   page = page.replace('/*style*/', style).replace('/*script*/', script)
   return page.replace('/*data*/', text)
 
 
 def check_output(path) -> None:
-  """Raises ValueError if the path is taken, but not by such a page.
-
-  Also if it cannot be written.
-  """
+  """Raises ValueError if the path is not writable or holds no such page."""
   check_file(path)
   path = Path(path)
   begin = path.read_bytes() if path.is_file() else b''

@@ -12,10 +12,10 @@ from rvq_jax.quantize.fields import field
 class Decoder(Coder):
   """Latents [B, H, W, code_dim] to images [B, factor H, factor W, 3].
 
-  The mirror of `Encoder`: a 1x1 convolution in, self-attention on the latent
-  grid, residual blocks at the last width, then the stages backwards, each a
-  transposed convolution (or a 3x3 convolution where the encoder's stage has
-  stride 1), and tanh.
+  The mirror of `Encoder`: a 1x1 convolution, self-attention on the latent grid,
+  residual blocks at the last width, then the stages backwards, each a
+  transposed convolution (or a 3x3 convolution if the encoder's stage has stride
+  1), and tanh.
 
   Attributes:
     num_heads: attention heads. For the others see `Coder`.
@@ -28,7 +28,7 @@ class Decoder(Coder):
     """Decodes latents; images are float32 in [-1, 1].
 
     Raises:
-      ValueError: a field is out of its range, or num_heads does not divide the
+      ValueError: a field is outside its range, or num_heads does not divide the
         last width.
     """
     stages, x = self.stages(), x.astype(self.dtype)

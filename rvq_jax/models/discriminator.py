@@ -1,4 +1,4 @@
-"""The discriminator for adversarial training: which patches look real."""
+"""The discriminator for adversarial training: rates how real patches look."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ class Discriminator(nn.Module):
 
   A PatchGAN (Isola et al. 2017, arXiv:1611.07004) with strided 4x4
   convolutions. The first sees the finest detail, the others read a blurred map
-  (Zhang 2019, arXiv:1904.11486). GroupNorm has no batch statistics, so that
-  real and generated images do not affect each other. Four stages see patches
-  of 106 pixels; images under 64 pixels get fewer stages, for 4x4 logits.
+  (Zhang 2019, arXiv:1904.11486). GroupNorm has no batch statistics, so real and
+  generated images do not affect each other. Four stages see patches of 106
+  pixels; images under 64 pixels get fewer stages, for 4x4 logits.
 
   Attributes:
     widths: channels of the stages.
@@ -33,7 +33,7 @@ class Discriminator(nn.Module):
     x = x.astype(self.dtype)
     for i, width in enumerate(self.widths[:stages]):
       x = blur(x) if i else x
-      bias = i == 0  # else GroupNorm has one
+      bias = i == 0  # the others have GroupNorm's
       options = {'use_bias': bias, 'dtype': self.dtype}
       x = nn.Conv(width, (4, 4), 2, name=f'conv{i}', **options)(x)
       if i:

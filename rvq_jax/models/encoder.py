@@ -19,8 +19,8 @@ from rvq_jax.quantize.fields import check, field
 def stage_plan(widths, factor: int) -> tuple[tuple[int, int], ...]:
   """(channels, stride) of each convolution of the encoder.
 
-  One convolution per width; the first log2(factor) of them have stride 2, the
-  rest stride 1. A factor above 2^len(widths) repeats the last width.
+  One convolution per width; the first log2(factor) have stride 2, the rest
+  stride 1. A factor above 2^len(widths) repeats the last width.
   """
   halvings, widths = factor.bit_length() - 1, tuple(widths)
   widths += widths[-1:] * (halvings - len(widths))
@@ -36,10 +36,10 @@ class Coder(nn.Module):
     num_res_blocks: residual blocks at the last width.
     dtype: compute dtype; parameters and statistics are float32.
     axis_name: see `Norm`.
-    remat: compute the inside of each residual block again in the backward pass:
+    remat: recompute the inside of each residual block in the backward pass:
       less memory (docs/predictions.md) for a third more operations.
-    norm: 'batch'; 'group'; or 'group_blocks', GroupNorm in the residual blocks
-      and none between strided or transposed convolutions, where it would take
+    norm: 'batch'; 'group'; or 'group_blocks': GroupNorm only in the residual
+      blocks, since between strided or transposed convolutions it would remove
       brightness and contrast from each image (docs/gradients.md).
     activation: a name in `layers.ACTIVATIONS`.
   """
@@ -54,16 +54,16 @@ class Coder(nn.Module):
   activation: str = field('leaky_relu', choices=tuple(ACTIVATIONS))
 
   def stages(self) -> tuple[tuple[int, int], ...]:
-    """The `stage_plan`; ValueError if a field is out of its range."""
+    """The `stage_plan`; ValueError if a field is outside its range."""
     check(self)
     return stage_plan(self.widths, self.factor)
 
   @property
   def reach(self) -> int:
-    """Latent positions on each side of one that its convolutions see, at most.
+    """At most so many latent positions to each side influence one position.
 
-    One for each 3x3 convolution at their resolution. Those of higher resolution
-    see less than two together.
+    One per 3x3 convolution at latent resolution; all convolutions of higher
+    resolution together reach less than two.
     """
     strides = [stride for _, stride in stage_plan(self.widths, self.factor)]
     return 2 * self.num_res_blocks + strides.count(1) + 2
@@ -76,10 +76,10 @@ class Coder(nn.Module):
     return ACTIVATIONS[self.activation](x)
 
   def stem_init(self, taps: float = 1.0) -> nn.initializers.Initializer:
-    """Start of a convolution before `norm_and_act`.
+    """Initialiser of a convolution before `norm_and_act`.
 
-    Without a norm it keeps the variance, as He's does for ReLU; `taps` is the
-    share of the kernel's inputs that an output sees.
+    Without a norm it keeps the variance, like He's for ReLU; `taps` is the
+    share of the kernel that acts on one output.
     """
     scale = 1.0
     if self.norm == 'group_blocks':
@@ -101,15 +101,15 @@ class Encoder(Coder):
   """Images [B, h, w, 3] to latents z [B, h/factor, w/factor, code_dim].
 
   Attributes:
-    code_dim: D. A 1x1 convolution without activation ends the encoder, so that
-      z is signed. For the others see `Coder`.
+    code_dim: D. A 1x1 convolution without activation ends the encoder, so z is
+      signed. For the others see `Coder`.
   """
 
   code_dim: int = field(256, 1, 2**20)
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """Encodes images x in [-1, 1]; ValueError if a field is out of range."""
+    """Encodes images x in [-1, 1]; ValueError for a field outside its range."""
     x, options = x.astype(self.dtype), {'dtype': self.dtype}
     options['use_bias'] = self.norm == 'group_blocks'  # a norm has its own
     options['kernel_init'] = self.stem_init()

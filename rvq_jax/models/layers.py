@@ -33,9 +33,9 @@ class Norm(nn.Module):
   """BatchNorm or GroupNorm with float32 parameters and statistics.
 
   Attributes:
-    dtype: of the output.
-    axis_name: mapped axis of the batch statistics; under `jit` with shardings
-      they are global without one.
+    dtype: dtype of the output.
+    axis_name: mapped axis of the batch statistics; None under `jit` with
+      shardings, where they are global.
     kind: 'batch', or a group norm (`num_groups`, eps 1e-6), without statistics.
     zero_scale: start with scale 0 rather than 1.
   """
@@ -63,8 +63,8 @@ class ResidualBlock(nn.Module):
 
   The second norm starts at scale 0, so that a block starts as the identity
   (Goyal et al. 2017, arXiv:1706.02677): twelve blocks that start at scale 1
-  need several times as many steps to the same error; see docs/results.md. The
-  fields are those of `Norm`, and a name in `ACTIVATIONS`.
+  need several times as many steps to the same error; see docs/results.md. For
+  the fields see `Norm` and `ACTIVATIONS`.
   """
 
   dtype: Any = jnp.float32
@@ -92,7 +92,7 @@ class SelfAttention(nn.Module):
   Attributes:
     num_heads: heads; must divide the channels.
     dtype: compute dtype; the softmax is float32.
-    normed: x is normalised: attention(x) without the norm and the sum.
+    normed: True: x is already normalised: attention(x), without norm and sum.
   """
 
   num_heads: int
@@ -103,7 +103,7 @@ class SelfAttention(nn.Module):
   def __call__(self, x: jax.Array, whole: jax.Array | None = None) -> jax.Array:
     """Maps x [B, H, W, C] to the same shape.
 
-    whole: positions [B, h, w, C] that give keys and values; None: those of x.
+    whole: positions [B, h, w, C] for keys and values; None: x.
     """
     channels = x.shape[-1]
     if channels % self.num_heads:
@@ -123,7 +123,7 @@ class SelfAttention(nn.Module):
     )
     if whole is None:
       y = attend(query, key, value)
-    else:  # by rows: the scores of all would leave every cache
+    else:  # by rows: the scores of all rows would fit into no cache
       rows = query.reshape(len(x), x.shape[1], -1, *heads).swapaxes(0, 1)
       y = jax.lax.map(lambda row: attend(row, key, value), rows)
       y = y.swapaxes(0, 1).reshape(query.shape)
@@ -135,10 +135,10 @@ class SelfAttention(nn.Module):
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   """softmax(query key^T / sqrt(d)) value, with the scores in float32.
 
-  A GPU of compute capability 8.0 or more runs cuDNN's fused kernel in half
-  precision. Everywhere else, if the B H T T scores do not fit into a tile (4
-  MiB on CPU, 256 MiB on other devices), a loop attends a few heads at a time
-  and computes their scores again in the backward pass.
+  In half precision, a GPU of compute capability 8.0 or more runs cuDNN's fused
+  kernel. Otherwise, if the B H T T scores do not fit into a tile (4 MiB on CPU,
+  256 MiB on other devices), a loop attends a few heads at a time and recomputes
+  their scores in the backward pass.
 
   query is [B, T, H, d], H heads of d channels; key and value [B, S, H, d].
   """
@@ -171,7 +171,7 @@ def _attend_in_tiles(query, key, value, *, scores):
   """Attends in tiles of whole heads: at most `scores` scores, or one head.
 
   Tile i holds the heads i, i + n, i + 2 n ...: the loop never runs over the
-  sharded axis, so that each device works on its own images.
+  sharded axis, so each device works on its own images.
   """
   batch, tokens, heads, dim = query.shape
   count = batch * heads
@@ -187,8 +187,8 @@ def _attend_in_tiles(query, key, value, *, scores):
     q, k, v = qkv
     logits = product('nqd,nkd->nqk', q, k) * dim**-0.5
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1))[..., None])
-    # The sum divides after the product: d numbers per query rather than T,
-    # forward and in the derivative.
+    # Dividing by the sum after the product takes d numbers per query, not T,
+    # also in the derivative.
     y = product('nqk,nkd->nqd', weights.astype(v.dtype), v)
     return (y / weights.sum(-1)[..., None]).astype(v.dtype)
 
@@ -204,7 +204,7 @@ def _attend_in_tiles(query, key, value, *, scores):
 class Upsample(nn.Module):
   """`nn.ConvTranspose(features, (4, 4), (2, 2))` by `upsample`.
 
-  With side = 3 a 3x3 convolution of nearest neighbours, by 4 products for 9.
+  With side = 3: a 3x3 convolution of nearest neighbours, in 4 products, not 9.
   """
 
   features: int
@@ -219,7 +219,7 @@ class Upsample(nn.Module):
     kernel = self.param('kernel', self.kernel_init, shape)
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     kernel = kernel.astype(self.dtype)
-    if self.side == 3:  # each of its products falls on two neighbours
+    if self.side == 3:  # each product acts on two equal neighbours
       kernel = jnp.pad(kernel, ((1, 1), (1, 1), (0, 0), (0, 0)))
       kernel = kernel[1:] + kernel[:-1]
       kernel = kernel[:, 1:] + kernel[:, :-1]
@@ -231,11 +231,11 @@ def upsample(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Transposed convolution [B, H, W, C] -> [B, 2H, 2W, F], kernel [4, 4, C, F].
 
   It is the transpose of a strided convolution, whose kernels in cuDNN and
-  XLA:CPU compute its derivatives. `lax.conv_transpose` would first write x with
-  zeros between its values: four times the memory and the operations.
+  XLA:CPU compute its derivatives. `lax.conv_transpose` would first insert zeros
+  between the values of x: four times the memory and the operations.
   """
-  # Under `shard_map` the kernel must vary over the devices as x does, else JAX
-  # would not sum a custom derivative over them.
+  # Under `shard_map` the kernel must vary over the devices like x, else JAX
+  # does not sum a custom derivative over them.
   zero = (x[:1, :1, :1, :1] > 0).any() & False
   return _transposed(x, kernel + zero.astype(kernel.dtype))
 
@@ -247,8 +247,8 @@ def _transposed(x, kernel):
 
 
 def _turned(kernel):
-  # The transposition of a convolution turns its kernel again. Without the
-  # barrier XLA cancels both turns and sees no transposed convolution.
+  # Transposing a convolution turns its kernel again. Without the barrier XLA
+  # cancels both turns and does not recognise a transposed convolution.
   return jax.lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
 
 

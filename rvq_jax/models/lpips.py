@@ -2,7 +2,7 @@
 
 The weights are a dict of arrays, see `lpips_weights.load`: kernel_NN
 [k, k, C, F] and bias_NN [F] per convolution, head_N [F] per compared feature
-map. Give them to a jitted function as an argument: XLA would take minutes to
+map. Pass them to a jitted function as an argument: XLA would take minutes to
 fold constants into the convolutions.
 """
 
@@ -16,18 +16,18 @@ from jax import lax
 from rvq_jax.metrics import prepare_images
 
 MIN_SIDE = 32
-# From [-1, 1] to the inputs in the networks' training.
+# From [-1, 1] to the networks' training inputs.
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32).reshape(1, 1, 1, 3)
 _SCALE = np.array([0.458, 0.448, 0.450], np.float32).reshape(1, 1, 1, 3)
 _EPS = 1e-10
-# Convolutions after a max pooling of stride 2, its window, and convolutions
-# whose output is compared; all have a ReLU, and the last one is the end.
+# Convolutions after a max pooling of stride 2, its window, and the compared
+# convolutions, the last of them at the end; each has a ReLU.
 _VGG16 = (2, 4, 7, 10), 2, (1, 3, 6, 9, 12)
 _ALEXNET = (1, 2), 3, (0, 1, 2, 3, 4)
 
 
 def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
-  """LPIPS of pairs of images: 0 for equal ones; lower is better.
+  """LPIPS of pairs of images: 0 for equal images; lower is better.
 
   With f^l the output of compared layer l, scaled to unit length per position,
   and w^l >= 0 its head:
@@ -44,7 +44,8 @@ def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
     float32 [B], differentiable in x and y.
 
   Raises:
-    ValueError: the shapes differ, a side is under `MIN_SIDE`, or another dtype.
+    ValueError: the shapes differ, a side is under `MIN_SIDE`, or the dtype is
+      wrong.
   """
   x, y = prepare_images(x), prepare_images(y)
   if x.shape != y.shape or x.ndim != 4 or min(x.shape[1:3]) < MIN_SIDE:
@@ -52,7 +53,7 @@ def distance(weights, x, y, *, dtype=jnp.float32) -> jax.Array:
       'LPIPS: expected two batches of images [B, h, w, 3] with sides of at '
       f'least {MIN_SIDE} pixels, got {x.shape} and {y.shape}'
     )
-  # Two passes: an image without a gradient then needs no backward pass.
+  # In two passes, an image without a gradient needs no backward pass.
   of_x, of_y = (_features(weights, image, dtype) for image in (x, y))
   total = jnp.zeros(len(x))
   for layer, (a, b) in enumerate(zip(of_x, of_y, strict=True)):

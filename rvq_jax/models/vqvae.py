@@ -53,8 +53,8 @@ class VQVAE(nn.Module):
       takes `train`.
     vq: a quantizer for the latents, see `rvq_jax.quantize.registry`.
     decoder: latents to images; it takes `train`.
-    freeze_encoder: the encoder gets no gradient, and its BatchNorm uses the
-      stored statistics in training, too.
+    freeze_encoder: the encoder gets no gradient, and its BatchNorm also uses
+      the stored statistics in training.
   """
 
   encoder: nn.Module = Encoder()
@@ -79,12 +79,11 @@ class VQVAE(nn.Module):
 
     Args:
       images: [B, h, w, 3], float in [-1, 1]; factor divides h and w.
-      train: update the collections 'batch_stats' and 'codebook', which are
+      train: update the collections 'batch_stats' and 'codebook', which must be
         mutable.
-      mask: [B], bool: images that the quantizer's counts, losses and metrics
-        include.
-      quantize: False: the decoder gets the latents themselves, of unit norm
-        where codes are (cosine).
+      mask: [B], bool: the images in the quantizer's counts, losses and metrics.
+      quantize: False: the decoder gets the latents, scaled to unit norm if the
+        codes are (cosine).
 
     Raises:
       ValueError: the images have another shape, or a layer refuses its fields.

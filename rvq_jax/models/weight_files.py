@@ -7,7 +7,7 @@ from rvq_jax.io import tree_digest
 
 
 def installed_file(distribution: str, file: str) -> Path | None:
-  """The path of a file in a distribution; None if one of both is missing."""
+  """The path of a file in a distribution; None if either is missing."""
   try:
     installed = importlib.metadata.distribution(distribution)
   except importlib.metadata.PackageNotFoundError:
@@ -22,7 +22,7 @@ def check_digest(arrays, expected: str, path, distribution: str) -> None:
   Args:
     arrays: a tree.
     expected: the `tree_digest` of the published arrays.
-    path: the file that holds them.
+    path: their file.
     distribution: NAME==VERSION.
   """
   if (digest := tree_digest(arrays)) != expected:

@@ -1,7 +1,7 @@
 """The paper's tables as grids of runs (paper 4.2 and 4.3), and objectives.
 
-A cell is a method, written as changes to a config. Each cell and seed is an
-ordinary run in CELL/seed_S: a grid resumes, finished runs are only read.
+A cell is a method, as changes to a config. Each cell and seed is an ordinary
+run in CELL/seed_S: a grid resumes, and only reads finished runs.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from rvq_jax.training import config as config_lib
 from rvq_jax.training.checkpoints import is_run
 from rvq_jax.training.loop import train
 
-# The paper's method, whatever the config has.
+# The paper's method, for any config.
 _PAPER = {
   'model.estimator': 'rotation',
   'model.quantize_after': 0,
@@ -55,8 +55,8 @@ CELLS = {
 }
 
 # Data set: the paper's MSE, usage and perplexity. Tables 4 and 6 print the same
-# numbers, and so do 5 and 7. Here they differ in the other factor, so that the
-# four make up the whole grid.
+# numbers, and so do 5 and 7. Here they differ in the other factor, so the four
+# cover the whole grid.
 _BOTH = {'cifar10': (0.0098, 0.968, 7950.4)}
 _BOTH |= {'imagenet': (0.0275, 0.903, 12345.6)}
 _NEITHER = {'cifar10': (0.0189, 0.783, 802.1)}
@@ -84,7 +84,7 @@ PAPER_TABLES = (3, 4, 5, 6, 7)
 
 
 def cells_of(tables) -> list[str]:
-  """The cells of tables, each once, in their order."""
+  """The cells of tables in order, without repetition."""
   return list(dict.fromkeys(cell for table in tables for cell in TABLES[table]))
 
 
@@ -108,7 +108,7 @@ def run_grid(
   """Runs every cell of a ConfigDict with seeds 0 ... seeds - 1 in workdir.
 
   Returns one record per run: cell, seed, workdir and metrics of the test split,
-  with perceptual ones if asked for.
+  on request also perceptual ones.
 
   Raises:
     ValueError: workdir holds a run of another config or something other than
@@ -145,7 +145,7 @@ def run_grid(
 
 
 def _is_grid(folder) -> bool:
-  """Whether a folder holds a run of a cell, or nothing but cells."""
+  """Whether a folder holds a run of a cell, or only cells."""
   runs = [path for cell in CELLS for path in folder.glob(f'{cell}/seed_*')]
   names = {path.name for path in folder.iterdir()}
   return any(map(is_run, runs)) or names <= {*CELLS}
@@ -157,7 +157,7 @@ def _check_same(folder, config):
   saved = read_json(path) if path.exists() else config
   saved = config_lib.completed(saved, folder)
   differ = '; '.join(
-    f'config.{name}: {saved.get(name)} there, {value} wanted'
+    f'config.{name}: expected {value}, got {saved.get(name)}'
     for name, value in config.items()
     if saved.get(name) != value and name != 'data.data_dir'
   )

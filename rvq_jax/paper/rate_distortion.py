@@ -1,7 +1,7 @@
 """Distortion against bits per image: two references for a tokenizer.
 
-Image codecs, and the rate-distortion function of the Gaussian source that has
-the covariance of the data. MSE is on [-1, 1].
+Image codecs, and the rate-distortion function of the Gaussian source with the
+covariance of the data. MSE is on [-1, 1].
 """
 
 import io
@@ -32,8 +32,8 @@ class GaussianBound(NamedTuple):
   def mse(self, bits_per_image) -> np.ndarray:
     """Least MSE at rates [n], float64: reverse water-filling.
 
-    Components with a variance above the water level theta are coded with error
-    theta, the others not at all (Cover and Thomas, theorem 10.3.3):
+    Components with a variance above the water level theta get the error theta,
+    the others no bits (Cover and Thomas, theorem 10.3.3):
 
       D(theta) = mean_i min(theta, lambda_i)
       R(theta) = sum_i max(0, 1/2 log2(lambda_i / theta))
@@ -47,7 +47,7 @@ class GaussianBound(NamedTuple):
       return np.zeros(bits.shape)
     # With the k largest above the water, R = 1/2 sum_{i<=k} log2(lambda_i) -
     # k/2 log2(theta). `onset` is this rate at theta = lambda_k, where component
-    # k begins to be coded; between two onsets theta follows in closed form.
+    # k gets its first bit; between two onsets theta has a closed form.
     count, logs = np.arange(1, positive.size + 1), np.log2(positive)
     sums = np.cumsum(logs)
     onset = np.maximum.accumulate(0.5 * (sums - count * logs))
@@ -63,11 +63,11 @@ def gaussian_bound(
   """Measures the covariance (divided by n) of the pixels of square tiles.
 
   Args:
-    batches: {'image': uint8 [B, h, h, 3], 'mask': bool [B], False: left out};
+    batches: {'image': uint8 [B, h, h, 3], 'mask': bool [B], False: skipped};
       ValueError without any image.
     image_size: h.
     max_side: a tile's side is the largest divisor of h up to this.
-    max_images: reads no more.
+    max_images: reads at most so many.
   """
   sides = range(min(image_size, max_side), 0, -1)
   patch = next(side for side in sides if image_size % side == 0)
@@ -100,12 +100,12 @@ def codec_points(
 ) -> list[dict[str, float | str]]:
   """Measures image codecs at several qualities, else with Pillow's defaults.
 
-  Images, uint8 [n, h, w, 3], that were JPEG files before favour JPEG near their
-  quality. Formats are Pillow's names; those that it cannot write are left out,
-  as WebP is with a side above 16,383. Qualities are 0 to 100.
+  Images, uint8 [n, h, w, 3], from JPEG files favour JPEG near their quality.
+  Formats are Pillow's names; it skips formats that Pillow cannot write, such as
+  WebP with a side above 16,383. Qualities are 0 to 100.
 
   Returns:
-    For each format and quality codec, quality, bits_per_image (of the file),
+    Per format and quality: codec, quality, bits_per_image (of the file),
     overhead_bits (a grey image of that shape, nearly all header) and mse.
   """
   records, grey = [], np.full_like(images[0], 128)

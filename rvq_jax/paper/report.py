@@ -51,8 +51,8 @@ def versions(*packages: str) -> str:
 def write_report(config, workdir, records, *, tables, command: str) -> str:
   """Writes report.md (returned), figures and tables.json to WORKDIR/report.
 
-  Config and workdir are those of `run_grid`, which gave the records; tables are
-  keys of `TABLES`, command how the program was called.
+  `run_grid` with the same config and workdir gave the records; tables are keys
+  of `TABLES`; command is the program's command line.
   """
   folder = Path(workdir) / 'report'
   folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def write_report(config, workdir, records, *, tables, command: str) -> str:
 
 
 def _about(config, records, tables) -> dict[str, str]:
-  """The lines above the tables: what was run, and on what."""
+  """The lines above the tables: runs, data, machine."""
   first, data, steps = records[0]['metrics'], config.data, config.num_steps
   length = f'{steps} steps' if steps else f'{config.num_epochs} epochs'
   missing = [str(n) for n in PAPER_TABLES if n not in tables]
@@ -88,7 +88,7 @@ def _about(config, records, tables) -> dict[str, str]:
   if data.name not in _PAPER_DATA or steps or config.num_epochs < PAPER_EPOCHS:
     about["the paper's numbers"] = (
       f'after {PAPER_EPOCHS} epochs of batch 128 on CIFAR-10 or ImageNet: not '
-      f'to be compared with these runs of {length} on {data.name}'
+      f'comparable with these runs of {length} on {data.name}'
     )
   for record in records:
     log = read_jsonl(Path(record['workdir']) / 'metrics.jsonl')
@@ -165,7 +165,7 @@ def _figures(records):
 def summarise(records) -> dict[str, dict]:
   """Cell -> {'label', 'bits', 'entropy_bits' (both per image), and metrics}.
 
-  A metric of a table is {'mean', 'std' (of the sample; None for one seed)}.
+  A table's metric is {'mean', 'std' (of the sample; None for one seed)}.
   """
   summary, by_cell = {}, {}
   for record in records:
@@ -185,7 +185,7 @@ def summarise(records) -> dict[str, dict]:
 def table_rows(table, summary, data: str) -> list[list[str]]:
   """A table of `TABLES` as text, its header first, for data of this name.
 
-  `_LEGEND` says what is in it; metrics that some method lacks are left out.
+  `_LEGEND` explains it; it has only metrics that all methods have.
   """
   methods = TABLES[table]
   shown = [m for m in _COLUMNS if all(m in summary[cell] for cell in methods)]

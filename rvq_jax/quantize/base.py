@@ -15,7 +15,7 @@ from rvq_jax.quantize.fields import MAX_INT32, field
 from rvq_jax.quantize.gradients import ESTIMATORS, geometry
 from rvq_jax.quantize.search import search
 
-# The layers that ids depend on; GPUs would multiply in TF32.
+# For layers that decide ids: GPUs would multiply in TF32.
 HIGHEST = jax.lax.Precision.HIGHEST
 Dense = functools.partial(nn.Dense, precision=HIGHEST)
 
@@ -43,7 +43,7 @@ class QuantizerOutput:
 
 
 def check_mask(mask: jax.Array | None, shape: tuple[int, ...]) -> None:
-  """Raises ValueError for a mask that is not bool or has another shape."""
+  """Raises ValueError unless the mask is bool of this shape, or None."""
   if mask is not None and (mask.dtype, mask.shape) != (jnp.bool_, shape):
     raise ValueError(
       f'expected a mask of bool {shape}, got {mask.dtype} {mask.shape}'
@@ -51,10 +51,10 @@ def check_mask(mask: jax.Array | None, shape: tuple[int, ...]) -> None:
 
 
 class Quantizer(nn.Module):
-  """Replaces inputs [..., C] by codes that ids stand for.
+  """Replaces inputs [..., C] by codes, each with an id.
 
-  A subclass defines `__call__(z, *, train=False, mask=None)`, which gives a
-  `QuantizerOutput`; `ids(z)`, which gives only its ids; and `codes()` or
+  A subclass defines `__call__(z, *, train=False, mask=None)`, which returns a
+  `QuantizerOutput`; `ids(z)`, which returns only its ids; and `codes()` or
   `codes_from_ids(ids)`.
 
   Attributes:
@@ -66,7 +66,7 @@ class Quantizer(nn.Module):
   axis_name: Any = dataclasses.field(default=None, kw_only=True)
 
   def check(self) -> None:
-    """Raises ValueError for an argument that this quantizer cannot have."""
+    """Raises ValueError for an argument that this quantizer cannot take."""
     fields.check(self)
 
   def rows(self, z: jax.Array) -> jax.Array:
@@ -76,7 +76,7 @@ class Quantizer(nn.Module):
     return z.astype(jnp.float32).reshape(-1, z.shape[-1])
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
+    """The vectors [..., C] float32 of ids [...] in [0, K)."""
     return self.bound('project_out', jnp.take(self.codes(), ids, axis=0))
 
   def inputs(
@@ -108,11 +108,11 @@ class Quantizer(nn.Module):
 
   @property
   def mapped_axis(self):
-    """axis_name; None in `init`, which runs outside of any."""
+    """axis_name; None in `init`, which runs outside any mapped axis."""
     return None if self.is_initializing() else self.axis_name
 
   def normed(self, x: jax.Array) -> jax.Array:
-    """Vectors or codes [..., D] in the form that the search compares."""
+    """Vectors or codes [..., D] in the form for the search."""
     return x
 
   def count(self, ids: jax.Array, e: jax.Array, mask: jax.Array) -> jax.Array:
@@ -124,10 +124,9 @@ class Quantizer(nn.Module):
     return count_codes(ids, self.codebook_size, weight=weight, axis_name=axis)
 
   def share(self, loss: jax.Array, mask: jax.Array) -> jax.Array:
-    """The mean loss of a device's rows, as its share of the global loss.
+    """Scales a device's mean loss so that the mean over devices is global.
 
-    The mean over devices is then the global loss, though other devices may have
-    more or fewer valid rows; mask [N] marks the valid ones here.
+    Devices may have unequal numbers of valid rows; mask [N] marks this one's.
     """
     if self.mapped_axis is None:
       return loss
@@ -148,8 +147,8 @@ class Quantizer(nn.Module):
   ) -> QuantizerOutput:
     """The output of a call for z [..., C]; no gradient through the metrics.
 
-    quantized is [N, D]. A linear layer 'project_out' leads from D to C where
-    they differ, or with `project`.
+    quantized is [N, D]. If D and C differ, or with `project`, a linear layer
+    'project_out' leads from D to C.
     """
     quantized = quantized.reshape(z.shape[:-1] + quantized.shape[1:])
     if project or quantized.shape[-1] != z.shape[-1]:
@@ -165,7 +164,7 @@ LOSS_FORMS = ('two_weights', 'paper_eq5', 'paper_eq8')
 class NearestQuantizer(Quantizer):
   """A quantizer that gives each vector its nearest code.
 
-  Attributes: as `VectorQuantizer`.
+  Attributes: as in `VectorQuantizer`.
   """
 
   code_dim: int | None = field(None, 1, 2**20)
@@ -176,20 +175,20 @@ class NearestQuantizer(Quantizer):
 
   loss_form = LOSS_FORMS[0]
   inner_product = False
-  several_codes = False  # whether a vector has more than one
+  several_codes = False  # per vector
 
   def check(self) -> None:
-    """As of all; 'diveq' must be all that trains the codes."""
+    """As in `Quantizer`; nothing but 'diveq' may train codes beside it."""
     super().check()
     if self.inner_product and self.several_codes:
       raise ValueError(
-        f'{type(self).__name__}: expected inner_product=False: a vector has '
-        'several codes'
+        f'{type(self).__name__}: a vector has several codes: expected '
+        'inner_product=False'
       )
     if self.inner_product and self.cosine:
       raise ValueError(
-        'inner_product: expected False with cosine=True, which takes the '
-        'largest inner product of unit vectors'
+        'inner_product: expected False with cosine=True, which already takes '
+        'the largest inner product of unit vectors'
       )
     if self.estimator == 'diveq' and self.trains_codes():
       raise ValueError(
@@ -202,7 +201,7 @@ class NearestQuantizer(Quantizer):
     return bool(self.commitment_weight or self.codebook_weight)
 
   def ids(self, z: jax.Array) -> jax.Array:
-    """The ids [...] int32 of z [..., C], as the call gives them."""
+    """The ids [...] int32 of z [..., C], equal to the call's."""
     e = self.normed(self.bound('project_in', self.rows(z)))
     ids, _ = search(e, self.codes(), inner=self.inner_product)
     return ids.reshape(z.shape[:-1])
@@ -210,12 +209,12 @@ class NearestQuantizer(Quantizer):
   def nearest(
     self, e: jax.Array, codes: jax.Array, mask: jax.Array, train: bool
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Ids [N] of e [N, D] in codes [K, D]; ambiguous_share unless `train`."""
+    """Ids [N] of e [N, D] in codes [K, D]; without `train` ambiguous_share."""
     if train and self.inner_product and not self.freeze:
       raise ValueError(
         "inner_product: expected freeze='codes' or 'encoder,codes' in training "
-        '(freeze=True of the layer): the softmax over all codes that trains '
-        'them by it is not implemented'
+        '(in the layer freeze=True): rvq_jax has no softmax over all codes to '
+        'train them'
       )
     ids, ambiguous = search(e, codes, inner=self.inner_product)
     share = masked_mean(ambiguous.astype(jnp.float32), mask)
@@ -224,7 +223,7 @@ class NearestQuantizer(Quantizer):
   def estimate(
     self, e: jax.Array, q: jax.Array, ids: jax.Array | None, mask: jax.Array
   ) -> jax.Array:
-    """q [N, D], whose gradient reaches e [N, D] as the estimator says."""
+    """q [N, D]; the estimator maps its gradient to e [N, D]."""
     return ESTIMATORS[self.estimator](
       e,
       q,
@@ -241,7 +240,7 @@ class NearestQuantizer(Quantizer):
     """Commitment and codebook loss of e and q [N, D] (paper eq. 5 and 8).
 
     Returns:
-      The loss, as `share` gives it, and for this device's rows
+      The loss, scaled by `share`; and for this device's rows
       quantization_error, commitment_loss (the part of the loss that trains the
       encoder) and codebook_loss (not weighted), all float32 scalars.
     """
@@ -279,10 +278,10 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 def direction_metrics(
   e: jax.Array, q: jax.Array, mask: jax.Array
 ) -> dict[str, jax.Array]:
-  """Angle (degrees) and norms of vectors e and codes q [N, D], as means.
+  """Mean angle (degrees) and norms of vectors e and codes q [N, D].
 
-  Rows that are not finite or out of the mask [N] are left out.
-  docs/codebook_health.md says how to read them.
+  Skips rows that are not finite or are outside the mask [N].
+  docs/codebook_health.md explains how to read them.
   """
   valid = row_weights(e, mask) > 0
   view = geometry(e, q)

@@ -1,7 +1,7 @@
-"""The codebook: its state, what is counted for it, and the EMA update.
+"""The codebook: its state, its counts and the EMA update.
 
-Pure functions of float32 arrays. With `axis_name` counts and sums span
-the global batch (`pmap`, `shard_map`); under `jit` with shardings the batch is
+Pure functions of float32 arrays. With `axis_name` counts and sums span the
+global batch (`pmap`, `shard_map`); under `jit` with shardings the batch is
 global already and needs no name.
 """
 
@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy.typing as npt
 
-# The leaves of a codebook's state that count vectors: no id depends on them.
+# The leaves of a codebook's state that count vectors: they decide no id.
 COUNTS = ('cluster_size', 'embedding_sum')
-# Average size under which a code that no vector chooses stays as it is.
+# An unused code whose average size is below this stays where it is.
 LEAST_SIZE = 0.01
 
 
@@ -30,7 +30,7 @@ class Axis(NamedTuple):
 
   @property
   def rank(self) -> int | jax.Array:
-    """Which share this device has."""
+    """The index of this device's share."""
     return 0 if self.name is None else jax.lax.axis_index(self.name)
 
   def psum(self, x: jax.Array) -> jax.Array:
@@ -64,7 +64,7 @@ class Codebook:
     """A codebook of codes [K, D] that expect cluster_size vectors per step.
 
     cluster_size is scalar or [K]; embedding_sum is cluster_size x embedding, so
-    a code that no vector chooses stays where it is.
+    an unused code stays where it is.
     """
     embedding = jnp.asarray(embedding, jnp.float32)
     size = jnp.asarray(cluster_size, jnp.float32)
@@ -87,7 +87,7 @@ def draw_codes(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def row_weights(e: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   """The weight of each row of e [N, D], float32 [N]: 0 where not finite.
 
-  mask is bool [N], or weights [N], at least 0; None: all count 1.
+  mask is bool [N], or weights [N], at least 0; None: all weights are 1.
   """
   finite = jnp.all(jnp.isfinite(e), axis=-1)
   weight = jnp.where(finite, 1.0 if mask is None else mask, 0)
@@ -124,10 +124,10 @@ def ema_update(
       m'_k   = decay m_k + (1 - decay) sum_k
       code_k = m'_k / ((n'_k + eps)/(sum_j n'_j + K eps) sum_j n'_j)
 
-  The denominator is the Laplace-smoothed size. A code that no vector chose, and
-  whose n'_k is 0 or under `LEAST_SIZE`, keeps its embedding: with n'_k near eps
-  the formula would pull it to the origin. Rows with a NaN or an Inf are left
-  out. Below, two vectors choose code 0 and none code 1:
+  The denominator is the Laplace-smoothed size. An unused code whose n'_k is 0
+  or under `LEAST_SIZE` keeps its embedding: with n'_k near eps the formula
+  would pull it to the origin. Rows with NaN or Inf do not count. Below, both
+  vectors choose code 0:
 
   >>> import jax.numpy as jnp
   >>> import numpy as np
@@ -147,8 +147,8 @@ def ema_update(
     decay: alpha in [0, 1]; the paper's is 0.99.
     eps: Laplace smoothing, > 0.
     axis_name: mapped axis or axes to sum counts and vectors over.
-    mask: valid rows [N], bool; all of them if None. Or weights [N], at least
-      0: a vector of weight 2 counts as two.
+    mask: valid rows [N], bool; None: all. Or weights [N], at least 0: a vector
+      of weight 2 counts as two.
   """
   size = codebook.cluster_size.shape[0]
   e = jax.lax.stop_gradient(e).astype(jnp.float32)

@@ -1,6 +1,6 @@
-"""Ranges of a module's arguments, which stand once, on its fields.
+"""Ranges of a module's arguments, stated once, on its fields.
 
-The module checks them; config fields of the same names take them from there.
+The module checks them; config fields of the same names take their ranges here.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class Field(NamedTuple):
   """The values that an argument may have.
 
   kind is int, float, bool, str or tuple (of widths); choices, if any, may be a
-  table that grows; optional: None is allowed; before: what a config means that
-  was written before the field was there, if it can be without.
+  table that grows; optional: None is allowed; before: the value for older
+  configs that lack the field, if they may.
   """
 
   kind: type
@@ -45,15 +45,14 @@ def field(
 ) -> Any:
   """A dataclass field of a linen module with its range; see `fields_of`.
 
-  A default is what the module did before it had the field, so that stored
-  configs keep their meaning: it must not change.
+  A default must not change: stored configs that lack the field rely on it.
   """
   metadata = {'range': (low, high, choices)}
   return dataclasses.field(default=default, metadata=metadata)
 
 
 def fields_of(cls: type[nn.Module]) -> dict[str, Field]:
-  """Name -> `Field` of the arguments of a module's class that have a range."""
+  """Name -> `Field` for each argument of a module's class with a range."""
   ranges = {}
   for f in dataclasses.fields(cls):
     if 'range' not in f.metadata:
@@ -89,12 +88,12 @@ def fault(value: Any, field: Field) -> str | None:
       return f'at least {field.low:g}'
     return f'a value from {field.low:g} to {field.high:g}'
   if field.kind is float and abs(value) > _MAX_FLOAT32:
-    return 'a finite number that float32 can hold'
+    return 'a finite float32 number'
   return None
 
 
 def check(module: nn.Module) -> None:
-  """Raises ValueError for an argument of a module that is out of its range."""
+  """Raises ValueError for an argument outside its range."""
   for name, field in fields_of(type(module)).items():
     value = getattr(module, name)
     if expected := fault(value, field):

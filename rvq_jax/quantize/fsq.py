@@ -21,20 +21,20 @@ FSQ_EPS = 1e-3
 
 
 def fsq_levels(codebook_size: int) -> tuple[int, ...]:
-  """Levels for `FSQ` whose product is a given power of two, exactly.
+  """Levels for `FSQ` whose product is exactly a given power of two.
 
   Eights first, then fours: 2^14 -> (8, 8, 8, 8, 4), 2^10 -> (8, 8, 4, 4). The
-  paper's products are only near, as (8, 5, 5, 5) = 1000 for 2^10.
+  paper's products are only near, such as (8, 5, 5, 5) = 1000 for 2^10.
 
   Raises:
-    ValueError: K is no power of two from 2 up.
+    ValueError: K is not a power of two, or is under 2.
   """
   bits = max(codebook_size.bit_length() - 1, 1)
   if codebook_size != 2**bits:
     near = min(2**bits, 2 ** (bits + 1), key=lambda k: abs(k - codebook_size))
     raise ValueError(
-      'codebook_size: expected a power of two from 2 up, got '
-      f'{codebook_size!r}; the nearest is {near}, or give `levels` that '
+      'codebook_size: expected a power of two, at least 2, got '
+      f'{codebook_size!r}; use the nearest, {near}, or set `levels` that '
       'multiply to it'
     )
   if bits == 1:
@@ -58,12 +58,11 @@ class FSQ(Quantizer):
   """Rounds each of a few dimensions: finite scalar quantization.
 
   Mentzer et al., ICLR 2024 (arXiv:2309.15505). A linear layer leads to d
-  dimensions; dimension i is bounded by tanh, with half a step's shift where its
-  levels L_i are even, rounded to one of L_i integers and divided by
-  floor(L_i / 2); a second linear layer leads back. The gradient passes the
-  rounding straight through. The d integers are the mixed-radix digits of an id,
-  the first one the least. There is no codebook and no loss; `train` changes
-  nothing.
+  dimensions; tanh bounds dimension i, shifted by half a step if its levels L_i
+  are even; it is rounded to one of L_i integers and divided by floor(L_i / 2);
+  a second linear layer leads back. The gradient passes the rounding straight
+  through. The d integers are the mixed-radix digits of an id, the first one the
+  least significant. FSQ has no codebook and no loss; `train` changes nothing.
 
   `metrics` holds usage and perplexity of the batch, and quantization_error
   (mean squared, per dimension), mean_angle (degrees), fallback_share,
@@ -96,13 +95,13 @@ class FSQ(Quantizer):
     return self.finish(z, quantized, ids, loss, counts, metrics, project=True)
 
   def ids(self, z: jax.Array) -> jax.Array:
-    """The ids [...] int32 of z [..., C], as the call gives them."""
+    """The ids [...] int32 of z [..., C], equal to the call's."""
     levels = self._levels()
     bounded = _bound(self.bound('project_in', self.rows(z)), levels)
     return _round(bounded, levels)[0].reshape(z.shape[:-1])
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The vectors [..., C] float32 that ids [...] in [0, K) stand for."""
+    """The vectors [..., C] float32 of ids [...] in [0, K)."""
     digits, rest = [], ids.reshape(-1)
     for n in self._levels():
       digits.append(rest % n)
@@ -130,7 +129,7 @@ def _halves(levels):
 
 def _round(bounded, levels):
   """Ids [N] of bounded values [N, d], and their digits, each in [0, L)."""
-  # Rounding stays inside the levels; the clip is for a row that holds NaN.
+  # Rounding stays inside the levels; only rows with NaN need the clip.
   digits = jnp.nan_to_num(jnp.round(bounded)).astype(jnp.int32)
   top = jnp.asarray(levels, jnp.int32)[None] - 1
   digits = jnp.clip(digits + _halves(levels), 0, top)
@@ -139,6 +138,6 @@ def _round(bounded, levels):
 
 
 def _values(digits, levels):
-  """The values that digits [N, d] stand for."""
+  """The values of digits [N, d]."""
   half = _halves(levels)
   return (digits - half).astype(jnp.float32) / half.astype(jnp.float32)

@@ -1,10 +1,10 @@
 """How the decoder's gradient reaches the encoder through the quantizer.
 
 Choosing the nearest code q of an encoder output e has no gradient. Each
-estimator returns q, bit-exact, and puts its own linear map in the place of
-dq/de (paper 3.2). It is total: a vector whose norm, or whose code's norm, is
-under 1e-12, and for `rotate` one that points away from its code (no unique
-rotation), gets its gradient unchanged.
+estimator returns q, bit-exact, and replaces dq/de by its own linear map (paper
+3.2). It is total: a vector gets its gradient unchanged if its norm or its
+code's norm is under 1e-12, and in `rotate` also if it points away from its code
+(no unique rotation).
 """
 
 import functools
@@ -19,14 +19,14 @@ EPS = float(jnp.finfo(jnp.float32).eps)
 
 
 class Geometry(NamedTuple):
-  """Where codes lie as seen from their vectors; float32, constant.
+  """Directions of codes relative to their vectors; float32, constant.
 
   Attributes:
     u: e/|e|, [..., D].
     v: q/|q|, [..., D].
     scale: |q|/|e| before clipping, [..., 1].
     usable: both norms are at least `MIN_NORM`, [..., 1], bool.
-    antipodal: 1 + u.v is under the rounding of u and v, [..., 1], bool.
+    antipodal: 1 + u.v is below the rounding of u and v, [..., 1], bool.
   """
 
   u: jax.Array
@@ -37,14 +37,14 @@ class Geometry(NamedTuple):
 
   @property
   def angle(self) -> jax.Array:
-    """Angle between e and q in radians, [..., 1]; 0 where it has none."""
+    """Angle between e and q in radians, [..., 1]; 0 if undefined."""
     opposite = _norm(self.u - self.v)
     adjacent = _norm(self.u + self.v)
     return jnp.where(self.usable, 2 * jnp.arctan2(opposite, adjacent), 0.0)
 
   @property
   def no_rotation(self) -> jax.Array:
-    """Where `rotate` falls back to straight-through, [..., 1], bool."""
+    """Whether `rotate` falls back to straight-through, [..., 1], bool."""
     return ~self.usable | self.antipodal
 
 
@@ -57,7 +57,7 @@ def _dot(x, y):
 
 
 def direction(x):
-  """x/|x|, |x|/peak and peak = max |x_i|; no over- or underflow inside."""
+  """x/|x|, |x|/peak and peak = max |x_i|, without over- or underflow."""
   peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
   x = x / jnp.where(peak > 0, peak, 1.0)
   length = _norm(x)
@@ -100,7 +100,7 @@ def _turned(de: jax.Array, g: Geometry) -> jax.Array:
 
   The first reflection carries u onto -u, the second -u onto v. Two reflections
   stay orthogonal to rounding even near antipodes. A vector without rotation has
-  both weights 0: no second [..., D] array is kept for the backward pass.
+  both weights 0, so the backward pass needs no second [..., D] array.
   """
   s = g.u + g.v
   square = jnp.where(g.no_rotation, 1.0, _dot(s, s))
@@ -109,7 +109,7 @@ def _turned(de: jax.Array, g: Geometry) -> jax.Array:
 
 
 def _reflection(de, e, q, max_scale):
-  """lambda (I - 2 r r^T) de; r = 0 where u and v agree to rounding."""
+  """lambda (I - 2 r r^T) de; r = 0 if u and v agree up to rounding."""
   g = geometry(e, q)
   r = g.u - g.v
   square = _dot(r, r)
@@ -125,7 +125,7 @@ def _identity(de, *_):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _pass_through(e, q, linear_map, max_scale):
-  """q, with linear_map(de) as its differential in e and none in q."""
+  """q; its differential is linear_map(de) in e and 0 in q."""
   return q
 
 
@@ -137,7 +137,7 @@ def _pass_through_jvp(linear_map, max_scale, primals, tangents):
 
 
 def _estimate(linear_map, e, q, max_scale=1.0):
-  """`_pass_through` of checked arguments."""
+  """Checks the arguments for `_pass_through`."""
   if not max_scale > 0:
     raise ValueError(
       f'expected max_scale > 0 (a bound on |q|/|e|), got {max_scale}; the '
@@ -163,8 +163,8 @@ def rotate(
       R      = I - 2 w w^T + 2 v u^T,  w = (u + v)/|u + v|
 
   The paper's rotation and rescaling, in the form of Fifty et al., ICLR 2025
-  (arXiv:2410.06424). No gradient reaches q. Here q is twice as long as e and at
-  a right angle to it: the gradient is turned back and doubled.
+  (arXiv:2410.06424). No gradient reaches q. In the example q is twice as long
+  as e and at a right angle to it: R^T turns g back and lambda doubles it.
 
   >>> import jax
   >>> import jax.numpy as jnp
@@ -255,7 +255,7 @@ def dynamic_ste(
     e, q: encoder outputs and their codes [N, D], float32.
     ids: indices of the codes [N], int32.
     num_codes: K.
-    mask: rows that count for the minimum [N], bool; all finite ones if None.
+    mask: rows that count for the minimum [N], bool; None: all finite ones.
     axis_name: mapped axis or axes, to take the minimum over.
   """
   distance = jnp.sum(jax.lax.stop_gradient(e - q) ** 2, axis=-1)
@@ -278,15 +278,15 @@ def diveq(e: jax.Array, q: jax.Array, **_: Any) -> jax.Array:
 
       dL/de = (I - d d^T) g,  dL/dq = d d^T g
 
-  So no further loss is needed. Where q = e all of the gradient goes to e.
+  So the codes need no further loss. If q = e, all of the gradient goes to e.
   """
   d = direction(jax.lax.stop_gradient(q - e))[0]
   moved = e + d * jnp.sum(d * (q - e), axis=-1, keepdims=True)
   return straight_through(moved, q)
 
 
-# Name -> function of e, q [N, D] and, by name, ids [N], num_codes, mask [N],
-# max_scale and axis_name, to q.
+# Name -> function of e, q [N, D] and the keywords ids [N], num_codes, mask [N],
+# max_scale and axis_name; it returns q.
 ESTIMATORS: dict[str, Callable[..., jax.Array]] = {
   'rotation': lambda e, q, max_scale, **_: rotate(e, q, max_scale=max_scale),
   'rotation_unscaled': lambda e, q, **_: rotate(e, q, rescale=False),

@@ -1,4 +1,4 @@
-"""`GumbelQuantizer`, a baseline: codes are drawn, not searched."""
+"""`GumbelQuantizer`, a baseline: draws codes instead of searching them."""
 
 import math
 
@@ -23,7 +23,7 @@ class GumbelQuantizer(Quantizer):
   temperature_end along half a cosine. The loss is kl_weight times the mean over
   positions of KL(softmax(l) || uniform) in nats.
 
-  The logits are [N, K] float32, several times over in training.
+  The logits are [N, K] float32; training holds several such arrays.
 
   Training needs the rng stream 'codebook'. The noise of a position depends on
   the key and its index in the global batch, not on the number of devices. The
@@ -36,11 +36,11 @@ class GumbelQuantizer(Quantizer):
   without noise in evaluation), kl (nats) and temperature (tau).
 
   Attributes:
-    code_dim: D, dimensions of a code. Where it differs from the input's
-      channels a linear projection leads out. None: the channels.
+    code_dim: D, dimensions of a code. If it differs from the input's channels,
+      a linear projection leads out. None: the channels.
     temperature_start: tau of the first training step.
     temperature_end: tau from step temperature_steps on.
-    temperature_steps: training steps from the one to the other.
+    temperature_steps: training steps from temperature_start to _end.
     kl_weight: weight of the KL divergence.
   """
 
@@ -85,7 +85,7 @@ class GumbelQuantizer(Quantizer):
     return self.finish(z, quantized, ids, loss, counts, metrics)
 
   def ids(self, z: jax.Array) -> jax.Array:
-    """The ids [...] int32 of z [..., C], as evaluation gives them."""
+    """The ids [...] int32 of z [..., C], equal to evaluation's."""
     logits = self.bound('logits', self.rows(z))
     return jnp.argmax(logits, -1).astype(jnp.int32).reshape(z.shape[:-1])
 
@@ -102,7 +102,7 @@ class GumbelQuantizer(Quantizer):
     """Gumbel noise [n, K], a key for each index in the global batch."""
     if not self.has_rng('codebook'):
       raise ValueError(
-        "GumbelQuantizer: expected the rng stream 'codebook' in training; give "
+        "GumbelQuantizer: expected the rng stream 'codebook' in training: call "
         "apply(..., rngs={'codebook': key})"
       )
     key = self.make_rng('codebook')

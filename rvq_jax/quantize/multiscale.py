@@ -29,8 +29,8 @@ class MultiscaleQuantizer(VectorQuantizer):
 
   All scales share one codebook. Moving average, filling and splitting use the
   tokens of all scales, each weighted by the area of the grid that it covers:
-  else the 1x1 token would keep almost no codes. The quantized grid is z^_L; the
-  estimator is applied once, from z to z^_L. The loss is the mean over l of
+  otherwise the 1x1 token would keep almost no codes. The quantized grid is
+  z^_L; the estimator acts once, from z to z^_L. The loss is the mean over l of
   commitment_weight MSE(z, sg z^_l) + codebook_weight MSE(sg z, z^_l). The
   second term trains phi, at first the identity, and, with `ema=False`, the
   codes. The first batch fills the codebook with the unquantized residuals.
@@ -39,12 +39,12 @@ class MultiscaleQuantizer(VectorQuantizer):
   the ids of the first scales decode to a coarser grid. counts are [K], over all
   scales. `metrics` holds the means over the scales; for the sum
   quantization_error, mean_angle, fallback_share, encoder_norm and code_norm;
-  and for each scale l `usage_l` (codes that it chose, as a share of the lesser
-  of K and its tokens in the batch), `perplexity_l` and `quantization_error_l`
-  (the error after the scales 1 to l).
+  and for each scale l `usage_l` (number of its codes over the smaller of K and
+  its tokens in the batch), `perplexity_l` and `quantization_error_l` (the error
+  after the scales 1 to l).
 
-  Masked positions are excluded from the area means of coarse tokens, too, and
-  from the areas that they weigh by.
+  Masked positions do not count in the area means of coarse tokens either, nor
+  in the areas that weight the tokens.
 
   >>> import jax
   >>> from rvq_jax import MultiscaleQuantizer
@@ -61,11 +61,10 @@ class MultiscaleQuantizer(VectorQuantizer):
   Attributes:
     sides: s_1 < ... < s_L = n; None: `default_sides(n)`, but `codes_from_ids`
       needs them. For the others see `VectorQuantizer`; cosine, inner_product,
-      dynamic_ste and diveq are not possible here. With `freeze` phi does not
-      learn either.
-    resize: 'keys': fractional areas, and Keys' bicubic kernel. 'torch': what
-      VAR does, for weights trained with it: area and bicubic of PyTorch's
-      `interpolate`, and its choice of the phi of each scale.
+      dynamic_ste and diveq are not possible here. `freeze` also freezes phi.
+    resize: 'keys': fractional areas, and Keys' bicubic kernel. 'torch': as VAR,
+      for weights trained with it: area and bicubic of PyTorch's `interpolate`,
+      and VAR's choice of the phi of each scale.
   """
 
   sides: tuple[int, ...] | None = field(None)
@@ -91,7 +90,7 @@ class MultiscaleQuantizer(VectorQuantizer):
     areas = jnp.tile(scales.token_weights(sides), len(grid))
 
     def weighted(rows, share):
-      """[B, T, D] and [B, T] as [B T, D] and the weights of the tokens."""
+      """[B, T, D] and [B, T] as [B T, D] and the tokens' weights [B T]."""
       return rows.reshape(-1, dim), share.reshape(-1) * areas
 
     def first():
@@ -112,7 +111,7 @@ class MultiscaleQuantizer(VectorQuantizer):
     quantized = self.estimate(e, total, None, mask)
     metrics = self._metrics([part for _, part in parts], counts)
     metrics |= direction_metrics(e, total, mask)
-    # Image by image, so that the rows of a device are next to each other.
+    # Image by image, so that the rows of a device are contiguous.
     rows, share, ids, close = (
       jnp.concatenate(x, 1) for x in zip(*tokens, strict=True)
     )
@@ -127,7 +126,7 @@ class MultiscaleQuantizer(VectorQuantizer):
     return self.finish(z, quantized, ids, loss, total_counts, metrics)
 
   def ids(self, z: jax.Array) -> jax.Array:
-    """The ids [..., T] int32 of z [..., n, n, C], as the call gives them."""
+    """The ids [..., T] int32 of z [..., n, n, C], equal to the call's."""
     sides = self._checked_sides(z)
     grid = _grid(self.bound('project_in', self.rows(z)), z)
     mask = jnp.ones(grid.shape[:-1], bool)
@@ -137,17 +136,17 @@ class MultiscaleQuantizer(VectorQuantizer):
     return ids.reshape(*z.shape[:-3], ids.shape[1])
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The grid [..., n, n, C] float32 that ids [..., T] in [0, K) stand for.
+    """The grid [..., n, n, C] float32 of ids [..., T] in [0, K).
 
-    T is the tokens of all scales, or only of the first ones.
+    T is the number of tokens of all scales, or of the first ones.
 
     Raises:
-      ValueError: T is something else, or the layer was not given its sides.
+      ValueError: T is another number, or the layer has no `sides`.
     """
     if not self.sides:
       raise ValueError(
-        'MultiscaleQuantizer: expected its argument sides; ids do not tell the '
-        'size of their grid'
+        'MultiscaleQuantizer: expected its argument sides; ids do not state '
+        'the size of their grid'
       )
     offsets = scales.token_offsets(self.sides)
     if not ids.ndim or ids.shape[-1] not in offsets[1:]:
@@ -166,7 +165,7 @@ class MultiscaleQuantizer(VectorQuantizer):
     return self.bound('project_out', total)
 
   def _checked_sides(self, z):
-    """The sides, for a grid that they fit."""
+    """The sides; ValueError unless they fit the grid."""
     grid = z.shape[-3:-1]
     if z.ndim < 4 or grid[0] != grid[1]:
       raise ValueError(
@@ -216,7 +215,7 @@ def _grid(e, z):
 
 
 def _walk(grid, mask, codes, phis, sides, resize):
-  """Scale by scale: rows [B, s^2, D]; valid share, ids, ambiguity; z^."""
+  """Yields per scale rows [B, s^2, D]; valid share, ids, ambiguity; z^."""
   total = jnp.zeros_like(grid)
   for number, side in enumerate(sides):
     rows, share = scales.pool(grid - total, mask, side, resize)

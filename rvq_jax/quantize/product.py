@@ -1,4 +1,4 @@
-"""`ProductQuantizer`: several codes per position, one for each piece."""
+"""`ProductQuantizer`: several codes per position, one per piece."""
 
 import flax.linen as nn
 import jax
@@ -29,8 +29,8 @@ class ProductQuantizer(PartsQuantizer):
   Attributes:
     heads: pieces, and codes per position.
     codebook_size: K, codes per head.
-    code_dim: D, dimensions of a piece. Where heads x D differs from the input's
-      channels C a linear projection leads in and another out. None: C / heads.
+    code_dim: D, dimensions of a piece. If heads x D differs from the input's
+      channels C, linear projections lead in and out. None: C / heads.
       For the others see `VectorQuantizer`; inner_product is not possible here.
   """
 
@@ -50,8 +50,8 @@ class ProductQuantizer(PartsQuantizer):
     channels, heads = z.shape[-1], self.heads
     if self.code_dim is None and channels % heads:
       raise ValueError(
-        f'ProductQuantizer: expected channels that {heads} heads divide, got '
-        f'{channels}; or give code_dim'
+        f'ProductQuantizer: expected a number of channels that {heads} heads '
+        f'divide, got {channels}; or set code_dim'
       )
     dim = heads * (self.code_dim or channels // heads)
     pieces = self._pieces(self.project_in(e, dim))
@@ -63,15 +63,15 @@ class ProductQuantizer(PartsQuantizer):
     return self.finish(z, quantized, **self.combine(z, outputs))
 
   def ids(self, z: jax.Array) -> jax.Array:
-    """The ids [..., heads] int32 of z [..., C], as the call gives them."""
+    """The ids [..., heads] int32 of z [..., C], equal to the call's."""
     pieces = self._pieces(self.bound('project_in', self.rows(z)))
     ids = [head.ids(pieces[:, h]) for h, head in enumerate(self.head)]
     return jnp.stack(ids, axis=-1).reshape(*z.shape[:-1], self.heads)
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The vectors [..., C] float32 that ids [..., heads] in [0, K) stand for.
+    """The vectors [..., C] float32 of ids [..., heads] in [0, K).
 
-    ValueError: the last axis of ids is not the heads.
+    ValueError: the last axis of ids is not `heads` long.
     """
     if ids.ndim < 1 or ids.shape[-1] != self.heads:
       raise ValueError(

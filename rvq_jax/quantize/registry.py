@@ -1,4 +1,4 @@
-"""The quantizers by name, as a config asks for them; each imported on use."""
+"""The quantizers by their names in a config; each imported on use."""
 
 import importlib
 from typing import Any

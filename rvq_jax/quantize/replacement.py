@@ -1,6 +1,6 @@
-"""Filling a codebook from a batch, and splitting clusters that are too large.
+"""Fills a codebook from a batch, and splits clusters that are too large.
 
-Pure functions of float32 arrays. With `axis_name` vectors are drawn from the
+Pure functions of float32 arrays. With `axis_name` they draw vectors from the
 global batch (`pmap`, `shard_map`).
 """
 
@@ -21,12 +21,12 @@ def draw_rows(
   axis_name: Any = None,
   mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """`count` different rows of the global batch, drawn at random.
+  """Draws `count` different rows of the global batch at random.
 
   The `count` largest of log weight + Gumbel noise are a draw without repetition
   in proportion to the weights. The key and the global batch decide, so 1 device
-  and 8 draw the same rows. Each device takes its own `count` largest first:
-  what travels does not grow with the batch.
+  and 8 draw the same rows. Each device first takes its own `count` largest, so
+  the communication does not grow with the batch.
 
   Args:
     key: the same random key on every device.
@@ -34,12 +34,12 @@ def draw_rows(
     count: rows to draw, at most the size of the global batch.
     weight: relative probability of each row [N]; None: uniform.
     axis_name: mapped axis or axes of the batch.
-    mask: rows that may be drawn [N], bool; all finite ones if None. Or weights
-      [N], at least 0, which multiply `weight`.
+    mask: eligible rows [N], bool; None: all finite ones. Or weights [N], at
+      least 0, which multiply `weight`.
 
   Returns:
-    The rows [count, D], and bool [count]: False for a row beyond those that may
-    be drawn.
+    The rows [count, D], and bool [count]: False for surplus rows, if fewer than
+    `count` are eligible.
   """
   n, axis = len(x), Axis(axis_name)
   first = n * axis.rank
@@ -51,8 +51,8 @@ def draw_rows(
     if factor is not None:
       score += jnp.log(jnp.maximum(factor, jnp.finfo(jnp.float32).tiny))
   best, drawn = _largest(jnp.where(valid, score, -jnp.inf), count, axis)
-  # x[drawn] by a scatter: each device puts its own rows and [count, D] is
-  # summed. A gather would bring x to all where `jit` has split it.
+  # x[drawn] by a scatter: each device puts its own rows, and psum adds the
+  # [count, D]. If `jit` has split x, a gather would copy it to all devices.
   local = drawn - first
   local = jnp.where((local >= 0) & (local < n), local, n)
   slot = jnp.full(n, count).at[local].set(jnp.arange(count), mode='drop')
@@ -64,14 +64,14 @@ def draw_rows(
 def _largest(score, count, axis):
   """The `count` largest of the global [N] and their indices, largest first.
 
-  Each share gives its own largest. Under `jit` the shares are an even split
-  over all devices; another split gives the same result.
+  Each share takes its own largest first. Under `jit` the shares are an even
+  split over all devices; another split gives the same result.
   """
   n, shares = len(score), jax.device_count()
   if axis.name is None and (shares == 1 or n % shares):
     return jax.lax.top_k(score, count)
   if axis.name is None:
-    # By sorting, since XLA gathers the operand of a top_k.
+    # Sort: XLA gathers the operand of a top_k.
     indices = jnp.arange(n, dtype=jnp.int32).reshape(shares, -1)
     best, indices = (
       x[:, :count].reshape(-1)
@@ -86,13 +86,13 @@ def _largest(score, count, axis):
 
 
 def _gather(x, axis):
-  """x [n] of all shares in order: an all-gather that `shard_map` trusts."""
+  """x [n] of all shares in order: an all-gather that `shard_map` accepts."""
   everyone, first = jnp.zeros(len(x) * axis.size, x.dtype), len(x) * axis.rank
   return axis.psum(jax.lax.dynamic_update_slice_in_dim(everyone, x, first, 0))
 
 
 def _place(codebook, dead, rows, usable, size):
-  """Puts dead codes onto rows, least used first; codebook and number put."""
+  """Puts dead codes onto rows, least used first; returns also their number."""
   k, count = len(dead), len(rows)
   order = jnp.argsort(jnp.where(dead, codebook.cluster_size, jnp.inf))
   rank = jnp.zeros(k, jnp.int32).at[order].set(jnp.arange(k, dtype=jnp.int32))
@@ -109,7 +109,7 @@ def _place(codebook, dead, rows, usable, size):
 
 
 def _cell_means(x, ids, k, weight, axis_name):
-  """Weighted mean of x [N] over the rows of each code [K]; 0 without any."""
+  """Weighted mean of x [N] over the rows of each code [K]; 0 without rows."""
   rows = jnp.stack([x, jnp.ones_like(x)], axis=1) * weight[:, None]
   rows = jnp.where(weight[:, None] > 0, rows, 0.0)
   sums = Axis(axis_name).psum(jnp.zeros((k, 2)).at[ids].add(rows))
@@ -127,13 +127,13 @@ def fill_codebook(
 ) -> Codebook:
   """Puts codes onto vectors of a first batch (data-dependent initialisation).
 
-  A codebook with any cluster_size above zero stays as it is. With fewer vectors
-  than codes the others keep their place and a cluster_size of zero.
+  A codebook with any cluster_size above zero stays unchanged. If there are
+  fewer vectors than codes, the other codes keep their place and cluster_size 0.
 
   Args:
     codebook: K codes of D dimensions.
     key, e, axis_name, mask: as key, x, axis_name and mask of `draw_rows`.
-    expected_size: cluster_size that a filled code starts with.
+    expected_size: initial cluster_size of a filled code.
   """
   k = codebook.cluster_size.shape[0]
   e = jax.lax.stop_gradient(e).astype(jnp.float32)
@@ -160,12 +160,12 @@ def replace_codes(
   axis_name: Any = None,
   mask: jax.Array | None = None,
 ) -> tuple[Codebook, jax.Array]:
-  """Lets dead codes split the clusters of codes that are used too much.
+  """Lets dead codes split the clusters of overused codes.
 
-  A dead code goes to c + split_fraction (e - c), where e is a vector of the
-  batch drawn in proportion to the cluster_size of its code c: close to c, so
-  that the two share the cluster evenly and the moving average pulls them apart.
-  Onto e itself it would soon die again: c stays nearest to most vectors of the
+  A dead code moves to c + split_fraction (e - c), where e is a vector of the
+  batch drawn in proportion to the cluster_size of its code c. So close to c,
+  the two share the cluster evenly and the moving average pulls them apart. On e
+  itself the code would soon die again: c stays nearest to most vectors of the
   cluster (docs/results.md). A batch of N vectors replaces at most N codes, the
   least used first.
 
@@ -174,17 +174,17 @@ def replace_codes(
     dead: codes to replace, bool [K].
     key, e, axis_name, mask: as key, x, axis_name and mask of `draw_rows`.
     ids: codes of the vectors e, [N].
-    expected_size: cluster_size that a replaced code starts with.
+    expected_size: initial cluster_size of a replaced code.
     split_by: 'count'; or 'distortion', which multiplies the cluster_size of c
-      by the mean squared error of its vectors. A code with N vectors is so
-      drawn in proportion to N^2 or N^2 times that error: codes of equal
-      distortion, as the best codebook has them at high rate (Gersho 1979), by
-      their N. Without the square the error of 16 dimensions of photographs'
-      patches is the same within 0.05 dB.
-    split_fraction: how far from the code c to the vector e, in (0, 1].
+      by the mean squared error of its vectors. So the draw splits a code with N
+      vectors in proportion to N^2, or N^2 times that error; at high rate the
+      best codebook has codes of equal distortion (Gersho 1979), which it splits
+      in proportion to N. Without the square the error of 16 dimensions of
+      photographs' patches is the same within 0.05 dB.
+    split_fraction: share of the way from the code c to the vector e, in (0, 1].
 
   Returns:
-    The codebook, and how many codes were replaced (int32 scalar).
+    The codebook, and the number of replaced codes (int32 scalar).
   """
   k = codebook.cluster_size.shape[0]
   e = jax.lax.stop_gradient(e).astype(jnp.float32)

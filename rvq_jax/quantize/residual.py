@@ -11,7 +11,7 @@ from rvq_jax.quantize.base import QuantizerOutput, direction_metrics
 from rvq_jax.quantize.fields import field
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
-LEAST_RESIDUAL = 1e-5  # share of |e| under which no further level is trained
+LEAST_RESIDUAL = 1e-5  # share of |e|; smaller residuals train no further level
 
 
 class PartsQuantizer(VectorQuantizer):
@@ -20,7 +20,7 @@ class PartsQuantizer(VectorQuantizer):
   several_codes = True
 
   def parts(self, number: int) -> list[VectorQuantizer]:
-    """`number` quantizers of the channels that they are given."""
+    """`number` quantizers, each of its input's channels."""
     names = {field.name for field in dataclasses.fields(VectorQuantizer)}
     names -= {'code_dim', 'parent', 'name'}
     shared = {name: getattr(self, name) for name in names}
@@ -45,12 +45,12 @@ class ResidualQuantizer(PartsQuantizer):
 
   With r_0 = e: q_d is the code nearest to r_d, and r_(d+1) = r_d - q_d. The
   quantized vector is q_0 + q_1 + ...; a prefix of the codes is a coarser one.
-  The estimator is applied once, from e to the whole sum: one per level would
+  The estimator acts once, from e to the whole sum: once per level would
   multiply the gradient by the depth. The loss is the mean over the levels of
   MSE(e, sg(q_0 + ... + q_d)) and, for learned codes, of the codebook losses
-  (Lee et al., CVPR 2022, eq. 7). In training, a vector that lies on its codes
-  up to rounding (`LEAST_RESIDUAL`) is not valid for the next levels: if K is at
-  least the number of vectors, each step fills one more level.
+  (Lee et al., CVPR 2022, eq. 7). In training, a vector that equals the sum of
+  its codes up to rounding (`LEAST_RESIDUAL`) is invalid for the next levels: if
+  K is at least the number of vectors, each step fills one more level.
 
   ids are [..., depth], coarsest first; counts [depth, K]. `metrics` holds the
   means over the levels; for the whole sum quantization_error, mean_angle,
@@ -96,7 +96,7 @@ class ResidualQuantizer(PartsQuantizer):
     total: Any = None
     for level in self.level:
       if train and total is not None:
-        # The rounding error of a vector on its code must not fill a level.
+        # Rounding errors must not fill a level.
         length = jnp.linalg.norm(e, axis=1)
         valid &= jnp.linalg.norm(left, axis=1) > LEAST_RESIDUAL * length
       out = level(left, train=train, mask=valid)
@@ -115,7 +115,7 @@ class ResidualQuantizer(PartsQuantizer):
     return self.finish(z, quantized, **rest)
 
   def ids(self, z: jax.Array) -> jax.Array:
-    """The ids [..., depth] int32 of z [..., C], as the call gives them."""
+    """The ids [..., depth] int32 of z [..., C], equal to the call's."""
     e = self.bound('project_in', self.rows(z))
     ids, total, left = [], None, e
     for level in self.level:
@@ -126,9 +126,9 @@ class ResidualQuantizer(PartsQuantizer):
     return jnp.stack(ids, axis=-1).reshape(*z.shape[:-1], self.depth)
 
   def codes_from_ids(self, ids: jax.Array) -> jax.Array:
-    """The vectors [..., C] float32 that ids [..., d] in [0, K) stand for.
+    """The vectors [..., C] float32 of ids [..., d] in [0, K).
 
-    d, from 1 to depth, may be a prefix of the codes; ValueError for another.
+    d from 1 to depth is a prefix of the codes; ValueError for another d.
     """
     depth = ids.shape[-1] if ids.ndim else 0
     if not 1 <= depth <= self.depth:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PHIS = 4  # convolutions phi at most; scales next to each other share one
+PHIS = 4  # at most so many convolutions phi; neighbouring scales share one
 RESIZES = ('keys', 'torch')
 _SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 51, 64)
 
@@ -21,7 +21,7 @@ def default_sides(grid: int) -> tuple[int, ...]:
 
 
 def token_offsets(sides: Sequence[int]) -> list[int]:
-  """Where each scale begins among an image's tokens, and their number."""
+  """Index of each scale's first token in an image, and the number of tokens."""
   return [0, *itertools.accumulate(side**2 for side in sides)]
 
 
@@ -50,8 +50,8 @@ def bicubic_weights(side: int, grid: int, resize: str = 'keys') -> np.ndarray:
   """Weight of each of `side` cells at each position, float32 [grid, side].
 
   Keys' kernel, a = -1/2, divided by its sum at the edges, as in
-  `jax.image.resize`, which would compile a program for each side. 'torch': a =
-  -3/4, and the cells at the edges are repeated beyond them.
+  `jax.image.resize`, which would compile a program per side. 'torch': a = -3/4,
+  and the edge cells repeat beyond the edges.
   """
   a, cells = -0.5, np.arange(side)
   if resize == 'torch':
@@ -66,9 +66,9 @@ def bicubic_weights(side: int, grid: int, resize: str = 'keys') -> np.ndarray:
 
 
 def phi_indices(scales: int, resize: str = 'keys') -> list[int]:
-  """Which convolution each of the scales takes.
+  """The index of each scale's convolution.
 
-  'torch': VAR has the convolutions on ticks in [0, 1]; the nearest is taken.
+  'torch': as in VAR, the convolution with the nearest tick in [0, 1].
   """
   phis, numbers = min(PHIS, scales), range(scales)
   if resize == 'keys':
@@ -121,7 +121,7 @@ def phi(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 
 def identity_phi(key: jax.Array, dim: int) -> dict[str, jax.Array]:
-  """kernel [3, 3, D, D] and bias [D] of a phi that changes nothing."""
+  """kernel [3, 3, D, D] and bias [D] of the identity."""
   del key
   kernel = jnp.zeros((3, 3, dim, dim)).at[1, 1].set(jnp.eye(dim))
   return {'kernel': kernel, 'bias': jnp.zeros(dim)}
@@ -133,7 +133,7 @@ def pyramid(
   """The inputs of all scales without quantization, phi being the identity.
 
   z is [B, n, n, D], the mask bool [B, n, n]. Returns [B, T, D] and the valid
-  share [B, T], as `pool`.
+  share [B, T], as in `pool`.
   """
   scales = []
   for side in sides:

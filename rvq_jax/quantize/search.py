@@ -9,11 +9,11 @@ maximum over tiles. Two things keep its rounding small for any finite input:
 - both are multiplied by a power of two where squares would leave the range of
   float32, which rounds nothing.
 
-The code with the largest inner product with a row is found in the same way
-without |c|^2 / 2. A translation would change it, so nothing is subtracted.
+The search for the largest inner product leaves out |c|^2 / 2, and subtracts
+nothing, since a translation would change the result.
 
-The rounding that is left decides between codes whose distances from a row are
-nearly equal beside their distance from that mean: `search` marks such rows.
+The remaining rounding decides between codes whose distances from a row are
+nearly equal relative to their distance from that mean; `search` marks these.
 """
 
 import functools
@@ -21,19 +21,19 @@ import functools
 import jax
 import jax.numpy as jnp
 
-_SAMPLE = 1024  # codes that the mean of the codebook is estimated from
+_SAMPLE = 1024  # codes from which to estimate the mean of the codebook
 
 
 @jax.jit
 def nearest_codes(e: jax.Array, embedding: jax.Array) -> jax.Array:
   """Index of the code nearest to each row by squared distance.
 
-  In float32 on every backend, never TF32. With |e| and |c| measured from the
-  mean of the codebook, the squared distance of the chosen code c exceeds the
-  least by at most about 2^-23 (4 + sqrt(D)) |c| (|c| + |e|). Ties go to the
-  lowest index. A row with NaN or Inf gets some valid id; a code with NaN or Inf
-  is never chosen while another is finite. ids carry no gradient. Rows may be
-  sharded (over the rows of e, embedding replicated): nothing of e is gathered.
+  It computes in float32 on every backend, never TF32. With |e| and |c| measured
+  from the mean of the codebook, the squared distance of the chosen code c
+  exceeds the least by at most about 2^-23 (4 + sqrt(D)) |c| (|c| + |e|). Ties
+  go to the lowest index. A row with NaN or Inf gets some valid id; a code with
+  NaN or Inf is never chosen while another is finite. ids carry no gradient. If
+  e is sharded by rows, with embedding replicated, no device gathers e.
 
   >>> import jax.numpy as jnp
   >>> from rvq_jax import nearest_codes
@@ -59,13 +59,13 @@ def nearest_codes(e: jax.Array, embedding: jax.Array) -> jax.Array:
 def search(
   e: jax.Array, embedding: jax.Array, *, inner: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-  """As `nearest_codes`, and which rows are ambiguous.
+  """As `nearest_codes`; also marks ambiguous rows.
 
   Args:
     e: vectors [N, D], cast to float32.
     embedding: codes [K, D], cast to float32.
-    inner: the code with the largest inner product instead, within about 2^-23
-      (4 + sqrt(D)) |c| |e| of it, c being the longest code.
+    inner: choose by the largest inner product instead, up to about 2^-23
+      (4 + sqrt(D)) |c| |e|, c being the longest code.
 
   Returns:
     ids [N], int32, and bool [N]: whether the two best scores of a row lie
@@ -95,7 +95,7 @@ def _search(e, embedding, *, inner, backend):
   shift, scale = centering(embedding)
   shift = jnp.zeros_like(shift) if inner else shift
   bias = _bias(embedding, shift, scale)
-  # The length of a row decides nothing between inner products.
+  # The length of a row does not change the order of its inner products.
   row_scale = jnp.float32(2.0**126) if inner else scale
   if inner:  # the longest code; a code that is not finite stays at -inf
     longest = jnp.sqrt(-2 * jnp.min(jnp.where(bias > -jnp.inf, bias, 0)))
@@ -105,7 +105,7 @@ def _search(e, embedding, *, inner, backend):
   def search_rows(block):
     x = _center_rows(block, shift, row_scale)
     ids, gap = _best(x, embedding, bias, shift, scale, codes)
-    # The rounding of two scores, seen to be at most half of this for each.
+    # Bound of two scores' rounding; measured: at most half of this each.
     norm = longest if inner else jnp.sqrt(-2 * bias[ids])
     length = jnp.linalg.norm(x, axis=1)
     error = norm * length if inner else norm * (norm + length)
@@ -115,13 +115,13 @@ def _search(e, embedding, *, inner, backend):
 
 
 def tile_sizes(n: int, k: int, backend: str) -> tuple[int, int]:
-  """How many of n rows and k codes are scored at once, as one tile.
+  """How many of n rows and k codes one tile scores.
 
   CPU: the tile is read twice after the matmul wrote it, so it has to stay in
-  the second-level cache; 512 x 1024 (2 MiB) is the fastest measured, and few
-  rows take more codes to keep the matmul long. GPU and TPU: a tile is one
-  kernel launch, so it has to fill the device; 16384 x 2048 is 128 MiB. Just
-  over the limit gives two halves, not one full and one almost empty tile.
+  the second-level cache; 512 x 1024 (2 MiB) measured fastest, and few rows take
+  more codes to keep the matmul long. GPU and TPU: a tile is one kernel launch,
+  so it has to fill the device; 16384 x 2048 is 128 MiB. A size just over the
+  limit gives two halves, not one full and one almost empty tile.
   """
   rows, scores = (512, 2**19) if backend == 'cpu' else (16384, 2**25)
   rows = _even(n, rows)
@@ -137,7 +137,7 @@ def _even(size, limit):
 
 
 def centering(embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Origin and unit in which the codes are scored.
+  """Origin and unit for the scores.
 
   The origin is the mean of a sample of the codes, each coordinate rounded to a
   power of two near its spread: a codebook around zero keeps its origin, and
@@ -162,16 +162,16 @@ def centering(embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _center_codes(codes, shift, scale):
-  """Centered codes; 0 in place of NaN and Inf."""
+  """Centered codes; NaN and Inf become 0."""
   centered = (codes - shift[None]) * scale
   return jnp.where(jnp.isfinite(centered), centered, 0)
 
 
 def _center_rows(e, shift, scale):
-  """Centered rows; 0 in place of NaN and Inf.
+  """Centered rows; NaN and Inf become 0.
 
-  Only the direction of a row decides once it is 2^25 times longer than every
-  code; such a row is shortened (to 2^55) so that its scores stay finite.
+  If a row is 2^25 times longer than every code, only its direction decides; it
+  is shortened (to 2^55) so that its scores stay finite.
   """
   centered = e - shift[None]
   centered = jnp.where(jnp.isfinite(centered), centered, 0)
@@ -180,7 +180,7 @@ def _center_rows(e, shift, scale):
 
 
 def _bias(embedding, shift, scale):
-  """-|c|^2 / 2 of the centered codes [K]; -inf where it is not finite."""
+  """-|c|^2 / 2 of the centered codes [K]; -inf if it is not finite."""
   squares = jnp.sum(((embedding - shift[None]) * scale) ** 2, axis=1)
   return jnp.where(jnp.isfinite(squares), -0.5 * squares, -jnp.inf)
 
@@ -188,8 +188,8 @@ def _bias(embedding, shift, scale):
 def _best(x, embedding, bias, shift, scale, codes):
   """Best code of each centered row, and its lead; a running maximum over tiles.
 
-  The last tile starts early enough to be full, so nothing is padded; the codes
-  that it shares with the one before are masked. Scores are [codes, rows]:
+  The last tile starts early enough to be full, so nothing is padded; its codes
+  that the previous tile scored are masked. Scores are [codes, rows]:
   maxima over the leading axis vectorise over rows. XLA:CPU does not vectorise
   argmax, so the id is the lowest that attains the maximum.
   """
@@ -212,7 +212,7 @@ def _best(x, embedding, bias, shift, scale, codes):
     top = jnp.max(score, axis=0)
     lane = jnp.where(score == top[None], lanes[:, None], codes - 1)
     lane = jnp.min(lane, axis=0)
-    # XLA leaves the second best out where only ids are asked for.
+    # XLA removes the second best if the caller uses only ids.
     rest = jnp.where(lanes[:, None] == lane[None], -jnp.inf, score)
     rest = jnp.maximum(jnp.max(rest, axis=0), jnp.minimum(top, best[0]))
     better = top > best[0]
@@ -222,7 +222,7 @@ def _best(x, embedding, bias, shift, scale, codes):
       jnp.maximum(rest, best[2]),
     )
 
-  zeros = x[:, 0] * 0  # from x, so that shard_map sees it vary as x does
+  zeros = x[:, 0] * 0  # made of x: shard_map then lets it vary as x does
   start = (zeros - jnp.inf, zeros.astype(jnp.int32), zeros - jnp.inf)
   top, ids, second = jax.lax.fori_loop(0, -(-k // codes), visit, start)
   return ids, top - second
@@ -231,9 +231,9 @@ def _best(x, embedding, bias, shift, scale, codes):
 def _over_blocks(search, e, rows):
   """search(block) for blocks of `rows` rows of e, one after another.
 
-  Block b holds the rows b, b + B, b + 2 B ...: the loop then runs over an axis
-  that is never the sharded one, and each device searches its own rows of every
-  block. Consecutive rows would make the partitioner gather e.
+  Block b holds the rows b, b + B, b + 2 B ...: the loop then never runs over
+  the sharded axis, and each device searches its own rows of every block.
+  Consecutive rows would make the partitioner gather e.
   """
   n, dim = e.shape
   blocks = -(-n // rows)

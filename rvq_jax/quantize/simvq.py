@@ -20,18 +20,18 @@ from rvq_jax.quantize.gradients import ESTIMATORS
 class SimVQ(NearestQuantizer):
   """Nearest of K codes that one learned linear map moves together.
 
-  Zhu et al. 2024 (arXiv:2411.02038). The codes are C W: C [K, D] is Gaussian of
-  standard deviation D^-1/2, drawn by `init` and never written again (variable
-  `embedding` of the collection 'codebook'); W [D, D] is learned (parameter
-  `map/kernel`, no bias) and starts as the identity. The gradient of any chosen
-  code changes W and with it every code, so no code falls behind. The loss is
-  commitment_weight MSE(e, sg(q)) + codebook_weight MSE(sg(e), q).
+  Zhu et al. 2024 (arXiv:2411.02038). The codes are C W. C [K, D] is Gaussian
+  with standard deviation D^-1/2, drawn by `init` and never written again
+  (variable `embedding` of the collection 'codebook'). W [D, D] is learned
+  (parameter `map/kernel`, no bias) and starts as the identity. The gradient of
+  any chosen code changes W and with it every code, so no code falls behind. The
+  loss is commitment_weight MSE(e, sg(q)) + codebook_weight MSE(sg(e), q).
 
   Each call computes C W, K D^2 multiplications, in evaluation too. `train` only
-  leaves out ambiguous_share. `metrics` are as in `VectorQuantizer`, without
+  omits ambiguous_share. `metrics` are as in `VectorQuantizer`, without
   dead_codes and replaced_codes.
 
-  Attributes: as `VectorQuantizer`; codebook_weight trains W.
+  Attributes: as in `VectorQuantizer`; codebook_weight trains W.
   """
 
   estimator: str = field('ste', choices=ESTIMATORS)

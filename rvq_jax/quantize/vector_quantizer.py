@@ -1,4 +1,4 @@
-"""`VectorQuantizer`: the linen layer that gives each vector a code."""
+"""`VectorQuantizer`: the linen layer that assigns each vector a code."""
 
 import functools
 
@@ -66,8 +66,8 @@ class VectorQuantizer(NearestQuantizer):
 
   Attributes:
     codebook_size: K, number of codes.
-    code_dim: D, dimensions of a code. Where it differs from the input's
-      channels a linear projection leads in and another out. None: the channels.
+    code_dim: D, dimensions of a code. If it differs from the input's channels,
+      linear projections lead in and out. None: the channels.
     estimator: 'rotation', 'rotation_unscaled', 'reflection' (eq. 4), 'ste' (eq.
       7), 'dynamic_ste' or 'diveq'; see `gradients`. 'diveq' is for learned
       codes with both loss weights 0.
@@ -84,15 +84,15 @@ class VectorQuantizer(NearestQuantizer):
     inner_product: take the code with the largest inner product, not the nearest
       (IBQ, Emu3.5); training needs `freeze`.
     dead_code_threshold: fraction of the mean count N/K; 0 never replaces.
-    split_by: dead codes join the codes with the most vectors ('count') or the
-      most squared error ('distortion').
-    split_fraction: how far a dead code is put from the code that it joins
-      towards one of its vectors; 1 is onto the vector.
+    split_by: dead codes split the clusters with the most vectors ('count') or
+      the most squared error ('distortion').
+    split_fraction: where a dead code goes, on the way from the code of the
+      cluster to one of its vectors; 1: onto the vector.
     init_from: 'data': the first training batch fills the codebook; until then
       cluster_size is 0. 'normal': Gaussian codes of norm about 1 that expect
       the count N/K of the batch given to `init`.
     max_scale: upper bound of |q|/|e| in the gradient.
-    freeze: training does not move the codes either, but fills an empty codebook
+    freeze: training does not move the codes, but still fills an empty codebook
       (`init_from='data'`).
     axis_name: mapped axis or axes of `pmap` or `shard_map`, to sum over.
   """
@@ -109,7 +109,7 @@ class VectorQuantizer(NearestQuantizer):
   init_from: str = field('data', choices=('data', 'normal'))
   freeze: bool = field(False)
 
-  sums_codes = False  # whether several codes add up to a vector
+  sums_codes = False  # True: several codes add up to a vector
 
   @nn.compact
   def __call__(
@@ -120,8 +120,8 @@ class VectorQuantizer(NearestQuantizer):
     Args:
       z: inputs [..., C], float.
       train: update the codebook.
-      mask: valid positions [...], bool. The others are quantized too, but stay
-        out of counts, losses, metrics and the codebook.
+      mask: valid positions [...], bool. The others are quantized too, but do
+        not enter counts, losses, metrics or the codebook.
 
     Raises:
       ValueError: an argument, z or the mask is not as described.
@@ -141,11 +141,11 @@ class VectorQuantizer(NearestQuantizer):
     return self.finish(z, quantized, ids, loss, counts, metrics)
 
   def check(self) -> None:
-    """As all, and that codes can be summed where they are."""
+    """As in `NearestQuantizer`; sums of codes refuse some options."""
     name = type(self).__name__
     if self.sums_codes and self.cosine:
       raise ValueError(
-        f'{name}: expected cosine=False: a unit vector loses the length of a '
+        f'{name}: expected cosine=False: unit vectors lose the length of a '
         'residual'
       )
     if self.sums_codes and self.estimator in ('dynamic_ste', 'diveq'):
@@ -156,7 +156,7 @@ class VectorQuantizer(NearestQuantizer):
     super().check()
 
   def trains_codes(self) -> bool:
-    """As all, and the moving average and the other forms of loss do."""
+    """As in `NearestQuantizer`; also by moving average or another loss form."""
     form = self.loss_form != 'two_weights'
     return self.ema or form or super().trains_codes()
 
@@ -168,14 +168,14 @@ class VectorQuantizer(NearestQuantizer):
     return self.normed(self.get_variable('params', 'embedding') + offset)
 
   def normed(self, x: jax.Array) -> jax.Array:
-    """x [..., D], of unit norm if cosine is set."""
+    """x [..., D], scaled to unit norm if cosine is set."""
     return unit(x) if self.cosine else x
 
   def _begin(self, train, first, shape):
     """Declares the codebook of vectors [N, D] = shape; fills it if it is empty.
 
     Its embedding has a gradient only if the loss trains the codes. `first`
-    gives vectors and weights to fill from, as `_end` takes them.
+    returns vectors and weights to fill from, as `_end` takes them.
     """
     book = self._declare(*shape)
     if self._phase(train)[0]:
@@ -195,8 +195,8 @@ class VectorQuantizer(NearestQuantizer):
   def _end(self, train, book, e, ids, weight):
     """Moves and replaces the codes of a training call; stores the codebook.
 
-    Vectors e [N, D] chose ids [N]; weight [N] is a mask or their weights. Gives
-    the metrics dead_codes and, after an update, replaced_codes.
+    Vectors e [N, D] chose ids [N]; weight [N] is a mask or their weights.
+    Returns the metrics dead_codes and, after an update, replaced_codes.
     """
     expected = self._expected_count(e, weight)
     dead = self._dead(book, expected)
@@ -213,12 +213,12 @@ class VectorQuantizer(NearestQuantizer):
     """Whether a call may fill the codebook, and whether it moves codes."""
     trains = train and not self.is_initializing()
     fills = trains and self.init_from == 'data'
-    if self.freeze:  # filled codes may lie in a collection that is not mutable
+    if self.freeze:  # the collection of filled codes may be immutable
       return fills and self.is_mutable_collection('codebook'), False
     return fills, trains
 
   def _declare(self, batch, dim):
-    """Declares the variables; gives the codebook."""
+    """Declares the variables; returns the codebook."""
     size = self.codebook_size
     expected = 0.0 if self.init_from == 'data' else batch / size
     draw = lambda key: self.normed(draw_codes(key, (size, dim)))  # noqa: E731
@@ -231,14 +231,14 @@ class VectorQuantizer(NearestQuantizer):
       return Codebook(codes, count, sums)
     self.param('embedding', draw)
     self.variable('codebook', 'offset', jnp.zeros, (size, dim))
-    # With a dtype: a weak one would compile the second step again.
+    # With a weak dtype the second step would compile again.
     full = jnp.full, (size,), expected, jnp.float32
     count = self.variable('codebook', 'cluster_size', *full).value
     codes = self.codes()
     return Codebook(codes, count, count[:, None] * jax.lax.stop_gradient(codes))
 
   def _store(self, book):
-    """Writes the codebook; learned codes move by their offset."""
+    """Writes the codebook; the offset moves learned codes."""
     values = dict(vars(book))
     if not self.ema:
       new, old = jax.lax.stop_gradient((values.pop('embedding'), self.codes()))
@@ -267,7 +267,7 @@ class VectorQuantizer(NearestQuantizer):
     return book.cluster_size < self.dead_code_threshold * expected
 
   def _update(self, book, e, ids, mask, expected):
-    """The codebook moved and split, and how many codes were replaced."""
+    """Moves and splits the codebook; also counts the replaced codes."""
     key, axis = self._key(book), self.axis_name
     if self.ema:
       book = ema_update(

@@ -4,9 +4,9 @@ ids.npy     [N, H, W], [N, H, W, L] or [N, T], the smallest unsigned integer
             for K
 labels.npy  int32 [N], -1 without a label
 names.txt   N lines
-meta.json   model, K, factor, source, rows_done; skipped: the rows whose images
-            could not be decoded, with ids 0; for multi-scale tokens the sides
-            of the scales and the offsets at which they begin in T
+meta.json   model, K, factor, source, rows_done; skipped: the rows of unreadable
+            images, with ids 0; for multi-scale tokens the sides of the scales
+            and their offsets in T
 """
 
 import os
@@ -27,7 +27,7 @@ MAX_META_BYTES = 2**26
 
 
 def batch_size(image_size: int) -> int:
-  """Images per call of the model; fixed, since ids may depend on it."""
+  """Images per model call; fixed, since ids may depend on it."""
   return max(1, min(256, 2**21 // image_size**2))
 
 
@@ -62,7 +62,7 @@ class TokenDataset:
   """A complete folder of tokens with random access, also a Grain source.
 
   Item i is {'ids': [H, W], [H, W, L] or [T], 'label': int32, 'name': str}. Rows
-  whose images could not be decoded are no items.
+  of unreadable images are not items.
 
   >>> from rvq_jax import TokenDataset
   >>> tokens = TokenDataset('tokens')  # from rvq encode
@@ -72,7 +72,7 @@ class TokenDataset:
   Args:
     folder: from `encoding.encode_dataset`. Its four files are the attributes
       meta, ids (memory-mapped), labels and names; item i is their row rows[i].
-    dtype: of the ids of an item, an integer that holds K - 1; None: as stored.
+    dtype: dtype of an item's ids, an integer that holds K - 1; None: as stored.
       PyTorch's embeddings take no unsigned integers of 16 bits.
 
   Raises:
@@ -95,7 +95,7 @@ class TokenDataset:
     self.rows = np.delete(np.arange(count), skipped)
     if self.meta['rows_done'] != count:
       raise ValueError(
-        f'{folder} has {self.meta["rows_done"]} of {count} rows; run the '
+        f'{folder} has {self.meta["rows_done"]} of {count} rows; start the '
         'same rvq encode again to complete it'
       )
 
@@ -119,7 +119,7 @@ class TokenDataset:
 
 
 def _holds(dtype: Any, number: int) -> bool:
-  """Whether a dtype is an integer one that holds 0 ... number."""
+  """Whether a dtype is an integer type that holds 0 ... number."""
   try:
     return np.iinfo(dtype).max >= number
   except (TypeError, ValueError):
@@ -133,8 +133,8 @@ def decode_dataset(
 ) -> int:
   """Writes the images of a folder of tokens as PNG files, numbered by row.
 
-  Returns their number; skipped rows have none. Raises ValueError if the tokens
-  are of another encoder, or the output is not new or empty.
+  Returns their number; skipped rows have none. Raises ValueError if another
+  encoder made the tokens, or the output is not new or empty.
   """
   dataset, output = TokenDataset(folder), Path(output)
   tokenizer.check_encoder(dataset.meta['encoder_hash'], folder)
@@ -143,7 +143,7 @@ def decode_dataset(
   with claim(output, 'decode to another folder'):
     for start in tqdm(range(0, len(dataset.ids), batch), disable=None):
       ids = dataset.ids[start : start + batch]
-      # The last batch is filled up: another shape would compile again.
+      # Fill the last batch: another shape would compile again.
       filled = np.resize(ids, (batch, *ids.shape[1:]))
       images = tiling.decode_ids(tokenizer, filled, size, size)
       for row, image in enumerate(images[: len(ids)], start):

@@ -1,4 +1,4 @@
-"""Encoding a data set: decoding, the model and the files overlap."""
+"""Encodes a data set: decoding, the model and the files overlap."""
 
 import contextlib
 import copy
@@ -39,7 +39,7 @@ from rvq_jax.tokenizer.dataset import (
 )
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
-# The folder of one of several processes, and the first file of a killed one.
+# The folder of one of several processes, and a killed process's first file.
 _PARTIAL = re.compile(r'\.\d+of\d+|\.meta\.json\.\d+\.partial')
 
 
@@ -51,23 +51,23 @@ def encode_dataset(
   image_size: int | None = None,
   about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Writes the tokens of a data set as a folder, on all devices.
+  """Writes a data set's tokens as a folder, on all devices; returns meta.json.
 
   After an interruption, even by SIGKILL, the same call resumes and ends with
-  the same files. Each process of `jax.distributed` encodes a share of the rows,
-  of which at most 1 % may be skipped; the files are those of a single process.
+  the same files. Each process of `jax.distributed` encodes a share of the rows
+  and may skip at most 1 % of it; the files equal a single process's.
 
   Args:
-    folder: new, empty, or of an earlier call with the same model, image size
-      and images (names, labels, sizes, times of change), wherever they lie; the
-      same for all processes.
-    image_size: of the scaled and center-cropped images, at most 8,192 pixels;
-      None: as in training.
-    about: `source` in meta.json, which is returned; JSON values.
+    folder: new, empty, or from an earlier call with the same model, image size
+      and images (names, labels, sizes, times of change; their folder may have
+      moved); the same for all processes.
+    image_size: side of the scaled and center-cropped images, at most 8,192
+      pixels; None: as in training.
+    about: `source` in meta.json; JSON values.
 
   Raises:
     ValueError: the folder holds something else or is in use, image_size is too
-      large, or more than 1 % of the whole set cannot be decoded.
+      large, or more than 1 % of the whole set is unreadable.
     OSError: the disk is full.
   """
   folder = Path(folder).resolve()
@@ -94,7 +94,7 @@ def encode_dataset(
     'skipped': [],
   }
   encode = _encode_folder if jax.process_count() == 1 else _encode_shares
-  with explain_full_disk(folder, 'run the same command again: it resumes'):
+  with explain_full_disk(folder, 'start the same command again: it resumes'):
     return encode(tokenizer, source, folder, meta)
 
 
@@ -104,13 +104,13 @@ def check_output(folder) -> None:
 
 
 def _is_ours(folder) -> bool:
-  """Whether a folder has a META, which `_resume` checks, or shares only."""
+  """Whether a folder has a META, which `_resume` checks, or only shares."""
   names = [path.name for path in folder.iterdir()]
   return META in names or all(map(_PARTIAL.fullmatch, names))
 
 
 def _encode_folder(tokenizer, source, folder, meta, shares=()) -> dict:
-  """Encodes the rows that a folder lacks; a new one begins with `shares`."""
+  """Encodes the missing rows of a folder; a new one begins with `shares`."""
   check_output(folder)
   new = not folder.exists()
   folder.mkdir(parents=True, exist_ok=True)
@@ -123,9 +123,10 @@ def _encode_folder(tokenizer, source, folder, meta, shares=()) -> dict:
 
 
 def _encode_shares(tokenizer, source, folder, meta) -> dict[str, Any]:
-  """Each process encodes neighbouring batches into a folder in the output.
+  """Encodes neighbouring batches per process into a folder in the output.
 
-  The first joins them, and completes a folder that a single process began.
+  The first process joins them, and completes a folder that a single process
+  began.
   """
   process, count = jax.process_index(), jax.process_count()
   batch = batch_size(meta['image_size'])
@@ -152,7 +153,7 @@ def _encode_shares(tokenizer, source, folder, meta) -> dict[str, Any]:
 
 
 def _is_unfilled(folder) -> bool:
-  """Whether a folder lacks files of tokens, as `_create` leaves if killed."""
+  """Whether a folder lacks files of tokens, as after a killed `_create`."""
   if not (folder / META).exists():
     return True
   about = read_json(folder / META, MAX_META_BYTES) or {}
@@ -160,9 +161,9 @@ def _is_unfilled(folder) -> bool:
 
 
 def _create(folder, new, source, meta, shares) -> None:
-  """Fills a folder: ids are 0, or of `shares`; a failure leaves nothing.
+  """Fills a folder: ids are 0, or from `shares`; a failure leaves nothing.
 
-  From its first META on, whose rows_done is -1, the folder is ours.
+  From its first META on, with rows_done -1, the folder is ours.
   """
   names: list[str] = []
   skipped: list[dict[str, Any]] = []
@@ -196,15 +197,15 @@ def _create(folder, new, source, meta, shares) -> None:
 
 
 def _resume(folder, wanted) -> dict[str, Any]:
-  """Checks the folder of an earlier call; drops rows after rows_done."""
+  """Checks an earlier call's folder; drops rows after rows_done."""
   meta, _, _, names = open_folder(folder)
   meta.setdefault('source_files', wanted['source_files'])  # new in its format
   may_differ = 'rows_done', 'skipped', 'source'
   for name in wanted:
     if name not in may_differ and meta.get(name) != wanted[name]:
       raise ValueError(
-        f'{folder} has another {name} ({meta.get(name)}, not {wanted[name]}); '
-        'name another output folder'
+        f'{folder}: expected {name} {wanted[name]}, got {meta.get(name)}; name '
+        'another output folder'
       )
   for name in (META, 'names.txt'):
     for path in folder.glob(f'.{name}.*.partial'):  # from a killed write
@@ -231,9 +232,9 @@ class _Skipped(DecodeErrors):
 def _encode_rows(tokenizer, source, folder, meta) -> None:
   """Encodes the rows from rows_done on.
 
-  While a batch is written, the model works on the next one and threads decode
-  two more. Ids are written, not mapped: on a full disk a write raises, a memory
-  map ends the process by SIGBUS.
+  While this writes a batch, the model works on the next one and threads decode
+  two more. It writes ids to the file, not to a memory map: on a full disk a
+  write raises, a memory map ends the process by SIGBUS.
   """
   count, done, size = len(source), meta['rows_done'], meta['image_size']
   batch = batch_size(size)
@@ -248,7 +249,7 @@ def _encode_rows(tokenizer, source, folder, meta) -> None:
   )
 
   def encode(part):
-    # The last batch is filled up: another shape would compile again.
+    # Fill the last batch: another shape would compile again.
     images = np.zeros((batch, size, size, 3), np.uint8)
     for i, (_, image, _) in enumerate(part):
       images[i] = 0 if image is None else image

@@ -1,4 +1,4 @@
-"""A run as a folder that others can use: weights, config and a model card."""
+"""A run as a folder for others: weights, config and a model card."""
 
 import json
 import math
@@ -32,8 +32,8 @@ _FIGURES = {
   'prefixes.png': 'error of the first codes',
   '../curves.png': 'training',
 }
-_PARTIAL = '.export-'  # the folder of an export that is being written
-_TORCH = 'tokenizer_torch.py'  # the file beside this one, which needs no JAX
+_PARTIAL = '.export-'  # the folder of an unfinished export
+_TORCH = 'tokenizer_torch.py'  # the file beside this one; needs no JAX
 _LICENSE = re.compile(r'[a-z0-9][a-z0-9.+-]*')
 
 
@@ -49,35 +49,36 @@ def export_run(
   layout: str | None = None,
   tokenizer: Tokenizer | None = None,
 ) -> Path:
-  """Writes a run as the folder `output` for others, once it is whole.
+  """Writes a run as the folder `output` for others, all or nothing.
 
   It holds model.safetensors, config.json, tokenizer_torch.py, which opens it in
   PyTorch, and README.md with metrics and figures from WORKDIR/evaluation, for
-  each split that was evaluated at the step.
+  each split evaluated at the step.
 
   Args:
-    workdir: of the run, or an export.
-    output: new or empty folder; it is returned.
+    workdir: folder of the run, or an export.
+    output: new or empty folder; the function returns it.
     step: a saved step, 'best', or None for the newest.
-    name: of the model on its card; None for the name of the workdir.
-    license: of the weights, as the Hugging Face Hub writes it: 'apache-2.0'.
+    name: the model's name on its card; None: the name of the workdir.
+    license: licence of the weights as the Hugging Face Hub writes it, such as
+      'apache-2.0'.
     stablehlo: also write the files of `write_stablehlo`.
-    float16: round the weights, for half the size. They are another model, with
-      a hash of its own, which computes in float32 as before.
-    layout: 'original' or 'diffusers': write only the weights, by the names that
-      other programs know; see `foreign.write_layout`.
+    float16: round the weights, for half the size: a new model with its own
+      hash, which still computes in float32.
+    layout: 'original' or 'diffusers': write only the weights, with other
+      programs' names; see `foreign.write_layout`.
     tokenizer: the opened workdir.
 
   Raises:
-    ValueError: the folder holds files or cannot be written; no such license;
-      a weight is beyond float16.
+    ValueError: the folder holds files or is not writable; no such license; a
+      weight is too large for float16.
     FileNotFoundError: there is no such run or step.
   """
   workdir, output = Path(workdir), Path(output)
   if not _LICENSE.fullmatch(license):
     raise ValueError(
-      'license: expected an identifier of the Hugging Face Hub, as apache-2.0, '
-      f'cc-by-4.0 or unknown, got {license!r}'
+      'license: expected an identifier of the Hugging Face Hub, such as '
+      f'apache-2.0, cc-by-4.0 or unknown, got {license!r}'
     )
   check_folder(output, rest=f'{_PARTIAL}????????')
   tokenizer = tokenizer or load(workdir, step)
@@ -86,7 +87,7 @@ def export_run(
   try:
     with (
       claim(output, 'export again', rest=f'{_PARTIAL}????????'),
-      # Inside, for `output` may be a volume of its own.
+      # Inside, since `output` may be a separate volume.
       tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=output) as partial,
     ):
       folder = Path(partial)
@@ -100,7 +101,7 @@ def export_run(
         title = printable(name or workdir.resolve().name)
         card = _card(tokenizer, title, license, results)
         (folder / 'README.md').write_text(card, 'utf-8')
-      # Without its weights, which come last, a folder is no export.
+      # The weights come last: without them a folder is no export.
       for path in sorted(folder.iterdir(), key=lambda x: x.name == WEIGHTS):
         path.rename(output / path.name)
   except FullDiskError:
@@ -111,7 +112,7 @@ def export_run(
 
 
 def _half(x):
-  with np.errstate(over='ignore'):  # `_rounded` tells
+  with np.errstate(over='ignore'):  # `_rounded` raises instead
     dtype = np.float16 if x.dtype == np.float32 else None
     return np.asarray(x, dtype, order='C')
 
@@ -122,7 +123,8 @@ def _rounded(tokenizer) -> Tokenizer:
   )
   if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(variables)):
     raise ValueError(
-      'float16: expected weights up to 65504, got larger ones; export float32'
+      'float16: expected weights up to 65504, got larger weights; export '
+      'float32'
     )
   config, step = tokenizer.config, tokenizer.step
   return Tokenizer(tokenizer.model, variables, config=config, step=step)
@@ -135,7 +137,7 @@ def write_export(
   import safetensors.numpy
 
   arrays = flax.traverse_util.flatten_dict(tokenizer.variables, sep='.')
-  # safetensors writes the memory of a view as if it were in order.
+  # safetensors ignores the strides of a view.
   of = _half if float16 else lambda x: np.asarray(x, order='C')
   arrays = {n: of(x) for n, x in arrays.items()}
   about = FORMAT | {
@@ -144,7 +146,7 @@ def write_export(
     'torch': _torch(tokenizer) if _has_torch(tokenizer) else None,
     'config': shared_config(tokenizer.config),
   }
-  # save_file would make a file that other users cannot read.
+  # save_file would deny other users the file.
   weights = safetensors.numpy.save(arrays, metadata={'format': 'flax'})
   (Path(folder) / WEIGHTS).write_bytes(weights)
   (Path(folder) / CONFIG).write_text(json.dumps(about, indent=2) + '\n')
@@ -153,12 +155,12 @@ def write_export(
 
 
 def _has_torch(tokenizer) -> bool:
-  """Whether tokenizer_torch.py opens it; for others see `write_layout`."""
+  """Whether tokenizer_torch.py opens it; else see `write_layout`."""
   return hasattr(tokenizer.model.encoder, 'widths')
 
 
 def _torch(tokenizer) -> dict[str, Any]:
-  """What tokenizer_torch.py needs beside the arrays; fields of its config."""
+  """Fields of config.json that tokenizer_torch.py needs beside the arrays."""
   encoder, vq = tokenizer.model.encoder, tokenizer.model.vq
   codes = tokenizer.codes_per_position
   section = {
@@ -182,7 +184,7 @@ def _torch(tokenizer) -> dict[str, Any]:
 
 
 def _card(tokenizer, name, license, results) -> str:
-  """card.md filled in; the Hub reads its first lines."""
+  """Fills in card.md; the Hub reads its first lines."""
   data, size = RunData(tokenizer.config), tokenizer.image_size
   kind, _ = local_path(data.name)
   images = 'a folder of images' if kind else data.name
@@ -192,7 +194,7 @@ def _card(tokenizer, name, license, results) -> str:
     f'({data.split} split)'
   )
   if images.startswith('import:'):
-    origin = f'whose weights come from {images.removeprefix("import:")}'
+    origin = f'with weights from {images.removeprefix("import:")}'
   sides = f'multiples of {tokenizer.factor} (with `rvq encode` any)'
   text = Path(__file__).with_name('card.md').read_text('utf-8')
   if not _has_torch(tokenizer):
@@ -212,11 +214,11 @@ def _card(tokenizer, name, license, results) -> str:
 
 
 def _results(workdir, folder, step) -> str:
-  """Tables of the splits that were evaluated at a step; copies the figures."""
+  """Tables of the splits evaluated at a step; copies the figures."""
   text = ''
   for path in sorted(workdir.glob('evaluation/*/metrics.json')):
     split, metrics = path.parent.name, read_json(path) or {}
-    # Without data_split: images that the run does not divide.
+    # Only splits of the run, which have a data_split.
     if metrics.get('step') == step and metrics.get('data_split'):
       text += f'| {split} split | value | |\n|---|---|---|\n'
       for name in (n for n in UNITS if n in metrics):

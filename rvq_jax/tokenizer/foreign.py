@@ -1,6 +1,6 @@
-"""Tokenizers of other people: which file, which rule, which config.
+"""Other people's tokenizers: their files, rules and configs.
 
-Files are read as data (`torch_files`), never run. docs/zoo.md lists them.
+It reads files as data (`torch_files`) and never runs them; see docs/zoo.md.
 """
 
 import json
@@ -22,7 +22,7 @@ _VAR_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
 class Known(NamedTuple):
-  """What a file does not say, and which files to fetch from the Hub."""
+  """Facts that a file lacks, and the files to fetch from the Hub."""
 
   rule: str
   files: tuple[str, ...] = ()
@@ -30,7 +30,7 @@ class Known(NamedTuple):
   unit_range: bool = False
 
 
-# Name on the Hub, files, rule; side in pixels if it is not 256; range if [0,1].
+# Name on the Hub, files, rule; side in pixels unless 256; range if [0,1].
 _TABLE = """
 FoundationVision/vq-ds16-c2i model.safetensors cosine
 FoundationVision/LlamaGen vq_ds16_c2i.pt cosine
@@ -65,31 +65,31 @@ def _known():
     size = next((int(x) for x in more if x.isdigit()), 256)
     known = Known(rule, tuple(files.split(',')), size, '[0,1]' in more)
     table[name] = known
-    if '_' in files:  # a name of its own: known without the folder, too
+    if '_' in files:  # a unique name: known without the folder, too
       table[files] = known
   return table
 
 
 KNOWN = _known()
-"""Name on the Hub, or of a file -> what its authors evaluate."""
+"""Name on the Hub, or of a file -> its authors' settings."""
 
 
 def hint(name: str) -> str:
-  """What to do with the files of a model of the Hub without a network."""
+  """Tells how to open a model on the Hub without a network."""
   files, known = ' or '.join(patterns(name)), KNOWN.get(name)
   flags = known and f' --rule={known.rule}' + ' --unit_range' * known.unit_range
   return f'fetch {files} of {name} elsewhere; rvq import FILE{flags or ""}'
 
 
 def patterns(name: str) -> list[str]:
-  """The files to fetch of a model of the Hub."""
+  """The files to fetch for a model on the Hub."""
   if name in KNOWN:
     return list(KNOWN[name].files)
   return [f'*{ending}' for ending in _ENDINGS]
 
 
 class Network(NamedTuple):
-  """Tensors by the names of a layout; the flat config of their model."""
+  """Tensors with the names of a layout; the flat config of their model."""
 
   tensors: dict[str, np.ndarray]
   layout: str
@@ -105,17 +105,17 @@ def open_network(
   image_size=None,
   unit_range=False,
 ) -> Network:
-  """Reads the network of a file, and describes it.
+  """Reads and describes the network in a file.
 
   Args:
     path: a file with weights, or a folder with some.
     name: as in `KNOWN`, for messages and the config.
-    rule: one of `RULES`; sides: of multi-scale tokens; image_size: in pixels.
-      None: as known.
-    unit_range: the network sees images in [0, 1].
+    rule, sides, image_size: one of `RULES`; sides of multi-scale tokens;
+      pixels. None: as known.
+    unit_range: the network takes images in [0, 1].
 
   Raises:
-    ValueError: the file holds something else, or its rule is not known.
+    ValueError: the file holds something else, or its rule is unknown.
   """
   from rvq_jax.tokenizer.torch_files import read_tensors
 
@@ -153,8 +153,8 @@ def open_network(
       )
   if image_size not in (None, size) or size % fields['factor']:
     raise ValueError(
-      f'image_size: expected a multiple of {fields["factor"]}; of multi-scale '
-      f'codes, the last of their sides times it; got {image_size}'
+      f'image_size: expected a multiple of {fields["factor"]} (for multi-scale '
+      f'codes, times the last of their sides), got {image_size}'
     )
   flat = {f'model.{name}': value for name, value in fields.items()}
   flat |= {'data.name': f'import:{name}', 'data.image_size': size}
@@ -163,7 +163,7 @@ def open_network(
 
 
 def _known_of(path, name, layout, rule, about) -> Known:
-  """What is known of a file; ValueError if not even the rule is."""
+  """Known facts about a file; ValueError if even the rule is unknown."""
   known = KNOWN.get(name) or KNOWN.get(path.name)
   if layout.startswith('diffusers'):
     about = (read_json(about) if about.is_file() else None) or {}
@@ -173,7 +173,7 @@ def _known_of(path, name, layout, rule, about) -> Known:
     known = known or Known('euclidean', image_size=size)
   if not (rule or known):
     raise ValueError(
-      f'{path}: the file does not tell how its codes are chosen; pass --rule='
+      f'{path}: the file does not tell how to choose codes; pass --rule='
       f'{"|".join(RULES)}: taming, LDM and VAR have euclidean, LlamaGen and '
       'Janus cosine, IBQ inner_product'
     )
@@ -181,7 +181,7 @@ def _known_of(path, name, layout, rule, about) -> Known:
 
 
 def fill(network: Network, shapes, count: float) -> dict[str, Any]:
-  """The variables, of these shapes; each code was chosen `count` times."""
+  """The variables of these shapes; each code has a cluster_size of `count`."""
   params = flatten_dict(shapes['params'], sep='.')
   named = {name: x.shape for name, x in params.items()}
   params = layouts.read(network.tensors, named, network.layout)
@@ -194,7 +194,7 @@ def fill(network: Network, shapes, count: float) -> dict[str, Any]:
 
 
 def _files(path):
-  """The files with weights at a path, all of one kind."""
+  """The files of weights at a path, all of one kind."""
   if path.is_file():
     return [path]
   for ending in _ENDINGS:
@@ -208,14 +208,14 @@ def _files(path):
 
 
 def write_layout(folder: Path, tokenizer, layout: str) -> None:
-  """Writes the weights of a model by the names that other programs know.
+  """Writes the weights of a model with other programs' names.
 
   Args:
-    folder: gets the files.
-    tokenizer: a `Tokenizer` whose network is `models.vqgan`.
-    layout: 'diffusers': config.json and weights that its
-      `VQModel.from_pretrained` opens; 'original': model.safetensors with the
-      names of VAR for multi-scale codes, of LlamaGen for cosine, else taming's.
+    folder: receives the files.
+    tokenizer: a `Tokenizer` with the network `models.vqgan`.
+    layout: 'diffusers': config.json and weights for its
+      `VQModel.from_pretrained`; 'original': model.safetensors with VAR's names
+      for multi-scale codes, LlamaGen's for cosine, else taming's.
 
   Raises:
     ValueError: the program cannot express the model.
@@ -245,7 +245,7 @@ def write_layout(folder: Path, tokenizer, layout: str) -> None:
       'codes by inner product': vq.inner_product,
       'a 3x3 convolution to the codes': encoder.quant_kernel > 1,
       'a first level wider than ch': encoder.ch_mult[0] > 1,
-      'movq with z_channels that are not code_dim': encoder.movq
+      'movq with z_channels unlike code_dim': encoder.movq
       and encoder.z_channels != encoder.code_dim,
     }
   if reasons := [name for name, there in faults.items() if there]:
@@ -263,7 +263,7 @@ def write_layout(folder: Path, tokenizer, layout: str) -> None:
     about = _diffusers_config(encoder, vq.codebook_size, tokenizer.image_size)
     (folder / 'config.json').write_text(json.dumps(about, indent=2) + '\n')
   if encoder.unit_range:
-    logging.warning('its images are in [0, 1], which these files do not tell')
+    logging.warning('these files do not tell that its images are in [0, 1]')
   tensors = layouts.write(names, 'var' if sides else kind)
   (folder / name).write_bytes(safetensors.numpy.save(tensors))
 

@@ -1,7 +1,7 @@
 """Names of weights in other people's files, for the network of `models.vqgan`.
 
-A layout is a list of replacements that turns each of our names into theirs. One
-list serves both ways: reading looks our names up, writing renames them.
+A layout is a list of replacements that turns our names into theirs. It serves
+both ways: reading looks up our names, writing renames them.
 """
 
 import re
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def _rules(text):
-  """Pairs of a pattern and what takes its place."""
+  """Pairs of a pattern and its replacement."""
   words = text.split()
   return (*zip(words[::2], words[1::2], strict=True),)
 
@@ -52,7 +52,7 @@ LAYOUTS = {
   'diffusers': _DIFFUSERS + _TO_QKV,
   'diffusers_2022': _DIFFUSERS + _rules(r'\.out\. .proj_attn.'),
 }
-"""Layout -> the replacements (pattern, text), applied in this order."""
+"""Layout -> the replacements (pattern, text), in their order."""
 _BY_EXECUTION = 'janus', 'llamagen', 'diffusers', 'diffusers_2022'
 _ROOTS = 'encoder.', 'decoder.', 'quantize.', 'quant_conv.', 'post_quant_conv.'
 _UNUSED = re.compile(
@@ -70,7 +70,7 @@ _OTHERS = (
 
 
 def their_name(layout: str, name: str, levels: int, movq: bool = False) -> str:
-  """The name in a layout of our parameter, as 'encoder.conv_in.kernel'."""
+  """A layout's name for our parameter, such as 'encoder.conv_in.kernel'."""
   if name.startswith('decoder.') and layout in _BY_EXECUTION:
     turned = lambda match: f'level{levels - 1 - int(match[1])}'  # noqa: E731
     name = re.sub(r'level(\d+)', turned, name)
@@ -83,11 +83,11 @@ def their_name(layout: str, name: str, levels: int, movq: bool = False) -> str:
 def find_network(
   tensors: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, np.ndarray], str]:
-  """The tensors of the network of this family in a file, and its layout.
+  """Finds a network of this family in a file; returns its tensors and layout.
 
-  What their names begin with goes, as 'state_dict.first_stage_model.'; losses,
-  discriminators and other networks are left out. Averages ('ema', 'model_ema')
-  that hold every tensor are taken instead: their authors evaluate them.
+  It removes prefixes of names, such as 'state_dict.first_stage_model.', and
+  drops losses, discriminators and other networks. It prefers averages ('ema',
+  'model_ema') that hold every tensor: their authors evaluate them.
 
   Raises:
     ValueError: there is none; says what the file seems to hold.
@@ -115,7 +115,7 @@ def find_network(
     if any(mark in name for name in tensors):
       seems = kind
   if found and 3 not in found.values():
-    seems = f'a network for images of {max(found.values())} channels'
+    seems = f'a network for images with {max(found.values())} channels'
   raise ValueError(
     'expected the weights of a VQGAN (taming, LDM, LlamaGen, VAR, IBQ, Janus '
     f'or diffusers VQModel), got {seems}'
@@ -123,7 +123,7 @@ def find_network(
 
 
 def _layout_of(network) -> str | None:
-  """The layout whose names the tensors have."""
+  """The layout with the tensors' names."""
 
   def has(layout, name):
     return their_name(layout, name, 1) in network
@@ -185,24 +185,24 @@ def network_fields(
 def read(
   network, shapes: Mapping[str, tuple], layout: str
 ) -> dict[str, np.ndarray]:
-  """Arrays of our parameters from the tensors of a network.
+  """Converts the tensors of a network to arrays of our parameters.
 
   Args:
     network: from `find_network`.
     shapes: our names -> shapes.
 
   Raises:
-    ValueError: a tensor is missing, has another shape, or has no place here.
+    ValueError: a tensor is missing, superfluous or has another shape.
   """
   arrays, used = {}, {}
   for name, theirs, part in _pairs(shapes, layout):
     used[theirs] = True
     if theirs not in network:
-      raise ValueError(f'expected the tensor {theirs}, which is missing')
+      raise ValueError(f'expected a tensor {theirs}, got none')
     x, shape = network[theirs], shapes[name]
     x = x if part is None else np.split(x, 3)[part]
     if x.size == np.prod(shape):
-      if len(shape) == 3:  # of attention: a matrix, or a 1x1 convolution
+      if len(shape) == 3:  # attention: a matrix, or a 1x1 convolution
         x = x.reshape(len(x), -1).T.reshape(shape)
       x = x.transpose(2, 3, 1, 0) if len(shape) == 4 else x.reshape(shape)
     if x.shape != shape:
@@ -218,7 +218,7 @@ def read(
 def write(
   arrays: Mapping[str, np.ndarray], layout: str
 ) -> dict[str, np.ndarray]:
-  """The tensors of our parameters, by the names of a layout."""
+  """Converts our parameters to tensors with the names of a layout."""
   tensors: dict[str, dict[Any, np.ndarray]] = {}
   for name, theirs, part in _pairs(arrays, layout):
     x = np.asarray(arrays[name])
@@ -237,7 +237,7 @@ def write(
 
 
 def _pairs(names, layout):
-  """Our name, theirs, and which third of theirs it is (query, key, value)."""
+  """Yields our name, theirs, and its third of theirs (query, key, value)."""
   blocks = (re.match(r'encoder\.level(\d+)', name) for name in names)
   levels = 1 + max(int(match[1]) for match in blocks if match)
   movq = 'decoder.norm_out.shift.kernel' in names

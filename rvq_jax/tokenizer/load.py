@@ -1,7 +1,7 @@
-"""`load`: a run, an exported folder or a model of the Hub as a tokenizer.
+"""`load`: opens a run, an export or a model on the Hub as a tokenizer.
 
-An export is config.json and model.safetensors, whose tensors bear the names of
-the linen variables joined by dots (`params.encoder.conv0.kernel`).
+An export is config.json and model.safetensors; the tensors have the names of
+the linen variables, joined by dots (`params.encoder.conv0.kernel`).
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _FIELDS = {'config': dict, 'model_hash': str, 'step': int}
 def load(
   workdir: str | os.PathLike[str], step: int | str | None = None
 ) -> Tokenizer:
-  """Loads a trained tokenizer, its averages if any, onto the first device.
+  """Loads a trained tokenizer (its averages, if any) onto the first device.
 
   >>> import numpy as np
   >>> from rvq_jax import load
@@ -42,8 +42,8 @@ def load(
   (1, 64, 64, 3)
 
   Args:
-    workdir: directory of a run; folder of `rvq export`, or of a `VQModel` of
-      diffusers; 'pretrained:NAME', a tokenizer that comes with rvq_jax; or
+    workdir: directory of a run; folder of `rvq export` or of diffusers'
+      `VQModel`; 'pretrained:NAME', a tokenizer that comes with rvq_jax; or
       'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION': such a folder on the Hugging
       Face Hub, or a tokenizer in `foreign.KNOWN`.
     step: a saved step of a run, 'best' (lowest validation mse), or None for the
@@ -58,7 +58,7 @@ def load(
   if str(workdir).startswith(PRETRAINED):
     return _load_export(pretrained(workdir), step)
   if str(workdir).startswith(HUB):
-    from rvq_jax.tokenizer.foreign import KNOWN  # no export needs it
+    from rvq_jax.tokenizer.foreign import KNOWN  # exports do not need it
 
     name = str(workdir).removeprefix(HUB)
     if name.partition('@')[0] in KNOWN:
@@ -73,19 +73,19 @@ def load(
 
 
 def import_model(source: str | os.PathLike[str], **options: Any) -> Tokenizer:
-  """Opens a tokenizer of other people: taming, LlamaGen, VAR, diffusers ...
+  """Opens other people's tokenizers: taming, LlamaGen, VAR, diffusers ...
 
-  Nothing in its files is executed. docs/zoo.md lists what is known.
+  It executes nothing in their files. docs/zoo.md lists known tokenizers.
 
   Args:
     source: a file of weights (.safetensors, .ckpt, .pt, .pth, .bin), a folder
-      with one, as of diffusers' `VQModel`, or 'hf:OWNER/NAME'.
+      with one, such as diffusers' `VQModel`, or 'hf:OWNER/NAME'.
     options: rule ('euclidean', 'cosine' or 'inner_product'), sides, image_size
-      and unit_range, where the source is not known; see `foreign.open_network`.
+      and unit_range, for unknown sources; see `foreign.open_network`.
 
   Raises:
-    ValueError: the file holds no such network, is damaged, or its rule is not
-      known.
+    ValueError: the file holds no such network, is damaged, or its rule is
+      unknown.
     ImportError: 'hf:' needs the package huggingface_hub, the extra `hub`.
     OSError: there is no such file; the Hub does not answer.
   """
@@ -112,7 +112,7 @@ def import_model(source: str | os.PathLike[str], **options: Any) -> Tokenizer:
 
 
 def pretrained(name: str | os.PathLike[str]) -> Path:
-  """The folder of 'pretrained:NAME'; ValueError lists the names that exist."""
+  """The folder of 'pretrained:NAME'; a ValueError lists the names."""
   folder = Path(__file__).parents[1] / 'pretrained'
   names = sorted(path.name for path in folder.glob('*') if is_export(path))
   plain = str(name).removeprefix(PRETRAINED)
@@ -139,7 +139,7 @@ def _load_run(
   from rvq_jax.training.checkpoints import Checkpoints  # Orbax takes seconds
 
   with contextlib.ExitStack() as stack:
-    # Orbax warns that a run is opened for reading.
+    # Orbax would warn about reading a run.
     logger = logging.getLogger('absl')
     stack.callback(logger.setLevel, logger.level)
     logger.setLevel(logging.ERROR)
@@ -149,8 +149,8 @@ def _load_run(
     run = RunData(config)
     if saved <= run.quantize_after:
       raise ValueError(
-        f'step {saved} of {workdir} has no codebook: it is filled after step '
-        f'{run.quantize_after}, config.model.quantize_after; train longer'
+        f'step {saved} of {workdir} has no codebook: the run fills it after '
+        f'step {run.quantize_after}, config.model.quantize_after; train longer'
       )
     model, shapes = _model(config, workdir)
     if run.keeps_averages:
@@ -168,13 +168,13 @@ def _load_export(folder: Path, step: int | str | None) -> Tokenizer:
   if kinds != _FIELDS or about | FORMAT != about:
     wanted = ', '.join(f'{name} {value}' for name, value in FORMAT.items())
     raise ValueError(
-      f'{path}: expected JSON as rvq export writes it, with {wanted} and '
+      f'{path}: expected JSON from rvq export, with {wanted} and '
       f'{", ".join(_FIELDS)}'
     )
   config, saved = completed(about['config'], folder), about['step']
   if step not in (None, saved):
     raise ValueError(
-      f'step: expected {saved}, which {folder} holds, or none; got {step}'
+      f'step: {folder} holds only {saved}: expected {saved} or none, got {step}'
     )
   model, shapes = _model(config, folder)
   variables = _read_weights(folder / WEIGHTS, shapes)
@@ -198,7 +198,7 @@ def _model(
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
   except ValueError as error:
     raise ValueError(
-      f'{source} was made by another version of rvq_jax: {error}'
+      f'another version of rvq_jax made {source}: {error}'
     ) from error
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = jax.tree.map(lambda x: x.update(sharding=device), shapes)
@@ -210,7 +210,7 @@ def _read_weights(path: Path, shapes: dict[str, Any]) -> dict[str, Any]:
   import safetensors.numpy
 
   expected = flax.traverse_util.flatten_dict(shapes, sep='.')
-  with open(path, 'rb'):  # safetensors says of any that it is not there
+  with open(path, 'rb'):  # safetensors reports any OSError as a missing file
     pass
   try:
     arrays = safetensors.numpy.load_file(path)

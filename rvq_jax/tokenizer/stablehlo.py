@@ -1,4 +1,4 @@
-"""encode and decode as StableHLO; to write it needs the extra `stablehlo`."""
+"""encode and decode as StableHLO; writing needs the extra `stablehlo`."""
 
 import functools
 import importlib.util
@@ -12,17 +12,17 @@ from rvq_jax.metrics import prepare_images
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 
 PLATFORMS = ('cpu', 'cuda')
-# In bfloat16 on the GPU that it is exported on, `layers.attend` calls cuDNN,
-# whose name JAX does not promise to keep.
+# An export in bfloat16 on a GPU calls cuDNN in `layers.attend`, under a name
+# that JAX does not guarantee.
 _CHECKS = (jax.export.DisabledSafetyCheck.custom_call('__cudnn$fmhaSoftmax'),)
 
 
 def write_stablehlo(folder, tokenizer: Tokenizer) -> None:
   """Writes encode_PLATFORM.stablehlo and decode_PLATFORM.stablehlo.
 
-  Each holds the arrays that it needs, and what the model chooses for its
-  platform, which need not be there. It maps over the images one by one: their
-  number B is free, their side S is `image_size`.
+  Each holds its arrays, and the model's choices for its platform, which this
+  machine need not have. It maps over single images: their number B is free,
+  their side S is `image_size`.
 
   encode: uint8 [B, S, S, 3] -> ids int32 [B, H, W], or [B, H, W, L].
   decode: such ids -> float32 [B, S, S, 3] in [-1, 1].
@@ -41,7 +41,7 @@ def write_stablehlo(folder, tokenizer: Tokenizer) -> None:
     return model.apply(variables, ids[None], method='decode')[0]
 
   def over_images(function, x):
-    # Without barriers XLA computes with the weights while it compiles.
+    # Without barriers XLA folds the weights while it compiles.
     variables = jax.tree.map(jax.lax.optimization_barrier, tokenizer.variables)
     return jax.lax.map(functools.partial(function, variables), x)
 

@@ -1,13 +1,13 @@
 """Images of any size to ids and back, in bounded memory.
 
-A grid of at most WINDOW x WINDOW positions is coded in one piece and equals
-`Tokenizer.reconstruct` bit-exactly; so is, where GroupNorm looks at the whole
-image, one of at most PIECE pixels. A larger one is coded in windows, which give
-the ids and the picture of one piece up to float32 rounding: they overlap by the
-reach of the convolutions, GroupNorm takes its statistics over the whole image,
-and attention its keys and values. Only where a grid has more than KEYS
-positions are these of every second (third ...) row and column. Multi-scale
-tokens are of one size and have no windows.
+A grid of at most WINDOW x WINDOW positions (with GroupNorm, which sees the
+whole image, of at most PIECE pixels) is coded in one piece and equals
+`Tokenizer.reconstruct` bit-exactly. A larger grid is coded in windows, with the
+same ids and picture up to float32 rounding: windows overlap by the reach of the
+convolutions, and GroupNorm takes its statistics, attention its keys and values
+from the whole image. If a grid has more than KEYS positions, keys and values
+come from every second (third ...) row and column. Multi-scale tokens have one
+size and no windows.
 """
 
 import functools
@@ -34,8 +34,8 @@ _MAX_BYTES = 2**28
 def spans(size: int, side: int, halo: int) -> list[tuple[int, int, int]]:
   """The windows (start, first, last) along `size` positions.
 
-  One is min(size, side) long and keeps the positions first ... last - 1, at
-  least `halo` from its inner borders.
+  A window is min(size, side) long and keeps the positions first ... last - 1,
+  at least `halo` from its inner borders.
   """
   if size <= side:
     return [(0, 0, size)]
@@ -52,7 +52,7 @@ def _in_one_piece(tokenizer, grid):
   if not tokenizer.any_size or max(grid) <= WINDOW:
     return True
   pixels = math.prod(grid) * tokenizer.factor**2
-  # Windows take a pass for each norm: tens of times as long.
+  # Windows take a pass per norm: tens of times as long.
   return tokenizer.model.encoder.norm != 'batch' and pixels <= PIECE
 
 
@@ -72,7 +72,7 @@ def _code(variables, x, *, model, method):
 
 @functools.partial(jax.jit, static_argnames=('model', 'method'))
 def _survey(variables, x, kept, *, model, method):
-  """The collection 'whole' as one window x knows it; see `_layer`."""
+  """The collection 'whole' as seen from one window x; see `_layer`."""
   with nn.intercept_methods(functools.partial(_layer, kept)):
     _, written = model.apply(variables, x, method=method, mutable='whole')
   return written.get('whole', {})
@@ -81,10 +81,10 @@ def _survey(variables, x, kept, *, model, method):
 def _layer(kept, call, args, kwargs, context):
   """Calls a layer; GroupNorm and attention use the collection 'whole'.
 
-  Its variable 'map' is, for a GroupNorm, the means [2, B, groups] of x and x^2,
-  for attention the positions [B, h, w, C] that give keys and values; without it
-  a layer sees only x. With kept, bool [H, W], it is written: the means over
-  those positions of a window, or all positions of the window.
+  Its variable 'map' holds, for a GroupNorm, the means [2, B, groups] of x and
+  x^2, for attention the positions [B, h, w, C] for keys and values; without it
+  a layer sees only x. With kept, bool [H, W], this writes 'map': the means over
+  the kept positions of a window, or all its positions.
   """
   layer = context.module
   if not isinstance(layer, nn.GroupNorm | SelfAttention):
@@ -158,7 +158,7 @@ def _by_windows(tokenizer, method, x, result, placement=None):
 def _join(surveys, grid, side):
   """The collection 'whole' of a grid, from (window, its `_survey`).
 
-  Attention above the lowest level of a network has `zoom` times the positions.
+  Attention above the lowest level has `zoom` times the positions per side.
   """
   joined = {}
   for ((y, top, bottom), (z, left, right)), survey in surveys:
@@ -187,8 +187,8 @@ def encode_images(
   """Ids of images of any size: `axes`, `ids_dtype`, H = ceil(h / factor).
 
   Args:
-    images: uint8 [B, h, w, 3]; their last row and column are repeated until
-      the factor divides both sides.
+    images: uint8 [B, h, w, 3]; the last row and column repeat until the factor
+      divides both sides.
     placement: sharding of the images; None: one device.
   """
   f, (height, width) = tokenizer.factor, images.shape[1:3]
@@ -205,9 +205,9 @@ def encode_images(
 def decode_ids(
   tokenizer: Tokenizer, ids: np.ndarray, height: int, width: int
 ) -> np.ndarray:
-  """Images uint8 [B, height, width, 3] of ids, as of `encode_images`.
+  """Images uint8 [B, height, width, 3] of ids as from `encode_images`.
 
-  height is at most H factor, width at most W factor: more pixels are cropped.
+  height is at most H factor, width at most W factor; surplus pixels go.
   """
   f, ids = tokenizer.factor, np.asarray(tokenizer.check_ids(ids), np.int32)
   if _in_one_piece(tokenizer, ids.shape[1:3]):

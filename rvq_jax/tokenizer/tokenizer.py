@@ -19,8 +19,8 @@ from rvq_jax.quantize.codebook import COUNTS
 from rvq_jax.training.build import RunData, architecture
 
 UNIT_RANGE = (
-  'float images whose values all lie in [0, 1] are taken as [-1, 1], from grey '
-  'to white; if 0 is black, pass 2 * x - 1'
+  'float images with all values in [0, 1] are read on [-1, 1], from grey to '
+  'white; if 0 is black, pass 2 * x - 1'
 )
 
 
@@ -41,7 +41,7 @@ class Tokenizer:
 
   Args:
     variables: its collections params, batch_stats and codebook.
-    config: the flat config that it was trained with.
+    config: the flat config of its training.
     step: the training step of the variables.
 
   Attributes:
@@ -49,13 +49,13 @@ class Tokenizer:
     factor: pixels along the side of a token; it divides the sides of images.
     quantizer: its name in a config.
     image_size: side of the training images, in pixels.
-    any_size: whether images of other sizes have ids.
-    axes: of ids: '[B, H, W]', '[B, H, W, L]' or '[B, T]' (multi-scale).
+    any_size: whether it encodes images of other sizes.
+    axes: axes of ids: '[B, H, W]', '[B, H, W, L]' or '[B, T]' (multi-scale).
     codes_per_position: L; None without that axis.
-    sides: of the scales; None unless multi-scale.
-    prefixes: lengths of the last axis that decode, coarse to fine, of residual
-      or multi-scale ids; else [].
-    ids_dtype: the smallest unsigned integer for K, in which files hold ids.
+    sides: sides of the scales; None unless multi-scale.
+    prefixes: decodable lengths of the last axis of residual or multi-scale ids,
+      coarse to fine; else [].
+    ids_dtype: the smallest unsigned integer for K, the dtype of ids in files.
   """
 
   def __init__(
@@ -89,7 +89,7 @@ class Tokenizer:
     self._decode = jax.jit(functools.partial(model.apply, method='decode'))
 
   def ids_shape(self, height: int, width: int) -> tuple[int, ...]:
-    """Shape of the ids of an image of so many pixels: [H, W(, L)] or [T]."""
+    """Shape of the ids of an image: [H, W(, L)] or [T]."""
     if self.sides:
       return (self.prefixes[-1],)
     codes = self.codes_per_position
@@ -97,9 +97,9 @@ class Tokenizer:
     return grid + ((codes,) if codes else ())
 
   def levels(self, ids: jax.Array | np.ndarray) -> list[Any]:
-    """The ids, or their first few levels, as one grid [B, h, w] per level.
+    """The ids, or a prefix of their levels, as one grid [B, h, w] per level.
 
-    A level is one code of each position, or a scale; coarse to fine.
+    A level is one code per position, or a scale; coarse to fine.
     """
     if self.codes_per_position:
       return [ids[..., i] for i in range(ids.shape[-1])]
@@ -113,22 +113,22 @@ class Tokenizer:
     ]
 
   def join(self, levels: list[np.ndarray]) -> np.ndarray:
-    """The ids whose `levels` are given, all or the first few."""
+    """The ids of all `levels`, or of the first few."""
     if self.sides:
       return np.concatenate([x.reshape(len(x), -1) for x in levels], axis=1)
     return np.stack(levels, -1) if self.codes_per_position else levels[0]
 
   def grid(self, ids: jax.Array) -> jax.Array:
-    """The latents [B, H, W, C] of ids, unchecked; it can be traced."""
+    """The latents [B, H, W, C] of unchecked ids; traceable."""
     grid: Any = self.model.apply(
       self.variables, ids, method=lambda model, x: model.vq.codes_from_ids(x)
     )
     return grid
 
   def codebooks(self) -> list[jax.Array]:
-    """The vectors [K, C] of all codes, per level; all scales share theirs."""
+    """The vectors [K, C] of all codes, per level; scales share one codebook."""
     codes, ids = self.codes_per_position, jnp.arange(self.codebook_size)
-    if self.sides:  # the codes themselves, not the grids that they add to
+    if self.sides:  # the codes themselves, not their addends of the grid
       scales: Any = self.model.apply(
         self.variables, method=lambda model: model.vq.codes()
       )
@@ -145,7 +145,7 @@ class Tokenizer:
 
   @functools.cached_property
   def encoder_hash(self) -> str:
-    """SHA-256 of all that gives ids their meaning: not of the decoder."""
+    """SHA-256 of all parts that give ids their meaning: not the decoder."""
     arrays = {
       name: array
       for name, array in flatten_dict(dict(self.variables), sep='.').items()
@@ -154,11 +154,11 @@ class Tokenizer:
     return tree_digest(arrays, header=self.architecture())
 
   def architecture(self) -> str:
-    """JSON of what shapes the model; see `build.architecture`."""
+    """JSON of the model's form; see `build.architecture`."""
     return architecture(self.config, self.sides)
 
   def about_ids(self) -> dict[str, Any]:
-    """What files of ids say about their model, as JSON values."""
+    """JSON values about the model, for files of ids."""
     about = {
       'model_hash': self.model_hash,
       'encoder_hash': self.encoder_hash,
@@ -170,10 +170,10 @@ class Tokenizer:
     return about
 
   def check_encoder(self, encoder_hash: str, name: object) -> None:
-    """Raises ValueError if the ids in `name` are of another encoder."""
+    """Raises ValueError if another encoder made the ids in `name`."""
     if encoder_hash != self.encoder_hash:
       raise ValueError(
-        f'{name} is of the encoder {encoder_hash[:16]}, got the encoder '
+        f'{name}: expected the encoder {encoder_hash[:16]}, got '
         f'{self.encoder_hash[:16]}; pass the --workdir and --step that wrote '
         'it, or a run that fine-tuned their decoder'
       )
@@ -183,11 +183,11 @@ class Tokenizer:
 
     Args:
       images: [B, h, w, 3], uint8 or float in [-1, 1]; `factor` divides h, w.
-        A multi-scale tokenizer takes only `image_size`. A warning tells of
-        floats that all lie in [0, 1].
+        A multi-scale tokenizer takes only `image_size`. Floats that all lie in
+        [0, 1] cause a warning.
 
     Raises:
-      ValueError: another shape, dtype or range.
+      ValueError: wrong shape, dtype or range.
     """
     images = jnp.asarray(images)
     if images.dtype == jnp.uint8:
@@ -207,29 +207,28 @@ class Tokenizer:
     """Images of token ids: float32 [B, H factor, W factor, 3] in [-1, 1].
 
     Args:
-      ids: integers in [0, K) of `axes`; also the first few: see `prefixes`.
+      ids: integers in [0, K) with `axes`, or a prefix: see `prefixes`.
 
     Raises:
-      ValueError: another shape or dtype, or an id out of range.
+      ValueError: wrong shape or dtype, or an id out of range.
     """
     ids = jnp.asarray(self.check_ids(ids), jnp.int32)
     return self._decode(self.variables, ids)
 
   def check_ids(self, ids: ArrayLike) -> np.ndarray | jax.Array:
     """The ids as an array; ValueError if `decode` refuses them."""
-    # Not through jnp: it would wrap 64 bits to 32 before the check.
+    # Not jnp: it would wrap 64 bits to 32 before the check.
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     axes = self.axes.count(',') + 1
     if ids.ndim != axes or not np.issubdtype(ids.dtype, np.integer):
       raise ValueError(
-        f'expected ids {self.axes} of integers, got {ids.dtype} '
-        f'{list(ids.shape)}'
+        f'expected integer ids {self.axes}, got {ids.dtype} {list(ids.shape)}'
       )
     last = self.codebook_size - 1
     if ids.size and not 0 <= ids.min() <= ids.max() <= last:
       raise ValueError(
-        f'expected ids from 0 to {last}, got {ids.min()} to {ids.max()}; are '
-        'they of another model?'
+        f'expected ids from 0 to {last}, got {ids.min()} to {ids.max()}; pass '
+        'the model that made them'
       )
     return ids
 

@@ -6,7 +6,7 @@
     ids = tokenizer.encode(images)  # uint8 [B, h, w, 3] -> int64 [B, H, W]
     images = tokenizer.decode(ids)  # float32 [B, h, w, 3] in [-1, 1]
 
-Apache-2.0, as rvq_jax, which exports it beside model.safetensors.
+Apache-2.0, like rvq_jax, which exports it beside model.safetensors.
 """
 
 import ctypes
@@ -43,11 +43,11 @@ class Tokenizer:
     """Opens an exported folder, or OWNER/NAME@REVISION of the Hub."""
     try:
       return cls(*_read(name))
-    except Exception as why:  # of the many that files and the Hub can cause
+    except Exception as why:  # files and the Hub cause many types
       reason = ' '.join(f'{type(why).__name__}: {why}'.split())
       raise ValueError(
-        f'{name}: expected an export of rvq_jax, a folder or of the Hub, got '
-        f'{reason}; if another version wrote it, use tokenizer_torch.py in it'
+        f'{name}: expected an export of rvq_jax, a folder or on the Hub, got '
+        f'{reason}; if another version wrote it, use its tokenizer_torch.py'
       ) from why
 
   def to(self, device):
@@ -69,8 +69,8 @@ class Tokenizer:
     if not fits or any(n != size if size else n % f for n in x.shape[2:]):
       sides = size or f'multiples of {f}'
       raise ValueError(
-        'expected images [B, h, w, 3] or [B, 3, h, w] whose sides are '
-        f'{sides}, got {shape}; resize, crop or pad them'
+        f'expected images [B, h, w, 3] or [B, 3, h, w] with sides {sides}, got '
+        f'{shape}; resize, crop or pad them'
       )
     x = x / 127.5 - 1 if x.dtype == torch.uint8 else x
     if not x.is_floating_point() or not x.abs().max() <= 1.001:
@@ -78,7 +78,7 @@ class Tokenizer:
       raise ValueError(f'expected uint8 or float images in [-1, 1], got {got}')
     if torch.as_tensor(images).is_floating_point() and 0 <= x.min() < x.max():
       text = (
-        'float images in [0, 1] are taken as [-1, 1]; if 0 is black: 2x - 1'
+        'float images in [0, 1] are read on [-1, 1]; if 0 is black, pass 2x - 1'
       )
       warnings.warn(text, stacklevel=2)
     z = self._encoder(x.float()).movedim(1, -1)
@@ -88,8 +88,8 @@ class Tokenizer:
   def decode(self, ids, *, channels_first=False):
     """Images of ids: float32 [B, h, w, 3], or [B, 3, h, w], in [-1, 1].
 
-    Residual and multi-scale tokenizers take any first codes or scales. As
-    pixels: ((images + 1) * 127.5).round().clamp(0, 255).byte().
+    Residual and multi-scale tokenizers also take prefixes of codes or scales.
+    Pixels are ((images + 1) * 127.5).round().clamp(0, 255).byte().
     """
     ids = torch.as_tensor(ids).to(self.arrays['encoder.out.bias'].device)
     axes, lengths = self.config['axes'], self.config['lengths']
@@ -98,10 +98,10 @@ class Tokenizer:
     if not fits or ids.is_floating_point() or ids.dtype == torch.bool:
       axes += f' with {axes[-2]} in {lengths}' if lengths else ''
       got = f'{ids.dtype} {list(ids.shape)}'
-      raise ValueError(f'expected ids {axes}, integers, got {got}')
+      raise ValueError(f'expected integer ids {axes}, got {got}')
     ids, last = ids.long(), self.codebook_size - 1
     if not 0 <= ids.min() <= ids.max() <= last:
-      got = f'{ids.min()} to {ids.max()}; are they of another model?'
+      got = f'{ids.min()} to {ids.max()}; pass the model that made them'
       raise ValueError(f'expected ids from 0 to {last}, got {got}')
     z = _dense(self.arrays, 'vq.project_out', self._quantizer.codes(ids))
     images = self._decoder(z.movedim(-1, 1))
@@ -156,11 +156,11 @@ class Tokenizer:
     return x + y.view(x.shape)
 
 
-class _VQ:  # `ids` of vectors [..., D], here of the nearest codes; and back
+class _VQ:  # `ids` of vectors [..., D], here by the nearest code; and back
   def __init__(self, config, arrays, name='vq'):
     self.config, self.arrays, self.name = config, arrays, name
 
-  def parts(self, kind):  # of each code of a position
+  def parts(self, kind):  # one per code of a position
     names = [f'vq.{kind}_{i}' for i in range(self.config['codes_per_position'])]
     return [_VQ(self.config, self.arrays, name) for name in names]
 
@@ -181,7 +181,7 @@ class _VQ:  # `ids` of vectors [..., D], here of the nearest codes; and back
     return self.codebook()[ids]
 
 
-class _Residual(_VQ):  # each code is of what the codes before it leave over
+class _Residual(_VQ):  # each code quantizes the residual of the previous ones
   def ids(self, e):
     total, ids = torch.zeros_like(e), []
     for level in self.parts('level'):
@@ -193,7 +193,7 @@ class _Residual(_VQ):  # each code is of what the codes before it leave over
     return sum(map(_VQ.codes, self.parts('level'), ids.unbind(-1)))
 
 
-class _Product(_VQ):  # each code is of one piece of a vector
+class _Product(_VQ):  # each code quantizes one piece of a vector
   def ids(self, e):
     pieces = e.chunk(self.config['heads'], -1)
     return torch.stack([*map(_VQ.ids, self.parts('head'), pieces)], -1)
@@ -234,7 +234,7 @@ class _Multiscale(_VQ):  # the codes of grids [B, n, n] of growing side
     return sum(self.addend(x, scale) for scale, x in parts if x.numel())
 
 
-class _FSQ(_VQ):  # rounded dimensions, whose levels are the digits of an id
+class _FSQ(_VQ):  # rounded dimensions; their levels are the digits of an id
   def ids(self, e):
     levels, weights = torch.tensor(self.config['radix'], device=e.device)
     half = (levels - 1) * (1 - 1e-3) / 2
@@ -250,24 +250,24 @@ QUANTIZERS = {'vq': _VQ, 'simvq': _VQ, 'gumbel': _VQ, 'residual': _Residual}
 QUANTIZERS |= {'product': _Product, 'multiscale': _Multiscale, 'fsq': _FSQ}
 
 
-def _conv(arrays, name, x, stride=1):  # padded as by JAX, an odd pixel last
+def _conv(arrays, name, x, stride=1):  # padded as in JAX, an odd pixel last
   kernel = arrays[f'{name}.kernel']
   total = kernel.shape[-1] - stride
   x = F.pad(x, (total // 2, total - total // 2) * 2)
   return F.conv2d(x, kernel, arrays.get(f'{name}.bias'), stride)
 
 
-def _dense(arrays, name, x):  # or x, where the model has no such layer
+def _dense(arrays, name, x):  # x if the model has no such layer
   kernel = arrays.get(f'{name}.kernel')
   return x if kernel is None else x @ kernel + arrays.get(f'{name}.bias', 0)
 
 
 def nearest(e, codes, inner=False):
-  """Ids of the codes [K, D] nearest to e [..., D]; the lowest of equals.
+  """Ids of the codes [K, D] nearest to e [..., D]; the lowest in a tie.
 
-  inner: those of the largest inner product instead.
+  inner: by the largest inner product instead.
   """
-  center = codes.mean(0)  # scores cancel where the codes lie far from 0
+  center = codes.mean(0)  # scores cancel if the codes lie far from 0
   center = torch.zeros_like(center) if inner else center
   codes, rows = codes - center, e.reshape(-1, e.shape[-1]) - center
   half = 0 if inner else codes.square().sum(1) / 2
@@ -296,5 +296,5 @@ def _read(name):  # config, arrays and hash of an export
       x = (x.flip(0, 1).mT if len(x) == 4 else x).permute(3, 2, 0, 1)
     arrays[name.partition('.')[2]] = x.contiguous()
   if digest.hexdigest() != about['model_hash']:
-    raise ValueError(f'{WEIGHTS} of another hash than {CONFIG} says')
+    raise ValueError(f'{WEIGHTS} with another hash than in {CONFIG}')
   return json.loads(header) | about['torch'], arrays, about['model_hash']

@@ -1,9 +1,9 @@
 """The tensors of weights files, read as data: nothing in a file runs.
 
 A pickle is a program. `pickletools` lists its instructions; here they make
-dicts, lists (of tuples too: they have no hash, whose recursion could end the
-process), numbers and views of storages, and None in place of all else. No class
-or function is looked up.
+dicts, lists (also for tuples, whose recursive hash could end the process),
+numbers and views of storages, and None for everything else. This looks up no
+class or function.
 """
 
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # begins a file before PyTorch 1.6
-# By the name of a storage in PyTorch, and of a dtype in safetensors.
+# NumPy's names, and those of PyTorch's storages and of safetensors' dtypes.
 _NAMES = """float64 DoubleStorage F64  float32 FloatStorage F32
 float16 HalfStorage F16  bfloat16 BFloat16Storage BF16  int64 LongStorage I64
 int32 IntStorage I32  int16 ShortStorage I16  int8 CharStorage I8
@@ -26,7 +26,7 @@ uint8 ByteStorage U8  bool BoolStorage BOOL
 complex64 ComplexFloatStorage C64""".split()
 _DTYPES = dict(zip(_NAMES[1::3], map(np.dtype, _NAMES[::3]), strict=True))
 _DTYPES |= dict(zip(_NAMES[2::3], _DTYPES.values(), strict=True))
-# What a pickle may name: the first part of a module, or a type of builtins.
+# Allowed names in a pickle: the first part of a module, or a builtin type.
 _MODULES = """torch torchvision torchmetrics pytorch_lightning lightning
 lightning_fabric lightning_utilities numpy omegaconf collections argparse typing
 pathlib datetime enum copyreg _codecs easydict yacs ml_collections taming ldm
@@ -36,7 +36,7 @@ float complex bool slice range object""".split()
 
 
 class _Other(ValueError):
-  """Says what a file seems to be instead."""
+  """Describes what a file seems to be instead."""
 
 
 class _Tensor(list):
@@ -47,8 +47,8 @@ def read_tensors(path) -> dict[str, np.ndarray]:
   """Reads a weights file without PyTorch and without running anything.
 
   Args:
-    path: a .safetensors file, or what torch.save writes today or wrote before
-      1.6 (.ckpt, .pt, .pth, .bin). The content decides, not the suffix.
+    path: a .safetensors file, or one of torch.save, of today or before 1.6
+      (.ckpt, .pt, .pth, .bin). The content decides, not the suffix.
 
   Returns:
     Every dense tensor in nested dicts, by its keys joined with dots, such as
@@ -56,8 +56,8 @@ def read_tensors(path) -> dict[str, np.ndarray]:
     other dtypes stay. Arrays are C-contiguous; most are read-only views.
 
   Raises:
-    ValueError: the file is missing, damaged, holds no such tensors, or names
-      in its pickle what no weights need, such as os.system.
+    ValueError: the file is missing, damaged, holds no such tensors, or its
+      pickle has a name that weights do not need, such as os.system.
   """
   try:
     arrays, room = _read(Path(path)), 4 * Path(path).stat().st_size + 2**20
@@ -68,26 +68,26 @@ def read_tensors(path) -> dict[str, np.ndarray]:
       if dtype != x.dtype or not x.flags.c_contiguous:
         room -= x.size * dtype.itemsize
         if room < 0:
-          raise _Other('tensors that are far larger than their file')
+          raise _Other('tensors far larger than their file')
         arrays[name] = x.astype(dtype, order='C')
     return arrays
-  except Exception as error:  # a damaged pickle may raise nearly any
+  except Exception as error:  # a damaged pickle may raise nearly any type
     what = f'a damaged or missing file ({type(error).__name__}: {error})'
     what = str(error) if isinstance(error, _Other) else what
     raise ValueError(
       f'{path}: expected the weights of a network, got '
-      + re.sub('[^ -~]+', ' ', what[:300])  # whatever the file says
+      + re.sub('[^ -~]+', ' ', what[:300])  # text from the file
     ) from error
 
 
 def _read(path):
-  """The arrays of a file, whose content says how it is read."""
+  """The arrays of a file; its content decides how to read it."""
   with open(path, 'rb') as stream:
     head = stream.read(512)
   if not head:
     raise _Other('an empty file')
   if head.startswith(b'version https://git-lfs'):
-    raise _Other('a Git LFS pointer: fetch the file itself, as by git lfs pull')
+    raise _Other('a Git LFS pointer: fetch the file itself by git lfs pull')
   if head.startswith(b'PK'):
     return _read_zip(path)
   if (head.isascii() and b'\0' not in head) or head.lstrip()[:1] == b'<':
@@ -104,7 +104,7 @@ def _read(path):
 
 
 def _read_zip(path):
-  """What torch.save writes: PREFIX/data.pkl, and PREFIX/data/KEY a storage."""
+  """Reads torch.save's format: data.pkl, and data/KEY per storage."""
   with zipfile.ZipFile(path) as archive:
     names, dtypes = archive.namelist(), {}
     if sum(x.file_size for x in archive.infolist()) > path.stat().st_size:
@@ -113,10 +113,10 @@ def _read_zip(path):
       raise _Other('a TorchScript archive: save its state_dict by torch.save')
     prefix = next((x[:-8] for x in names if x.endswith('/data.pkl')), None)
     if prefix is None:
-      raise _Other(f'a zip archive of {names[:1]}, not one of torch.save')
+      raise _Other(f'a zip archive of {names[:1]}, not from torch.save')
     order = f'{prefix}byteorder'
     if order in names and archive.read(order) != b'little':
-      raise _Other('tensors of a big-endian machine')
+      raise _Other('tensors from a big-endian machine')
 
     @functools.cache
     def storage(key):
@@ -127,7 +127,7 @@ def _read_zip(path):
 
 
 def _read_legacy(path):
-  """What torch.save wrote before 1.6: five pickles, then the storages."""
+  """Reads torch.save's format before 1.6: five pickles, then the storages."""
   data, dtypes, storages = path.read_bytes(), {}, {}
   stream = io.BytesIO(data)
   if _unpickle(stream, dtypes) != _MAGIC:
@@ -141,7 +141,7 @@ def _read_legacy(path):
 
 
 def _unpickle(stream, dtypes):
-  """The value of one pickle; `dtypes` receives those of storages by key."""
+  """The value of one pickle; fills `dtypes` with storages' dtypes by key."""
   stack, marks, memo, mark = [], [], {}, pickletools.markobject
   for op, arg, _ in pickletools.genops(stream):
     needs = op.stack_before
@@ -183,7 +183,7 @@ def _unpickle(stream, dtypes):
 
 
 def _fill(target, *items):
-  """Puts items into a list or a dict; anything else swallows them."""
+  """Puts items into a list or a dict; drops them for anything else."""
   if type(target) is list:
     target += items
   elif isinstance(target, dict):
@@ -194,19 +194,19 @@ def _fill(target, *items):
 
 
 def _global(name):
-  """The name of a class or function; refuses what no weights need."""
+  """The name of a class or function; refuses names that weights do not need."""
   root, _, rest = name.partition('.')
   is_type = root in ('builtins', '__builtin__') and rest in _TYPES
   if root not in _MODULES and not is_type:
     raise _Other(
-      f'a pickle that names {name[:80]}; nothing was run; a state_dict saved '
-      'alone would open'
+      f'a pickle that names {name[:80]}; nothing was run; save only a '
+      'state_dict'
     )
   return name
 
 
 def _call(function, args):
-  """What a call would make: a dict or a tensor, else None."""
+  """The result of a call: a dict or a tensor, else None."""
   match isinstance(function, str) and function.removeprefix('torch._utils.'):
     case 'collections.OrderedDict' | 'collections.defaultdict':
       return {}
@@ -219,7 +219,7 @@ def _call(function, args):
 def _arrays(tree, storage):
   """The arrays of nested dicts; `storage` gives a flat array by its key."""
   todo, arrays = [('', tree)], {}
-  for prefix, value in todo:  # which grows
+  for prefix, value in todo:  # grows
     if isinstance(value, _Tensor):
       arrays[prefix] = _view(storage(value[0]), *value[1:])
     elif isinstance(value, dict):
@@ -233,7 +233,7 @@ def _arrays(tree, storage):
 
 
 def _view(flat, offset, size, stride):
-  """The array of a tensor, which must lie within its storage."""
+  """The array of a tensor; ValueError unless it lies within its storage."""
   if any(
     type(n) is not int or not 0 <= n < 2**60 for n in [offset, *size, *stride]
   ):

@@ -14,26 +14,26 @@ from pathlib import Path
 import jax
 import jaxlib
 
-# Private: JAX has no public question about its backends that starts none, and
-# no public way to drop an entry of its cache.
+# Private: every public question about JAX's backends starts one, and no public
+# function drops an entry of its cache.
 from jax._src import compilation_cache
 from jax._src.xla_bridge import backends_are_initialized
 
 from rvq_jax.io import cache_folder
 
 DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
-# Else XLA may find no deterministic tiling for a product and give up.
+# With Triton, XLA may find no deterministic tiling for a product and fail.
 NO_TRITON = '--xla_gpu_enable_triton_gemm=false'
 
 
 def prepare_backend(*, share_gpus: bool = False) -> None:
   """Caches compiled programs, keeps freed memory, warns of an unused GPU.
 
-  Settings of the user win. The cache has a folder per kind of CPU, because
+  The user's settings win. The cache has a folder per kind of CPU, because
   machines may share a home directory. Memory that glibc returned to the kernel
   would cost a third of a step in page faults, and YNNPACK's convolutions, XLA's
-  default, another third (docs/scale.md). With `share_gpus`, GPU memory is taken
-  as needed: some is left to PyTorch in the same process.
+  default, another third (docs/scale.md). With `share_gpus`, JAX takes GPU
+  memory as needed and leaves some to PyTorch in the same process.
   """
   if share_gpus:
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
@@ -50,8 +50,8 @@ def prepare_backend(*, share_gpus: bool = False) -> None:
   on_cpu = (jax.config.jax_platforms or ('' if plugins else 'cpu')) == 'cpu'
   chosen = re.search('MALLOC_|GLIBC_TUNABLES', ' '.join(os.environ))
   if on_cpu and not chosen and platform.libc_ver()[0] == 'glibc':
-    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX. One arena, because a thread's
-    # cannot grow beyond 64 MiB.
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX. One arena, because an arena per
+    # thread cannot grow beyond 64 MiB.
     for option in ((-4, 0), (-1, -1), (-8, 1)):
       ctypes.CDLL(None).mallopt(*option)
   gpu = any(Path('/proc/driver/nvidia/gpus').glob('*'))
@@ -60,16 +60,16 @@ def prepare_backend(*, share_gpus: bool = False) -> None:
 
 
 def _replace_damaged(folder: Path) -> None:
-  """Has JAX compile anew what it cannot read in the cache, as after a kill.
+  """Lets JAX recompile unreadable entries of the cache, as after a kill.
 
-  JAX by itself keeps such an entry, and warns of it in every run.
+  JAX by default keeps such an entry and warns in every run.
   """
   read = compilation_cache.get_executable_and_time
 
   def read_or_drop(key, *arguments, **options):
     try:
       return read(key, *arguments, **options)
-    except Exception:  # a dozen types: of zlib, zstandard, the compiler
+    except Exception:  # a dozen types, from zlib, zstandard, the compiler
       with contextlib.suppress(OSError):
         (folder / f'{key}-cache').unlink()
       return None, None
@@ -78,7 +78,7 @@ def _replace_damaged(folder: Path) -> None:
 
 
 def _is_known(flag: str) -> bool:
-  """Whether jaxlib has a flag of XLA, which ends the process for others."""
+  """Whether jaxlib has a flag of XLA; unknown flags end the process."""
   for path in Path(jaxlib.__file__).parent.glob('libjax_common.*'):
     with (
       path.open('rb') as file,
@@ -96,7 +96,7 @@ def _kind_of_cpu() -> str:
 
 
 def gpu_advice(gpu: bool) -> str:
-  """What to install if JAX cannot use the NVIDIA `gpu`, if any; '' if it can.
+  """Tells what to install if JAX cannot use the NVIDIA `gpu`; else ''.
 
   JAX ignores a plugin whose version differs from jaxlib's and uses the CPU.
   """
@@ -109,29 +109,29 @@ def gpu_advice(gpu: bool) -> str:
     if plugin == jaxlib:
       return ''
     mismatch = (
-      f'jax-{cuda}-plugin {plugin} does not fit jaxlib {jaxlib}, so that JAX '
-      f'sees no GPU: pip install "jax[{cuda}]=={jaxlib}"'
+      f'jax-{cuda}-plugin {plugin} does not fit jaxlib {jaxlib}, so JAX sees '
+      f'no GPU: pip install "jax[{cuda}]=={jaxlib}"'
     )
   if mismatch or not gpu:
     return mismatch
   return (
-    'this machine has an NVIDIA GPU that JAX does not see: pip install '
-    f'"jax[cuda12]=={jaxlib}", or cuda13, whichever the driver supports'
+    'JAX does not see the NVIDIA GPU of this machine: pip install '
+    f'"jax[cuda12]=={jaxlib}" or jax[cuda13], as the driver supports'
   )
 
 
 def make_deterministic() -> None:
-  """Has XLA use no atomics on GPUs, which add in an unknown order.
+  """Lets XLA use no atomics on GPUs, which add in an unknown order.
 
-  What the user set stays; with `DETERMINISTIC` among it nothing is added.
+  The user's flags stay; if they hold `DETERMINISTIC`, it adds none.
   """
   flags = os.environ.get('XLA_FLAGS', '')
   if DETERMINISTIC in flags.split():
     return
   if backends_are_initialized():
     raise ValueError(
-      'config.deterministic: expected to be set before JAX starts its devices; '
-      f'start the process with XLA_FLAGS="{DETERMINISTIC} {NO_TRITON}"'
+      'config.deterministic: JAX has started its devices, too early to set '
+      f'it: start the process with XLA_FLAGS="{DETERMINISTIC} {NO_TRITON}"'
     )
-  # Of two values of an option the last one counts.
+  # XLA takes the last value of an option.
   os.environ['XLA_FLAGS'] = f'{NO_TRITON} {flags} {DETERMINISTIC}'

@@ -1,7 +1,7 @@
-"""Builds the objects of a flat config; below, nothing sees the dictionary.
+"""Builds the objects of a flat config; they never see the dictionary.
 
-Every program that opens a model imports this file: imports of optax and of the
-training loop stand inside functions.
+Every program that opens a model imports this file, so functions import optax
+and the training loop.
 """
 
 import json
@@ -43,7 +43,7 @@ LAYERS_ONLY = {
 }
 """Arguments of layers without a field in a config.
 
-Earlier versions had fields for the first three, which change only training:
+Earlier versions had fields for the first three, which change only training, so
 their runs and exports still open.
 """
 _CODES = 'code_dim quantizer codebook_size cosine depth heads dtype'
@@ -55,10 +55,10 @@ _HASHED = {
 
 
 def architecture(flat: Mapping[str, Any], sides=None) -> str:
-  """JSON of the fields that decide, with the arrays, what a model computes.
+  """JSON of the fields that, with the arrays, define a model's output.
 
-  The hashes of a model begin with this text: it must not change. A multi-scale
-  tokenizer gives the `sides` of its scales.
+  The hashes of a model begin with this text: it must not change. `sides` are
+  the scales of a multi-scale tokenizer.
   """
   names = _HASHED[flat['model.network']]
   fields = {name: flat[f'model.{name}'] for name in names.split()}
@@ -70,7 +70,7 @@ def architecture(flat: Mapping[str, Any], sides=None) -> str:
 
 
 def local_path(name: str) -> tuple[str, str]:
-  """Kind and path of a data set of local files; '' for another set."""
+  """Kind and path of a data set in local files; '' for other sets."""
   kind, _, path = name.partition(':')
   full = os.path.expanduser(path)
   local = f'{kind}:' in KINDS[:3] or os.path.isabs(full) or os.path.isdir(full)
@@ -78,10 +78,10 @@ def local_path(name: str) -> tuple[str, str]:
 
 
 class RunData:
-  """What programs other than training read of a flat config.
+  """The fields of a flat config that programs other than training read.
 
   Attributes:
-    name: of the data; see `open_dataset`.
+    name: name of the data; see `open_dataset`.
     image_size: side of the training images, in pixels.
     quantize_after: the last step without a codebook.
     keeps_averages: checkpoints hold averages of variables.
@@ -97,9 +97,9 @@ class RunData:
     self.keeps_averages = bool(get('optimizer.params_ema'))
 
   def open_dataset(self, split_file, data_dir: str | None = None):
-    """The `Dataset`, divided as in training; `data_dir` is its place now.
+    """The `Dataset`, divided as in training; `data_dir` is its present folder.
 
-    split_file: of a run that was begun; None for a new one.
+    split_file: the run's, or None for a new run.
     """
     from rvq_jax.data.datasets import open_dataset
 
@@ -113,13 +113,13 @@ class RunData:
       if not split_file or not kind or os.path.exists(path):
         raise
       raise ValueError(
-        f'{error}; where the images of the run are now is said by --data_dir='
-        f'FOLDER, or in training by --config.data.name={kind}:FOLDER'
+        f"{error}; name the present folder of the run's images: --data_dir="
+        f'FOLDER, or in training --config.data.name={kind}:FOLDER'
       ) from error
 
 
 def shared_config(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """A flat config for others: without the paths of this machine."""
+  """A flat config without the paths of this machine, to share."""
   name = flat['data.name']
   kind, path = local_path(name)
   name = f'{kind}:{os.path.basename(path)}' if kind else name
@@ -137,7 +137,7 @@ def layer_fields(*layers: type[nn.Module]) -> dict[str, Field]:
 
 
 def check_fields(flat: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
-  """Raises ValueError for a field that is missing or out of its range."""
+  """Raises ValueError for a missing field or a value outside its range."""
   for name, field in fields.items():
     if name not in flat:
       raise ValueError(f'config.{name}: missing; see the config cifar10')
@@ -148,7 +148,7 @@ def check_fields(flat: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
 
 
 def build_model(flat: Mapping[str, Any]) -> VQVAE:
-  """The model of a flat config; ValueError for a missing or a wrong field."""
+  """The model of a flat config; ValueError for a missing or wrong field."""
   check_fields(flat, MODEL_FIELDS)
   quantizer = quantizer_class(flat['model.quantizer'])
   coders = NETWORKS[flat['model.network']]
@@ -178,8 +178,8 @@ def build_model(flat: Mapping[str, Any]) -> VQVAE:
 def build_data(flat: Mapping[str, Any], workdir=None):
   """The `Dataset` and its `TrainLoader`, which may decode it into memory.
 
-  A folder must hold the images of WORKDIR/split.json, if a run wrote it, and is
-  divided as it says.
+  If WORKDIR/split.json exists, it divides the folder, which must hold its
+  images.
   """
   from rvq_jax.data import datasets, loaders
 
@@ -224,13 +224,13 @@ def build_step(flat: Mapping[str, Any], num_steps: int):
   if late >= num_steps:
     raise ValueError(
       f'config.model.quantize_after: expected less than the {num_steps} steps '
-      f'of the run, got {late}; with 0 all steps quantize'
+      f'of the run, got {late}; at 0 all steps quantize'
     )
   if objective.adversarial_weight and late > start:
     raise ValueError(
-      f'config.model.quantize_after: expected at most {start}, the steps '
-      'before the discriminator learns to tell quantized images from real '
-      f'ones, got {late}'
+      f'config.model.quantize_after: expected at most {start}, since the '
+      'discriminator then starts to learn from quantized images, got '
+      f'{late}'
     )
   optimizer = make_optimizer(
     build_schedule(flat, num_steps),
@@ -253,9 +253,9 @@ def build_step(flat: Mapping[str, Any], num_steps: int):
 
 
 def build_start(flat: Mapping[str, Any], init, template):
-  """The collections that a new run starts from; None: random ones.
+  """The first collections of a new run; None: random ones.
 
-  `init` gives a trained model, or is None; template has the state's shapes.
+  `init` returns a trained model, or is None; template has the state's shapes.
 
   Raises:
     ValueError: the model does not fit, the encoder would drift away from its
@@ -268,20 +268,20 @@ def build_start(flat: Mapping[str, Any], init, template):
   if init is None:
     if 'encoder' in freeze.split(','):
       raise ValueError(
-        'config.freeze: expected a trained encoder, from --init or a '
-        f'checkpoint, with {freeze!r}, got a new run'
+        f'config.freeze: {freeze!r} expected a trained encoder, got a new run: '
+        'add --init, or resume a run'
       )
     return None
   if late:
     raise ValueError(
-      '--init: expected config.model.quantize_after = 0, for the codes are '
-      f'there from the first step, got {late}'
+      '--init: expected config.model.quantize_after = 0, since the codes exist '
+      f'from the first step, got {late}'
     )
   model, sides = init(), getattr(build_model(flat).vq, 'sides', None)
   if freeze == 'encoder,codes' and sides != model.sides:
     raise ValueError(
-      f'config.model.sides: expected {model.sides}, the scales whose tokens a '
-      f'frozen encoder keeps, got {sides}'
+      f'config.model.sides: expected {model.sides}, the scales of the frozen '
+      f"encoder's tokens, got {sides}"
     )
   # Vectors per codebook update: microbatch size times positions.
   ours, theirs = (

@@ -18,18 +18,18 @@ from rvq_jax.io import read_json, tree_digest, utf8_path
 from rvq_jax.training.config import other_version
 from rvq_jax.training.state import TrainState
 
-# Two private facts of Orbax: the suffix of a step that is being written, and
-# the file of the JSON item. Old steps move to _DELETED before they are removed,
-# so that a step without one of its files is a damaged one.
+# Two private facts of Orbax: the suffix of an unfinished step, and the file of
+# the JSON item. Old steps move to _DELETED before their removal, so a step that
+# lacks a file is damaged.
 _UNFINISHED = ocp.path.atomicity.TMP_DIR_SUFFIX
 _META_FILE = 'meta/metadata'
 _DELETED = '.deleted'
-# Of the arrays in the item `optimizer`; the other items open in any version.
+# Version of the arrays in `optimizer`; the other items open in any version.
 _LAYOUT = 2
 
 
 class DamagedError(ValueError):
-  """A checkpoint cannot be read, or is not what was saved."""
+  """A checkpoint is unreadable, or differs from its digest."""
 
 
 class Checkpoints:
@@ -40,8 +40,8 @@ class Checkpoints:
   score, and the digests of all three). Every read checks the digest. The newest
   `keep` steps stay, and the one with the lowest score. Saves are asynchronous;
   leaving the context manager waits for the last one, except after a
-  KeyboardInterrupt. All processes must see the directory. With `read_only`
-  nothing is created or deleted.
+  KeyboardInterrupt. All processes must see the directory. `read_only` creates
+  and deletes nothing.
   """
 
   def __init__(self, workdir, *, keep: int = 2, read_only: bool = False):
@@ -70,7 +70,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
       self._manager.close()
     finally:
-      # On a full disk, an unfinished save takes room.
+      # On a full disk, an unfinished save would keep its space.
       if not self._read_only and jax.process_index() == 0:
         self._remove_rest()
 
@@ -82,7 +82,7 @@ class Checkpoints:
   def resolve(self, step: int | str | None = None) -> int:
     """The saved step of a number, 'best' or None (the newest).
 
-    If there is none, a FileNotFoundError lists the steps that exist.
+    If it does not exist, a FileNotFoundError lists the existing steps.
     """
     steps, number = self.steps, step
     if step in (None, 'best'):
@@ -95,10 +95,10 @@ class Checkpoints:
     return number
 
   def save(self, state: TrainState, *, config, position, score=None) -> None:
-    """Starts saving a state, unless its step is saved already.
+    """Starts saving a state, unless its step is already saved.
 
-    `config` and `position` are dictionaries of JSON values, `score` is the
-    validation mse, if the state was evaluated.
+    `config` and `position` are dictionaries of JSON values; `score` is the
+    validation mse, or None without evaluation.
     """
     step = int(state.step)
     if step in self.steps:
@@ -125,9 +125,9 @@ class Checkpoints:
     return self._read(step, 'meta', args, lambda x: x['digest'] == _digest(x))
 
   def restore(self, state: TrainState, step: int) -> TrainState:
-    """The state of a step that exists; ValueError if damaged.
+    """The state of an existing step; ValueError if damaged.
 
-    `state`, or its `jax.eval_shape` with shardings, gives structure, shapes,
+    `state`, or its `jax.eval_shape` with shardings, defines structure, shapes,
     dtypes and placement.
     """
     fields = {'averages': None}
@@ -144,13 +144,13 @@ class Checkpoints:
   ) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest sound state and its meta; None without checkpoints.
 
-    Damaged newer steps, and older ones with a damaged meta, are moved to
-    WORKDIR/corrupt. `check` is called with the meta of a step before its state
-    is read; see `restore` for `state`.
+    Moves damaged newer steps, and older ones with a damaged meta, to
+    WORKDIR/corrupt. Calls `check` with the meta of a step before it reads the
+    state; see `restore` for `state`.
 
     Raises:
       ValueError: none is sound, another version wrote it, or `check` raises it;
-        no file is changed.
+        no file changes.
     """
     damaged, newest = {}, None
     for step in reversed(self.steps):
@@ -171,14 +171,14 @@ class Checkpoints:
       return newest
     if damaged:
       raise ValueError(
-        'no checkpoint is sound; put back a copy of one, or start in another '
+        'no checkpoint is sound; restore a copy of one, or start in another '
         f'--workdir: {"; ".join(damaged.values())}'
       )
     return None
 
   @functools.cached_property
   def _scores(self) -> dict[int, float | None]:
-    """Step -> score, for the steps whose meta is sound."""
+    """Step -> score, for the steps with a sound meta."""
     scores = {}
     for step in self.steps:
       try:
@@ -194,8 +194,8 @@ class Checkpoints:
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
     """Tells Orbax which steps to keep.
 
-    Its own BestN takes scores from a file without a digest: a flipped byte
-    could delete the best step. `_best` looks at sound scores only.
+    Orbax's BestN takes scores from a file without a digest: a flipped byte
+    could delete the best step. `_best` reads only sound scores.
     """
     del context
     steps = [info.step for info in checkpoints]
@@ -208,25 +208,25 @@ class Checkpoints:
     return self._read(step, item, args, lambda x: tree_digest(x) == digest)
 
   def _read(self, step, item, args, is_sound):
-    """Reads an item; any exception on the way counts as damage."""
+    """Reads an item; any exception while reading counts as damage."""
     try:
       args = ocp.args.Composite(**{item: args})
       content = self._manager.restore(step, args=args)[item]
       if is_sound(content):
         return content
-      reason = 'is not what was saved'
+      reason = 'differs from its digest'
     except Exception as error:
       text = ' '.join(str(error).split())[:200].replace(';', ',')
       reason = f'cannot be read ({text or type(error).__name__})'
     others = ', '.join(str(s) for s in self.steps if s != step) or 'none'
     raise DamagedError(
       f'the checkpoint of step {step} in {self._path} is damaged: {item} '
-      f'{reason}; load another step (there are: {others}), or resume the run, '
-      'which starts from the newest sound one'
+      f'{reason}; load another step (found: {others}), or resume the run from '
+      'the newest sound one by its command'
     )
 
   def _on_first_process(self, change: Callable[[], None]) -> None:
-    """Has the first process change the directory; the others wait."""
+    """Lets the first process change the directory; the others wait."""
     if self._read_only:
       return
     if jax.process_index() == 0:
@@ -235,12 +235,12 @@ class Checkpoints:
       multihost_utils.sync_global_devices('rvq_jax: checkpoints changed')
 
   def _remove_rest(self) -> None:
-    """Removes steps that are half written or to be deleted."""
+    """Removes unfinished and deleted steps."""
     for path in (*self._path.glob(f'*{_UNFINISHED}*'), self._path / _DELETED):
       shutil.rmtree(path, ignore_errors=True)
 
   def _quarantine(self, damaged: dict[int, str], resumed: int) -> None:
-    """Moves damaged steps, given with their messages, to WORKDIR/corrupt."""
+    """Moves damaged steps {step: message} to WORKDIR/corrupt."""
     for step, message in damaged.items():
       target = self._path.parent / 'corrupt' / str(step)
       target.parent.mkdir(exist_ok=True)
@@ -253,15 +253,15 @@ class Checkpoints:
 
 
 def has_checkpoints(workdir) -> bool:
-  """Whether a run has any checkpoint, sound or not."""
+  """Whether a run has any checkpoint, sound or damaged."""
   return any(p.name.isdecimal() for p in Path(workdir).glob('checkpoints/*'))
 
 
 def is_run(folder) -> bool:
-  """Whether a folder is a run of `train`, or what is left of one.
+  """Whether a folder is a run of `train`, or the remains of one.
 
-  config.json tells, else the checkpoints; a run that was killed early has
-  neither, but nothing else.
+  config.json decides, else the checkpoints. A run that was killed early has
+  neither, and no other files.
   """
   config = Path(folder) / 'config.json'
   if config.exists():
@@ -276,7 +276,7 @@ def is_run(folder) -> bool:
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
-  """The state as Orbax items: `model`, which evaluation needs, and the rest."""
+  """The state as Orbax items: `model`, for evaluation, and the rest."""
   model = dict(state.variables)
   if state.averages is not None:
     model['averages'] = state.averages

@@ -1,7 +1,7 @@
-"""The one door of a config, which `ml_collections` does not check.
+"""Checks a config, which `ml_collections` does not.
 
-Ranges of a layer's arguments stand on the layer, and a trace of the model lets
-the layers refuse values that do not fit together. The door adds the name of the
+Each layer states the ranges of its arguments, and in a trace of the model the
+layers refuse values that do not fit together. The check adds the name of the
 config's field.
 """
 
@@ -64,7 +64,7 @@ RESUMABLE = {
   *('keep_checkpoints', 'data.data_dir', 'data.num_workers', 'model.remat'),
   *('freeze', 'deterministic'),
 }
-"""Fields that may differ from the config that a run was started with."""
+"""Fields that may differ from the first config of a run."""
 
 
 def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -79,12 +79,12 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Checks a nested config in 0.1 to 0.5 s, and gives it as flat JSON values.
+  """Checks a nested config in 0.1 to 0.5 s; returns it as flat JSON values.
 
   The path of local images becomes absolute.
 
   Raises:
-    ValueError: one line: the field, the expected value and the given one.
+    ValueError: one line with the field, the expected and the given value.
   """
   flat = flatten(config)
   for name in flat:
@@ -103,14 +103,14 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_run(flat):
-  """The rules between fields that no layer knows."""
+  """Checks rules between fields that no layer knows."""
   quantizer, init = flat['model.quantizer'], flat['model.init_from']
   fills = [n for n, cls in _CLASSES.items() if 'init_from' in fields_of(cls)]
   filled = quantizer in fills and init == 'data'
   if flat['model.quantize_after'] and not filled:
     raise ValueError(
-      'config.model.quantize_after: expected 0, or a quantizer whose codes are '
-      f"filled from data ({', '.join(fills)}, with init_from = 'data'), got "
+      'config.model.quantize_after: expected 0, or a quantizer that fills its '
+      f"codes from data ({', '.join(fills)}, with init_from = 'data'), got "
       f'{quantizer} with init_from = {init!r}'
     )
   side = flat['data.image_size']
@@ -123,8 +123,8 @@ def _check_run(flat):
 
 def _check_model(flat):
   """Traces `init` as in training; names the field that a layer refuses."""
-  # One block stands for all. In bfloat16, attention would ask for the devices:
-  # JAX would start its backend before `deterministic` is set.
+  # One block is enough. In bfloat16, attention would ask for the devices and
+  # so start JAX's backend before `deterministic` is set.
   blocks, side = min(flat['model.num_res_blocks'], 1), flat['data.image_size']
   flat = flat | {'model.num_res_blocks': blocks, 'model.dtype': 'float32'}
   images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
@@ -140,14 +140,14 @@ def _check_model(flat):
 
 
 def completed(flat: Mapping[str, Any], source) -> dict[str, Any]:
-  """A stored flat config, of any version, with the fields of this one.
+  """A stored flat config of any version, with the fields of this version.
 
-  A missing field gets its `Field.before`. One line of the log names the fields
-  that this version does not have, and does not read.
+  A missing field gets its `Field.before`. One log line names the fields that
+  this version lacks and ignores.
   """
   if unknown := [name for name in flat if name not in FIELDS]:
     logging.warning(
-      '%s: another version of rvq_jax wrote it; not read: %s',
+      '%s: another version of rvq_jax wrote it; ignored: %s',
       source,
       ', '.join(f'config.{name}' for name in unknown),
     )
@@ -155,7 +155,7 @@ def completed(flat: Mapping[str, Any], source) -> dict[str, Any]:
 
 
 def check_devices(flat: Mapping[str, Any], devices: int) -> None:
-  """Raises ValueError unless microbatches divide evenly over the devices."""
+  """Raises ValueError unless the devices divide a microbatch evenly."""
   size, steps = flat['batch_size'], flat['accumulate_steps']
   if size % (devices * steps):
     times = f' x {steps} accumulate_steps' if steps > 1 else ''
@@ -166,11 +166,11 @@ def check_devices(flat: Mapping[str, Any], devices: int) -> None:
 
 
 def other_version(detail: str = '') -> ValueError:
-  """The error of a checkpoint that this version opens, but cannot resume."""
+  """The error for a checkpoint that this version opens, but cannot resume."""
   return ValueError(
-    'the checkpoint in this workdir was made by another version of rvq_jax: '
-    'it opens for encoding and evaluation, but cannot be resumed; use '
-    f'another --workdir{detail}'
+    'another version of rvq_jax made the checkpoint in this workdir: it opens '
+    'for encoding and evaluation, but cannot be resumed; use another '
+    f'--workdir{detail}'
   )
 
 
@@ -179,14 +179,14 @@ def check_resume(
 ) -> None:
   """Refuses to resume `old` with another model, optimizer or data.
 
-  A line of the log names the other fields that differ.
+  A log line names the other fields that differ.
 
   Args:
-    same_images: the folders of both configs are known to hold the same images.
+    same_images: the folders of both configs hold the same images.
 
   Raises:
-    ValueError: another version made the checkpoint, or fields that must not
-      differ do; lists them.
+    ValueError: another version made the checkpoint, or fields differ that must
+      not; lists them.
   """
   old = _BEFORE | old
   if unknown := sorted(new.keys() ^ old.keys()):
@@ -199,8 +199,8 @@ def check_resume(
   }
   if refused := [differ[name] for name in differ if name not in may]:
     raise ValueError(
-      'the checkpoint in this workdir was made with another config; use '
-      'another --workdir, or undo: ' + '; '.join(refused)
+      'the checkpoint in this workdir has another config; use another '
+      '--workdir, or undo: ' + '; '.join(refused)
     )
   if differ:
     logging.info('resumes with another config: %s', '; '.join(differ.values()))

@@ -1,4 +1,4 @@
-"""A new run that starts from a trained model."""
+"""Starts a new run from a trained model."""
 
 import logging
 import shlex
@@ -11,12 +11,12 @@ from rvq_jax.quantize.codebook import COUNTS
 from rvq_jax.quantize.fields import fields_of
 from rvq_jax.training.state import TrainState
 
-# They change the output with arrays of the same shapes.
+# Fields that change the output but no shape of an array.
 _SAME_SHAPES = {
   *('model.activation', 'model.unit_range'),
   *('model.cosine', 'model.inner_product', 'model.resize'),
 }
-# They make another quantizer; its other fields say how it trains.
+# Fields that make another quantizer; its other fields say how it trains.
 _QUANTIZER = {
   *('model.quantizer', 'model.codebook_size', 'model.ema', 'model.cosine'),
   *('model.inner_product', 'model.depth', 'model.heads'),
@@ -31,13 +31,13 @@ def collections(
   """params, batch_stats and codebook of a trained model, on the host.
 
   Args:
-    model: a `Tokenizer`; ValueError if its fields or arrays differ, with the
+    model: a `Tokenizer`; if its fields or arrays differ, a ValueError lists the
       flags to type.
     template: shapes of the state of the run.
     flat: the checked config of the run.
-    scale: of the codes' counts and sums: vectors per update in this run over
-      the number in the model's. A larger batch would make all codes look dead.
-    swap: the quantizer may be another one, of which nothing is returned.
+    scale: factor of the codes' counts and sums: vectors per update, this run's
+      over the model's. A larger batch would else make all codes look dead.
+    swap: the quantizer may be another one; then the result leaves it out.
   """
   ours, theirs = (
     {n: x.shape for n, x in flatten_dict(tree, sep='.').items()}
@@ -49,7 +49,7 @@ def collections(
   codes = {'model.quantizer'} | (_fields(model.model.vq) & _QUANTIZER)
   names = _differing(flat, config, sorted(coders | codes))
   variables = jax.device_get(dict(model.variables))
-  fixed = [n for n in names if n in coders]  # whatever the quantizer is
+  fixed = [n for n in names if n in coders]  # for any quantizer
   fixed_arrays = [n for n in arrays if n.split('.')[1] != 'vq']
   new = swap and (names, arrays) != (fixed, fixed_arrays)
   if new:
@@ -90,12 +90,12 @@ def _of(fields, name):
 
 def _refusal(ours, theirs, config, names, arrays):
   flags = [f'--config.{name}={_of(config, name)}' for name in names]
-  what = f'type {shlex.join(flags)}' if flags else 'no field tells them apart'
+  what = f'type {shlex.join(flags)}' if flags else 'all fields are equal'
   lines = [
     f'{name}: expected {ours.get(name)}, got {theirs.get(name)}'
     for name in arrays[:_SHOWN]
   ]
   if len(arrays) > _SHOWN:
     lines.append(f'and {len(arrays) - _SHOWN} more')
-  text = '--init: the model is another one than config.model describes'
+  text = '--init: the model is not the one that config.model describes'
   return '; '.join([text, *lines, what])

@@ -28,25 +28,25 @@ def train(config, workdir, *, init=None) -> dict[str, float]:
   """Trains a model, or resumes the run in workdir.
 
   Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, for a
-  folder of images, which may move, split.json. An interrupted run ends in the
-  same bits as any other: on CPU, and on GPUs with config.deterministic=True.
+  folder of images, split.json. An interrupted run ends in the same bits as an
+  uninterrupted one: on CPU, and on GPUs with config.deterministic=True.
 
   Args:
     config: ConfigDict or nested mapping; see rvq_jax.configs.cifar10.
     workdir: directory of the run.
-    init: a function that gives a trained model, as `lambda: load(export)`, with
-      whose params, batch_stats and codebook a run without checkpoints starts.
+    init: a function that returns a trained model, as `lambda: load(export)`. A
+      run without checkpoints starts from its params, batch_stats and codebook.
 
   Returns:
     The metrics of the last evaluation on the validation split.
 
   Raises:
-    ValueError: the config is not valid or not the checkpoint's, the model of
+    ValueError: the config is invalid or not the checkpoint's, the model of
       `init` does not fit it, workdir is in use or holds something other than a
       run, or no checkpoint is sound.
     OSError: the disk is full.
     FloatingPointError: ten steps in a row were not finite.
-    SystemExit: a signal asked to stop; the state is saved.
+    SystemExit: a signal stopped the run; the state is saved.
     jax.errors.JaxRuntimeError: another process of the run is lost.
   """
   config, workdir = config_lib.check_config(config), Path(workdir)
@@ -64,7 +64,7 @@ def _train(config, workdir, init):
   mesh = sharding.data_mesh()
   begun = has_checkpoints(workdir)
   dataset, loader = build.build_data(config, workdir if begun else None)
-  # Then they have been compared: a folder may have moved.
+  # build_data has compared the images, so their folder may have moved.
   recorded = begun and dataset.names and (workdir / SPLIT_FILE).exists()
   epochs = config['num_epochs'] * loader.steps_per_epoch
   step = build.build_step(config, config['num_steps'] or epochs)
@@ -76,7 +76,7 @@ def _train(config, workdir, init):
   template = first_state.eval_shape(key)
   if begun:
     if init:
-      logging.info('--init is not read: %s resumes its own run', workdir)
+      logging.info('--init is ignored: %s resumes its own run', workdir)
   else:
     variables = build.build_start(config, init, template)
   with (
@@ -166,17 +166,17 @@ def _steps(
       writer.flush()  # first, so that no checkpoint is ahead of the log
       position = take.position()
       checkpoints.save(state, config=config, position=position, score=score)
-    if last:  # not stop.exit_code: a signal may have come since it was read
+    if last:  # not stop.exit_code: a signal may have come since
       break
   return result
 
 
 class Stepper:
-  """Takes steps; each batch is made while the devices work on earlier steps.
+  """Takes steps; makes each batch while the devices work on earlier steps.
 
   At most two steps are in flight: a signal waits for them, and their batches
-  take device memory. `waited` counts the seconds of idle devices without a
-  batch, since it was set to 0.
+  take device memory. `waited` counts the seconds, since it was set to 0, in
+  which the devices were idle for lack of a batch.
   """
 
   def __init__(self, loader, mesh, lpips_weights=None):
@@ -201,8 +201,8 @@ class Stepper:
 def lock(workdir) -> Iterator[None]:
   """Makes a workdir and holds its lock; removes it if nothing was written.
 
-  ValueError: the folder holds something other than a run or cannot be written,
-  or another process trains there.
+  ValueError: the folder holds something other than a run, is not writable, or
+  another process trains there.
   """
   if jax.process_index():  # the first one does it for all
     yield
@@ -239,7 +239,7 @@ def _window_scalars(window, schedule, step, log_every):
   """Means over the steps since the last report; codes from summed counts.
 
   The means leave out skipped steps, whose numbers may not be finite. Usage and
-  perplexity need `log_every` steps, to compare with the lines before.
+  perplexity need `log_every` steps, to be comparable with earlier lines.
   """
   counts = [c for c in (w.pop('counts') for w in window) if c is not None]
   taken = [w for w in window if not w['skipped']] or window
@@ -263,9 +263,9 @@ def _stop_if_not_finite(state, step, window):
   first = step - streak + 1
   raise FloatingPointError(
     f'stopped at step {first + MAX_SKIPPED - 1}: for {MAX_SKIPPED} steps in a '
-    f'row, from step {first} on, {why}; the state is as it was before them, '
-    'and so is the last checkpoint. Lower config.optimizer.learning_rate or '
-    'set config.optimizer.clip_norm'
+    f'row, from step {first} on, {why}; these steps changed neither the state '
+    'nor a checkpoint: lower config.optimizer.learning_rate or set '
+    'config.optimizer.clip_norm'
   )
 
 

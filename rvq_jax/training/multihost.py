@@ -13,17 +13,17 @@ def initialize(coordinator, num_processes, process_id, *, lost_after) -> None:
   Args:
     coordinator: HOST:PORT of process 0. If it and the next two are None, JAX
       asks the scheduler, such as SLURM.
-    num_processes: of the run.
-    process_id: of this process, from 0.
-    lost_after: seconds of silence after which a process counts as lost, which
-      ends the run, at least 10.
+    num_processes: number of processes of the run.
+    process_id: index of this process, from 0.
+    lost_after: after so many seconds of silence, at least 10, a process counts
+      as lost and the run ends.
   """
   given = (coordinator, num_processes, process_id)
   explicit = coordinator is not None
   if any((x is None) is explicit for x in given):
     raise ValueError(
-      'expected --coordinator=HOST:PORT, --num_processes=N and --process_id=I '
-      f'together or none of them, got {", ".join(map(str, given))}'
+      'expected all of --coordinator=HOST:PORT, --num_processes=N and '
+      f'--process_id=I or none, got {", ".join(map(str, given))}'
     )
   if explicit and not re.fullmatch(r'.+:\d+', coordinator):
     raise ValueError(f'--coordinator: expected HOST:PORT, got {coordinator!r}')
@@ -34,7 +34,7 @@ def initialize(coordinator, num_processes, process_id, *, lost_after) -> None:
   if lost_after < 10:
     raise ValueError(f'--lost_after: expected at least 10 s, got {lost_after}')
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  # JAX's own handler would keep SIGTERM from `StopSignal`.
+  # JAX's own handler would hide SIGTERM from `StopSignal`.
   jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
@@ -46,13 +46,13 @@ def initialize(coordinator, num_processes, process_id, *, lost_after) -> None:
     if explicit:
       raise
     raise ValueError(
-      '--multihost: expected a scheduler such as SLURM, found none; give '
+      '--multihost: expected a scheduler such as SLURM, found none; add '
       '--coordinator=HOST:PORT --num_processes=N --process_id=I'
     ) from error
 
 
 def peer_is_lost(error: BaseException) -> bool:
-  """Whether an error means that another process is gone or unreachable."""
+  """Whether an error means that another process is lost or unreachable."""
   return (
     isinstance(error, jax.errors.JaxRuntimeError)
     and jax.process_count() > 1

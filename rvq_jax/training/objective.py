@@ -5,10 +5,10 @@ For images x [B, h, w, 3] in [-1, 1], reconstructions y and t steps taken,
   L_G = pixel(x, y) + w_p LPIPS(x, y) + r(t) w_a mean softplus(-D(y))
   L_D = (mean softplus(-D(x)) + mean softplus(D(y))) / 2 + w_l LeCAM
 
-and the quantizer's loss is added to L_G. The weights are fixed. D learns for w
-steps before its loss counts. With s = num_steps / 3 and w = min(2000,
-num_steps / 10) it is updated from step s - w on, and r(t) = clip((t - s) / w,
-0, 1). All losses are float32.
+plus the quantizer's loss in L_G. The weights are fixed. D learns for w steps
+before its loss counts. With s = num_steps / 3 and w = min(2000, num_steps / 10)
+D learns from step s - w on, and r(t) = clip((t - s) / w, 0, 1). All losses are
+float32.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ class Objective:
   Attributes:
     pixel: 'mse' or 'l1'.
     perceptual_weight: w_p of LPIPS by VGG16.
-    adversarial_weight: w_a; 0: there is no D.
+    adversarial_weight: w_a; 0: no D.
     lecam_weight: w_l.
-    discriminator_learning_rate: of Adam (0.9, 0.95), constant.
-    num_steps: of the run as it was begun, see `resumed`.
+    discriminator_learning_rate: Adam's (0.9, 0.95), constant.
+    num_steps: steps of the run when it started, see `resumed`.
     dtype: compute dtype of D and of LPIPS.
   """
 
@@ -82,7 +82,7 @@ class Objective:
   def init_discriminator(self, key: jax.Array, image_size: int):
     """D's part of the state, or None: params, opt_state, LeCAM's averages.
 
-    And num_steps, int32, with which a run that is made longer goes on.
+    Also num_steps, int32, which a lengthened run keeps.
     """
     if not self.adversarial_weight:
       return None
@@ -98,7 +98,7 @@ class Objective:
     }
 
   def resumed(self, discriminator) -> 'Objective':
-    """With s and w as the run was begun; discriminator: D's part, or None."""
+    """With the first s and w of the run; discriminator: D's part, or None."""
     if discriminator is None:
       return self
     return dataclasses.replace(self, num_steps=int(discriminator['num_steps']))
@@ -108,7 +108,7 @@ class Objective:
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """L_G without the quantizer's loss, and its parts; t is `step`.
 
-    Without D's part of the state w_a is 0; lpips_weights are from `load_lpips`.
+    Without D's part of the state w_a is 0; `load_lpips` gives lpips_weights.
     """
     metrics = {'mse': jnp.mean((y - x) ** 2)}
     if self.pixel == 'l1':
@@ -127,7 +127,7 @@ class Objective:
     return loss, metrics
 
   def discriminator_loss(self, params, x, y, averages):
-    """L_D for D's params, and its parts; 'discriminator_loss' is without LeCAM.
+    """L_D for D's params, and its parts; 'discriminator_loss' excludes LeCAM.
 
     LeCAM (arXiv:2104.03310, eq. 7) is mean relu(D(x) - m_fake)^2 +
     mean relu(m_real - D(y))^2 with moving averages m, in D's part of the state.
@@ -144,9 +144,9 @@ class Objective:
     return loss / 2 + self.lecam_weight * metrics['lecam'], metrics
 
   def update(self, old, grads, metrics):
-    """D's part of the state after a step, from the part `old` before it.
+    """D's part of the state after a step; `old` is the part before it.
 
-    grads are L_D's, or None: D stays as it is. metrics hold L_D's parts.
+    grads are L_D's, or None: D does not change. metrics hold L_D's parts.
     """
     if grads is None:
       return old

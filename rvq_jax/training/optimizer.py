@@ -16,7 +16,7 @@ def make_schedule(
 ) -> optax.Schedule:
   """Step -> learning rate: linear warm-up from 0, then cosine to 0 or constant.
 
-  num_steps are the steps of the run; ValueError if the warm-up takes them all.
+  num_steps: steps of the run; ValueError if the warm-up takes them all.
   """
   if warmup_steps >= num_steps and warmup_steps > 0:
     raise ValueError(
@@ -33,7 +33,7 @@ def make_schedule(
 
 
 def decay_mask(params):
-  """True for the kernels, which decay; BatchNorm, biases and codes do not."""
+  """True for kernels: only they decay, not BatchNorm, biases or codes."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: path[-1].key == 'kernel', params
   )
@@ -48,15 +48,15 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW (beta 0.9, b2) with decoupled decay of the kernels only.
 
-  `update(grads, state, params, step=, idle=())` takes the step of the schedule:
-  it counts skipped steps too, which the optimizer does not see. A part that is
-  `idle` (see `state.idle_parts`) keeps its parameters and moments and counts no
-  step, so that its moments, and their debiasing, start with its gradients. The
-  state has the same arrays whatever is idle: a run may resume with another
-  `freeze`. clip_norm bounds the global gradient norm; 0 does not clip.
+  `update(grads, state, params, step=, idle=())` needs the step for the
+  schedule, which also counts skipped steps. An `idle` part (see
+  `state.idle_parts`) keeps its parameters and moments and counts no step, so
+  that its moments, and their debiasing, start with its gradients. The state has
+  the same arrays for any `idle`: a run may resume with another `freeze`.
+  clip_norm bounds the global gradient norm; 0 does not clip.
   """
   return optax.chain(
-    _drop_idle(),  # they do not count towards the clipped norm
+    _drop_idle(),  # idle parts do not count towards the clipped norm
     optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
     _scale_by_adam(b2),
     optax.add_decayed_weights(weight_decay, decay_mask),
@@ -78,7 +78,7 @@ def _drop_idle():
 
 
 def _scale_by_adam(b2):
-  """optax's, with a count of steps for each part."""
+  """As in optax, but with a count of steps per part."""
   adam = optax.scale_by_adam(b2=b2)
 
   def init(params):

@@ -1,4 +1,4 @@
-"""Stopping a run by a signal without losing a step."""
+"""Stops a run by a signal without losing a step."""
 
 import signal
 import threading
@@ -14,10 +14,10 @@ class StopSignal:
   """Turns SIGTERM, SIGUSR1, SIGUSR2, SIGHUP and SIGINT into a request to stop.
 
   The loop finishes its step, saves and exits with `exit_code`, 128 + the number
-  of the signal (None before one); a second SIGINT interrupts at once. Ignored
-  signals stay ignored, such as SIGHUP under nohup. Outside the main thread
-  nothing changes. If one of several processes gets a signal, all stop at the
-  same step.
+  of the signal (None before a signal); a second SIGINT interrupts at once.
+  Ignored signals stay ignored, such as SIGHUP under nohup. Outside the main
+  thread nothing changes. If one of several processes gets a signal, all stop at
+  the same step.
   """
 
   def __init__(self):
@@ -38,7 +38,7 @@ class StopSignal:
       signal.signal(number, handler)
 
   def agreed(self, *, ask: bool) -> bool:
-    """Whether all processes are to stop; they `ask` each other at one step."""
+    """Whether all processes must stop; they `ask` each other at one step."""
     if ask and not self._alone:
       received = multihost_utils.process_allgather(np.int32(self._received))
       self.exit_code = int(received.max()) or None

@@ -1,4 +1,4 @@
-"""The state that a run carries from step to step."""
+"""The state of a run between steps."""
 
 import collections
 from typing import Any
@@ -12,7 +12,7 @@ FAST_COMPILE = {'xla_backend_optimization_level': 1}
 bits on CPU (docs/scale.md)."""
 
 PARTS = 'encoder', 'codes', 'quantizer', 'decoder'
-"""The parts of a `VQVAE` that may stand still by themselves."""
+"""The parts of a `VQVAE` that can be idle separately."""
 
 
 @flax.struct.dataclass
@@ -27,7 +27,7 @@ class TrainState:
     opt_state: the optimizer's state.
     averages: moving averages of params and batch_stats for evaluation, or None.
       Averaged parameters need averaged statistics.
-    nonfinite_streak: steps skipped in a row as not finite, int32.
+    nonfinite_streak: skipped steps in a row, int32.
     discriminator: from `Objective.init_discriminator`, or None.
   """
 
@@ -42,20 +42,20 @@ class TrainState:
 
   @property
   def variables(self) -> dict[str, Any]:
-    """The model's collections as they are trained."""
+    """The model's collections in training."""
     averaged = {'params': self.params, 'batch_stats': self.batch_stats}
     return averaged | {'codebook': self.codebook}
 
   @property
   def eval_variables(self) -> dict[str, Any]:
-    """The model's collections, averaged where there are averages."""
+    """The model's collections for evaluation: the averages, if any."""
     return self.variables | (self.averages or {})
 
   def with_settled(self, idle) -> 'TrainState':
-    """The `idle` parts take their averages, which are what is evaluated.
+    """Sets the `idle` parts to their averages, which evaluation uses.
 
-    The decoder then learns from the codes that it will be given, and the
-    average of what does not change does not move.
+    The decoder then learns from the codes of evaluation, and the averages of
+    idle parts do not move.
     """
 
     def pick(path, x, average):
@@ -68,23 +68,23 @@ class TrainState:
     return self.replace(**settled)
 
   def next_averages(self, new, decay: float):
-    """The averages, if any, after a step from this state that gave `new`.
+    """The averages, if any, after a step from this state to `new`.
 
     After t steps their decay is min(decay, (1 + t)/(10 + t)), so that the first
-    parameters do not linger.
+    parameters lose their weight soon.
     """
     decay = jnp.minimum(decay, (1 + self.step) / (10 + self.step))
-    # In this form, the average of a constant stays that constant.
+    # This form keeps the average of a constant bit-exact.
     return self.averages and jax.tree.map(
       lambda a, x: a + (1 - decay) * (x - a), self.averages, new
     )
 
 
 def part_of(path) -> str:
-  """Which of `PARTS` of a `VQVAE` a parameter or a statistic belongs to.
+  """The one of `PARTS` that holds a parameter or a statistic.
 
-  'codes' are learned codes (`embedding`; the `map` of SimVQ) and the phi of
-  multi-scale ones; 'quantizer' is all else in the quantizer.
+  'codes' are learned codes (`embedding`; SimVQ's `map`) and the multi-scale
+  phi; 'quantizer' is the rest of the quantizer.
   """
   first, *names = (key.key for key in path)
   if first != 'vq':
@@ -94,7 +94,7 @@ def part_of(path) -> str:
 
 
 def idle_parts(freeze: str, *, quantize: bool = True) -> tuple[str, ...]:
-  """The parts of a `VQVAE` that a step leaves as they are.
+  """The parts of a `VQVAE` that a step does not change.
 
   freeze is '': none; 'codes'; 'encoder'; or 'encoder,codes': the encoder and
   the whole quantizer, so that an image keeps its ids. A step that does not
@@ -111,11 +111,10 @@ def create_state(
 ) -> TrainState:
   """The state before the first step; call it under `jax.jit`.
 
-  There every leaf gets its own buffer, which donation needs, and the forward
-  pass, whose result nothing uses, is not computed. step is a `TrainStep`, and
-  variables are the model's collections; what they lack, the quantizer or all,
-  is random. Codes of `init_from='normal'` start with the count that they expect
-  in a microbatch.
+  Under `jit` every leaf gets its own buffer, as donation needs, and XLA skips
+  the unused forward pass. step is a `TrainStep`; variables are the model's
+  collections. Missing parts, the quantizer or all, are random. Codes of
+  `init_from='normal'` start with their expected count in a microbatch.
   """
   count = batch_size // step.accumulate_steps
   images = jnp.zeros((count, image_size, image_size, 3))
@@ -142,7 +141,7 @@ def create_state(
 
 
 def parameter_table(params) -> str:
-  """A line for each kind of block: its name, how many, their parameters."""
+  """A line per kind of block: its name, its number, its parameters."""
   sizes = collections.defaultdict(list)
   for module, blocks in sorted(params.items()):
     for block, values in blocks.items():

@@ -28,7 +28,7 @@ from rvq_jax.training.state import (
 )
 
 MAX_SKIPPED = 10
-"""Steps in a row that may be skipped; after them no further step is taken."""
+"""Steps in a row that may be skipped; then every later update is discarded."""
 
 
 class PassResult(NamedTuple):
@@ -43,7 +43,7 @@ class PassResult(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-  """`step(state, batch, lpips_weights=None)` gives the next state and metrics.
+  """`step(state, batch, lpips_weights=None)` -> next state and metrics.
 
   A step minimises the objective, by default MSE(reconstruction, image) on
   [-1, 1], plus the quantizer's loss (paper eq. 5). Its randomness depends only
@@ -59,17 +59,17 @@ class TrainStep:
 
   Attributes:
     model: a `VQVAE`, made with the same axis_name.
-    optimizer: from `make_optimizer`, or any of optax, which does not freeze.
+    optimizer: from `make_optimizer`; any of optax works but does not freeze.
     objective: the losses other than the quantizer's.
-    seed: of flips, colours and the replacement of codes.
+    seed: for flips, colours and the replacement of codes.
     flip: mirror each image with probability 1/2.
     colors: see `random_colors`.
-    params_ema_decay: of the state's averages; see `TrainState.next_averages`.
+    params_ema_decay: for the state's averages; see `TrainState.next_averages`.
     accumulate_steps: microbatches per step; see `_accumulated`.
-    freeze: what stays as it is; see `idle_parts`. The model must agree.
-    quantize: False: the latents pass on unchanged, and the codebook, its losses
-      and metrics stay out of the step (arXiv:2605.06870).
-    adversarial: the discriminator D judges the reconstructions and is updated.
+    freeze: the parts that do not train; see `idle_parts`. The model must agree.
+    quantize: False: the decoder gets the latents, and the step leaves out the
+      codebook, its losses and metrics (arXiv:2605.06870).
+    adversarial: the discriminator D takes part and is updated.
     axis_name: mapped axis under `pmap` or `shard_map`; None under `jit`.
   """
 
@@ -118,7 +118,7 @@ class TrainStep:
       ),
     )
     finite = jnp.isfinite(result.loss) & jnp.isfinite(grad_norm)
-    # A variance that overflows divides to zero: loss and gradient stay finite.
+    # Division by an overflowed variance gives 0: loss and gradient stay finite.
     finite &= _all_finite(
       (proposed.batch_stats, proposed.codebook, proposed.discriminator)
     )
@@ -134,7 +134,7 @@ class TrainStep:
     }
 
   def phase(self, number: int, *, quantize_after: int = 0) -> 'TrainStep':
-    """The step as number `number` of a run, from 1."""
+    """The step with number `number` of a run, from 1."""
     return dataclasses.replace(
       self,
       quantize=number > quantize_after,
@@ -146,7 +146,7 @@ class TrainStep:
     return idle_parts(self.freeze, quantize=self.quantize)
 
   def _codebook(self, old, updates):
-    if 'quantizer' in self._idle:  # a schedule inside the layer stands, too
+    if 'quantizer' in self._idle:  # pauses a schedule inside the layer, too
       return _with_counters(old, updates.get('codebook', old))
     return updates.get('codebook', old)
 
@@ -159,7 +159,7 @@ class TrainStep:
     return images
 
   def _pass(self, state, lpips_weights, variables, images, key) -> PassResult:
-    """The pass of a batch, with D and the step of `state`."""
+    """The pass over a batch, with D and the step of `state`."""
     images, discriminator = prepare_images(images), state.discriminator
 
     def loss_fn(params):
@@ -178,8 +178,8 @@ class TrainStep:
       if self.quantize:
         loss += out.quantizer.loss
         metrics, counts = out.quantizer.metrics | metrics, out.quantizer.counts
-      # The mean over devices is taken of the loss, not only of the gradient:
-      # under shard_map the gradient of a replicated parameter is a sum.
+      # Average the loss over devices, not only the gradient: under shard_map
+      # the gradient of a replicated parameter is a sum.
       return self._mean(loss), (out.reconstruction, metrics, counts, updates)
 
     def discriminator_loss_fn(params):
@@ -199,19 +199,19 @@ class TrainStep:
     return PassResult(loss, grads, metrics | more, counts, updates)
 
   def _accumulated(self, run_pass, state, variables, images, key) -> PassResult:
-    """The pass of a batch as S passes of microbatches, at the memory of one.
+    """The pass over a batch as S passes over microbatches, in one's memory.
 
-    Gradients, loss and metrics are averaged, counts are summed. Each microbatch
-    starts from the batch_stats and the codebook after the one before it: decay
-    acts S times per step, and N/K is the microbatch's, so that a run cannot
-    resume with another S. Microbatch s holds the images s, s + S, s + 2S, ...:
-    each device works on its own rows.
+    It averages gradients, loss and metrics and sums counts. Each microbatch
+    starts from the batch_stats and the codebook of the previous one: decay acts
+    S times per step, and N/K is the microbatch's, so a run cannot resume with
+    another S. Microbatch s holds the images s, s + S, s + 2S, ..., so that each
+    device works on its own rows.
     """
     steps, start = self.accumulate_steps, variables['codebook']
 
     def body(carry, microbatch):
       variables, grads = carry
-      # What follows a schedule inside a layer follows steps, not microbatches.
+      # A schedule inside a layer counts steps, not microbatches.
       codebook = _with_counters(start, variables['codebook'])
       result = run_pass(variables | {'codebook': codebook}, *microbatch)
       grads = jax.tree.map(jnp.add, grads, result.grads)
@@ -244,8 +244,8 @@ class TrainStep:
 def compile_init(step: TrainStep, mesh, image_size: int, batch_size: int):
   """(key, variables=None) -> first `TrainState`, jitted for a mesh.
 
-  The state is on all devices. `variables` are collections in place of random
-  ones; `.eval_shape(key)` gives shapes and shardings.
+  The state is on all devices. `variables` are collections that replace random
+  ones; `.eval_shape(key)` returns shapes and shardings.
   """
 
   def init(key, variables=None):
@@ -274,9 +274,9 @@ def jit_step(mesh):
 def compile_step(mesh) -> Callable:
   """(step, state, batch, lpips_weights=None) -> new state and metrics.
 
-  Each `TrainStep` is compiled for the devices of a mesh at its first call; the
-  state is donated. Seed and weights are arguments of the program: steps with
-  other seeds share it in the compilation cache.
+  Each `TrainStep` is compiled for a mesh at its first call and donates the
+  state. Seed and weights are arguments of the program: steps that differ only
+  in the seed share it in the compilation cache.
   """
   program = jit_step(mesh)
   return lambda step, state, batch, lpips_weights=None: program(
@@ -286,7 +286,7 @@ def compile_step(mesh) -> Callable:
 
 
 def _with_counters(old, new):
-  """The collection `new` with the integers of `old`: counts of steps."""
+  """The collection `new` with the integers of `old`, which count steps."""
 
   def pick(x, y):
     return x if jnp.issubdtype(x.dtype, jnp.integer) else y

@@ -1,4 +1,4 @@
-"""The evaluation step, and the metrics of a whole split from its sums."""
+"""The evaluation step, and metrics of a whole split from sums."""
 
 import functools
 import math
@@ -32,20 +32,20 @@ UNITS = {
   'ambiguous_share': 'share of the tokens with two codes too close for float32',
   'latent_dimension': 'effective dimension of the latents',
   'latent_components_99': 'components with 99 % of their variance',
-  'code_dimension': 'effective dimension of these codes',
-  'code_components_99': 'components with 99 % of theirs',
-  'images': 'images in the split that could be read',
+  'code_dimension': "effective dimension of the latents' codes",
+  'code_components_99': "components with 99 % of these codes' variance",
+  'images': 'readable images in the split',
   'tokens': 'tokens of these images',
 }
 """Metric -> its unit and meaning."""
 
 PREFIX_UNITS = {
-  'tokens': 'codes of an image that are decoded',
+  'tokens': 'decoded codes per image',
   **{n: UNITS[n] for n in ('bits_per_image', 'mse', 'psnr')},
   'quantization_error': UNITS['quantization_error'],
-  'usage': 'of the last of these levels, as a share of the lesser of K and its '
+  'usage': "the last level's number of codes over the smaller of K and its "
   'tokens in the split',
-  'perplexity': 'of the last of these levels',
+  'perplexity': "the last level's",
 }
 """Metric of a prefix of the codes -> its unit and meaning."""
 
@@ -57,8 +57,8 @@ def make_eval_step(
 
   Args:
     model: a `VQVAE`.
-    prefixes: lengths of the last axis of ids to decode too, ascending, the last
-      one whole; see `Tokenizer.prefixes`.
+    prefixes: lengths of the last axis of ids to decode too, ascending up to the
+      whole axis; see `Tokenizer.prefixes`.
     quantize: False: the decoder gets the latents; the sums are images and mse.
 
   Returns:
@@ -66,8 +66,8 @@ def make_eval_step(
     float in [-1, 1], 'mask': bool [B]}. Its float32 sums are images, mse, psnr,
     ssim, tokens, positions, quantization_error, ambiguous, latent_error
     (|z - q|^2), 'latents' and 'codes' (`_moments`), counts [K], and for each of
-    'prefixes' mse, psnr, quantization_error and the counts [K] of the codes
-    that it adds.
+    'prefixes' mse, psnr, quantization_error and the counts [K] of its added
+    codes.
   """
 
   def eval_step(variables, batch):
@@ -150,7 +150,7 @@ def evaluate_split(
   mesh,
   on_batch: Callable[[dict, dict], None] = lambda batch, sums: None,
 ) -> tuple[dict[str, float], np.ndarray | None]:
-  """Metrics of a model over all batches of a split.
+  """Computes the metrics of a model over all batches of a split.
 
   Args:
     eval_step: from `make_eval_step`, jitted.
@@ -170,7 +170,7 @@ def evaluate_split(
     shape = batch['image'].shape
     placed = sharding.shard_batch(batch, mesh)
     sums = jax.device_get(eval_step(variables, placed))
-    # float64 on the host: float32 stops counting at 2^24 tokens.
+    # float64 on the host: float32 cannot count beyond 2^24 tokens.
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
     total = sums if total is None else jax.tree.map(np.add, total, sums)
     on_batch(batch, sums)
@@ -226,14 +226,14 @@ def _prefixes(total, size):
 
 
 class Split:
-  """The validation images of a run, read anew by each iteration.
+  """The validation images of a run; each iteration reads them again.
 
-  Gives this process's batches as `loaders.eval_batches` does; a split of at
-  most 256 MiB stays decoded after the first time.
+  Yields this process's batches like `loaders.eval_batches`; a split of at most
+  256 MiB stays decoded after the first iteration.
   """
 
   def __init__(self, source, *, batch_size: int, image_size: int):
-    # Images that cannot be decoded do not end a run that has trained.
+    # Unreadable images must not end a run that has trained.
     self._read = functools.partial(
       loaders.eval_batches, source, image_size=image_size, limited=False
     )
@@ -256,13 +256,13 @@ class Split:
 
   @functools.cached_property
   def first_images(self) -> np.ndarray:
-    """At most `GRID_IMAGES` images uint8, the same in every process."""
+    """The first `GRID_IMAGES` images, uint8, the same in every process."""
     first = next(self._read(batch_size=GRID_IMAGES))
     return first['image'][first['mask']]
 
 
 def validate(model, variables, split: Split, *, mesh, quantize):
-  """Metrics and counts as of `evaluate_split`, and a grid of pictures.
+  """Metrics and counts as in `evaluate_split`, and a grid of pictures.
 
   The grid, uint8, shows the first images of the split above their
   reconstructions. For quantize see `make_eval_step`.

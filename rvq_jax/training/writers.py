@@ -1,6 +1,6 @@
 """Metric files, TensorBoard events and progress of a run.
 
-The methods have the names of `clu.metric_writers`, which import TensorFlow.
+The methods are named as in `clu.metric_writers`, which import TensorFlow.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from rvq_jax.io import write_atomic
 class JsonlWriter:
   """Appends one JSON object per call to WORKDIR/metrics.jsonl.
 
-  Lines of steps after `start_step`, the last checkpoint's, are dropped.
+  Drops lines of steps after `start_step`, the last checkpoint's.
   """
 
   def __init__(self, workdir, *, start_step: int = 0):
@@ -35,7 +35,7 @@ class JsonlWriter:
     self.flush, self.close = self._file.flush, self._file.close
 
   def write_scalars(self, step: int, scalars) -> None:
-    """Writes {name: number}; a number that is not finite becomes null."""
+    """Writes {name: number}; a nonfinite number becomes null."""
     values = {name: float(value) for name, value in scalars.items()}
     values = {n: x if math.isfinite(x) else None for n, x in values.items()}
     self._file.write(json.dumps({'step': int(step)} | values) + '\n')
@@ -44,12 +44,12 @@ class JsonlWriter:
 class TensorBoardWriter:
   """Writes TensorBoard events to WORKDIR/tensorboard.
 
-  TensorBoard hides older events of steps after `start_step`. The SummaryWriter
-  of tensorboardX writes in a thread, where a full disk goes unnoticed.
+  TensorBoard hides older events of steps after `start_step`. tensorboardX's
+  SummaryWriter writes in a thread, where a full disk goes unnoticed.
   """
 
   def __init__(self, workdir, *, start_step: int = 0):
-    # Half a second; only runs that train need it.
+    # The import takes half a second, and only training needs it.
     from tensorboardX import record_writer, summary
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -86,13 +86,13 @@ class TensorBoardWriter:
 
 
 class MultiWriter:
-  """Passes every call to each of the writers that have the method."""
+  """Passes every call to each writer that has the method."""
 
   def __init__(self, writers):
     self._writers = tuple(writers)
 
   def close(self) -> None:
-    """Closes all of them, even if the disk is too full for one."""
+    """Closes all writers, even if the disk is too full for one."""
     with contextlib.ExitStack() as stack:
       for writer in self._writers:
         stack.callback(writer.close)
@@ -107,15 +107,16 @@ class MultiWriter:
 
 
 def read_jsonl(path) -> list[dict]:
-  """The lines of a metrics file, whose last one may be cut off.
+  """The lines of a metrics file; the last one may be cut off.
 
-  One warning counts the lines that are no JSON object with an integer 'step'.
+  One warning counts the lines that are not a JSON object with an integer
+  'step'.
   """
   *lines, last = Path(path).read_text('utf-8', 'replace').split('\n')
   records = [_parsed(line) for line in lines]
   if damaged := records.count(None):
     logging.warning(
-      '%s: left out %d damaged lines, the first is line %d',
+      '%s: skipped %d damaged lines, the first is line %d',
       *(path, damaged, records.index(None) + 1),
     )
   return [record for record in [*records, _parsed(last)] if record is not None]
@@ -130,7 +131,7 @@ def _parsed(line: str) -> dict | None:
 
 
 def _shows_a_bar(stream) -> bool:
-  """Whether a stream is a terminal; tqdm writes nothing to one of 0 rows."""
+  """Whether a stream is a terminal of over 0 rows; else tqdm writes nothing."""
   with contextlib.suppress(OSError):  # a stream without a file
     return os.get_terminal_size(stream.fileno()).lines > 0
   return stream.isatty()
@@ -162,12 +163,12 @@ class Progress:
     self._logs.__exit__(*error)
 
   def advance(self) -> None:
-    """Counts a step that the devices were given."""
+    """Counts a step that the devices have received."""
     self._bar.update()
 
   @contextlib.contextmanager
   def compiling(self) -> Iterator[None]:
-    """Says that a step is compiled; the time does not count as training."""
+    """Announces a compilation; the time does not count as training."""
     if self._bar.disable:
       logging.info('compiling the train step')
     self._bar.set_description_str('compiling the train step ')
@@ -187,8 +188,8 @@ class Progress:
   ) -> dict[str, float]:
     """Shows the means of scalars over the steps since the last report.
 
-    Returns images_per_second, and data_wait: the share of the time, `waited`
-    seconds, in which the devices had no data.
+    Returns images_per_second, and data_wait: the share of the time (`waited`
+    seconds) in which the devices had no data.
     """
     now = time.monotonic()
     seconds = max(now - self._since, 1e-9)
@@ -203,7 +204,7 @@ class Progress:
     parts.append(f'{speed:.0f} images/s')
     if wait > 0.05:
       parts[-1] += f' ({wait:.0%} waiting for data)'
-    # The bar has less room than a line.
+    # The bar has less room than a log line.
     short = [p for p in parts if not p.startswith(('loss', 'perplexity'))]
     self._bar.set_postfix_str('  '.join(short))
     if self._bar.disable:

@@ -95,7 +95,7 @@ def test_a_recorded_split_outlives_changes_of_the_folder(divided, caplog):
   left = [parts[0] - {gone}, parts[1], parts[2] - {renamed}]
   assert _divide(root, file) == left
   for change in ('missing', 'new'):
-    assert f'{change} since the run divided it, and left out: ' in caplog.text
+    assert f'{change} since the start of the run, and skipped: ' in caplog.text
   assert '2 of 200' in caplog.text and '6 of 200' in caplog.text
   assert _divide(root) != parts  # the reason for the record
 
@@ -105,7 +105,7 @@ def test_a_record_refuses_over_one_percent_missing_and_damage(
 ):
   root, parts, file = divided
   _fill(tmp_path / 'other', *(f'{i}.png' for i in range(10)))
-  with one_line('other: 200 of the 200 images that the run divided are miss'):
+  with one_line('other: 200 of the 200 images of the run are miss'):
     _divide(tmp_path / 'other', file)
   for name in sorted(parts[0])[:3]:
     (root / name).unlink()
@@ -168,7 +168,7 @@ def test_splits_that_share_images_are_named_and_divided_once(tmp_path, caplog):
   _fill(tmp_path, *(f'train/a/{i:02d}.png' for i in range(20)))
   _link(tmp_path, 'test', 'train')
   assert [len(x) for x in _parts(_open(tmp_path))] == [20] * 3
-  assert '20 images of test are in train as well, such as test/' in caplog.text
+  assert '20 images of test are also in train, such as test/' in caplog.text
   parts = _divide(tmp_path)
   assert sum(map(len, parts)) == len({name[-6:] for x in parts for name in x})
 
@@ -198,7 +198,7 @@ def test_a_moved_folder_is_known_by_its_images(tmp_path, split):
   Image.new('RGB', (5, 5)).save(new / names[0])  # one may be retouched
   _open(new, split, split_file=file)
   Image.new('RGB', (5, 5)).save(new / names[1])
-  with one_line('2 of 32 images .* not those .* such as train/.*; put them'):
+  with one_line('2 of 32 images .* changed, such as train/.*; restore them'):
     _open(new, split, split_file=file)
 
 
@@ -208,7 +208,7 @@ def test_the_paper_split_unites_all_images_that_have_a_class(tmp_path, caplog):
   _fill(tmp_path, *names, 'test/x.png', 'test/y.png')
   with caplog.at_level(logging.INFO):
     parts = _parts(_open(tmp_path, 'paper'))
-  assert 'left out 2 images that have no class' in caplog.text
+  assert 'skipped 2 images without a class' in caplog.text
   counts = [np.bincount(part.labels).tolist() for part in parts]
   assert counts == [[14, 14], [4, 4], [2, 2]]
   assert sorted(name for part in parts for name in _names(part)) == names
@@ -249,7 +249,7 @@ def test_all_that_pillow_opens_is_read_and_the_rest_counted(tmp_path, caplog):
   assert len(source) == 9
   for record in source:
     assert decode_image(record.image).shape == (4, 4, 3)
-  assert 'left out 4 files that are no images (fifo.jpg, notes' in caplog.text
+  assert 'skipped 4 files that are no images (fifo.jpg, notes' in caplog.text
 
 
 def test_a_subset_keeps_the_order_of_its_indices_and_can_be_pickled(tmp_path):
@@ -271,7 +271,7 @@ def test_a_subset_keeps_the_order_of_its_indices_and_can_be_pickled(tmp_path):
     (['test/a/x.png'], 'no folder train'),
     (['train/a/x.png'], 'one of validation and test'),
     (['train/a/x.png', 'val/x.png', 'validation/x.png'], 'keep one'),
-    (['train/x.png', 'train/a/x.png', 'test/x.png'], 'or images only'),
+    (['train/x.png', 'train/a/x.png', 'test/x.png'], 'or only images'),
     (['train/a/x.png', 'train/b/.x', 'test/y.png'], 'train/b holds no'),
   ],
 )

@@ -155,12 +155,12 @@ def test_imagenet_jpegs_are_untouched_and_labelled(tmp_path, manual):
 @pytest.mark.parametrize(
   'which, files, message',
   [
-    (0, {'../n01440764.tar': _tar({})}, 'not a file of the official'),
-    (0, {'/n01440764.tar': _tar({})}, 'not a file of the official'),
+    (0, {'../n01440764.tar': _tar({})}, 'the official archive lacks'),
+    (0, {'/n01440764.tar': _tar({})}, 'the official archive lacks'),
     (0, {'n01440764.tar': _tar({'../../x.JPEG': b''})}, r"'\.\./\.\./x"),
     (0, {'n00000000.tar': _tar({'x.JPEG': b''})}, 'n00000000'),
     (1, {'holiday.JPEG': _jpeg(0)}, 'holiday'),
-    (1, {LINK: b''}, 'not a file of the official'),
+    (1, {LINK: b''}, 'the official archive lacks'),
     (0, {}, 'holds no images'),
     (0, None, 'not a complete tar archive'),
   ],

@@ -190,7 +190,7 @@ def test_the_run_keeps_a_division_by_the_keys_wherever_the_files_lie(
     assert [x.image for x in one] == [x.image for x in two]
   hub.splits = {}
   name = write(kind, {x: Numbered(range(9, 159)) for x in sources}, 'other')
-  with one_line('missing|not those that the run was started with'):
+  with one_line('of the run are missing'):
     open_dataset(name, split='paper', split_file=tmp_path / 'split.json')
 
 
@@ -202,7 +202,7 @@ def test_one_percent_that_is_no_image_is_left_out_and_named(
   source = open_images(write(kind, {'train': Numbered(rows, [7, 90])}))['train']
   batches = [x['image'][x['mask']] for x in eval_batches(source, **sizes)]
   assert ids(np.concatenate(batches)) == [i for i in rows if i not in (7, 90)]
-  assert caplog.text.count('left out image') == 2
+  assert caplog.text.count('skipped image') == 2
   assert f"image '{source.keys[90]}' cannot be decoded" in caplog.text
   source.set_size = 199
   with one_line('2 of 199 images cannot be decoded, over 1%'):
@@ -238,7 +238,7 @@ def test_members_of_one_stem_are_one_example(tmp_path, form, caplog):
   expected = ('a.b/0001', 7), (long, -1), ('0003', -1), ('0004', 5)
   for i, (name, label) in enumerate(expected, 1):
     assert source[i - 1] == (b'%d' % i, label, name)
-  assert len(source) == 4 and 'left out 1 examples' in caplog.text
+  assert len(source) == 4 and 'skipped 1 examples' in caplog.text
 
 
 def test_an_index_is_built_once_and_anew_for_changed_tars(
@@ -254,7 +254,7 @@ def test_an_index_is_built_once_and_anew_for_changed_tars(
     tar(tmp_path / 'set/wds/test-00000.tar', example(7))
     assert len(open_images(name)['test']) == 7
     assert caplog.text.count('indexing 6 tars, once') == 2
-  with one_line('test-00000.tar changed in use; give the same command again'):
+  with one_line('test-00000.tar changed in use; start the same command again'):
     first['test'][0]
   with one_line('the tars changed in use'):
     pickle.loads(pickle.dumps(first['train']))  # noqa: S301, made here
@@ -327,7 +327,7 @@ def sparse(_):
     ('cut short .* .empty', lambda x: b''),
     ('cut short .* .data after', lambda x: x[:1030] + b'?' + x[1031:]),
     ('damaged .invalid header', lambda x: b'no tar' * 999),
-    ('damaged .data after its end.*put back', lambda x: x + x),
+    ('damaged .data after its end.*restore', lambda x: x + x),
     ("is compressed; unpack it: gzip -d '.*a b.tar'", gzip.compress),
     ('is compressed; unpack it: xz -d ', lzma.compress),
     ('a b.tar holds no images; expected', {'1.txt': b'', '1.cls': b'1'}),
@@ -416,7 +416,7 @@ def test_the_hub_is_asked_for_and_its_faults_are_one_line(
   with one_line('hf:me/set: expected .* train, validation, test, got .* other'):
     open_images('hf:me/set')
   hub.__version__ = '3.6.0'
-  with one_line("extra hf: pip install 'datasets>=4' .before 4", ImportError):
+  with one_line("pip install 'datasets>=4' .older versions", ImportError):
     open_images('hf:me/set')
   monkeypatch.setitem(sys.modules, 'datasets', None)
   with one_line("extra hf: pip install 'datasets>=4'", ImportError):
@@ -454,7 +454,7 @@ def test_a_run_keeps_the_absolute_pattern_and_tells_it_to_nobody(
   assert shared_config(flat)['data.name'] == 'wds:*.tar'
   RunData(flat).open_dataset(None).write_split(tmp_path / 'split.json')
   (tmp_path / 'set').rename(tmp_path / 'moved')
-  with one_line('there is no .*; where the images .* --data_dir=.*=wds:FOLDER'):
+  with one_line('there is no .*; name the present .*--data_dir=.*=wds:FOLDER'):
     RunData(flat).open_dataset(tmp_path / 'split.json')
   moved = str(tmp_path / 'moved/wds')
   data = RunData(flat).open_dataset(tmp_path / 'split.json', data_dir=moved)

@@ -187,7 +187,7 @@ def test_a_damaged_record_is_left_out_and_named(damaged, in_memory, caplog):
   batches = [next(loader)['image'] for _ in range(10)]
   loader.close()
   [message] = caplog.messages
-  expected = r'left out image record (\d+): train/\1 of .*Corrupted'
+  expected = r'skipped image record (\d+): train/\1 of .*Corrupted'
   assert re.search(expected, message)
   # An epoch of 199 has nine full batches.
   assert len({image.tobytes() for b in batches for image in b}) >= 180

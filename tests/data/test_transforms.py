@@ -305,8 +305,8 @@ REFUSED = {
   'text': (b'this is not an image\n' * 10, 'no format that Pillow reads'),
   'jpeg magic only': (b'\xff\xd8\xff', 'cannot be decoded'),
   'postscript': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'no f'),
-  'float': (FLOAT, r'pixels from 200.0 to 200.0: expected \[0, 1\]'),
-  'deep': (DEEP, r'pixels from 1048576 to 1048576: expected \[0, 65535\]'),
+  'float': (FLOAT, r'pixels in \[0, 1\], got 200.0 to 200.0'),
+  'deep': (DEEP, r'pixels in \[0, 65535\], got 1048576 to 1048576'),
   # Huge headers, before anything is decoded; the first limit is Pillow's own.
   'bomb': (_png(2**14, 2**13, 8, 2, b''), 'exceeds limit'),
   'large': (_png(2**13 + 1, 2**13, 8, 2, b''), 'expected at most 67108864'),

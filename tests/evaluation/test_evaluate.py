@@ -73,7 +73,7 @@ def test_choosing_a_step_on_the_images_is_said(
   run, measured, no_figures, tmp_path, caplog
 ):
   evaluate_run(run, split='validation', step='best', output=tmp_path)
-  assert "'best' was chosen on these images" in caplog.text
+  assert "validation chose 'best' on these images" in caplog.text
   assert stored(tmp_path / 'validation')['chosen_on_these_images']
   assert not measured['chosen_on_these_images']
 
@@ -231,7 +231,7 @@ def test_results_do_not_go_among_the_images(
 ):
   monkeypatch.setattr(evaluate, '_measure', None)
   images = {'images': str(image_folder)} if given else {}
-  with one_line(f'expected {name} outside of the images in {image_folder}'):
+  with one_line(f'expected {name} outside the images in {image_folder}'):
     evaluate_run(run, **images, **{name: image_folder / 'new'})
   assert not (image_folder / 'new').exists()
 
@@ -278,11 +278,11 @@ def test_images_of_a_run_that_were_moved_are_measured(
   result = evaluate_run(run, data_dir=str(moved))
   assert result['mse'] == measured['mse']
   data = RunData({'data.name': 'folder:/no', 'data.split': 'official'})
-  with one_line('/no: No such file .*; where the images .* --data_dir'):
+  with one_line('/no: No such file .*; name the present folder .* --data_dir'):
     data.open_dataset('split.json')
   for path in moved.glob('test/*/*'):
     Image.new('RGB', (20, 16)).save(path)
-  with one_line('11 of .* not those that the run was started with'):
+  with one_line('11 of .* images of the run are missing or changed'):
     evaluate_run(run, data_dir=str(moved))
 
 
@@ -309,12 +309,12 @@ def test_a_divided_folder_stays_divided_in_resume_and_evaluation(
   (data / recorded['train'][0]).unlink()
   tiny_config.num_steps = 3
   train(tiny_config, workdir)
-  assert 'missing since the run divided it, and left out: 1 of' in caplog.text
+  assert 'missing since the start of the run, and skipped: 1 of' in caplog.text
   assert json.loads((workdir / 'split.json').read_text()) == recorded
 
 
 def test_a_workdir_among_the_images_is_refused(tiny_config, image_folder):
-  with one_line('expected --workdir outside of the images'):
+  with one_line('expected --workdir outside the images'):
     train(tiny_config, image_folder / 'runs/x')
   assert not (image_folder / 'runs').exists()
 

@@ -51,7 +51,7 @@ def test_curves_say_where_codes_begin_and_what_train_and_validation_are():
   figure = figures.curves({'late': [late], 'at once': [[late[2]]]})
   for ax in figure.axes:
     assert (2, 2) in lines(ax)
-  assert labels(figure)[-1] == 'from here on quantized'
+  assert labels(figure)[-1] == 'quantized from here on'
   assert 'augmented images' in figure.get_supxlabel()
   figure = figures.curves({'at once': [[late[2]]]})
   assert labels(figure) == ['at once', 'train', 'validation']

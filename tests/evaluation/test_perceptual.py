@@ -153,7 +153,7 @@ def test_what_cannot_be_computed_is_absent_and_a_line_says_why(
   assert [r.levelname for r in caplog.records] == ['WARNING'] * 3
   names = INCEPTION, LPIPS, EFFICIENTNET
   for name, line in zip(names, caplog.messages, strict=True):
-    assert line.startswith(f'{name} left out: ')
+    assert line.startswith(f'{name} skipped: ')
     assert ' '.join(str(error).split()) in line and '\n' not in line
   assert '/cache/hub/checkpoints' in caplog.messages[0]
 
@@ -162,7 +162,7 @@ def test_a_number_that_is_not_finite_is_left_out(packages, measure, caplog):
   packages.values['inception_score_std'] = float('nan')
   names = values(measure())
   assert {'rfid', 'lpips'} < names and 'inception_score_std' not in names
-  assert 'inception_score_std left out: it is nan' in caplog.text
+  assert 'inception_score_std skipped: it is nan' in caplog.text
 
 
 def test_too_few_or_small_images_are_no_metric(
@@ -174,7 +174,7 @@ def test_too_few_or_small_images_are_no_metric(
   monkeypatch.setattr(perceptual.lpips, 'distance', DISTANCE)
   monkeypatch.setattr(perceptual.lpips_weights, 'load', lambda net: {})
   assert not {'lpips', 'lpips_vgg'} & values(measure(side=31))
-  assert 'lpips, lpips_vgg left out' in caplog.text
+  assert 'lpips, lpips_vgg skipped' in caplog.text
   assert 'at least 32 pixels, got (12, 31, 31, 3)' in caplog.text
 
 
@@ -183,7 +183,7 @@ def test_lpips_needs_no_torch(name, packages, monkeypatch, measure, caplog):
   monkeypatch.setitem(sys.modules, name, None)
   assert {'lpips', 'lpips_vgg', EFFICIENTNET} == values(measure())
   (line,) = caplog.messages
-  assert f'{INCEPTION} left out: pip install torch-fidelity' in line
+  assert f'{INCEPTION} skipped: pip install torch-fidelity' in line
   assert name in line and '\n' not in line
 
 
@@ -195,7 +195,7 @@ def test_rfid_needs_no_weights_of_lpips_and_something_is_needed(
     monkeypatch.setattr(module, 'load', mock.Mock(side_effect=error))
   assert 'rfid' in measure()
   names = LPIPS, EFFICIENTNET
-  assert caplog.messages == [f'{name} left out: {error}' for name in names]
+  assert caplog.messages == [f'{name} skipped: {error}' for name in names]
   monkeypatch.setitem(sys.modules, 'torch', None)
   with one_line(r'torch-fidelity.*a package', ImportError):
     load_metrics()

@@ -126,7 +126,7 @@ def test_without_splits_a_share_is_held_out(arrange, example, tmp_path):
     ({'workdir': 'old'}, 'has other settings; name another --workdir'),
     ({'kind': 'residual'}, 'expected one id per position'),
     ({'kind': 'other'}, 'tokens is of the encoder'),
-    ({'tokens': 'mute'}, 'does not name its model: expected --tokenizer'),
+    ({'tokens': 'mute'}, 'does not name its model: add --tokenizer'),
   ],
 )
 def test_a_mistake_is_one_line(

@@ -188,7 +188,7 @@ def test_when_one_process_dies_the_other_ends_and_the_run_resumes(
     assert time.monotonic() - killed < 3 * LOST_AFTER
   if code == 75:
     lines = [line for line in err.splitlines() if 'error: ' in line]
-    assert len(lines) == 1 and 'another process of the run is gone' in lines[0]
+    assert len(lines) == 1 and 'another process of the run died' in lines[0]
     assert 'Traceback' not in err
   else:
     # JAX's runtime noticed first: of process 0 at once; of another by its

@@ -89,7 +89,7 @@ FLAGS = [
   ('benchmark photos {tmp}', 'got photos and {tmp}'),
   ('benchmark --workdir={tmp} {tmp}', 'got {tmp} and {tmp}'),
   ('benchmark {tmp} --config.batch_size=8', "flag 'config.batch_size'"),
-  ('benchmark photos --peak=nan', '--peak: expected TFLOP/s, as 989, got nan'),
+  ('benchmark photos --peak=nan', 'expected TFLOP/s, such as 989, got nan'),
   ('benchmark photos --steps=0', "integer, at least 1, got '0'"),
   ('explore --workdir=x --images=0', "integer, at least 1, got '0'"),
   (
@@ -114,8 +114,8 @@ VALUES = [
   (f'{SETS}.model.codbook_size=1', 'did you mean config.model.codebook_size?'),
   ('train --config imagenet --config.a=1', 'config.a: no such field'),
   ('reproduce --config=cifar10:f4,best --config.a=1', 'a: no such field'),
-  (f'{PHOTOS} --process_id=0', 'expected --multihost too'),
-  (f'{PHOTOS} --multihost --process_id=0', 'of them, got None, None, 0'),
+  (f'{PHOTOS} --process_id=0', 'need --multihost: add it'),
+  (f'{PHOTOS} --multihost --process_id=0', 'or none, got None, None, 0'),
   (f'{SETS}.model.codebook_size=-5', 'codebook_size: expected at least 1, got'),
   (f'{SETS}.data.name=folder:/no/where', '/no/where'),
   (f'{SETS}.freeze=x', "config.freeze: expected one of '', codes, encoder, 'e"),
@@ -252,7 +252,7 @@ def test_a_user_without_a_home_is_told(refused, monkeypatch):
   monkeypatch.setattr(pwd, 'getpwuid', {}.__getitem__)  # KeyError
   monkeypatch.delenv('HOME')
   line = refused('evaluate --workdir=~/x')
-  assert 'a full path: there is no home directory' in line
+  assert 'no home directory: expected a full path' in line
 
 
 @pytest.mark.parametrize('command', COMMANDS)

@@ -214,7 +214,7 @@ def test_the_lines_above_the_tables_say_what_was_run(objectives):
   assert ' cores of ' in about['measured']
   assert about['each run'] == '2 steps of batch 1, K = 4, 16 bits each'
   assert about['tables of the paper not run'] == '4, 5, 7'
-  assert 'not to be compared' in about["the paper's numbers"]
+  assert 'not comparable' in about["the paper's numbers"]
   assert 'these runs of 2 steps on x' in about["the paper's numbers"]
   same = {'num_steps': None, 'num_epochs': 300}
   config = ConfigDict(config | same)

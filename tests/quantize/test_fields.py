@@ -66,7 +66,7 @@ def test_a_value_out_of_its_range_is_refused(arguments, message):
     (1.0, Field(int), 'an integer'),
     (1, Field(float), None),
     (float('nan'), Field(float, 0), 'at least 0'),
-    (float('inf'), Field(float, 0), 'a finite number'),
+    (float('inf'), Field(float, 0), 'a finite float32 number'),
     (0.5, Field(float, 0, 0.4), 'a value from 0 to 0.4'),
     (0.4, Field(float, 0, 0.4), None),
     (None, ESTIMATOR, 'a value'),

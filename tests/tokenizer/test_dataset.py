@@ -165,7 +165,7 @@ def test_an_interrupted_encoding_resumes_to_the_same_files(
   folder = tmp_path / 'tokens'
   with pytest.raises(KeyboardInterrupt):
     encode_dataset(tokenizer, source, folder)
-  with one_line('has 16 of 102 rows; run the same'):
+  with one_line('has 16 of 102 rows; start the same'):
     TokenDataset(folder)
   before = encode.call_count  # the fourth batch may have been begun
   encode_dataset(tokenizer, source, folder)
@@ -278,7 +278,7 @@ def test_the_folder_of_another_encoding_is_refused_and_kept(
     ('image_size', tokenizer, source, {'image_size': 12}),
     ('source_digest', tokenizer, renamed, {}),
   ):
-    with one_line(f'has another {name} '):
+    with one_line(f'expected {name} '):
       encode_dataset(*arguments, folder, **changed)
   assert content(folder) == before
 
@@ -303,7 +303,7 @@ def test_a_source_is_what_its_files_are_and_not_where_they_lie(
   if change == 'pixels':
     path = tmp_path / 'in/003.png'
     path.write_bytes((tmp_path / 'in/004.png').read_bytes())
-    with one_line('has another source_files '):
+    with one_line('expected source_files '):
       encode(str(tmp_path / 'in'))
     assert content(folder) == before
     return
@@ -424,7 +424,7 @@ def test_over_one_percent_undecodable_ends_the_encoding(
 
 def test_a_folder_decodes_to_reconstructions(tokens, make_tokenizer, tmp_path):
   tokenizer, folder = tokens
-  with one_line('is of the encoder'):
+  with one_line('expected the encoder'):
     decode_dataset(make_tokenizer(seed=5), folder, tmp_path / 'out')
   assert decode_dataset(tokenizer, folder, tmp_path / 'out') == 40
   ids = np.resize(np.load(folder / 'ids.npy'), (256, 4, 4))

@@ -84,7 +84,7 @@ def test_the_card_of_multi_scale_tokens_says_their_size_and_prefixes(
   np.testing.assert_array_equal(exported.encode(test_images), ids)
   text = (folder / 'README.md').read_text()
   assert '16 x 16 pixels become 26 tokens' in text
-  assert 'int32 [B, T]' in text and 'whose sides are 16 can be encoded' in text
+  assert 'int32 [B, T]' in text and 'with sides that are 16' in text
   assert (folder / 'test_prefixes.png').is_file()
 
 

@@ -172,7 +172,7 @@ def test_import_asks_and_warns(give, call, tmp_path, capsys):
   assert warning.startswith('warning: PSNR under 15 dB; try another --rule')
   card = (output / 'README.md').read_text()
   assert '# Small' in card and 'license: mit' in card
-  assert 'whose weights come from model.safetensors' in card
+  assert 'with weights from model.safetensors' in card
   assert load(output).sides == (1, 2, 3, 8)
 
 

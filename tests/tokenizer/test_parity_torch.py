@@ -256,5 +256,5 @@ def test_diffusers_opens_what_we_write(name, build, tmp_path):
 
 
 def test_an_encoder_without_its_decoder_is_named(build):
-  with one_line('expected the tensor decoder.* is missing'):
+  with one_line('expected a tensor decoder.*, got none'):
     build('chameleon', drop='decoder.')

@@ -202,7 +202,7 @@ def test_a_file_that_lies_is_refused(saved, name, value):
 
 def test_a_damaged_or_foreign_file_is_refused(saved, make_tokenizer, tmp_path):
   tokenizer, path = saved
-  with one_line('is of the encoder .*, got the encoder'):
+  with one_line('expected the encoder .*, got '):
     tiling.load_image(make_tokenizer(seed=2), path)
   whole = path.read_bytes()
   ids = whole.index(b'ids.npy') + 160  # behind the headers, among the ids

@@ -122,7 +122,7 @@ BAD = [
   ('decode', ONE - 1, 'from 0 to 15, got -1'),
   ('decode', ONE + 2**32, 'from 0 to 15, got 4294967296 to'),
   ('decode', ONE.astype(np.uint64) - 1, 'from 0 to 15, got 184467'),
-  ('decode', ONE[0], r'ids \[B, H, W\] of integers, got int64 \[4, 4\]'),
+  ('decode', ONE[0], r'integer ids \[B, H, W\], got int64 \[4, 4\]'),
   ('decode', ONE / 1, 'integers'),
 ]
 

@@ -148,7 +148,7 @@ def test_both_layouts_and_both_dtypes_are_taken(real, test_images):
   ids = tokenizer.encode(images)
   floats = (images.double() / 127.5 - 1).permute(0, 3, 1, 2)
   assert torch.equal(tokenizer.encode(floats), ids)
-  with pytest.warns(UserWarning, match=r'in \[0, 1\] are taken as \[-1, 1\]'):
+  with pytest.warns(UserWarning, match=r'in \[0, 1\] are read on \[-1, 1\]'):
     tokenizer.encode(images / 255)
   # As files of tokens hold them.
   pictures = tokenizer.decode(ids.numpy().astype(np.uint16))
@@ -166,7 +166,7 @@ BAD = [
   ('vq', 'encode', ZERO((1, 4, 4, 3), np.int32), 'float .* torch.int32'),
   ('vq', 'encode', np.full((1, 4, 4, 3), 255.0), 'float64 from 255 to 255'),
   ('vq', 'encode', np.full((1, 4, 4, 3), np.nan), 'float64 from nan'),
-  ('multiscale', 'encode', ZERO((1, 12, 16, 3)), 'whose sides are 16, got'),
+  ('multiscale', 'encode', ZERO((1, 12, 16, 3)), 'with sides 16, got'),
   ('vq', 'decode', ONE[0], r'ids \[B, H, W\], .*torch.int64 \[4, 4\]'),
   ('vq', 'decode', ONE / 1, 'got torch.float64'),
   ('vq', 'decode', ONE[..., None], r'got torch.int64 \[1, 4, 4, 1\]'),
@@ -216,10 +216,10 @@ def rewrite_entry(**changed):
     (rewrite(CONFIG, lambda _: b'{'), 'got JSONDecodeError'),
     (rewrite(CONFIG, lambda _: b'[]'), 'got TypeError'),
     (rewrite(CONFIG, lambda _: b'{}'), "KeyError: 'format_version'"),
-    (rewrite_entry(), "KeyError: 'torch'; .*, use tokenizer_torch.py in it"),
+    (rewrite_entry(), "KeyError: 'torch'; .*, use its tokenizer_torch.py"),
     (rewrite_entry(quantizer='new'), "KeyError: 'new'; if another version"),
     (rewrite_entry(activation='relu'), "KeyError: 'relu'"),
-    (rewrite_entry(architecture='{"factor": 2}'), f'{WEIGHTS} of another hash'),
+    (rewrite_entry(architecture='{"factor": 2}'), 'with another hash'),
     (rewrite(WEIGHTS, lambda x: x[:-1]), 'got SafetensorError'),
     (rewrite(WEIGHTS, lambda x: x[:-1] + bytes([x[-1] ^ 1])), 'another hash'),
     (rewrite(WEIGHTS, lambda x: x.replace(b'conv0', b'conv9')), 'another hash'),

@@ -13,10 +13,10 @@ from rvq_jax.training.backend import gpu_advice
     (None, None, False, ''),
     ('0.11.2', None, True, ''),
     ('0.11.2', '0.9.0', True, ''),
-    (None, None, True, 'does not see: pip install "jax[cuda12]==0.11.2"'),
+    (None, None, True, 'of this machine: pip install "jax[cuda12]==0.11.2"'),
     (
       *(None, '0.9.0', False),
-      'jax-cuda13-plugin 0.9.0 does not fit jaxlib 0.11.2, so that JAX sees no '
+      'jax-cuda13-plugin 0.9.0 does not fit jaxlib 0.11.2, so JAX sees no '
       'GPU: pip install "jax[cuda13]==0.11.2"',
     ),
   ],

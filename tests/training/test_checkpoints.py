@@ -194,7 +194,7 @@ def test_a_run_without_a_sound_step_is_refused_and_left_alone(run, template):
 def test_load_refuses_a_damaged_step_and_names_the_item(damage, run):
   damage(array_file(run))
   for step in (None, 6):
-    with one_line('step 6 .* is damaged: model .*there are: 3, 4'):
+    with one_line('step 6 .* is damaged: model .*found: 3, 4'):
       load(run, step)
   assert load(run, 4).step == 4
 

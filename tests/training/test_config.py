@@ -94,7 +94,7 @@ REFUSED = [
   ),
   (
     {**FSQ, 'model.codebook_size': 1000},
-    'model.codebook_size: expected a power of two .*got 1000; .*is 1024',
+    'model.codebook_size: expected a power of two.*got 1000; .*, 1024',
   ),
   # No layer knows these rules.
   *(

@@ -38,7 +38,7 @@ def test_what_the_user_set_counts(monkeypatch, flags):
 def test_it_is_refused_once_they_have_started(tiny_config, tmp_path):
   jax.devices()
   tiny_config.deterministic = True
-  with one_line(f'before JAX starts .*{DETERMINISTIC}'):
+  with one_line(f'JAX has started .*{DETERMINISTIC}'):
     train(tiny_config, tmp_path / 'run')
 
 

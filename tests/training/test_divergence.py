@@ -126,7 +126,7 @@ def test_a_learning_rate_of_a_million_stops_the_run(
   tiny_config.checkpoint_every, tiny_config.eval_every = 1, 0
   message = (
     'stopped at step 11: for 10 steps in a row, from step 2 on, the loss was '
-    'nan.* Lower config.optimizer.learning_rate or'
+    'nan.* lower config.optimizer.learning_rate or'
   )
   with one_line(message, FloatingPointError):
     loop.train(tiny_config, tmp_path)

@@ -58,7 +58,7 @@ def test_a_run_goes_on_with_its_images_wherever_they_lie(
     Image.new('RGB', (20, 16)).save(path)
   for name in (moved, tmp_path / 'none'):
     tiny_config.data.name = f'folder:{name}'
-    with one_line('not those that the run was started with|No such file'):
+    with one_line('of the run are missing or changed|No such file'):
       loop.train(tiny_config, run)
   (run / 'split.json').unlink()  # of an earlier version
   tiny_config.data.name = f'folder:{moved}'

@@ -243,7 +243,7 @@ def test_the_flags_of_a_refusal_are_those_to_type(
   fields = {'model.attn_levels': (1,), 'model.codebook_size': 16}
   for freeze in ('', 'encoder'):
     config = make_step_config(SMALL | fields | {'freeze': freeze})
-    with one_line('another one than') as told:
+    with one_line('is not the one that') as told:
       Run(config, init=lambda: other).initial()
     typed = shlex.split(re.search(r'type (--.*)', str(told.value))[1])
     assert '--config.model.attn_levels=None' in typed
@@ -295,7 +295,7 @@ def test_the_decoder_adapts_and_the_tokens_stay(
   )
   tiny_config.num_steps = 3
   train(tiny_config, workdir, init=lambda: pytest.fail('read again'))
-  assert f'--init is not read: {workdir} resumes its own run' in caplog.text
+  assert f'--init is ignored: {workdir} resumes its own run' in caplog.text
   resumed = load(workdir)
   assert resumed.step == 3
   np.testing.assert_array_equal(resumed.encode(IMAGES), ids)
@@ -336,7 +336,7 @@ def test_the_decoder_adapts_and_the_tokens_stay(
       'type --config.model.inner_product=False',
     ),
     ({'model.quantize_after': 2}, 'expected config.model.quantize_after = 0'),
-    (NEW, 'expected a trained encoder, from --init or'),
+    (NEW, 'expected a trained encoder, got a new run: add --init'),
   ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(

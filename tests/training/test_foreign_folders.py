@@ -50,7 +50,7 @@ def test_a_path_that_orbax_cannot_take_is_no_damage(
   except OSError:
     pytest.skip('this file system takes UTF-8 names only')
   for call in (load, functools.partial(loop.train, tiny_config)):
-    with one_line('--workdir: expected a path whose bytes are UTF-8'):
+    with one_line('--workdir: expected a path in UTF-8'):
       call(folder)
 
 

@@ -52,7 +52,7 @@ def test_corrupt_validation_images_do_not_cost_the_run(
     (images / f'validation/class0/{2 * i:03d}.png').write_bytes(b'')
   tiny_config.data.name, tiny_config.num_steps = f'folder:{images}', 5
   result = loop.train(tiny_config, tmp_path / 'run')
-  assert result['images'] == 10 and 'left out image validation/' in caplog.text
+  assert result['images'] == 10 and 'skipped image validation/' in caplog.text
 
 
 @pytest.mark.parametrize('limit,times', [(2**28, 1), (0, 2)])

@@ -83,10 +83,10 @@ def test_a_run_reports_the_autoencoder_then_the_codes(config, tmp_path):
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'init_from': 'normal'}, 'filled from data'),
+    ({'init_from': 'normal'}, 'codes from data'),
     ({'quantizer': 'fsq'}, 'got fsq'),
     ({'quantize_after': -1}, 'at least 0'),
-    ({'quantize_after': 6}, 'less than the 6 steps.* with 0 all '),
+    ({'quantize_after': 6}, 'less than the 6 steps.* at 0 all '),
   ],
 )
 def test_what_cannot_be_quantized_late_is_refused(fields, message, config):

@@ -87,7 +87,7 @@ def test_damaged_lines_are_left_out_and_counted_on_a_resume(tmp_path, caplog):
   path.write_bytes(b'\n'.join(lines))
   JsonlWriter(tmp_path, start_step=2).close()
   assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-  text = f'{path}: left out 7 damaged lines, the first is line 2'
+  text = f'{path}: skipped 7 damaged lines, the first is line 2'
   assert caplog.messages == [text]
 
 
