@@ -8,6 +8,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -17,21 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Used by the benchmarks from here, as the functions below.
 from rvq_jax.evaluation.machine import hardware  # noqa: E402, F401
-from rvq_jax.models.encoder import stage_plan  # noqa: E402
 from rvq_jax.paper.report import versions  # noqa: E402, F401
 from rvq_jax.training.backend import prepare_backend  # noqa: E402, F401
 from rvq_jax.training.build import build_step  # noqa: E402
 from rvq_jax.training.config import check_config  # noqa: E402
 
 PEERS = ('torch', 'vector-quantize-pytorch')
-# Assumed speeds of an H200 in operations per second.
-TENSOR_CORES, FLOAT32 = 790e12, 67e12
 
 
 def parser(doc: str, **flags: Any) -> argparse.ArgumentParser:
@@ -71,6 +70,16 @@ def cores() -> int:
   return len(os.sched_getaffinity(0))
 
 
+def resident(pid: int | str = 'self', field: str = 'VmRSS') -> int:
+  """Bytes of a process in memory, VmHWM: at most; 0 where none are told."""
+  try:
+    text = Path(f'/proc/{pid}/status').read_text()
+  except OSError:
+    return 0
+  found = re.search(rf'{field}:\s*(\d+)', text)
+  return 1024 * int(found[1]) if found else 0
+
+
 def in_turn(calls: dict[str, Callable], turns: int) -> dict[str, list]:
   """Name -> results per turn, for calls that take turns."""
   results = {name: [] for name in calls}
@@ -103,6 +112,23 @@ def measure(
     seconds(call)
   timed_calls = {n: lambda c=c: timed(c) for n, c in calls.items()}
   return in_turn(timed_calls, repeats)
+
+
+def excess(x, codes, ids, block: int = 4096) -> np.ndarray:
+  """How much farther than the nearest code each row's own is, as a share.
+
+  In float64, around the mean of the codes: far from 0 the squares would have no
+  digits left for a distance.
+  """
+  middle, result = np.mean(codes, axis=0, dtype=np.float64), []
+  codes = codes - middle
+  half = 0.5 * np.sum(codes**2, axis=1)
+  for start in range(0, len(x), block):
+    e, own = x[start : start + block] - middle, ids[start : start + block]
+    best = np.argmax(e @ codes.T - half, axis=1)
+    own, best = (np.sum((e - codes[i]) ** 2, axis=1) for i in (own, best))
+    result.append(own / np.maximum(best, 1e-300) - 1)
+  return np.concatenate(result)
 
 
 def ratio(numbers, others) -> float:
@@ -189,21 +215,3 @@ def make_step(config):
   """The checked flat config and its `TrainStep`, in the last phase."""
   flat = check_config(config)
   return flat, build_step(flat, flat['num_steps'] or 10**6)
-
-
-def flops(config) -> tuple[int, int]:
-  """Operations of a step of the paper's network, and of its search.
-
-  By docs/predictions.md: XLA's own count takes each loop for one pass.
-  """
-  model, side, last, total = config.model, config.data.image_size, 3, 0
-  for width, stride in stage_plan(model.widths, model.factor):
-    there, back = (9, 16) if stride == 2 else (9, 9)  # taps; of the transposed
-    side //= stride
-    total += (there + back) * last * width * side**2
-    last = width
-  tokens, dim = side**2, model.code_dim
-  total += tokens * (4 * model.num_res_blocks * 9 + 4) * last**2
-  total += tokens * 2 * last * (dim + tokens)
-  scale = 2 * config.batch_size
-  return 3 * scale * total, scale * tokens * model.codebook_size * dim

@@ -160,10 +160,8 @@ def index_tars(members: int, folder: Path) -> None:
   for step in ('index', 'open again'):
     start, processor = time.perf_counter(), time.process_time()
     source = datasets.open_images(f'wds:{folder}')['all']
-    wall, processor = (
-      time.perf_counter() - start,
-      time.process_time() - processor,
-    )
+    wall = time.perf_counter() - start
+    processor = time.process_time() - processor
     print(f'{step}: {wall:.2f} s, {processor:.2f} s of processor')
   [index] = folder.glob('.rvq_jax*')
   print(f'{len(source):,} images, {index.stat().st_size / 1e6:.1f} MB')

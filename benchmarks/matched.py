@@ -1,9 +1,7 @@
 """The referee: which quantizer has the least error on the same latents.
 
   python benchmarks/matched.py --data=folder:DIR|tfds:NAME [--data_dir=DIR]
-    [--cells=NAME,NAME] [--seeds=3] [--full] [--workdir=DIR]
-    --output=benchmarks/matched.jsonl [--figure=FILE.png]
-  python benchmarks/matched.py --table --output=FILE [--figure=FILE.png]
+    --output=benchmarks/matched.jsonl [--figure=FILE.png] [--table]
 
 A small autoencoder without a quantizer is trained on the images and frozen.
 Every quantizer sees its latents [N, 16], moved to mean 0 and scaled to variance
@@ -19,9 +17,8 @@ left out without it), then '+argument=value' per argument that is no default.
 one learning rate for all, which falls to 0 by a cosine. A finished cell is a
 line of the output; the same command resumes.
 
-Hardware: CPU. On two cores the default grid takes about half an hour, two
-thirds of it for the peers (OMP_NUM_THREADS=1 is faster for them). `--full` adds
-K = 16384 with a million latents: an estimated 15 hours.
+Two thirds of the time go to the peers (OMP_NUM_THREADS=1 is faster for them).
+`--full` adds K = 16384 with a million latents: an estimated 15 hours.
 """
 
 import importlib.util
@@ -34,7 +31,7 @@ import common
 import numpy as np
 import tried
 from matched_latents import batches, load_latents
-from matched_quantizers import PREFIX, Lloyd, Ours, Peer, wrong_ids
+from matched_quantizers import PREFIX, Lloyd, Ours, Peer
 
 from rvq_jax import metrics
 
@@ -101,6 +98,7 @@ def measure(key, z, held_out, args):
   counts = np.stack([np.bincount(c, minlength=size) for c in columns])
   x = np.concatenate([held_out, z])[:1_000_000]
   searches = quantizer.searches(x, quantizer.forward(x)[1])
+  wrong = [int(np.sum(common.excess(*s) > 0)) for s in searches]
   return key | {
     'trained_by': quantizer.trained_by,
     'bits': quantizer.bits,
@@ -111,7 +109,7 @@ def measure(key, z, held_out, args):
     'dimension': metrics.effective_dimension(
       decoded.sum(axis=0, dtype=np.float64), decoded.T @ decoded, len(decoded)
     ),
-    'wrong_ids': sum(wrong_ids(*s) for s in searches) if searches else None,
+    'wrong_ids': sum(wrong) if searches else None,
     'checked_ids': len(x) * len(searches),
     'seconds': round(seconds, 1),
     'cpu_seconds': round(cpu, 1),
@@ -180,36 +178,25 @@ def table(results):
 def draw(results, path):
   """dB above Lloyd per quantizer, a panel per setting."""
   from matplotlib.figure import Figure
+  from matplotlib.patches import Patch
 
-  panels = {}
-  for setting, cells in sorted(results.items()):
-    rows = [
-      (cell, *entry['db'])
-      for cell, entry in cells.items()
-      if 'db' in entry and cell != 'lloyd'
-    ]
-    panels[setting] = sorted(rows, key=lambda row: -row[1])
-  height = 1.2 + 0.32 * max(map(len, panels.values()))
-  figure = Figure(figsize=(9, height * len(panels)), layout='constrained')
-  axes = figure.subplots(len(panels), squeeze=False)[:, 0]
-  for ax, (setting, rows) in zip(axes, panels.items(), strict=True):
-    for y, (cell, mean, deviation) in enumerate(rows):
+  height = 1.2 + 0.32 * max(map(len, results.values()))
+  figure = Figure(figsize=(9, height * len(results)), layout='constrained')
+  axes = figure.subplots(len(results), squeeze=False)[:, 0]
+  for ax, (setting, cells) in zip(axes, sorted(results.items()), strict=True):
+    means = {c: entry['db'] for c, entry in cells.items() if 'db' in entry}
+    means.pop('lloyd', None)
+    ordered = sorted(means.items(), key=lambda item: -item[1][0])
+    for cell, (mean, deviation) in ordered:
       color = 'C1' if cell.startswith(PREFIX) else 'C0'
       color = '0.6' if cell == 'random' else color
-      deviation = 0 if math.isnan(deviation) else deviation
-      ax.barh(y, mean, xerr=deviation, color=color, height=0.7)
-      ax.annotate(
-        f'{mean:.2f}',
-        (max(mean, 0) + deviation, y),
-        (4, 0),
-        textcoords='offset points',
-        va='center',
-      )
-    names = [row[0].removeprefix(PREFIX).replace('+', ', ') for row in rows]
-    ax.set_yticks(range(len(rows)), names)
-    for name, color in (('rvq_jax', 'C0'), ('vector-quantize-pytorch', 'C1')):
-      ax.barh(0, 0, color=color, label=name)
-    ax.legend(frameon=False)
+      name = cell.removeprefix(PREFIX).replace('+', ', ')
+      style = {'color': color, 'xerr': np.nan_to_num(deviation), 'height': 0.7}
+      bar = ax.barh(name, mean, **style)
+      ax.bar_label(bar, fmt='%.2f', padding=4)
+    names = {'C0': 'rvq_jax', 'C1': 'vector-quantize-pytorch'}
+    patches = [Patch(color=color, label=name) for color, name in names.items()]
+    ax.legend(handles=patches, frameon=False)
     ax.axvline(0, color='0.3', linewidth=1)
     ax.margins(x=0.08, y=0.02)
     ax.spines[['top', 'right']].set_visible(False)

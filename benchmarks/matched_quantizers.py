@@ -218,18 +218,3 @@ def _arguments(name, k):
     arguments |= {'decay': 0.99, 'kmeans_init': True}
     arguments['threshold_ema_dead_code'] = 2
   return arguments
-
-
-def wrong_ids(x, codes, ids, block=4096):
-  """How many ids name no nearest code, in float64."""
-  codes, wrong = np.asarray(codes, np.float64), 0
-  half = 0.5 * np.sum(codes**2, axis=1)
-  for start in range(0, len(x), block):
-    e, chosen = x[start : start + block].astype(np.float64), ids[start:][:block]
-    best = np.argmax(e @ codes.T - half, axis=1)
-    other = np.flatnonzero(best != chosen)
-    distance = [
-      np.sum((e[other] - codes[i[other]]) ** 2, axis=1) for i in (chosen, best)
-    ]
-    wrong += int(np.sum(distance[0] > distance[1]))
-  return wrong

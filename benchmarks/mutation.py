@@ -4,8 +4,7 @@ Draws faults from all possible ones in the modules below, makes each in a
 copy of the repository and runs the tests of its folder, then tests/training.
 A fault counts as noticed when a test fails within --limit seconds.
 
-Command: python benchmarks/mutation.py --count=60 --seed=0 --output=faults.jsonl
-Hardware: CPU; about half a minute per fault. Run again to resume.
+  python benchmarks/mutation.py --count=60 --output=faults.jsonl  # or resume
 """
 
 import ast

@@ -158,25 +158,15 @@ def forms(n, k, dim, names):
   return result
 
 
-def resident(field):
-  """VmRSS or VmHWM of this process in bytes; 0 where there is no /proc."""
-  try:
-    lines = Path('/proc/self/status').read_text().splitlines()
-  except OSError:
-    return 0
-  values = [line.split()[1] for line in lines if line.startswith(field)]
-  return int(values[0]) * 1024 if values else 0
-
-
 def peak_memory(call):
   """Bytes by which the resident set grew at most during a call, or None."""
   try:
     Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
   except OSError:
     return None
-  before = resident('VmRSS')
+  before = common.resident()
   call()
-  return max(0, resident('VmHWM') - before)
+  return max(0, common.resident(field='VmHWM') - before)
 
 
 def measure(n, k, dim, names, repeats):

@@ -4,25 +4,23 @@ A cell is an ordinary run of configs/photos.py, or with --setting=cifar10 or
 tiny (Tiny-ImageNet, 64x64) of a small model of configs/cifar10.py, with the
 changes that its name lists. It is measured on the validation split at the last
 step. A finished cell is one line of the output and is not run again, so the
-same command resumes, and several may run side by side. tried.py adds five
-estimators, the ramp and more.
+same command resumes, and several may run side by side. tried.py adds four
+estimators and more.
 
-Command: python benchmarks/recipe.py --data=folder:DIR --cells=ste,rotation
-  --seeds=3 --output=benchmarks/recipe_photos.jsonl
-Table: python benchmarks/recipe.py --table --output=FILE [--cells=... --steps=N
-  --figure=FILE.png]
-Hardware: CPU; a cell of 2,500 steps takes about ten minutes on two cores.
+  python benchmarks/recipe.py --data=folder:DIR --cells=ste,rotation
+    --output=benchmarks/recipe_photos.jsonl [--figure=FILE.png] [--table]
 """
 
 import json
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import common
 import numpy as np
 import tried
+
+from rvq_jax.commands.benchmark import commit
 
 # Part of a cell's name -> config fields that it sets; '+' joins parts.
 PARTS = {
@@ -148,12 +146,6 @@ def measure(cell: str, seed: int, args) -> dict | None:
   }
 
 
-def commit() -> str:
-  """The commit that is checked out."""
-  command = ['git', '-C', common.ROOT, 'rev-parse', '--short', 'HEAD']
-  return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 def table(records) -> str:
   """Markdown: mean and sample standard deviation over the seeds of a cell."""
   lines = [common.header('cell', 'steps', 'seeds', *METRICS)]
@@ -185,26 +177,19 @@ def draw(records, cells, path) -> None:
     'mean_angle': 'mean angle of e and q, degrees',
     'mse': 'MSE in training',
   }
+  chosen = [r for r in records if r['cell'] in cells and r['seed'] == 0]
   figure = Figure(figsize=(11, 3.4), layout='constrained')
   axes = figure.subplots(1, len(titles))
-  for record in records:
-    if record['cell'] in cells and record['seed'] == 0:
-      curves = record['curves']
-      for ax, name in zip(axes, titles, strict=True):
-        values = np.array(curves[name], float)  # None: NaN
-        ax.plot(curves['step'], values, label=record['cell'])
-  for ax, name in zip(axes, titles, strict=True):
-    ax.set_title(titles[name], fontsize='medium')
-    ax.set_xlabel('step')
-    ax.set_yscale('log' if name == 'mse' else 'linear')
+  for ax, (name, title) in zip(axes, titles.items(), strict=True):
+    for record in chosen:
+      values = np.array(record['curves'][name], float)  # None: NaN
+      ax.plot(record['curves']['step'], values, label=record['cell'])
+    scale = 'log' if name == 'mse' else 'linear'
+    ax.set(title=title, xlabel='step', yscale=scale)
     ax.spines[['top', 'right']].set_visible(False)
   axes[0].set_ylim(bottom=0)
-  figure.legend(
-    *axes[0].get_legend_handles_labels(),
-    loc='outside lower center',
-    ncols=5,
-    frameon=False,
-  )
+  lines = axes[0].get_legend_handles_labels()
+  figure.legend(*lines, loc='outside lower center', ncols=5, frameon=False)
   figure.savefig(path, dpi=130)
 
 

@@ -51,7 +51,7 @@ def run(command, log: Path, limit: float = math.inf) -> dict:
       start_new_session=True,
     )
     while process.poll() is None and time.monotonic() < end:
-      megabytes.append(resident(process.pid))
+      megabytes.append(common.resident(process.pid) / 1e6)
       time.sleep(0.1)
     code = process.poll()
     with contextlib.suppress(ProcessLookupError):  # with all that it started
@@ -68,15 +68,6 @@ def run(command, log: Path, limit: float = math.inf) -> dict:
     'end': int(steps[-1]) if steps else start,
     'megabytes': megabytes,
   }
-
-
-def resident(pid: int) -> float:
-  """Resident memory in MB; 0 where it cannot be read."""
-  try:
-    pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
-  except (OSError, IndexError):
-    return 0.0
-  return pages * os.sysconf('SC_PAGE_SIZE') / 1e6
 
 
 def digest(workdir: Path) -> dict[str, str]:

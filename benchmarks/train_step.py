@@ -5,8 +5,8 @@
 
 The model of configs/cifar10.py (f8, D = 256, six residual blocks, K = 16384) at
 32x32 with 128 images a step and at 256x256 with 8, on two cores. Forms
-alternate in one process; printed are medians, ratios, compile time, memory and
-FLOPs per second (formulas: docs/predictions.md). `--peer` adds the same model
+alternate in one process; printed are medians, ratios, compile time, memory and,
+by XLA's count, operations per second. `--peer` adds the same model
 in PyTorch (torch_model.py) with vector-quantize-pytorch's quantizer and with
 one as good as ours (`pip install torch vector-quantize-pytorch`).
 `--memory=kept` has the C library keep freed memory, for every form, as our
@@ -14,50 +14,17 @@ launchers do.
 """
 
 import statistics
-import time
 
 import common
 import jax
-import numpy as np
 
-from rvq_jax.sharding import data_mesh
-from rvq_jax.training.step import compile_init
+from rvq_jax.evaluation import speed
 
 OURS, PEER, TUNED = (
   'rvq_jax',
   'torch, vector-quantize-pytorch',
   'torch, a quantizer as good as ours',
 )
-
-
-def our_step(config, steps=1, device=None):
-  """A call that trains `steps` steps, compile time and XLA's own counts."""
-  side, batch = config.data.image_size, config.batch_size
-  mesh = data_mesh([device or jax.devices()[0]])
-  train_step = common.make_step(config)[1]
-  state = compile_init(train_step, mesh, side, batch)(jax.random.key(0))
-  images = np.random.default_rng(0).integers(
-    0, 256, (batch, side, side, 3), np.uint8
-  )
-  images = {'image': jax.device_put(images)}
-  weights = train_step.objective.load_lpips(mesh)
-  start = time.perf_counter()
-  step = jax.jit(train_step, donate_argnums=0)
-  step = step.lower(state, images, weights).compile()
-  seconds = time.perf_counter() - start
-
-  def call():
-    nonlocal state
-    for _ in range(steps):
-      state, metrics = step(state, images, weights)
-    return metrics
-
-  memory = step.memory_analysis()
-  return call, {
-    'compile_s': seconds,
-    'flops': sum(common.flops(config)),
-    'xla_temp_bytes': memory.temp_size_in_bytes,
-  }
 
 
 def torch_step(side, batch, name, dtype='float32'):
@@ -89,7 +56,7 @@ def torch_step(side, batch, name, dtype='float32'):
     if gpu:
       torch.cuda.synchronize()
 
-  return call, {}
+  return call
 
 
 def measure(side, batch, args):
@@ -100,9 +67,12 @@ def measure(side, batch, args):
       config = common.load_config('cifar10', 'f8')
       config.data.image_size, config.batch_size = side, batch
       config.model.dtype = args.dtype
-      calls[name], records[name] = our_step(config)
+      program = speed.train_program(config)
+      memory = program.compiled.memory_analysis().temp_size_in_bytes
+      calls[name], records[name] = program.call, {'xla_temp_bytes': memory}
+      records[name] |= program.about
     else:
-      calls[name], records[name] = torch_step(side, batch, name)
+      calls[name], records[name] = torch_step(side, batch, name), {}
   for name, times in common.measure(calls, args.repeats, pause=0.1).items():
     records[name] |= {'ms': statistics.median(times), 'least': min(times)}
   return records
@@ -119,9 +89,10 @@ def report(side, batch, records):
       *(name, f'{ms:.0f}', f'{record["least"]:.0f}'),
       *(f'{ours["ms"] / ms:.3f}', f'{1e3 * batch / ms:.1f}'),
     )
+  gflop = 1e3 * ours['TFLOP']
   yield (
-    f'\ncompile {ours["compile_s"]:.1f} s, {ours["flops"] / 1e9:.0f} GFLOP a '
-    f'step, {ours["flops"] / ours["ms"] / 1e6:.0f} GFLOP/s, XLA temporaries '
+    f'\ncompile {ours["compile_s"]:.1f} s, {gflop:.0f} GFLOP a step, '
+    f'{1e3 * gflop / ours["ms"]:.0f} GFLOP/s, XLA temporaries '
     f'{ours["xla_temp_bytes"] / 2**20:.0f} MiB'
   )
 

@@ -25,13 +25,6 @@ def scaled(e, q):
   return gradients.straight_through(gradients.geometry(e, q).scale * e, q)
 
 
-def grown(e, q):
-  """max(lambda, 1) R^T g: rescaling that only enlarges."""
-  scale = jnp.maximum(gradients.geometry(e, q).scale, 1.0)
-  turned = gradients.rotate(e, q, rescale=False)
-  return gradients.straight_through(scale * turned, q)
-
-
 def radial(e, q):
   """R^T g + u (u.g - v.g): straight-through along e, rotation elsewhere."""
   g = gradients.geometry(e, q)
@@ -45,12 +38,6 @@ def tangential(e, q):
   g = gradients.geometry(e, q)
   along = jnp.sum(g.u * e, axis=-1, keepdims=True)
   return gradients.straight_through(e + (g.v - g.u) * along, q)
-
-
-def blend(e, q):
-  """(g + R^T g)/2."""
-  turned = gradients.rotate(e, q, rescale=False)
-  return gradients.straight_through((e + turned) / 2, q)
 
 
 def ramp(e, q):
@@ -159,8 +146,7 @@ def changes(cell):
     yield
 
 
-FUNCTIONS = scaled, grown, radial, tangential, blend, ramp
-TRIED = {f.__name__: f for f in FUNCTIONS}
+TRIED = {f.__name__: f for f in (scaled, radial, tangential, ramp)}
 ESTIMATORS.update(
   {name: lambda e, q, f=f, **_: f(e, q) for name, f in TRIED.items()}
 )

@@ -29,14 +29,19 @@ import quantizer as forms
 import train_step
 
 from rvq_jax import io
+from rvq_jax.evaluation import speed
 from rvq_jax.quantize import registry, search
 from rvq_jax.tokenizer import export, stablehlo
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.checkpoints import Checkpoints
 
-# Of an H200, by NVIDIA, dense. Float32 convolutions run in TF32.
-PEAK, FP32 = {'bfloat16': 989e12, 'float32': 495e12}, 67e12
+# Of an H200, by NVIDIA, dense.
+BF16, FP32 = 989e12, 67e12
 METRICS = 'mse', 'psnr', 'usage', 'perplexity', 'bits_per_image'
+MEASURED = (
+  *('ms', 'images_per_s', 'TFLOP', 'TFLOP_per_s', 'share_of_peak'),
+  *('memory_GB', 'watts', 'compile_s'),
+)
 
 
 class Table:
@@ -113,8 +118,7 @@ def edges(args, table):
 def wrong_ids(find, rows, k, dim, n=None):
   """How often find(e, codes) is not the nearest code, by kind of input.
 
-  e has n rows, those of a kind again and again. In float64, around the mean of
-  the codes: far from 0 the squares would have no digits left for a distance.
+  e has n rows, those of a kind again and again.
   """
   rng, result, most = np.random.default_rng(0), {}, 0.0
   centre = rng.normal(size=(64, dim))
@@ -127,11 +131,7 @@ def wrong_ids(find, rows, k, dim, n=None):
       x, c = (a + centre[rng.integers(0, 64, len(a))] for a in (x, c))
     x, c = np.float32(x), np.float32(c)
     ids = np.asarray(find(np.resize(x, (n or rows, dim)), c))[:rows]
-    middle = c.mean(axis=0, dtype=np.float64)
-    x, c = x - middle, c - middle
-    best = np.sum(c**2, axis=1) - 2 * x @ c.T
-    best = best.min(axis=1) + np.sum(x**2, axis=1)
-    excess = np.sum((x - c[ids]) ** 2, axis=1) / best - 1
+    excess = common.excess(x, c, ids)
     result[f'wrong, {kind}'] = int(np.sum(excess > 1e-9))
     if 'clusters' not in kind:  # there float32 has few digits left
       most = max(most, float(excess.max()))
@@ -176,8 +176,8 @@ def families(args, table):
     config = load_config(args)
     config.model.update(cell)
     with jax.default_device(device), jax.default_matmul_precision('highest'):
-      call, _ = train_step.our_step(config, device=device)
-      return np.array([float(call()['loss']) for _ in range(4)])
+      program = speed.train_program(config, [device])
+      return np.array([float(program.call()['loss']) for _ in range(4)])
 
   def compare(cell):
     with table.attempt(cell):
@@ -267,7 +267,7 @@ def quantizer(args, table):
 
   timed('full step', forms.our_step, e, gradient, book)
   part = rows_that_fit(n, k)
-  for dtype, floor in (('float32', FP32), ('bfloat16', PEAK['bfloat16'])):
+  for dtype, floor in (('float32', FP32), ('bfloat16', BF16)):
     x, y = e[:part].astype(dtype), codes.T.astype(dtype)
     product = functools.partial(jnp.matmul, precision='highest')
     what = f'one N x K matmul, {dtype}'
@@ -292,19 +292,13 @@ def step(args, table):
   """A train step: time, images/s, share of peak, memory."""
   config = load_config(args, *args.config.split(':'))
   config.model.dtype, config.model.init_from = args.dtype, args.init_from
-  call, about = train_step.our_step(config, steps=10)
-  ms = median_ms(call, 3) / 10
-  model, found = common.flops(config)
-  stats = jax.devices()[0].memory_stats() or {}
+  program = speed.train_program(config)
+  found = speed.measure(program, 50)
+  memory = program.compiled.memory_analysis().temp_size_in_bytes
   table.add(
     what=f'{args.config}, {args.dtype}, {config.batch_size} images',
-    ms=ms,
-    images_s=1e3 * config.batch_size / ms,
-    model_TFLOP=model / 1e12,
-    search_TFLOP=found / 1e12,
-    share_of_peak=1e3 * model / ms / PEAK[args.dtype],
-    peak_memory_GB=stats.get('peak_bytes_in_use', 0) / 1e9,
-    temporaries_GB=about['xla_temp_bytes'] / 1e9,
+    temporaries_GB=memory / 1e9,
+    **{name: found[name] for name in MEASURED},
   )
 
 
@@ -318,7 +312,7 @@ def peers(args, table):
   for side, batch in ((32, 2),) if args.tiny else ((256, 128), (32, 128)):
     for name in (train_step.PEER, train_step.TUNED):
       with table.attempt(what := f'step at {side}, batch {batch}: {name}'):
-        call, _ = train_step.torch_step(side, batch, name, args.dtype)
+        call = train_step.torch_step(side, batch, name, args.dtype)
         ms = median_ms(call)
         table.add(what=what, ms=ms, images_s=1e3 * batch / ms)
 

@@ -89,7 +89,7 @@ def _measure(flags, model=None):
     programs = [speed.train_program(flags.config)]
   _show_row(_COLUMNS)
   _show_row(['---'] * len(_COLUMNS))
-  about, more = {'name': name, 'commit': _commit()}, []
+  about, more = {'name': name, 'commit': commit()}, []
   for x in programs:
     record = about | speed.measure(x, flags.steps, flags.peak)
     _show_row(_cells(record))
@@ -100,7 +100,7 @@ def _measure(flags, model=None):
     _show_kernels(record['what'], kernels)
 
 
-def _commit() -> str:
+def commit() -> str:
   """The commit of this checkout, -dirty if changed; else the version."""
   root = Path(__file__).resolve().parents[2]
   if (root / '.git').exists() and shutil.which('git'):

@@ -43,8 +43,8 @@ class Program(NamedTuple):
   about: dict  # JSON values
 
 
-def train_program(config) -> Program:
-  """The train step of a config in its last phase, on all devices.
+def train_program(config, devices=None) -> Program:
+  """The train step of a config in its last phase, on devices; default: all.
 
   Raises:
     ValueError: the config is invalid, or does not fit the devices.
@@ -53,7 +53,7 @@ def train_program(config) -> Program:
   flat = check_config(config)
   if flat['deterministic']:
     make_deterministic()
-  run, mesh = build.RunData(flat), sharding.data_mesh()
+  run, mesh = build.RunData(flat), sharding.data_mesh(devices)
   check_devices(flat, mesh.size)
   step = build.build_step(flat, flat['num_steps'] or 10**6)
   sizes = run.image_size, run.batch_size

@@ -6,6 +6,7 @@ map. Pass them to a jitted function as an argument: XLA would take minutes to
 fold constants into the convolutions.
 """
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -69,8 +70,9 @@ def _features(weights, image, dtype) -> Iterator[jax.Array]:
   x = ((image - _SHIFT) / _SCALE).astype(dtype)
   for i in range(compared[-1] + 1):
     if i in pools:
-      window, strides = (1, side, side, 1), (1, 2, 2, 1)
-      x = lax.reduce_window(x, -jnp.inf, lax.max, window, strides, 'VALID')
+      pool = functools.partial(_pool, side=side)
+      halve = _halve if side == 2 else pool
+      x = lax.platform_dependent(x, cpu=pool, default=halve)
     kernel = weights[f'kernel_{i:02d}']
     stride, padding = (4, 2) if len(kernel) == 11 else (1, len(kernel) // 2)
     x = lax.conv_general_dilated(
@@ -85,6 +87,24 @@ def _features(weights, image, dtype) -> Iterator[jax.Array]:
     x = jax.nn.relu(x + bias.astype(dtype))
     if i in compared:
       yield x
+
+
+def _pool(x, side):
+  window, strides = (1, side, side, 1), (1, 2, 2, 1)
+  return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, 'VALID')
+
+
+def _halve(x):
+  """`_pool(x, 2)`, whose gradient XLA fuses; that one it scatters on a GPU.
+
+  As there, the first of equal values has the gradient.
+  """
+  b, h, w, c = x.shape
+  x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c)
+  top, *others = (x[:, :, i, :, j] for i in (0, 1) for j in (0, 1))
+  for other in others:
+    top = jnp.where(top >= other, top, other)
+  return top
 
 
 def _unit_length(x):

@@ -104,7 +104,7 @@ def _search(e, embedding, *, inner, backend):
 
   def search_rows(block):
     x = _center_rows(block, shift, row_scale)
-    ids, gap = _best(x, embedding, bias, shift, scale, codes)
+    ids, gap = _best(x, embedding, bias, shift, scale, codes, backend)
     # Bound of two scores' rounding; measured: at most half of this each.
     norm = longest if inner else jnp.sqrt(-2 * bias[ids])
     length = jnp.linalg.norm(x, axis=1)
@@ -185,13 +185,14 @@ def _bias(embedding, shift, scale):
   return jnp.where(jnp.isfinite(squares), -0.5 * squares, -jnp.inf)
 
 
-def _best(x, embedding, bias, shift, scale, codes):
+def _best(x, embedding, bias, shift, scale, codes, backend):
   """Best code of each centered row, and its lead; a running maximum over tiles.
 
   The last tile starts early enough to be full, so nothing is padded; its codes
   that the previous tile scored are masked. Scores are [codes, rows]:
   maxima over the leading axis vectorise over rows. XLA:CPU does not vectorise
-  argmax, so the id is the lowest that attains the maximum.
+  argmax, so there the id is the lowest that attains the maximum; elsewhere both
+  come from one pass over the scores.
   """
   k = embedding.shape[0]
   lanes = jnp.arange(codes, dtype=jnp.int32)
@@ -210,8 +211,11 @@ def _best(x, embedding, bias, shift, scale, codes):
     )
     score = score + offset[:, None]
     top = jnp.max(score, axis=0)
-    lane = jnp.where(score == top[None], lanes[:, None], codes - 1)
-    lane = jnp.min(lane, axis=0)
+    if backend == 'cpu':
+      lane = jnp.where(score == top[None], lanes[:, None], codes - 1)
+      lane = jnp.min(lane, axis=0)
+    else:
+      lane = jax.lax.argmax(score, 0, jnp.int32)
     # XLA removes the second best if the caller uses only ids.
     rest = jnp.where(lanes[:, None] == lane[None], -jnp.inf, score)
     rest = jnp.maximum(jnp.max(rest, axis=0), jnp.minimum(top, best[0]))

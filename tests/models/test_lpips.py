@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rvq_jax.models.lpips import distance
+from rvq_jax.models.lpips import _halve, _pool, distance
 
 # Convolutions of torchvision's `features`: kernel, stride, padding, the window
 # of a pooling of stride 2 in front, and whether LPIPS compares the output.
@@ -88,6 +88,15 @@ def test_gradients_equal_differences_of_the_definition(layers):
   high = oracle(layers, weights, x + step[0], y + step[1])
   low = oracle(layers, weights, x - step[0], y - step[1])
   np.testing.assert_allclose(got, (high - low).sum() / 2e-6, rtol=1e-3)
+
+
+def test_gpus_pool_with_the_same_gradient():
+  rng = np.random.default_rng(0)
+  x = np.float32(rng.integers(-2, 3, (2, 9, 8, 3)))  # with equal values
+  found = [jax.vjp(pool, x) for pool in (_halve, lambda x: _pool(x, 2))]
+  np.testing.assert_array_equal(*(y for y, _ in found))
+  g = np.float32(rng.normal(size=(2, 4, 4, 3)))
+  np.testing.assert_array_equal(*(back(g)[0] for _, back in found))
 
 
 def test_features_whose_squares_underflow_have_a_finite_gradient():

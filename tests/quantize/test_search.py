@@ -14,6 +14,7 @@ from layer_programs import nearest
 
 from rvq_jax import sharding
 from rvq_jax.quantize.search import (
+  _search,
   centering,
   nearest_codes,
   search,
@@ -88,6 +89,14 @@ def test_ties_go_to_the_lowest_index(shape, seed):
   codes = np.float32(rng.integers(-2, 3, shape))
   e = np.float32(rng.integers(-2, 3, (30, shape[1])))
   assert wrong(e, codes) == 0
+
+
+def test_so_they_do_on_a_gpu():
+  rng = np.random.default_rng(0)
+  codes = np.float32(rng.integers(-2, 3, (300, 3)))
+  find = functools.partial(_search, inner=False, backend='gpu')
+  e = np.float32(rng.integers(-2, 3, (40, 3)))
+  np.testing.assert_array_equal(jax.jit(find)(e, codes)[0], nearest(e, codes))
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,8 @@ def test_it_is_refused_once_they_have_started(tiny_config, tmp_path):
 COMPILE = """
 import sys
 sys.path.insert(0, 'benchmarks')
-import common, gpu_memory
+import common, gpu_program
+from absent_gpu import absent_gpu
 from rvq_jax import sharding
 from rvq_jax.models import layers
 from rvq_jax.training.backend import make_deterministic
@@ -55,9 +56,9 @@ layers._has_fused_attention = lambda: False  # cuDNN need not be there
 config = common.load_config('cifar10', 'f4')
 config.model.num_res_blocks = 1  # blocks are alike
 config.model.dtype = 'bfloat16'
-mesh = sharding.data_mesh([gpu_memory.absent_gpu()])
-step = gpu_memory.trace_step(mesh, config)
-print(gpu_memory.compile_step(step).as_text())
+mesh = sharding.data_mesh([absent_gpu()])
+step = gpu_program.trace_step(mesh, config)
+print(gpu_program.compile_step(step).as_text())
 """
 
 
