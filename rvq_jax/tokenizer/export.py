@@ -189,9 +189,8 @@ def _card(tokenizer, name, license, results) -> str:
   kind, _ = local_path(data.name)
   images = 'a folder of images' if kind else data.name
   origin = (
-    f'with Rotated Vector Quantization, trained with\nrvq_jax for '
-    f'{tokenizer.step:,} steps of batch {data.batch_size} on {images} '
-    f'({data.split} split)'
+    f'trained with rvq_jax for\n{tokenizer.step:,} steps of batch '
+    f'{data.batch_size} on {images} ({data.split} split)'
   )
   if images.startswith('import:'):
     origin = f'with weights from {images.removeprefix("import:")}'

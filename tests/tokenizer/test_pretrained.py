@@ -14,7 +14,9 @@ from rvq_jax.tokenizer.load import pretrained
 )
 def test_photographs_come_back(name, side, least):
   names = [x for part in PHOTOGRAPHS.values() for x in part]
-  squares = [Image.fromarray(photograph(x)).crop((90, 0, 340, 250)) for x in names]
+  squares = [
+    Image.fromarray(photograph(x)).crop((90, 0, 340, 250)) for x in names
+  ]
   images = np.stack([np.asarray(x.resize((64, 64))) for x in squares])
   tokenizer = load(f'pretrained:{name}')
   ids = tokenizer.encode(images)
