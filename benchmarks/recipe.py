@@ -4,7 +4,7 @@ A cell is an ordinary run of configs/photos.py, or with --setting=cifar10 or
 tiny (Tiny-ImageNet, 64x64) of a small model of configs/cifar10.py, with the
 changes that its name lists. It is measured on the validation split at the last
 step. A finished cell is one line of the output and is not run again, so the
-same command resumes, and several may run side by side. tried.py adds four
+same command resumes, and several may run side by side. tried.py adds three
 estimators and more.
 
   python benchmarks/recipe.py --data=folder:DIR --cells=ste,rotation
@@ -72,7 +72,7 @@ def fields_of(cell: str) -> dict:
   fields = {}
   for part in cell.split('+'):
     name, _, value = part.partition('=')
-    if name in tried.CHANGES or name in ('over', 'sizes'):  # of tried.py
+    if name in tried.CHANGES or name == 'sizes':  # of tried.py
       continue
     if value:
       fields[NUMBERS[name]] = json.loads(value)

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from rvq_jax.metrics import diversity
-from rvq_jax.models import encoder, layers
 from rvq_jax.quantize import fsq, gradients, multiscale, scales
 from rvq_jax.quantize.base import direction_metrics
 from rvq_jax.quantize.gradients import ESTIMATORS
 from rvq_jax.quantize.vector_quantizer import VectorQuantizer
-from rvq_jax.training import build, step
+from rvq_jax.training import build
 
 
 def scaled(e, q):
@@ -38,32 +37,6 @@ def tangential(e, q):
   g = gradients.geometry(e, q)
   along = jnp.sum(g.u * e, axis=-1, keepdims=True)
   return gradients.straight_through(e + (g.v - g.u) * along, q)
-
-
-def ramp(e, q):
-  """e + a (q - e) with a of `Ramp`, straight through; q out of training."""
-  if Ramp.share is None:
-    return q
-  return gradients.straight_through(e, e + Ramp.share * (q - e))
-
-
-class Ramp(step.TrainStep):
-  """a rises from 0 to 1 in `length` steps from the first that quantizes."""
-
-  share, start, length = None, 0, 1
-
-  def _pass(self, state, *arguments):
-    Ramp.share = jnp.clip((state.step - Ramp.start) / Ramp.length, 0.0, 1.0)
-    try:
-      return super()._pass(state, *arguments)
-    finally:
-      Ramp.share = None
-
-
-def with_batch_norm(self, x, name, train):
-  """`Coder.norm_and_act` by BatchNorm, whatever the blocks have."""
-  norm = layers.Norm(self.dtype, self.axis_name, 'batch', name=name)
-  return layers.ACTIVATIONS[self.activation](norm(x, train=train))
 
 
 def cdf_bins(x, levels):
@@ -121,10 +94,7 @@ class PerScale(multiscale.MultiscaleQuantizer):
     )
 
 
-CHANGES = {
-  'batch_stem': (encoder.Coder, 'norm_and_act', with_batch_norm),
-  'cdf': (fsq, '_bound', cdf_bins),
-}
+CHANGES = {'cdf': (fsq, '_bound', cdf_bins)}
 """Part of a cell's name -> what it replaces."""
 
 
@@ -133,10 +103,6 @@ def changes(cell):
   """Makes the changes that parts of a cell's name ask for."""
   numbers = dict(part.split('=') for part in cell.split('+') if '=' in part)
   with contextlib.ExitStack() as stack:
-    if 'ramp' in cell.split('+'):
-      Ramp.start = int(numbers.get('late', 0))
-      Ramp.length = int(numbers['over'])
-      stack.enter_context(mock.patch.object(step, 'TrainStep', Ramp))
     if 'sizes' in numbers:
       PerScale.sizes = tuple(map(int, numbers['sizes'].split('-')))
       patch = mock.patch.object(build, 'quantizer_class', lambda _: PerScale)
@@ -146,7 +112,7 @@ def changes(cell):
     yield
 
 
-TRIED = {f.__name__: f for f in (scaled, radial, tangential, ramp)}
+TRIED = {f.__name__: f for f in (scaled, radial, tangential)}
 ESTIMATORS.update(
   {name: lambda e, q, f=f, **_: f(e, q) for name, f in TRIED.items()}
 )
