@@ -51,8 +51,7 @@ def cdf_bins(x, levels):
 class PerScale(multiscale.MultiscaleQuantizer):
   """Multi-scale codes, each scale from a codebook of its own size.
 
-  codebook_size is the sum of `sizes`. It trains and is measured; its ids do
-  not decode.
+  codebook_size is the sum of `sizes`; its ids do not decode.
   """
 
   sizes = ()
