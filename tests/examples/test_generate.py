@@ -125,7 +125,7 @@ def test_without_splits_a_share_is_held_out(arrange, example, tmp_path):
     ({'workdir': 'mine'}, 'expected a new or empty folder'),
     ({'workdir': 'old'}, 'has other settings; name another --workdir'),
     ({'kind': 'residual'}, 'expected one id per position'),
-    ({'kind': 'other'}, 'tokens is of the encoder'),
+    ({'kind': 'other'}, 'tokens: expected the encoder'),
     ({'tokens': 'mute'}, 'does not name its model: add --tokenizer'),
   ],
 )

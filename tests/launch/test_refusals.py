@@ -128,7 +128,7 @@ VALUES = [
   ('encode --workdir=x --input={images} --output=y --split=s', 'split: ex'),
   (
     'encode --workdir=x --input={images} --output={images}/y',
-    'expected --output outside of the images in {images}, got {images}/y',
+    'expected --output outside the images in {images}, got {images}/y',
   ),
   ('encode --workdir={tmp} {png} no/y.npz', 'no/y.npz: there is no folder no'),
   ('decode --workdir={tmp} mine.npz no/y.png', 'there is no folder no'),

@@ -138,7 +138,7 @@ def test_images_in_0_to_1_and_clipping_in_evaluation_alone():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'factor': 4}, 'factor: expected 2, which 2 levels .*, got 4'),
+    ({'factor': 4}, 'factor: expected 2 for the 2 levels .*, got 4'),
     ({'attn_levels': (1, 3)}, r'attn_levels: .* from 1 to 2, got \(1, 3\)'),
     ({'attn_levels': (0,)}, 'attn_levels: expected .*, got'),
     ({'ch_mult': ()}, r'ch_mult: expected .*, got \(\)'),

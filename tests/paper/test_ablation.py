@@ -83,7 +83,7 @@ def test_what_cannot_run_is_refused_before_the_first_run(run_grid, tiny_config):
   assert not run_grid.calls
   run_grid('fsq')
   tiny_config.num_steps = 7
-  with one_line('config.num_steps: 6 there, 7 wanted'):
+  with one_line('config.num_steps: expected 7, got 6'):
     run_grid('simvq', 'fsq')
   assert len(run_grid.calls) == 1
 
