@@ -8,6 +8,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SHORT = [
+  f'--config.{field}'
+  for field in (
+    *('num_steps=4', 'batch_size=8', 'log_every=2', 'optimizer.warmup_steps=0'),
+    *('model.quantize_after=0', 'model.widths=(4,8)', 'model.num_heads=2'),
+    *('model.num_res_blocks=0', 'model.code_dim=4'),
+  )
+]
+"""Flags with which training takes seconds."""
 
 
 def blocks(text: str, *languages: str) -> list[tuple[str, str]]:

@@ -6,19 +6,11 @@ import tomllib
 
 import numpy as np
 import pytest
-from doc_blocks import ROOT, blocks, commands, run_command
+from doc_blocks import ROOT, SHORT, blocks, commands, run_command
 from PIL import Image
 
 GUIDE = ROOT / 'docs' / 'guide.md'
 TEXT = GUIDE.read_text()
-SHORT = [
-  f'--config.{field}'
-  for field in (
-    *('num_steps=4', 'batch_size=8', 'log_every=2', 'optimizer.warmup_steps=0'),
-    *('model.quantize_after=0', 'model.widths=(4,8)', 'model.num_heads=2'),
-    *('model.num_res_blocks=0', 'model.code_dim=4'),
-  )
-]
 SHORT_EXAMPLE = ('--num_steps=4', '--width=8', '--depth=1', '--fd_images=0')
 
 

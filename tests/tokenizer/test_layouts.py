@@ -229,7 +229,10 @@ BLOCK = 'encoder.down.0.block.0.conv1.weight'
     ({TABLE: np.ones(7)}, 'an autoencoder without a table of codes'),
     ({TABLE: None, 'quantize.proj.weight': np.ones(1)}, 'Gumbel'),
     ({BLOCK: None}, 'expected the weights of a VQGAN'),
-    ({'decoder.conv_out.bias': None}, 'decoder.conv_out.bias, .* is missing'),
+    (
+      {'decoder.conv_out.bias': None},
+      'a tensor decoder.conv_out.bias, got none',
+    ),
     ({'encoder.x.weight': np.ones(1)}, 'no place for encoder.x.weight'),
     ({'quantize.used': np.ones(1)}, 'no place for quantize.used'),
     ({'decoder.conv_out.bias': np.ones(4)}, r'conv_out.bias: the shape \(4,\)'),

@@ -94,7 +94,7 @@ def test_every_quantizer_decodes_its_ids_to_the_forward_pass(
 def test_floats_from_0_to_1_are_taken_with_a_warning(make_tokenizer):
   ramp = np.linspace(0, 1, 256, dtype='f').reshape(1, 16, 16, 1)
   images, tokenizer = ramp.repeat(3, -1), make_tokenizer()
-  with pytest.warns(UserWarning, match=r'lie in \[0, 1\].* pass 2 \* x - 1'):
+  with pytest.warns(UserWarning, match=r'values in \[0, 1\].* pass 2 \* x - 1'):
     tokenizer.encode(images)
   for quiet in (2 * images - 1, 0 * images, (255 * images).astype(np.uint8)):
     tokenizer.encode(quiet)  # a warning is an error
@@ -123,7 +123,7 @@ BAD = [
   ('decode', ONE + 2**32, 'from 0 to 15, got 4294967296 to'),
   ('decode', ONE.astype(np.uint64) - 1, 'from 0 to 15, got 184467'),
   ('decode', ONE[0], r'integer ids \[B, H, W\], got int64 \[4, 4\]'),
-  ('decode', ONE / 1, 'integers'),
+  ('decode', ONE / 1, 'expected integer ids'),
 ]
 
 
