@@ -105,7 +105,7 @@ def main():
     print(f'{label}: PSNR {np.mean(psnr):.2f} dB')
   if Path(args.output).exists():
     raise SystemExit(f'error: {args.output} exists; give another --output')
-  draw(columns, args.width).save(args.output, quality=65)
+  draw(columns, args.width).save(args.output, quality=60)
 
 
 if __name__ == '__main__':
