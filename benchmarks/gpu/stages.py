@@ -292,7 +292,7 @@ def step(args, table):
   """A train step: time, images/s, share of peak, memory."""
   config = load_config(args, *args.config.split(':'))
   config.model.dtype, config.model.init_from = args.dtype, args.init_from
-  program = speed.train_program(config)
+  program = speed.train_program(config, jax.local_devices()[:1])
   found = speed.measure(program, 50)
   memory = program.compiled.memory_analysis().temp_size_in_bytes
   table.add(
