@@ -14,7 +14,12 @@ from ml_collections import config_flags
 from tiny_step import Run
 
 import rvq_jax
-from rvq_jax.training.config import FIELDS, check_config, flatten
+from rvq_jax.training.config import (
+  FIELDS,
+  check_config,
+  check_devices,
+  flatten,
+)
 
 PACKAGE = Path(rvq_jax.__file__).parent
 
@@ -53,6 +58,7 @@ def typed(config, name, text):
 
 
 def trace_step(config):
+  check_devices(check_config(config), jax.device_count())  # as train() does
   run = Run(config)
   rows, size = run.config['batch_size'], run.config['data.image_size']
   batch = {'image': jax.ShapeDtypeStruct((rows, size, size, 3), 'uint8')}
@@ -72,6 +78,7 @@ def trace_step(config):
 @example(name='model.codebook_size', text='-5')
 @example(name='model.codebook_size', text='2147483647')
 @example(name='model.commitment_weight', text='1e39')
+@example(name='batch_size', text='1')
 @example(name='num_epochs', text='10000000')
 @example(name='data.image_size', text='16384')
 @example(name='data.name', text='folder:\0')
