@@ -106,17 +106,17 @@ def test_a_model_gives_our_ids_and_pictures(changed, open_torch, test_images):
     assert getattr(theirs, name) == getattr(ours, name), name
 
 
-@pytest.mark.parametrize('page', ['README.md', 'export/README.md'])
+@pytest.mark.parametrize('page', ['docs/formats.md', 'export/README.md'])
 def test_the_lines_shown_run_where_the_export_was_typed(
   page, exported, test_images, run_python
 ):
   folder = exported.parent
-  text = ((ROOT if page == 'README.md' else folder) / page).read_text()
+  text = ((ROOT if page.startswith('docs') else folder) / page).read_text()
   [lines] = (x for _, x in blocks(text, 'python') if 'tokenizer_torch' in x)
   np.save(folder / 'images.npy', test_images)
   given = f'import numpy\nimages = numpy.load({str(folder / "images.npy")!r})'
   # In the folder where the export was typed; the card means its own.
-  cwd = folder if page == 'README.md' else exported
+  cwd = folder if page.startswith('docs') else exported
   done = run_python(f'{given}\n{lines}\nprint(ids.shape)', cwd=cwd)
   assert 'Size([11, 4, 4])' in done.stdout, done.stderr
 
