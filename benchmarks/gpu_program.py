@@ -234,9 +234,9 @@ def main():
   )
   columns = 'TFLOP', 'GB moved', 'in norms', 'memory, GB', 'ms', 'images/s'
   print(common.header('config', 'batch', *columns))
-  for name in args.config:
+  for which in args.config:
+    name, _, batch = which.partition(':')
     for dtype in args.dtype:
-      name, _, batch = name.partition(':')
       config = common.load_config(name)
       config.batch_size = int(batch or config.batch_size)
       config.model.dtype, config.model.remat = dtype, args.remat
