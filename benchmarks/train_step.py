@@ -67,7 +67,7 @@ def measure(side, batch, args):
       config = common.load_config('cifar10', 'f8')
       config.data.image_size, config.batch_size = side, batch
       config.model.dtype = args.dtype
-      program = speed.train_program(config)
+      program = speed.train_program(config, jax.devices()[:1])
       memory = program.compiled.memory_analysis().temp_size_in_bytes
       calls[name], records[name] = program.call, {'xla_temp_bytes': memory}
       records[name] |= program.about
