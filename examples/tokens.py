@@ -15,7 +15,7 @@ from PIL import Image
 
 from rvq_jax import load
 from rvq_jax.data.photos import photograph
-from rvq_jax.metrics import to_uint8
+from rvq_jax.metrics import psnr, to_uint8
 
 GAP, SIDE = 6, 64
 CROPS = {  # left, top, side
@@ -46,7 +46,7 @@ def colours(codes):
 
 
 def main():
-  """Writes the picture and prints the PSNR."""
+  """Writes the picture and prints the mean PSNR."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -69,8 +69,8 @@ def main():
       large = Image.fromarray(image).resize((each, each), how)
       page.paste(large, (column * (each + GAP), row * (each + GAP)))
   page.save(args.output, quality=90)
-  error = np.mean((images / 255.0 - decoded / 255.0) ** 2)
-  print(f'{ids[0].size} tokens per image, PSNR {-10 * np.log10(error):.2f} dB')
+  mean = np.mean(psnr(images, decoded))
+  print(f'{ids[0].size} tokens per image, PSNR {mean:.2f} dB')
 
 
 if __name__ == '__main__':

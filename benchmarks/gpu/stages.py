@@ -30,13 +30,13 @@ import train_step
 
 from rvq_jax import io
 from rvq_jax.evaluation import speed
+from rvq_jax.evaluation.machine import PEAKS
 from rvq_jax.quantize import registry, search
 from rvq_jax.tokenizer import export, stablehlo
 from rvq_jax.tokenizer.tokenizer import Tokenizer
 from rvq_jax.training.checkpoints import Checkpoints
 
-# Of an H200, by NVIDIA, dense.
-BF16, FP32 = 989e12, 67e12
+BF16, _, FP32 = (1e12 * x for x in PEAKS['GH200|H200|H100'])
 METRICS = 'mse', 'psnr', 'usage', 'perplexity', 'bits_per_image'
 MEASURED = (
   *('ms', 'images_per_s', 'TFLOP', 'TFLOP_per_s', 'share_of_peak'),
