@@ -12,6 +12,7 @@ import jupytext
 import numpy as np
 import pytest
 import skimage.data
+from doc_blocks import AS_A_USER
 from errors import one_line
 from PIL import Image
 
@@ -53,7 +54,7 @@ def test_the_stored_notebook_shows_its_pictures_and_no_error():
 
 def execute(output, tmp_path, **variables):
   """Runs the notebook and returns its cells."""
-  variables = {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'} | variables
+  variables |= AS_A_USER | {'JAX_PLATFORMS': 'cpu'}
   variables |= {'RVQ_JAX_STEPS': '24', 'RVQ_JAX_WORKDIR': f'{tmp_path}/run'}
   variables['TFDS_DATA_DIR'] = f'{tmp_path}/data'
   command = [sys.executable, NOTEBOOKS / 'execute.py', output]
