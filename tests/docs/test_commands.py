@@ -121,6 +121,7 @@ def test_a_shipped_tokenizer_opens():
   assert scope['tokenizer'].codebook_size == 4096
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_data_set(tmp_path):
   """On a set of 8 colors, which need no 224 bits."""
 

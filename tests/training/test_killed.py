@@ -10,7 +10,7 @@ STEPS, EVERY = 400, 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('route', 'kills'), [('memory', 8), ('grain', 20)])
+@pytest.mark.parametrize(('route', 'kills'), [('memory', 8), ('grain', 10)])
 def test_kills_leave_the_bits_of_an_uninterrupted_run(
   route, kills, start_run, tiny_config, tmp_path, final_bits, log_of
 ):
