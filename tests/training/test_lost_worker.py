@@ -71,7 +71,7 @@ def wait_for_group(run, sizes, seconds):
     time.sleep(0.01)
 
 
-@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGUSR1'])
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
 def test_a_signal_to_all_processes_saves_and_the_rest_is_exact(
   name, start_run, long_config, tmp_path, final_bits, steps_of
 ):
