@@ -90,7 +90,7 @@ def test_gradients_equal_differences_of_the_definition(layers):
   np.testing.assert_allclose(got, (high - low).sum() / 2e-6, rtol=1e-3)
 
 
-def test_gpus_pool_with_the_same_gradient():
+def test_halves_have_the_gradient_of_a_pool():
   rng = np.random.default_rng(0)
   x = np.float32(rng.integers(-2, 3, (2, 9, 8, 3)))  # with equal values
   found = [jax.vjp(pool, x) for pool in (_halve, lambda x: _pool(x, 2))]
