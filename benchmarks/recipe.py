@@ -85,6 +85,10 @@ def make_config(cell: str, seed: int, args):
   """The config of one run."""
   if args.setting == 'photos':
     config = common.load_config('photos')
+    # As the config was when the cells of recipe_photos.jsonl ran.
+    config.model.code_dim, config.model.commitment_weight = 32, 0.25
+    config.model.norm, config.model.activation = 'batch', 'leaky_relu'
+    config.optimizer.b2, config.optimizer.warmup_steps = 0.999, 20
     config.data.colors, config.optimizer.learning_rate = False, 1e-3
     config.data.crop, config.data.crop_scale = 'random_resized', 0.1
   else:

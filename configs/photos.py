@@ -5,10 +5,10 @@ and Grace Hopper (from matplotlib) in random colours, and is tested on chelsea,
 an unseen photograph.
 
 Command: rvq train --config=photos
-Hardware and time: 2 cores of an AMD EPYC, 3 min 10 s.
-On the 400 test crops: MSE 0.0092 on [-1, 1], PSNR 26.54 dB at 2,560 bits
-per image; usage 52.0 %, perplexity 84 (one cat has few colours; in training
-100 % and 867 over 25 steps).
+Hardware and time: one core of an AMD EPYC, 3 min 45 s.
+On the 400 test crops: MSE 0.0079 on [-1, 1], PSNR 27.23 dB at 2,560 bits
+per image; usage 66.2 %, perplexity 219 (one cat has few colours; in training
+100 % and 809 over 25 steps).
 """
 
 from ml_collections import ConfigDict
@@ -33,11 +33,4 @@ def get_config() -> ConfigDict:
   config.model.num_heads = 4
   config.model.codebook_size = 1024
   cifar10.use_best(config, quantize_after=200)
-  # The numbers here and in docs/ come from an earlier recipe.
-  config.model.code_dim = 32
-  config.model.commitment_weight = 0.25
-  config.model.norm = 'batch'
-  config.model.activation = 'leaky_relu'
-  config.optimizer.b2 = 0.999
-  config.optimizer.warmup_steps = 20
   return config

@@ -38,10 +38,6 @@ def get_config() -> ConfigDict:
   config.batch_size = 16
   config.num_steps = 600
   use_vqgan(config, quantize_after=100)
-  # The numbers here and in docs/ come from an earlier recipe.
-  config.model.code_dim = 32
-  config.model.norm = 'group'
-  config.optimizer.warmup_steps = 20
   # The defaults are for long runs: here D would win, and the model would lose
   # up to 2 dB.
   config.objective.adversarial_weight = 0.03
