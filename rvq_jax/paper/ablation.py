@@ -21,6 +21,7 @@ _PAPER = {
   'model.estimator': 'rotation',
   'model.quantize_after': 0,
   'model.dead_code_threshold': 0.9,
+  'model.commitment_weight': 0.25,
 }
 _REFLECTION = _PAPER | {'model.estimator': 'reflection'}
 _STE = _PAPER | {'model.estimator': 'ste'}
