@@ -406,8 +406,9 @@ steps = int(os.environ.get('RVQ_JAX_STEPS', 800))
 if RUN.startswith('pretrained:'):
   config = photos.get_config()
   config.num_steps = steps
-  # It may not change when the cell runs again with other steps.
+  # Neither may change when the cell runs again with other steps.
   config.model.quantize_after = 160 if steps > 160 else steps // 5
+  config.optimizer.warmup_steps = min(100, steps // 2)
   config.eval_every = steps
   config.checkpoint_every = steps
   _ = train(config, workdir)

@@ -59,7 +59,10 @@ def test_the_wheel_holds_its_licence_dependencies_and_command(wheel_file):
     assert f'Provides-Extra: {extra}' in about
 
 
-SHORT = ('--config.num_steps=21', '--config.model.quantize_after=0')
+SHORT = (
+  *('--config.num_steps=21', '--config.model.quantize_after=0'),
+  '--config.optimizer.warmup_steps=0',
+)
 USE = """
 import sys
 from pathlib import Path
