@@ -48,6 +48,8 @@ def lines(page):
 
 def filled(command):
   """A command as a shell expands it, with values for its capitals."""
+  command = command.partition(' #')[0]
+  assert not re.search(r'[|;&$`<>]', command), f'would run: {command}'
   for name, value in (NUMBERS | WORDS).items():
     command = re.sub(rf'=\[?{name}\b', f'={value}', command)
   done = subprocess.run(
