@@ -1,4 +1,4 @@
-"""Commands on the pages of docs/ are understood by the programs they name."""
+"""The commands of README and docs/ are understood by the programs they name."""
 
 import argparse
 import io
@@ -37,13 +37,12 @@ def lines(page):
     page.read_text(),
     re.S | re.M,
   ):
-    if re.search(AT_COMMIT, before):
-      continue
-    parts = re.split(rf'^#.*{AT_COMMIT}.*\n', code, flags=re.M)
-    earlier = ''.join(parts[1:]).partition('\n#')[0]
-    for command in commands(code):
-      if command and command[0] != '#' and command not in earlier + MADE:
-        yield from map(filled, command.split(' && '))
+    for part in re.split('^(?=#)', code, flags=re.M):  # a comment begins one
+      if re.search(AT_COMMIT, before + part.partition('\n')[0]):
+        continue
+      for command in commands(part):
+        if not command.startswith(('#', MADE)):
+          yield from map(filled, command.split(' && '))
 
 
 def filled(command):

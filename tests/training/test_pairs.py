@@ -27,7 +27,9 @@ from rvq_jax.training.step import compile_step
 
 STEPS = 6
 SEEDS = [  # with --dist loadgroup a process tells a story once
-  pytest.param(number, marks=pytest.mark.xdist_group(f'seed{number}'))
+  pytest.param(
+    number, marks=[pytest.mark.slow, pytest.mark.xdist_group(f'seed{number}')]
+  )
   for number in (0, *range(2, 20))
 ]
 # Fields that are the same in every draw: they shape no run, or only its end.
@@ -84,8 +86,7 @@ def values_of(name):
   return (False, True) if field.kind is bool else tuple(field.choices or ())
 
 
-def pairs(test):
-  return pytest.mark.slow(pytest.mark.parametrize('seed', SEEDS)(test))
+pairs = pytest.mark.parametrize('seed', SEEDS)
 
 
 @pytest.fixture(scope='module')
