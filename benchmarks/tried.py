@@ -10,8 +10,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from rvq_jax.quantize import fsq, gradients
+from rvq_jax.quantize import fsq, gradients, vector_quantizer
 from rvq_jax.quantize.gradients import ESTIMATORS
+from rvq_jax.quantize.replacement import replace_codes
+from rvq_jax.quantize.vector_quantizer import VectorQuantizer
 
 
 def scaled(e, q):
@@ -43,7 +45,27 @@ def cdf_bins(x, levels):
   return levels * jax.nn.sigmoid(1.6 * x) - 0.5 - levels // 2
 
 
-CHANGES = {'cdf': (fsq, '_bound', cdf_bins)}
+_update = VectorQuantizer._update
+
+
+def least_count(layer, *args):
+  """A replaced code starts with the least count that is not dead.
+
+  Instead of `VectorQuantizer._update`, which gives it the mean count N/K.
+  """
+
+  def replace(*args, expected_size, **options):
+    size = layer.dead_code_threshold * expected_size
+    return replace_codes(*args, expected_size=size, **options)
+
+  with mock.patch.object(vector_quantizer, 'replace_codes', replace):
+    return _update(layer, *args)
+
+
+CHANGES = {
+  'cdf': (fsq, '_bound', cdf_bins),
+  'least': (VectorQuantizer, '_update', least_count),
+}
 """Part of a cell's name -> what it replaces."""
 
 
